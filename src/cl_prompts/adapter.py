@@ -1,0 +1,163 @@
+"""One adapter: a pool, its head, and the classes they know. The tuner keeps several by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from cl_prompts.config import PromptPoolConfig
+from cl_prompts.head import GrowingHead
+from cl_prompts.pools import POOLS, PromptPool
+from cl_prompts.prompts import BackboneShape
+from cl_prompts.training import ImageLedger, OptimizerLink
+
+
+class PoolAdapter(nn.Module):
+    """Pool and head of one adapter, grown to the tasks in `config.state`.
+
+    Args:
+        config: the method's config; its `state` is kept up to date.
+        shape: sizes of the backbone.
+        pooling: the resolved feature of the un-prompted pass.
+    """
+
+    unknown_labels: Tensor
+
+    def __init__(self, config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
+        super().__init__()
+        self.config = config
+        self.query_pooling = pooling
+        self.readout = pooling if config.readout == "auto" else config.readout
+        self.pool: PromptPool = POOLS[config.method](config, shape)
+        self.head = GrowingHead(shape.width)
+        self.link = OptimizerLink()
+        self.ledger = ImageLedger()
+        # Labels of undeclared classes seen on a device, where looking at them in the step would wait for the device.
+        self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
+        if config.num_labels is not None:
+            self._declare(list(range(config.num_labels)))
+        known: list[int] = []
+        for task in config.state.tasks:
+            known = list(dict.fromkeys(known + task))
+            self._declare(known, task)
+
+    @property
+    def classes(self) -> list[int]:
+        """Known class ids, in the order of the head's columns."""
+        if self.config.num_labels is not None:
+            return list(range(self.config.num_labels))
+        return self.config.state.classes
+
+    def _declare(self, known: Sequence[int], task: Sequence[int] | None = None) -> None:
+        self.head.declare(known, task if task is not None else known)
+        if task is not None:
+            self.pool.begin_task([known.index(c) for c in task])
+
+    def begin_task(self, classes: Sequence[int], revisit: bool, class_names: dict[int, str] | None) -> None:
+        """Grow for a task; see `PromptPoolTuner.begin_task`."""
+        state = self.config.state
+        if self.config.num_labels is not None:
+            raise ValueError(f"num_labels={self.config.num_labels} makes this adapter task-free: leave begin_task out")
+        if state.task_open:
+            raise ValueError(f"task {len(state.tasks) - 1} is still open: call end_task() first")
+        declared = _class_ids(classes)
+        known = [c for c in declared if c in set(self.classes)]
+        if known and not revisit:
+            raise ValueError(
+                f"classes {known} were declared in an earlier task: leave them out, or pass revisit=True if they come "
+                "back (new domain, recurring classes)"
+            )
+        self._declare(list(dict.fromkeys(self.classes + declared)), declared)
+        state.tasks.append(declared)
+        state.task_open = True
+        state.class_names.update({str(int(c)): str(name) for c, name in (class_names or {}).items()})
+        self.ledger.clear()
+        self.link.detach()
+
+    def end_task(self) -> None:
+        """Close the task; see `PromptPoolTuner.end_task`."""
+        if not self.config.state.task_open:
+            raise ValueError("no task is open: call begin_task(classes) first")
+        self.pool.end_task()
+        self.config.state.task_open = False
+        self.link.detach()
+
+    def group_of(self, name: str) -> str:
+        """The parameter group of one of the adapter's parameters."""
+        return "head" if name.startswith("head.") else self.pool.roles[name.removeprefix("pool.")]
+
+    def to_columns(self, labels: Tensor) -> Tensor:
+        """Head columns of class ids [B]; -100 stays.
+
+        Raises:
+            ValueError: a label on the CPU is of no declared class, or in training of none of the current task.
+        """
+        columns, unknown = self.head.to_columns(labels)
+        if torch.compiler.is_compiling():
+            return columns
+        if labels.device.type != "cpu":
+            self.unknown_labels += unknown.sum()
+            return columns
+        if unknown.any():
+            self._raise_unknown(sorted(set(labels[unknown].tolist())))
+        if self.training and self.config.class_mask == "task":
+            outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)]
+            if outside.any():
+                raise ValueError(
+                    f"labels {sorted(set(labels[outside].tolist()))} do not belong to the current task "
+                    f"{self.config.state.tasks[-1]}: declare them in begin_task, or set class_mask to \"none\""
+                )
+        return columns
+
+    def check_labels(self) -> None:
+        """Raise ValueError if labels of undeclared classes were seen on a device since the last call."""
+        count = int(self.unknown_labels)
+        self.unknown_labels.zero_()
+        if count:
+            self._raise_unknown(f"{count} labels")
+
+    def _raise_unknown(self, what: Any) -> None:
+        raise ValueError(f"labels {what} are of no declared class; declared are {self.classes}: see begin_task")
+
+
+class PromptPoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """The tuner layer PEFT looks for: all adapters by name. Nothing in the base is replaced."""
+
+    adapter_layer_names = ("prompt_pool",)
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt_pool = nn.ModuleDict()
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def merged(self) -> bool:
+        """Prompts cannot be merged into weights."""
+        return False
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """The tuner places adapters; PEFT's way needs a base layer."""
+
+
+def _class_ids(classes: Sequence[int]) -> list[int]:
+    declared = list(classes.tolist() if isinstance(classes, Tensor) else classes)
+    wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
+    if wrong:
+        raise TypeError(f"classes must be integers as they stand in `labels`, got {wrong}")
+    if not declared:
+        raise ValueError("a task needs at least one class")
+    ids = [int(c) for c in declared]
+    twice = sorted({c for c in ids if ids.count(c) > 1})
+    if twice:
+        raise ValueError(f"classes {twice} are declared twice in one call")
+    if min(ids) < 0:
+        raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
+    return ids

@@ -1,0 +1,1 @@
+"""How prompts enter and leave a transformer. Knows transformers, knows no method."""

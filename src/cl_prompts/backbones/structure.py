@@ -1,0 +1,225 @@
+"""Finds the parts of a vision transformer by its structure: no table of model types.
+
+A family is supported when its blocks sit in one `nn.ModuleList`, each block owns one attention module with separate
+query, key and value projections that calls a registered attention function, and `embeddings` come before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.prompts import BackboneShape
+
+
+SUPPORTED = (
+    "ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA, BEiT, DINOv2 (with or without registers), DINOv3 ViT, CLIP vision, SigLIP and "
+    "SigLIP 2, bare or *ForImageClassification"
+)
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the parts of a model are. Parts are kept by name, so that a wrapped or replaced module is found as it is now.
+
+    Args:
+        inner: name of the bare backbone inside the model ("" for a bare model).
+        blocks: names of the transformer blocks, in order.
+        attentions: names of their attention modules.
+        norm: name of the final norm.
+        pooler: name of a trained pooling module that reads all tokens, if there is one.
+        pooling: the feature taken by default: "cls", "pooler" or "mean".
+        special_tokens: number of tokens before the patches (CLS, distillation, registers).
+        has_cls: whether the first token is a CLS token.
+        shape: sizes.
+    """
+
+    inner: str
+    blocks: tuple[str, ...]
+    attentions: tuple[str, ...]
+    norm: str
+    pooler: str | None
+    pooling: str
+    special_tokens: int
+    has_cls: bool
+    shape: BackboneShape
+
+
+def projection_names(attention: nn.Module) -> tuple[str, str, str] | None:
+    """Names of the three projections an attention module owns."""
+    for names in PROJECTIONS:
+        if all(hasattr(getattr(attention, name, None), "out_features") for name in names):
+            return names
+    return None
+
+
+def find_structure(model: nn.Module) -> Structure:
+    """Find blocks, attentions, final norm and special tokens.
+
+    Raises:
+        TypeError: the model is no transformer of a supported structure; names what is.
+    """
+    blocks, attentions = _find_blocks(model)
+    inner = _find_inner(model, blocks[0])
+    backbone = model.get_submodule(inner)
+    norm, after = _find_norm(backbone, inner, blocks[0])
+    embeddings = backbone.get_submodule("embeddings")
+    special = sum(_token_count(embeddings, name) for name in SPECIAL_TOKENS)
+    has_cls = any(isinstance(getattr(embeddings, name, None), nn.Parameter) for name in SPECIAL_TOKENS[:2])
+    pooler = next((_join(inner, name) for name, module in after if _reads_all_tokens(module)), None)
+    if has_cls and not isinstance(model.get_submodule(norm), nn.Identity):
+        pooling = "cls"
+    else:
+        pooling = "pooler" if pooler else "mean"
+    return Structure(
+        inner, blocks, attentions, norm, pooler, pooling, special, has_cls, _shape(model, attentions, len(blocks))
+    )
+
+
+def _unsupported(model: nn.Module, why: str) -> TypeError:
+    return TypeError(f"{type(model).__name__} is not supported: {why}. Supported are {SUPPORTED}")
+
+
+def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    lists = []
+    for list_name, items in model.named_modules():
+        if isinstance(items, nn.ModuleList) and len(items):
+            owners = [_attention_of(block) for block in items]
+            if all(owners):
+                lists.append(
+                    (
+                        tuple(f"{list_name}.{i}" for i in range(len(items))),
+                        tuple(_join(f"{list_name}.{i}", owner or "") for i, owner in enumerate(owners)),
+                    )
+                )
+    if not lists:
+        raise _unsupported(model, "it has no list of transformer blocks with query, key and value projections")
+    if len(lists) > 1:
+        raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
+    for name in lists[0][1]:
+        attention = model.get_submodule(name)
+        if not hasattr(attention, "config") or not hasattr(attention, "scaling"):
+            raise _unsupported(model, f"{type(attention).__name__} does not call a registered attention function")
+    return lists[0]
+
+
+def _attention_of(block: nn.Module) -> str | None:
+    owners = [name for name, module in block.named_modules() if projection_names(module)]
+    return owners[0] if len(owners) == 1 else None
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _find_inner(model: nn.Module, block: str) -> str:
+    name = block
+    while name:
+        name = name.rpartition(".")[0]
+        if isinstance(getattr(model.get_submodule(name), "embeddings", None), nn.Module):
+            return name
+    raise _unsupported(model, "no `embeddings` come before its blocks")
+
+
+def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str, list[tuple[str, nn.Module]]]:
+    """The first norm registered behind the blocks, and what is registered behind it."""
+    children = list(backbone.named_children())
+    towards_blocks = block.removeprefix(f"{inner}.").split(".")[0] if inner else block.split(".")[0]
+    position = [name for name, _ in children].index(towards_blocks)
+    behind = children[position + 1 :]
+    for i, (name, module) in enumerate(behind):
+        original = getattr(module, "original_module", module)  # a ModulesToSaveWrapper of PEFT
+        if "Norm" in type(original).__name__ or isinstance(original, nn.Identity):
+            return _join(inner, name), behind[i + 1 :]
+    raise _unsupported(backbone, "no norm follows its blocks")
+
+
+def _reads_all_tokens(module: nn.Module) -> bool:
+    """An attention pooling head (SigLIP) or a norm of the patches' mean (BEiT); a `dense` pooler reads token 0 only."""
+    parts = list(module.modules())
+    attends = any(isinstance(part, nn.MultiheadAttention) for part in parts)
+    only_norm = any("Norm" in type(part).__name__ for part in parts) and not any(
+        isinstance(part, nn.Linear) for part in parts
+    )
+    return attends or only_norm
+
+
+def _token_count(embeddings: nn.Module, name: str) -> int:
+    token = getattr(embeddings, name, None)
+    if not isinstance(token, nn.Parameter):
+        return 0
+    return token.shape[1] if token.dim() == 3 else 1
+
+
+def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int) -> BackboneShape:
+    attention = model.get_submodule(attentions[0])
+    names = projection_names(attention)
+    assert names is not None
+    key = getattr(attention, names[1])
+    return BackboneShape(
+        width=key.in_features,
+        num_layers=depth,
+        num_heads=key.out_features // attention.head_dim,
+        head_dim=attention.head_dim,
+    )
+
+
+def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | None:
+    """The CLS token's learned position embedding [1, 1, D]; None where the model has none."""
+    if not structure.has_cls:
+        return None
+    embeddings = model.get_submodule(structure.inner).get_submodule("embeddings")
+    table = getattr(embeddings, "position_embeddings", None)
+    if isinstance(table, Tensor) and table.dim() == 3:
+        return table[:, :1]
+    table = getattr(embeddings, "position_embedding", None)
+    return table.weight[None, :1] if isinstance(table, nn.Embedding) else None
+
+
+def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:
+    """Channels and (height, width) a model insists on; None where it takes any."""
+    backbone = model.get_submodule(structure.inner)
+    config: Any = backbone.config
+    channels = next((m.in_channels for m in backbone.embeddings.modules() if isinstance(m, nn.Conv2d)), None)
+    size = getattr(config, "image_size", None)
+    # A model that interpolates its positions unasked (DINOv2), or has none to interpolate (DINOv3), takes any size.
+    if channels is None or size is None or "interpolate_pos_encoding" not in signature(backbone.forward).parameters:
+        return channels, None
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, (height, width)
+
+
+def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
+    """sha256 over names, shapes and bytes of the frozen tensors that an adapter's answers depend on.
+
+    Embeddings, blocks and the final norm, named from the bare backbone, so that an adapter trained on `ViTModel` fits
+    `ViTForImageClassification`; the pooler only where its feature is used, since many checkpoints carry none and
+    transformers then makes up a random one.
+    """
+    backbone = model.get_submodule(structure.inner)
+    children = [name for name, _ in backbone.named_children()]
+    norm, pooler = (name and name.rpartition(".")[2] for name in (structure.norm, structure.pooler))
+    unused = set(children[children.index(norm) + 1 :])
+    if pooling == "pooler":
+        unused.discard(pooler)
+    sha = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        if name.split(".")[0] in unused or ".modules_to_save." in name:
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{name.replace('.original_module.', '.')} {tuple(tensor.shape)}\n".encode())
+        sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def eager_attention(attention: nn.Module) -> Any:
+    """The `eager_attention_forward` of the file that defines an attention module; transformers registers none."""
+    return sys.modules[type(attention).__module__].eager_attention_forward

@@ -1,0 +1,98 @@
+"""Prompt tokens: into the sequence before block 0, out of it behind the last block.
+
+What leaves the last block has its original length, so every head and pooler of the model works unchanged; the prompts'
+outputs are kept aside. Hooks are bound methods: `copy.deepcopy` binds them to the copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.backbones.structure import Structure
+
+
+class TokenInjector:
+    """Inserts `tokens` in the passes run while it is set, and records what leaves the last block.
+
+    Args:
+        model: the model the structure was found in.
+        structure: where its parts are.
+
+    Attributes:
+        tokens: prompt tokens [B, P, D] to insert, or None.
+        index: position of the first one in the sequence.
+        hidden: output of the last block without the prompts [B, N, D], of the newest pass.
+        prompt_hidden: outputs of the prompt tokens [B, P, D], or None.
+        pooled: the model's own pooled feature [B, D], or None.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self.tokens: Tensor | None = None
+        self.index = 0
+        self.hidden: Tensor | None = None
+        self.prompt_hidden: Tensor | None = None
+        self.pooled: Tensor | None = None
+        first, last = (model.get_submodule(structure.blocks[i]) for i in (0, -1))
+        self._handles = [
+            first.register_forward_pre_hook(self._insert, with_kwargs=True),
+            last.register_forward_hook(self._remove),
+            *(
+                model.get_submodule(name).register_forward_pre_hook(self._widen_mask, with_kwargs=True)
+                for name in structure.attentions
+            ),
+        ]
+        if structure.pooler:
+            self._handles.append(model.get_submodule(structure.pooler).register_forward_hook(self._keep_pooled))
+
+    def clear(self) -> None:
+        """Insert nothing from now on and let go of recorded tensors."""
+        self.tokens = self.hidden = self.prompt_hidden = self.pooled = None
+
+    def uninstall(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _insert(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.tokens is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tokens = self.tokens.to(hidden.dtype)
+        hidden = torch.cat([hidden[:, : self.index], tokens, hidden[:, self.index :]], dim=1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _remove(self, block: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self.tokens is None:
+            self.hidden, self.prompt_hidden = hidden, None
+            return output
+        start, stop = self.index, self.index + self.tokens.shape[1]
+        self.prompt_hidden = hidden[:, start:stop]
+        self.hidden = torch.cat([hidden[:, :start], hidden[:, stop:]], dim=1)
+        return (self.hidden, *output[1:]) if isinstance(output, tuple) else self.hidden
+
+    def _widen_mask(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let every token see the prompts and the prompts see every token, where the model brings a mask or bias."""
+        if self.tokens is None:
+            return None
+        if len(args) > 1 and isinstance(args[1], Tensor):
+            return (args[0], self._widened(args[1]), *args[2:]), kwargs
+        mask = kwargs.get("attention_mask")
+        return (args, {**kwargs, "attention_mask": self._widened(mask)}) if isinstance(mask, Tensor) else None
+
+    def _widened(self, mask: Tensor) -> Tensor:
+        assert self.tokens is not None
+        for dim in (-1, -2):
+            if mask.shape[dim] > 1:  # a size of 1 is broadcast over the queries
+                size = list(mask.shape)
+                size[dim] = self.tokens.shape[1]
+                free = torch.full(size, mask.dtype == torch.bool, dtype=mask.dtype, device=mask.device)
+                before, behind = mask.tensor_split([self.index], dim=dim)
+                mask = torch.cat([before, free, behind], dim=dim)
+        return mask
+
+    def _keep_pooled(self, pooler: nn.Module, args: Any, output: Tensor) -> None:
+        self.pooled = output

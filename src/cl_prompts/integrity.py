@@ -1,0 +1,95 @@
+"""Whether files and tensors are what they claim to be: checksums of adapters and bases, checks before and after loading."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cl_prompts.saving import recover
+
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of tensors, in the order of their names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def digest_file(folder: str | os.PathLike[str]) -> str | None:
+    """`digest` of the adapter weights in a folder; None if there are none."""
+    path = Path(folder, WEIGHTS_FILE)
+    return digest(load_file(path).items()) if path.is_file() else None
+
+
+def check_adapter_files(source: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Refuse a local folder that holds no adapter or one in pickle; finish a save that was cut short.
+
+    Raises:
+        ValueError: a file is missing, truncated, foreign, or a pickle.
+    """
+    folder = Path(source, subfolder or "")
+    recover(folder)
+    if not folder.is_dir():
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: name the folder that holds {CONFIG_FILE}")
+        return  # not a local folder: PEFT asks the Hub
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"no {CONFIG_FILE} in {folder}: name a folder written by `save_pretrained`")
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which is never loaded: save as {WEIGHTS_FILE}")
+        raise ValueError(f"no {WEIGHTS_FILE} in {folder}: name a folder written by `save_pretrained`")
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is truncated or no safetensors file ({error}): fetch or save it again") from error
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha256: str | None) -> None:
+    """Compare loaded tensors with what the config implies.
+
+    Args:
+        found: tensors of the file, by name.
+        expected: tensors of the freshly built adapter, by the same names.
+        sha256: checksum to compare with; None skips that.
+
+    Raises:
+        ValueError: a tensor is missing, foreign, of another shape or type, or holds NaN or Inf, or the checksum differs.
+    """
+    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or foreign:
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit its config: missing {missing}, unexpected {foreign}. "
+            "Are both files from the same save?"
+        )
+    for name, tensor in found.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
+            raise ValueError(
+                f"{name} is {tensor.dtype}{list(tensor.shape)} in {WEIGHTS_FILE}, the config implies "
+                f"{like.dtype}{list(like.shape)}: are both files from the same save?"
+            )
+    if sha256 is not None and digest(found.items()) != sha256:
+        raise ValueError(
+            f"the checksum of {WEIGHTS_FILE} does not match `weights_sha256` in {CONFIG_FILE}: the file was damaged or "
+            "changed. Fetch it again, or pass verify=False to load it all the same"
+        )
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or Inf: the run that wrote it diverged; lower its learning rate")

@@ -1,0 +1,207 @@
+"""Hash: History-Aware prompt-SHaring (Li et al., CVPR 2026, arXiv 2601.20894). No code is public: our reading.
+
+Per layer one pool of M prompts p_m [Lp, D] shared by all tasks, and per task t one router W_t [M, D]. With x [N, D] the
+block's input before its norm:
+
+    s      = mean over tokens of x W_t^T / sqrt(D) - phi(H)          routing, with the HDR penalty
+    chosen = the k largest of s,  w = softmax(s_chosen)
+    p      = sum_chosen w_m p_m;  first half -> keys, second half -> values, in front of the block's own
+    update of p_m in training is scaled by psi(H_m)                  HGM
+
+H counts how many images of earlier tasks used a prompt. Each router keeps the penalty it was trained with, so that an
+image routed by it at test chooses what it would have chosen in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_prompts.collectives import sum_over_processes
+from cl_prompts.pools.base import Observation, PromptPool, initial
+from cl_prompts.pools.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
+from cl_prompts.pools.selection import normalized, route
+from cl_prompts.prompts import BackboneShape, LossPart, Prefix, PoolInput, PrefixKV, Prompts
+
+
+@dataclass
+class TokenRouter:
+    """Chooses and mixes one layer's prompts by what enters the block; called inside the attention.
+
+    Args:
+        prompts: that layer's prompts [M, Lp, D].
+        routers: router weights [R, M, D].
+        penalties: their routing penalties [R, M].
+        which: the router of each image [B]; None when there is one.
+        top_k: prompts per image.
+        heads: attention heads, or None to leave the prefix in the input space.
+    """
+
+    prompts: Tensor
+    routers: Tensor
+    penalties: Tensor
+    which: Tensor | None
+    top_k: int
+    heads: int | None
+
+    def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
+        """The prefix of each image for a block input [B, N, D]; scores and mixing run in float32."""
+        with torch.autocast(block_input.device.type, enabled=False):
+            # The mean over tokens commutes with the router, which is linear.
+            mean = block_input.mean(1, dtype=torch.float32)
+            scores = torch.einsum("bd,rmd->brm", mean, self.routers) / math.sqrt(mean.shape[1]) - self.penalties
+            if self.which is None:
+                scores = scores[:, 0]
+            else:
+                scores = scores[torch.arange(len(scores), device=scores.device), self.which]
+            ids, weights = route(scores, self.top_k)
+            mixed = F.embedding_bag(ids, self.prompts.flatten(1), per_sample_weights=weights, mode="sum")
+            k, v = mixed.view(len(ids), *self.prompts.shape[1:]).chunk(2, dim=1)
+            if self.heads is not None:
+                k, v = (rows.unflatten(2, (self.heads, -1)).transpose(1, 2) for rows in (k, v))
+        return PrefixKV(k, v, ids=ids, weights=weights.detach())
+
+
+class HashPool(PromptPool, method="hash"):
+    """The Hash pool.
+
+    Tensors: `prompts` [layers (1 if shared), M, Lp, D]; `router` [layers, M, D] of the current task; `old_routers`
+    [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; for router_inference="prototype" the class
+    sums `prototype_sum` [classes by task, D] float64 and `prototype_count`; for modulate="quadratic" the prompts at the
+    task's start, `anchor`.
+    """
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers"}
+    old_routers: Tensor
+    prototype_sum: Tensor
+    prototype_count: Tensor
+    anchor: Tensor
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        depth, size, width = len(config.layers), config.pool_size, shape.width
+        self.prompts = initial(
+            config.prompt_init, 1 if config.share_layers else depth, size, config.prompt_length, width
+        )
+        self.router = initial("normal", depth, size, width)
+        self.history = ActivationHistory((depth,), size)
+        self.register_buffer("old_routers", torch.zeros(0, depth, size, width))
+        if config.router_inference == "prototype":
+            self.register_buffer("prototype_sum", torch.zeros(0, width, dtype=torch.float64))
+            self.register_buffer("prototype_count", torch.zeros(0, dtype=torch.int64))
+            self.prototype_of: list[tuple[int, int]] = []  # (task, head column) of each row
+        if config.modulate == "quadratic":
+            self.register_buffer("anchor", torch.zeros_like(self.prompts))
+
+    @property
+    def needs_query(self) -> bool:
+        """Only the class means are taken from un-prompted features."""
+        return bool(self.config.router_inference == "prototype")
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The config's `layers`."""
+        return tuple(self.config.layers)
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Freeze the last router, start a new one, open a row of counts and rows of class sums."""
+        if self.num_tasks:
+            self.old_routers = torch.cat([self.old_routers, self.router.detach()[None]])
+            start = self.router.detach().clone()
+            if self.config.router_init == "normal":
+                start.normal_(std=0.02)
+            self.router = nn.Parameter(start, requires_grad=self.router.requires_grad)
+        super().begin_task(columns)
+        self.history.begin_task()
+        if self.needs_query:
+            rows = len(columns)
+            self.prototype_sum = torch.cat([self.prototype_sum, self.prototype_sum.new_zeros(rows, self.shape.width)])
+            self.prototype_count = torch.cat([self.prototype_count, self.prototype_count.new_zeros(rows)])
+            self.prototype_of += [(self.num_tasks - 1, column) for column in columns]
+        if self.config.modulate == "quadratic":
+            self.anchor = self.prompts.detach().clone()
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """One prefix function per layer; in training the current router, at test the one(s) of `router_inference`."""
+        rule = "last" if batch.task is not None or self.num_tasks <= 1 else self.config.router_inference
+        which, candidates = None, 1
+        if rule == "last":
+            history = self._history(max(self.num_tasks - 1, 0))[None]
+            routers, penalties = self.router[None], routing_penalty(history, self.config)
+        else:
+            routers = torch.cat([self.old_routers, self.router[None]])
+            penalties = routing_penalty(self.history.before_each(self.config.history_decay), self.config)
+        if rule == "average":
+            routers, penalties = routers.mean(0, keepdim=True), penalties.mean(0, keepdim=True)
+        elif rule == "prototype":
+            which = self._nearest_task(batch.query)
+        elif rule == "confidence":
+            candidates = len(routers)
+            which = torch.arange(candidates, device=routers.device).repeat(batch.batch_size)
+
+        prompts = self._modulated_prompts()
+        heads = self.shape.num_heads if self.config.prefix_space == "projected" else None
+        prefixes: dict[int, Prefix] = {}
+        for row, layer in enumerate(self.layers):
+            pool = prompts[0 if self.config.share_layers else row]
+            prefixes[layer] = TokenRouter(
+                pool, routers[:, row], penalties[:, row], which, self.config.top_k, heads
+            )
+        answer = Prompts(prefixes=prefixes, candidates=candidates)
+        if batch.task is not None and self.config.modulate == "quadratic" and self.config.hgm != "none":
+            answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")
+        return answer
+
+    def observe(self, seen: Observation) -> None:
+        """Count activations [B, layers, k] and, for "prototype", sum the features of each class."""
+        if not self.num_tasks:
+            return
+        if seen.ids is not None:
+            self.history.add(seen.ids, seen.counted)
+        if self.needs_query and seen.query is not None and seen.columns is not None:
+            rows = [row for row, (task, _) in enumerate(self.prototype_of) if task == self.num_tasks - 1]
+            columns = torch.tensor([self.prototype_of[row][1] for row in rows], device=seen.columns.device)
+            member = (seen.columns[:, None] == columns) & seen.counted[:, None]
+            sums = sum_over_processes(member.T.double() @ seen.query.double())
+            counts = sum_over_processes(member.sum(0))
+            self.prototype_sum[rows] += sums
+            self.prototype_count[rows] += counts
+
+    def update_factors(self) -> dict[str, Tensor]:
+        """psi(H) on the prompts' steps, for modulate="update"."""
+        return {"prompts": self._factor()} if self.config.hgm != "none" and self.config.modulate == "update" else {}
+
+    def _history(self, task: int) -> Tensor:
+        return self.history.before(task, self.config.history_decay)
+
+    def _prompt_history(self) -> Tensor:
+        """H of each row of `prompts`: [layers, M], or summed over layers where they share prompts."""
+        history = self._history(max(self.num_tasks - 1, 0))
+        return history.sum(0, keepdim=True) if self.config.share_layers else history
+
+    def _factor(self) -> Tensor:
+        return update_factor(self._prompt_history(), self.config)[:, :, None, None]
+
+    def _modulated_prompts(self) -> Tensor:
+        if self.config.hgm != "none" and self.config.modulate == "gradient":
+            return ScaleGradient.apply(self.prompts, self._factor())  # type: ignore[no-any-return, no-untyped-call]
+        return self.prompts
+
+    def _drift_from_anchor(self) -> Tensor:
+        moved = (self.prompts - self.anchor).square().sum((2, 3))
+        return self.config.zeta / 2 * (self._prompt_history().float() * moved).sum()
+
+    def _nearest_task(self, query: Tensor | None) -> Tensor:
+        """Task of the class mean with the largest cosine to each un-prompted feature [B, D]: [B]."""
+        assert query is not None
+        means = self.prototype_sum / self.prototype_count.clamp_min(1)[:, None]
+        similarity = normalized(query) @ normalized(means.to(query.dtype)).T
+        similarity = similarity.masked_fill(self.prototype_count == 0, -math.inf)
+        tasks = torch.tensor([task for task, _ in self.prototype_of], device=query.device)
+        return tasks[similarity.argmax(1)]

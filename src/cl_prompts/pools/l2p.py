@@ -1,0 +1,83 @@
+"""L2P: Learning to Prompt for Continual Learning (Wang et al., CVPR 2022).
+
+A pool of M prompts P_m [Lp, D] with keys k_m [D]. For an image with query q (un-prompted CLS feature):
+
+    chosen  = the K keys with the largest cosine(q, k_m)                              (eq. 3)
+    input   = [CLS, P_chosen..., patches]                                             (eq. 2)
+    loss    = CE(head(mean of the prompts' outputs)) - lambda * sum_chosen cosine(q, k_m)   (eq. 5, mean over images)
+
+The query carries no gradient; keys learn from the second term alone, prompts from the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_prompts.pools.base import Observation, PromptPool, initial
+from cl_prompts.pools.history import ActivationHistory
+from cl_prompts.pools.selection import cosine_scores, diversified_top_k, majority_vote
+from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prompts
+
+
+class L2PPool(PromptPool, method="l2p"):
+    """The L2P pool. Tensors: `prompts` [M, Lp, D], `keys` [M, D] (learned keys only), `history.counts` [tasks, M]."""
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys"}
+    keys: nn.Parameter | None
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        self.prompts = initial(config.prompt_init, config.pool_size, config.prompt_length, shape.width)
+        self.keys = initial(config.key_init, config.pool_size, shape.width) if config.key_type == "learned" else None
+        self.history = ActivationHistory((), config.pool_size)
+
+    @property
+    def needs_query(self) -> bool:
+        """Without keys there is nothing to ask."""
+        return bool(self.config.key_type != "none")
+
+    def begin_task(self, columns: Any) -> None:
+        """Open a row of counts."""
+        super().begin_task(columns)
+        self.history.begin_task()
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """Tokens [B, K * Lp, D], the pull loss, and what was chosen."""
+        if batch.query is None:
+            return self._prompts(self.prompts.flatten(0, 1).expand(batch.batch_size, -1, -1))
+        keys = self.keys if self.keys is not None else self.prompts.mean(1)
+        scores = cosine_scores(batch.query, keys)
+        ids = self._choose(scores.detach(), batch)
+        chosen_scores = scores.gather(1, ids)
+        tokens = F.embedding(ids, self.prompts.flatten(1)).view(len(ids), -1, self.shape.width)
+        prompts = self._prompts(tokens)
+        prompts.ids, prompts.weights = ids, chosen_scores.detach()
+        prompts.losses["pull"] = LossPart(-self.config.pull_coefficient * chosen_scores.sum(1), "mean")
+        return prompts
+
+    def observe(self, seen: Observation) -> None:
+        """Count which prompts the images of this task use."""
+        if seen.ids is not None and self.num_tasks:
+            self.history.add(seen.ids, seen.counted)
+
+    def _choose(self, scores: Tensor, batch: PoolInput) -> Tensor:
+        k = self.config.top_k
+        if self.config.diversified_selection and batch.task:  # the first task has no history
+            frequency = self.history.before(batch.task)
+            ids = diversified_top_k(scores, (frequency / frequency.sum().clamp_min(1)).to(scores.dtype), k)
+        else:
+            ids = scores.topk(k, dim=1).indices
+        if self.config.batchwise_selection:
+            training = batch.task is not None
+            ids = majority_vote(ids, self.config.pool_size, batch.counted, over_processes=training)
+        return ids
+
+    def _prompts(self, tokens: Tensor) -> Prompts:
+        return Prompts(
+            tokens=tokens,
+            tokens_after_cls=self.config.position == "after_cls",
+            tokens_take_cls_position=self.config.add_cls_position_embedding is not False,
+        )

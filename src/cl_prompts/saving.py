@@ -1,0 +1,85 @@
+"""Saving a folder so that whoever looks finds the old content or the new, whole.
+
+A save fills a folder beside the target, then swaps: target -> old, new -> target, old away. A process killed between
+the two renames leaves no target but a complete new folder; `recover` finishes that swap. It runs before every load and
+every save.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}.saving"), target.with_name(f".{target.name}.replaced")
+
+
+def recover(folder: str | os.PathLike[str]) -> None:
+    """Finish a save of `folder` that was cut short between its two renames."""
+    target = Path(folder).resolve()
+    new, old = _beside(target)
+    if old.exists() and not target.exists():
+        # `old` exists only once `new` was complete and on disk.
+        os.rename(new if new.exists() else old, target)
+
+
+def _link_or_copy(source: str, destination: str) -> str:
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, destination)
+    return destination
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(folder: str | os.PathLike[str], *written: str) -> Iterator[Path]:
+    """Give an empty-handed writer a folder that takes `folder`'s place when the block ends without an error.
+
+    Files of `folder` other than `written` (names relative to it) are kept.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    target = Path(folder).resolve()
+    if target.is_file():
+        raise ValueError(f"{folder} is a file: name a folder to save into")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    new, old = _beside(target)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        if target.exists():
+            shutil.copytree(target, new, copy_function=_link_or_copy, symlinks=True)
+            for name in written:
+                (new / name).unlink(missing_ok=True)  # a link: writing through it would change the old file
+        else:
+            new.mkdir()
+        yield new
+        for path in [*(p for p in new.rglob("*") if p.is_file() and not p.is_symlink()), new]:
+            _to_disk(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except FileNotFoundError:
+        # Another process came to load between the renames and has finished the swap.
+        if not target.exists():
+            raise
+    _to_disk(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""What an adapter remembers besides its tensors: the tasks it has seen, the names of its classes, the base it fits."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class AdapterState:
+    """The `state` object of `adapter_config.json`. A config with a non-empty one rebuilds all tensor shapes.
+
+    Args:
+        format_version: version of the file format; a newer one than this library knows is refused.
+        tasks: class ids of every task begun so far, in order, as they stand in `labels`.
+        task_open: True between `begin_task` and `end_task`.
+        class_names: name of a class by `str(id)`.
+        base_fingerprint: sha256 over names, shapes and bytes of the frozen tensors the adapter stands on.
+        base_width, base_layers, base_heads: sizes of that base.
+        pooling: how the base's un-prompted feature was taken ("cls", "mean" or "pooler").
+        image_size: height and width of the input in pixels, where the base has a fixed one.
+        image_mean, image_std: normalisation of the input, one number per channel.
+        weights_sha256: `cl_prompts.integrity.digest` of the saved tensors.
+    """
+
+    format_version: int = FORMAT_VERSION
+    tasks: list[list[int]] = field(default_factory=list)
+    task_open: bool = False
+    class_names: dict[str, str] = field(default_factory=dict)
+    base_fingerprint: str | None = None
+    base_width: int | None = None
+    base_layers: int | None = None
+    base_heads: int | None = None
+    pooling: str | None = None
+    image_size: list[int] | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    weights_sha256: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AdapterState:
+        """Check and take over a `state` object read from a file.
+
+        Raises:
+            ValueError: it was written by a newer format, or its tasks are no lists of distinct integers.
+        """
+        version = values.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"the adapter has format version {version!r}, this cl_prompts reads up to {FORMAT_VERSION}: "
+                "upgrade with `pip install -U cl-prompts`"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"unknown fields {unknown} in the adapter's state are ignored", stacklevel=2)
+        state = cls(**{k: v for k, v in values.items() if k in known})
+        tasks = state.tasks
+        if not isinstance(tasks, list) or not all(
+            isinstance(task, list) and all(type(c) is int for c in task) and len(set(task)) == len(task)
+            for task in tasks
+        ):
+            raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {tasks!r}")
+        if not isinstance(state.class_names, dict):
+            raise ValueError(f"`state.class_names` must map str(class id) to a name, got {state.class_names!r}")
+        return state
+
+    @property
+    def classes(self) -> list[int]:
+        """Class ids in the order of the head's columns: by first appearance."""
+        return list(dict.fromkeys(c for task in self.tasks for c in task))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
     for name in lists[0][1]:
         attention = model.get_submodule(name)
-        if not hasattr(attention, "config") or not hasattr(attention, "scaling"):
+        if "ALL_ATTENTION_FUNCTIONS" not in unwrap(type(attention).forward).__code__.co_names:
             raise _unsupported(model, f"{type(attention).__name__} does not call a registered attention function")
     return lists[0]
 

@@ -1,0 +1,24 @@
+"""cl_prompts: prompt-based continual learning for any frozen Hugging Face vision transformer, PEFT-native.
+
+Importing it registers the PEFT type `PROMPT_POOL`; do so before loading an adapter with PEFT's own classes.
+"""
+
+from cl_prompts.config import HashPromptConfig, L2PConfig, PromptPoolConfig
+from cl_prompts.model import AutoPromptPoolModel, PromptPoolModel, extract_features, get_prompt_pool_model
+from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.tuner import PromptPoolTuner
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoPromptPoolModel",
+    "HashPromptConfig",
+    "L2PConfig",
+    "PromptPoolConfig",
+    "PromptPoolModel",
+    "PromptPoolOutput",
+    "PromptPoolTuner",
+    "extract_features",
+    "get_prompt_pool_model",
+]

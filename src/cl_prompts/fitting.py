@@ -1,0 +1,88 @@
+"""Whether a config, a base model and a batch of images fit each other; every error names the value and the mend."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.adapter import PoolAdapter
+from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
+from cl_prompts.config import PromptPoolConfig
+from cl_prompts.prompts import BackboneShape
+
+
+def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
+    """Raise ValueError if a config asks for blocks the base lacks, or its adapter was made for another kind of base."""
+    depth = structure.shape.num_layers
+    outside = [layer for layer in getattr(config, "layers", []) if layer >= depth]
+    if outside:
+        raise ValueError(f"layers {outside} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
+    if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:
+        raise ValueError(
+            f"add_cls_position_embedding=True, but {type(model).__name__} has no position embedding of a CLS token: "
+            "leave it at None"
+        )
+    state = config.state
+    for what, made_for, here in (
+        ("width", state.base_width, structure.shape.width),
+        ("number of blocks", state.base_layers, depth),
+        ("number of heads", state.base_heads, structure.shape.num_heads),
+        ("feature", state.pooling, pooling),
+    ):
+        if made_for is not None and made_for != here:
+            raise ValueError(
+                f"the adapter was made for a base of {what} {made_for}, this one has {here}: load it on "
+                f"{config.base_model_name_or_path or 'the base it was trained on'}"
+            )
+
+
+def check_base(config: PromptPoolConfig, found: str) -> None:
+    """Warn, or with `strict_base` raise ValueError, if the base has other weights than the adapter was trained on."""
+    made_for = config.state.base_fingerprint
+    if made_for is not None and found != made_for:
+        text = (
+            f"the adapter was trained on a base with fingerprint {made_for[:12]}, this one has {found[:12]}: same shape, "
+            f"other weights. Load {config.base_model_name_or_path or 'the base it was trained on'}"
+        )
+        if config.strict_base:
+            raise ValueError(text)
+        warnings.warn(text + ", or expect worse answers", stacklevel=2)
+
+
+def refuse_large(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
+    """Raise ValueError if the adapter's tensors would exceed `max_adapter_bytes`; nothing is allocated to find out."""
+    try:
+        with torch.device("meta"):
+            adapter = PoolAdapter(config, shape, pooling)
+        tensors = [*adapter.parameters(), *adapter.buffers()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"the config implies tensors of impossible size ({error})") from error
+    if size > config.max_adapter_bytes:
+        raise ValueError(
+            f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "
+            "raise that limit if you trust the adapter"
+        )
+
+
+def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
+    """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
+    channels, size = expected_image(model, structure)
+    if channels is None:  # SigLIP 2 takes patches
+        return
+    if images.dim() != 4:
+        raise ValueError(f"pixel_values has shape {list(images.shape)}, expected [B, {channels}, height, width]")
+    if images.shape[1] != channels:
+        raise ValueError(
+            f"pixel_values has {images.shape[1]} channels, the base takes {channels}: convert images to RGB first"
+        )
+    if size is not None and tuple(images.shape[2:]) != size and not kwargs.get("interpolate_pos_encoding"):
+        raise ValueError(
+            f"images are {images.shape[2]}x{images.shape[3]}, the base takes {size[0]}x{size[1]}: resize them with its "
+            "image processor, or pass interpolate_pos_encoding=True"
+        )

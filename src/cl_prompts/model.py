@@ -1,0 +1,213 @@
+"""The model users hold: a `PeftModel` with a typed forward, whole saves, and checks on load."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.auto import _BaseAutoPeftModel
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from torch import Tensor, nn
+
+from cl_prompts.config import PEFT_TYPE, PromptPoolConfig
+from cl_prompts.integrity import CONFIG_FILE, WEIGHTS_FILE, check_adapter_files
+from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.saving import replacing
+from cl_prompts.tuner import PromptPoolTuner
+
+
+# PEFT's own register_peft_method needs an entry in its enum; string types are supported in the mappings themselves.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PromptPoolConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PromptPoolTuner
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PromptPoolTuner.prefix
+
+
+class PromptPoolModel(PeftModel):  # type: ignore[misc]
+    """A frozen vision transformer with a prompt pool.
+
+    What it does lives in `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class adds
+    the signature of the forward and saves that replace a folder as a whole. Tasks: `begin_task`, `end_task`,
+    `parameter_groups`, `attach_optimizer`, `classes` (see `PromptPoolTuner`).
+    """
+
+    # transformers.Trainer gathers everything else an evaluation returns.
+    keys_to_ignore_at_inference = ("losses", "prompt_ids", "prompt_weights", "query", "features")
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        sample_ids: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> PromptPoolOutput:
+        """Logits over the known classes, and with labels the loss.
+
+        Args:
+            pixel_values: images [B, 3, H, W], normalised as the base expects.
+            labels: class ids [B]; -100 marks padding that counts nowhere.
+            query: un-prompted features [B, D] if the caller has them (`extract_features`); spares the un-prompted pass.
+            sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
+                task. Without them every training forward counts.
+            num_items_in_batch: number of images of the whole accumulated batch, as `transformers.Trainer` passes it.
+            kwargs: go to the base model.
+
+        Raises:
+            ValueError: wrong image size or channels, labels of undeclared classes, no class known yet.
+        """
+        own = {"labels": labels, "query": query, "sample_ids": sample_ids, "num_items_in_batch": num_items_in_batch}
+        given = {name: value for name, value in own.items() if value is not None}
+        return super().forward(pixel_values=pixel_values, **given, **kwargs)  # type: ignore[no-any-return]
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters as `adapter_config.json` and `adapter_model.safetensors` ("default" at the top, others by name).
+
+        The folder is swapped in as a whole: whoever looks finds the old adapter or the new one. Its other files stay.
+
+        Args:
+            save_directory: folder to write.
+            safe_serialization: must be True; pickle is never written.
+            selected_adapters: names of adapters; None: all.
+            is_main_process: only the main process writes.
+            kwargs: passed to PEFT (`state_dict`).
+
+        Raises:
+            ValueError: pickle was asked for, an adapter does not exist, or the path is a file.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
+        if not is_main_process:
+            return
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        folders = ["" if name == "default" else f"{name}/" for name in names]
+        written = [f"{folder}{file}" for folder in folders for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        with replacing(save_directory, *written, "README.md") as folder:
+            super().save_pretrained(
+                str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
+        strict_base: bool = False,
+        verify: bool = True,
+        max_adapter_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> PromptPoolModel:
+        """Load an adapter from a folder or the Hub onto a base model.
+
+        Args:
+            model: the base; left as it was if loading fails.
+            model_id: folder or Hub id.
+            adapter_name: name of the adapter in this model.
+            is_trainable: whether training goes on.
+            config: use this config instead of the saved one.
+            strict_base: a base with other weights is an error instead of a warning.
+            verify: compare the checksum of the weights.
+            max_adapter_bytes: refuse larger adapters before memory is allocated (default 8 GiB).
+            kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `low_cpu_mem_usage` and the like, as in PEFT.
+
+        Raises:
+            ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
+        """
+        check_adapter_files(model_id, kwargs.get("subfolder"))
+        if config is None:
+            hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
+            config = PromptPoolConfig.from_pretrained(model_id, **hub)
+        if not isinstance(config, PromptPoolConfig):
+            raise TypeError(f"config must be a PromptPoolConfig, got {type(config).__name__}")
+        config.strict_base, config.verify = strict_base, verify
+        if max_adapter_bytes is not None:
+            config.max_adapter_bytes = max_adapter_bytes
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        training = model.training
+        try:
+            return super().from_pretrained(  # type: ignore[no-any-return]
+                model, os.fspath(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
+            )
+        except BaseException:
+            _give_back(model, before, training)
+            raise
+
+
+class AutoPromptPoolModel(_BaseAutoPeftModel):  # type: ignore[misc]
+    """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter."""
+
+    _target_class = None
+    _target_peft_class = PromptPoolModel
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> PromptPoolModel:
+        """See `PromptPoolModel.from_pretrained`; only classes of transformers are imported for the base."""
+        check_adapter_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def get_prompt_pool_model(
+    model: nn.Module, config: PromptPoolConfig, adapter_name: str = "default", **kwargs: Any
+) -> PromptPoolModel:
+    """Put a new prompt pool on a vision transformer, which is frozen in place.
+
+    Args:
+        model: any supported Hugging Face vision transformer, bare or with an image classification head (bypassed).
+        config: a method's config.
+        adapter_name: name of the adapter.
+        kwargs: `revision`, `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in PEFT.
+
+    Raises:
+        TypeError: the model is not supported; the message lists what is.
+        ValueError: the config does not fit the model.
+    """
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
+    config.revision = kwargs.pop("revision", None) or config.revision
+    return PromptPoolModel(model, config, adapter_name=adapter_name, **kwargs)
+
+
+def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+    """The frozen backbone's feature of each image, the query of the methods that ask for one.
+
+    Args:
+        model: a model with a prompt pool.
+        pixel_values: images [B, 3, H, W].
+        kwargs: further inputs of the base.
+
+    Returns:
+        float32 [B, D], without gradient.
+    """
+    return model.base_model.extract_features(pixel_values, **kwargs)  # type: ignore[no-any-return]
+
+
+def _give_back(model: nn.Module, requires_grad: dict[str, bool], training: bool) -> None:
+    """Undo what a failed load did to the base."""
+    for module in list(model.modules()):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for hook in list(hooks.values()):
+                owner = getattr(hook, "__self__", None)
+                if isinstance(owner, PromptPoolTuner):
+                    owner.unload()
+                    break
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad.get(name, parameter.requires_grad))
+    model.train(training)

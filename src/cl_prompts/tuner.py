@@ -186,6 +186,11 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
         """Class ids as they stand in `labels`, in the order of the logits' columns."""
         return self.adapter.classes
 
+    @property
+    def needs_query(self) -> bool:
+        """Whether the method reads the un-prompted feature; a caller who has it saves a pass with `query=`."""
+        return self.adapter.pool.needs_query
+
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: dict[int, str] | None = None
     ) -> None:

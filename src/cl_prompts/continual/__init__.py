@@ -1,0 +1,25 @@
+"""Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
+
+from cl_prompts.continual.evaluation import accuracy, stream_features
+from cl_prompts.continual.metrics import AccuracyMatrix
+from cl_prompts.continual.references import (
+    FrozenFeatures,
+    joint_linear_probe,
+    nearest_class_mean,
+    sequential_linear_probe,
+)
+from cl_prompts.continual.streams import ClassIncrementalStream, Task, split_classes
+
+
+__all__ = [
+    "AccuracyMatrix",
+    "ClassIncrementalStream",
+    "FrozenFeatures",
+    "Task",
+    "accuracy",
+    "joint_linear_probe",
+    "nearest_class_mean",
+    "sequential_linear_probe",
+    "split_classes",
+    "stream_features",
+]

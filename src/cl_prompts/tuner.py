@@ -7,6 +7,7 @@ and sets the prompts; the base model's own forward is then the prompted pass, an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
         config = self.peft_config[adapter_name]
         if not isinstance(config, PromptPoolConfig):
             raise TypeError(f"a prompt pool needs a PromptPoolConfig, got {type(config).__name__}")
+        # The config keeps the adapter's state, so two models made from one config must not share it.
+        config = self.peft_config[adapter_name] = copy.deepcopy(config)
         first = not hasattr(self, "pools")
         structure: Structure = find_structure(model) if first else self.structure
         pooling = resolve_pooling(config.query_pooling, structure, type(model).__name__)

@@ -2,6 +2,9 @@
 
 What leaves the last block has its original length, so every head and pooler of the model works unchanged; the prompts'
 outputs are kept aside. Hooks are bound methods: `copy.deepcopy` binds them to the copy.
+
+Some models bring an attention mask or a position bias that must cover the prompts too. Where they were inserted travels
+with each block's keyword arguments, so that gradient checkpointing finds it again when it recomputes the block.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.structure import Structure
+
+
+KEYWORD = "cl_prompts_inserted"
 
 
 class TokenInjector:
@@ -40,7 +46,11 @@ class TokenInjector:
             first.register_forward_pre_hook(self._insert, with_kwargs=True),
             last.register_forward_hook(self._remove),
             *(
-                model.get_submodule(name).register_forward_pre_hook(self._widen_mask, with_kwargs=True)
+                model.get_submodule(name).register_forward_pre_hook(self._announce, with_kwargs=True)
+                for name in structure.blocks
+            ),
+            *(
+                model.get_submodule(name).register_forward_pre_hook(widen_mask, with_kwargs=True)
                 for name in structure.attentions
             ),
         ]
@@ -74,25 +84,34 @@ class TokenInjector:
         self.hidden = torch.cat([hidden[:, :start], hidden[:, stop:]], dim=1)
         return (self.hidden, *output[1:]) if isinstance(output, tuple) else self.hidden
 
-    def _widen_mask(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let every token see the prompts and the prompts see every token, where the model brings a mask or bias."""
+    def _announce(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.tokens is None:
             return None
-        if len(args) > 1 and isinstance(args[1], Tensor):
-            return (args[0], self._widened(args[1]), *args[2:]), kwargs
-        mask = kwargs.get("attention_mask")
-        return (args, {**kwargs, "attention_mask": self._widened(mask)}) if isinstance(mask, Tensor) else None
-
-    def _widened(self, mask: Tensor) -> Tensor:
-        assert self.tokens is not None
-        for dim in (-1, -2):
-            if mask.shape[dim] > 1:  # a size of 1 is broadcast over the queries
-                size = list(mask.shape)
-                size[dim] = self.tokens.shape[1]
-                free = torch.full(size, mask.dtype == torch.bool, dtype=mask.dtype, device=mask.device)
-                before, behind = mask.tensor_split([self.index], dim=dim)
-                mask = torch.cat([before, free, behind], dim=dim)
-        return mask
+        return args, {**kwargs, KEYWORD: (self.index, self.tokens.shape[1])}
 
     def _keep_pooled(self, pooler: nn.Module, args: Any, output: Tensor) -> None:
         self.pooled = output
+
+
+def widen_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hook: let every token see the prompts and the prompts see every token, where the model brings a mask or bias."""
+    if KEYWORD not in kwargs:
+        return None
+    kwargs = dict(kwargs)
+    inserted = kwargs.pop(KEYWORD)
+    if len(args) > 1 and isinstance(args[1], Tensor):
+        args = (args[0], _widened(args[1], *inserted), *args[2:])
+    elif isinstance(kwargs.get("attention_mask"), Tensor):
+        kwargs["attention_mask"] = _widened(kwargs["attention_mask"], *inserted)
+    return args, kwargs
+
+
+def _widened(mask: Tensor, index: int, length: int) -> Tensor:
+    for dim in (-1, -2):
+        if mask.shape[dim] > 1:  # a size of 1 is broadcast over the queries
+            size = list(mask.shape)
+            size[dim] = length
+            free = torch.full(size, mask.dtype == torch.bool, dtype=mask.dtype, device=mask.device)
+            before, behind = mask.tensor_split([index], dim=dim)
+            mask = torch.cat([before, free, behind], dim=dim)
+    return mask

@@ -140,8 +140,15 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # PEFT's layers also switch gradients here, which would make a frozen adapter trainable by switching it off and on.
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         super()._enable_adapter_layers(enabled)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
         self.pools._disable_adapters = not enabled
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's last step of a load with `low_cpu_mem_usage`: the tensors lie where it read them."""
+        self.pools.prompt_pool[adapter_name].to(device or next(self.model.parameters()).device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it was the active one, the first of the others takes over."""
@@ -432,7 +439,8 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
 
     def _choices(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         """Chosen prompts and weights: the pool's own, or those that the layers chose, [B, layers, k]."""
-        used = [kv for _, kv in sorted(self.prefix_kv.used.items()) if kv.ids is not None]
+        used = [self.prefix_kv.used[layer] for layer in sorted(self.prefix_kv.used)]
+        used = [kv for kv in used if kv.ids is not None]
         if prompts.ids is not None or not used:
             return prompts.ids, prompts.weights
         ids, weights = zip(*((kv.ids, kv.weights) for kv in used), strict=True)

@@ -112,7 +112,9 @@ class HashPool(PromptPool, method="hash"):
     def begin_task(self, columns: Sequence[int]) -> None:
         """Freeze the last router, start a new one, open a row of counts and rows of class sums."""
         if self.num_tasks:
-            self.old_routers = torch.cat([self.old_routers, self.router.detach()[None]])
+            closed = self.router.detach()[None]
+            # PEFT's low_cpu_mem_usage builds parameters on the meta device, but not buffers.
+            self.old_routers = torch.cat([self.old_routers.to(closed.device), closed])
             start = self.router.detach().clone()
             if self.config.router_init == "normal":
                 start.normal_(std=0.02)

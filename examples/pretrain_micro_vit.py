@@ -18,9 +18,14 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel, set_seed
 
 
-CONFIG = dict(
-    image_size=32, patch_size=4, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384
-)
+CONFIG = {
+    "image_size": 32,
+    "patch_size": 4,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+}
 
 CARD = """---
 license: apache-2.0

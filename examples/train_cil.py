@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from cl_prompts.continual import (
     accuracy,
     joint_linear_probe,
     nearest_class_mean,
-    sequential_linear_probe,
+    sequential_probe,
     split_classes,
     stream_features,
 )
@@ -116,9 +117,7 @@ def load_backbone(name: str) -> Any:
     """A frozen backbone without the pooler that many checkpoints lack and transformers then makes up."""
     config = AutoConfig.from_pretrained(name)
     config = getattr(config, "vision_config", config)
-    import inspect
-
-    takes = inspect.signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    takes = signature(AutoModel._model_mapping[type(config)].__init__).parameters
     options = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
     return AutoModel.from_pretrained(name, config=config, **options)
 
@@ -155,7 +154,9 @@ def train_task(
     accelerator.free_memory()
 
 
-def references(stream: ClassIncrementalStream, train: torch.Tensor, test: torch.Tensor, args: Arguments) -> dict[str, Any]:
+def references(
+    stream: ClassIncrementalStream, train: torch.Tensor, test: torch.Tensor, config: PromptPoolConfig, args: Arguments
+) -> dict[str, AccuracyMatrix]:
     """Comparison learners on the frozen features of the same images, with the head's own learning rate."""
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
@@ -163,11 +164,12 @@ def references(stream: ClassIncrementalStream, train: torch.Tensor, test: torch.
     )
     lr = pairs(args.lrs).get("head", args.lr)
     settings: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": lr, "seed": args.seed}
-    return {
-        "sequential linear probe": sequential_linear_probe(data, **settings),
-        "nearest class mean": nearest_class_mean(data),
-        "joint linear probe": joint_linear_probe(data, **settings),
-    }
+    found = {"sequential linear probe": sequential_probe(data, **settings)}
+    if config.head == "cosine":
+        found["sequential cosine probe"] = sequential_probe(data, **settings, cosine_scale=config.head_scale)
+    found["nearest class mean"] = nearest_class_mean(data)
+    found["joint linear probe"] = joint_linear_probe(data, **settings)
+    return found
 
 
 def main() -> None:
@@ -201,7 +203,7 @@ def main() -> None:
     # Images are not augmented, so the un-prompted features are the queries of every epoch: computed once, used by all.
     train_features, test_features = features(train=True), features(train=False)
     queries = train_features if model.needs_query else None
-    results = {args.method: AccuracyMatrix(), **references(stream, train_features, test_features, args)}
+    results = {args.method: AccuracyMatrix(), **references(stream, train_features, test_features, config, args)}
 
     for task in stream:
         model.begin_task(task.classes, class_names=data.names(task.classes))

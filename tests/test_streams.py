@@ -18,11 +18,12 @@ from cl_prompts.continual import (
     accuracy,
     joint_linear_probe,
     nearest_class_mean,
-    sequential_linear_probe,
+    sequential_probe,
     split_classes,
     stream_features,
 )
-from cl_prompts.continual.references import _fit, _head
+from cl_prompts.continual.references import _fit
+from cl_prompts.head import GrowingHead
 
 
 TRAIN = [5, 9, 5, 2, 7, 9, 9, 2, 5, 7, 7, 2, 4, 5, 9, 2, 7]
@@ -280,7 +281,7 @@ def test_nearest_class_mean() -> None:
 SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 0.05}
 
 
-@pytest.mark.parametrize("probe", [sequential_linear_probe, joint_linear_probe])
+@pytest.mark.parametrize("probe", [sequential_probe, joint_linear_probe])
 def test_probes_follow_from_their_seed(probe: Any) -> None:
     data = frozen_features()
     torch.manual_seed(1)
@@ -290,50 +291,50 @@ def test_probes_follow_from_their_seed(probe: Any) -> None:
     assert probe(data, **SETTINGS, seed=1).columns != first.columns
 
 
-def test_sequential_probe_touches_only_the_rows_of_its_task() -> None:
+@pytest.mark.parametrize("cosine_scale", [None, 5.0])
+def test_sequential_probe_touches_only_the_rows_of_its_task(cosine_scale: float | None) -> None:
     data = frozen_features()
-    seen = [c for classes in data.classes for c in classes]
-    head = _head(6, len(seen), seed=0)
-    start = head.weight.detach().clone()
-    rows = (slice(0, 2), slice(2, 5))
+    seen: list[int] = []
+    head = GrowingHead(6, cosine_scale)
     for task, (features, labels) in enumerate(data.train):
-        before = head.weight.detach().clone(), head.bias.detach().clone()
-        _fit(head, features, labels, data.classes[task], seen, **SETTINGS, seed=0)
-        other = rows[1 - task]
-        assert torch.equal(head.weight[other], before[0][other])
-        assert torch.equal(head.bias[other], before[1][other])
-        assert (head.weight[rows[task]] != before[0][rows[task]]).all()
+        old = len(seen)
+        seen += data.classes[task]
+        head.declare(seen, data.classes[task])
+        before = head.weight.detach().clone()
+        _fit(head, features, labels, **SETTINGS)
+        assert torch.equal(head.weight[:old], before[:old])
+        assert (head.weight[old:] != before[old:]).all()
 
-    # The same by hand: a head of its own for each task, all compared at test.
-    weights, biases = [], []
+
+def test_sequential_probe_equals_a_head_per_task() -> None:
+    """Under the task mask a growing head is one head per task, all compared at test."""
+    data = frozen_features()
+    torch.manual_seed(0)
+    weights, biases, seen = [], [], []
     for task, (features, labels) in enumerate(data.train):
-        weight = start[rows[task]].clone().requires_grad_()
+        seen += data.classes[task]
+        weight = torch.empty(len(data.classes[task]), 6)
+        torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+        weight.requires_grad_()
         bias = torch.zeros(len(weight), requires_grad=True)
-        optimizer = torch.optim.Adam([weight, bias], lr=0.05)
+        optimizer = torch.optim.Adam([weight, bias], lr=SETTINGS["lr"])
         targets = torch.tensor([data.classes[task].index(int(c)) for c in labels])
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(3):
-            for batch in torch.randperm(len(features), generator=generator).split(16):
+        for _ in range(SETTINGS["epochs"]):
+            for batch in torch.randperm(len(features)).split(SETTINGS["batch_size"]):
                 optimizer.zero_grad()
                 F.cross_entropy(features[batch] @ weight.T + bias, targets[batch]).backward()
                 optimizer.step()
         weights.append(weight.detach())
         biases.append(bias.detach())
-    assert_close(head.weight, torch.cat(weights), atol=1e-5, rtol=0)
-    matrix = sequential_linear_probe(data, **SETTINGS, seed=0)
+    matrix = sequential_probe(data, **SETTINGS, seed=0)
     for tasks, column in enumerate(matrix.columns, start=1):
         logits = [x @ torch.cat(weights[:tasks]).T + torch.cat(biases[:tasks]) for x, _ in data.test[:tasks]]
         hits = [torch.tensor(seen)[z.argmax(1)] == y for z, (_, y) in zip(logits, data.test, strict=False)]
         assert column == [pytest.approx(100 * h.double().mean().item(), abs=1e-9) for h in hits]
 
 
-def test_joint_probe_learns_all_tasks_anew() -> None:
+def test_joint_probe_learns_all_tasks_at_once() -> None:
     data = frozen_features()
     joint = joint_linear_probe(data, **SETTINGS, seed=0)
-    features, labels = (torch.cat(parts) for parts in zip(*data.train, strict=True))
-    seen = [c for classes in data.classes for c in classes]
-    head = _head(6, len(seen), seed=0)
-    _fit(head, features, labels, seen, seen, **SETTINGS, seed=0)
-    expected = [(torch.tensor(seen)[head(x).argmax(1)] == y).double().mean().item() * 100 for x, y in data.test]
-    assert joint.columns[1] == pytest.approx(expected, abs=1e-9)
-    assert joint.summary()["faa"] > sequential_linear_probe(data, **SETTINGS, seed=0).summary()["faa"]
+    assert joint.summary()["faa"] > sequential_probe(data, **SETTINGS, seed=0).summary()["faa"]
+    assert joint.columns[0] == sequential_probe(data, **SETTINGS, seed=0).columns[0]

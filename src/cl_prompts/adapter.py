@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -34,7 +34,7 @@ class PoolAdapter(nn.Module):
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
         self.pool: PromptPool = POOLS[config.method](config, shape)
-        self.head = GrowingHead(shape.width)
+        self.head = GrowingHead(shape.width, config.head_scale if config.head == "cosine" else None)
         self.link = OptimizerLink()
         self.ledger = ImageLedger()
         # Labels of undeclared classes seen on a device, where looking at them in the step would wait for the device.
@@ -66,6 +66,7 @@ class PoolAdapter(nn.Module):
         if state.task_open:
             raise ValueError(f"task {len(state.tasks) - 1} is still open: call end_task() first")
         declared = _class_ids(classes)
+        names = {str(int(c)): str(name) for c, name in (class_names or {}).items()}
         known = [c for c in declared if c in set(self.classes)]
         if known and not revisit:
             raise ValueError(
@@ -75,7 +76,7 @@ class PoolAdapter(nn.Module):
         self._declare(list(dict.fromkeys(self.classes + declared)), declared)
         state.tasks.append(declared)
         state.task_open = True
-        state.class_names.update({str(int(c)): str(name) for c, name in (class_names or {}).items()})
+        state.class_names.update(names)
         self.ledger.clear()
         self.link.detach()
 
@@ -125,11 +126,15 @@ class PoolAdapter(nn.Module):
         raise ValueError(f"labels {what} are of no declared class; declared are {self.classes}: see begin_task")
 
 
-class PromptPoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class PromptPoolLayer(nn.Module, BaseTunerLayer):
     """The tuner layer PEFT looks for: all adapters by name. Nothing in the base is replaced."""
 
     adapter_layer_names = ("prompt_pool",)
     other_param_names = ()
+    # BaseTunerLayer's, named here because PEFT carries no types
+    set_adapter: Any
+    set_requires_grad: Any
+    delete_adapter: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +153,10 @@ class PromptPoolLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 def _class_ids(classes: Sequence[int]) -> list[int]:
-    declared = list(classes.tolist() if isinstance(classes, Tensor) else classes)
+    values = classes.tolist() if isinstance(classes, Tensor) else classes
+    if not isinstance(values, Iterable):
+        raise TypeError(f"classes must be a list of class ids, got {classes!r}: write [{classes!r}] for one class")
+    declared = list(values)
     wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
     if wrong:
         raise TypeError(f"classes must be integers as they stand in `labels`, got {wrong}")
@@ -160,4 +168,6 @@ def _class_ids(classes: Sequence[int]) -> list[int]:
         raise ValueError(f"classes {twice} are declared twice in one call")
     if min(ids) < 0:
         raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
+    if max(ids) >= 2**63:
+        raise ValueError(f"class {max(ids)} does not fit the int64 of `labels`: number the classes from 0")
     return ids

@@ -6,19 +6,20 @@ Every field's default is the paper's or the released code's value, or says whose
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
-from cl_prompts.integrity import check_adapter_files, digest_file
+from cl_prompts.integrity import PEFT_TYPE, check_adapter_files, digest_file
 from cl_prompts.state import AdapterState
 
 
-PEFT_TYPE = "PROMPT_POOL"
 METHODS: dict[str, type[PromptPoolConfig]] = {}
 
+HEADS = ("linear", "cosine")
 READOUTS = ("auto", "cls", "mean", "pooler", "prompt")
 POOLINGS = ("auto", "cls", "mean", "pooler")
 CLASS_MASKS = ("task", "batch", "none")
@@ -42,7 +43,7 @@ class _ByMethod(type):
 
 
 def _class_of(method: Any) -> type[PromptPoolConfig]:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {sorted(METHODS)}")
     return METHODS[method]
 
@@ -60,6 +61,9 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
         method: name of the method.
         readout: what the classifier reads: "cls" (CLS after the final norm), "mean" (of the patches), "pooler" (the
             model's own pooled feature), "prompt" (mean of the prompt tokens' outputs) or "auto" (as the query).
+        head: "linear" w.x + b, as in the papers, or "cosine" head_scale * cos(w, x): rows of different tasks then stay
+            comparable, although no loss ever compares them (class_mask="task").
+        head_scale: scale of the cosine head.
         query_pooling: which feature of the un-prompted pass is the query: "cls", "mean", "pooler" or "auto" (CLS where
             there is one behind a final norm, else the model's pooled feature, else the mean of the patches).
         class_mask: which logits the training loss sees: "task" (classes of the current task, others -inf), "batch"
@@ -74,6 +78,8 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
 
     method: str = ""
     readout: str = field(default="auto", metadata={"help": "what the classifier reads"})
+    head: str = field(default="linear", metadata={"help": "linear or cosine classifier"})
+    head_scale: float = field(default=20.0, metadata={"help": "scale of the cosine head"})
     query_pooling: str = field(default="auto", metadata={"help": "which un-prompted feature is the query"})
     class_mask: str = field(default="task", metadata={"help": "which logits the training loss sees"})
     num_labels: int | None = field(default=None, metadata={"help": "fixed number of classes, task-free"})
@@ -98,11 +104,21 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
             raise ValueError(f"{type(self).__name__} is for method={own!r}, not {self.method!r}")
         if self.task_type is not None:
             raise ValueError(f"task_type={self.task_type!r}: PEFT has no image task type; leave it out")
-        if isinstance(self.state, dict):
-            self.state = AdapterState.from_dict(self.state)
-        elif self.state is None:
+        if self.state is None:
             self.state = AdapterState()
+        elif not isinstance(self.state, AdapterState):
+            self.state = AdapterState.from_dict(self.state)
+        _kind(self, str, "text", "base_model_name_or_path", "revision")
+        _kind(self, dict, "a mapping", "auto_mapping")
+        _flag(self, "inference_mode")
+        saved = self.modules_to_save
+        if saved is not None and not (
+            isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
+        ):
+            raise ValueError(f"modules_to_save={saved!r} must be a list of names, like [\"layernorm\"]")
         _choice(self, "readout", READOUTS)
+        _choice(self, "head", HEADS)
+        _positive_number(self, "head_scale")
         _choice(self, "query_pooling", POOLINGS)
         _choice(self, "class_mask", CLASS_MASKS)
         if self.num_labels is not None:
@@ -201,6 +217,9 @@ class L2PConfig(PromptPoolConfig):
         _choice(self, "key_type", ("learned", "prompt_mean", "none"))
         _choice(self, "position", ("after_cls", "front"))
         _not_negative(self, "pull_coefficient")
+        _flag(self, "diversified_selection", "batchwise_selection")
+        if self.add_cls_position_embedding is not None:
+            _flag(self, "add_cls_position_embedding")
         _check_top_k(self)
         if self.key_type == "none":
             if self.top_k != self.pool_size:
@@ -287,7 +306,8 @@ class HashPromptConfig(PromptPoolConfig):
         _choice(self, "hdr", ("constant", "log", "power", "none"))
         _choice(self, "hgm", ("constant", "reciprocal", "exponential", "none"))
         _choice(self, "modulate", ("update", "gradient", "quadratic"))
-        _not_negative(self, "delta", "alpha", "zeta")
+        _not_negative(self, "delta", "alpha", "zeta", "beta", "history_decay")
+        _flag(self, "share_layers")
         _check_top_k(self)
         _check_layers(self)
         if self.readout == "prompt":
@@ -317,15 +337,34 @@ def _choice(config: PromptPoolConfig, name: str, options: tuple[str, ...]) -> No
 def _positive(config: PromptPoolConfig, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if type(value) is not int or not 1 <= value < 2**63:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1 (and below 2**63)")
+
+
+def _flag(config: PromptPoolConfig, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)!r} must be True or False")
+
+
+def _kind(config: PromptPoolConfig, kind: type, called: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name}={value!r} must be {called} or None")
 
 
 def _not_negative(config: PromptPoolConfig, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
             raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+
+
+def _positive_number(config: PromptPoolConfig, name: str) -> None:
+    _not_negative(config, name)
+    if getattr(config, name) == 0:
+        raise ValueError(f"{name}=0 must be larger than 0")
 
 
 def _check_top_k(config: Any) -> None:

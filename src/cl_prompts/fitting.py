@@ -14,6 +14,9 @@ from cl_prompts.config import PromptPoolConfig
 from cl_prompts.prompts import BackboneShape
 
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
     """Raise ValueError if a config asks for blocks the base lacks, or its adapter was made for another kind of base."""
     depth = structure.shape.num_layers
@@ -54,13 +57,18 @@ def check_base(config: PromptPoolConfig, found: str) -> None:
 
 def refuse_large(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
     """Raise ValueError if the adapter's tensors would exceed `max_adapter_bytes`; nothing is allocated to find out."""
-    try:
-        with torch.device("meta"):
-            adapter = PoolAdapter(config, shape, pooling)
-        tensors = [*adapter.parameters(), *adapter.buffers()]
-        size = sum(t.numel() * t.element_size() for t in tensors)
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"the config implies tensors of impossible size ({error})") from error
+    # A head of fixed size lists its classes while it is built, so its size is looked at before.
+    size = (config.num_labels or 0) * (4 * shape.width + 4)
+    if size <= config.max_adapter_bytes:
+        try:
+            with torch.device("meta"):
+                adapter = PoolAdapter(config, shape, pooling)
+            tensors = [*adapter.parameters(), *adapter.buffers()]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+        except (RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"the config implies tensors of impossible size ({error}): choose smaller values"
+            ) from error
     if size > config.max_adapter_bytes:
         raise ValueError(
             f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "
@@ -72,6 +80,8 @@ def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: di
     """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
     if not isinstance(images, Tensor):
         raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
+    if images.dim() == 0 or len(images) == 0:
+        raise ValueError(f"pixel_values has shape {list(images.shape)}: give at least one image")
     channels, size = expected_image(model, structure)
     if channels is None:  # SigLIP 2 takes patches
         return
@@ -86,3 +96,12 @@ def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: di
             f"images are {images.shape[2]}x{images.shape[3]}, the base takes {size[0]}x{size[1]}: resize them with its "
             "image processor, or pass interpolate_pos_encoding=True"
         )
+
+
+def check_labels(labels: Any, images: int) -> None:
+    """Raise if labels are no class ids, one per image."""
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
+        what = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")
+    if labels.shape != (images,):
+        raise ValueError(f"labels has shape {list(labels.shape)}, expected [{images}]: one class id per image")

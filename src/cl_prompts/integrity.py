@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from cl_prompts.saving import recover
 
 
+PEFT_TYPE = "PROMPT_POOL"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -25,7 +27,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors):
         tensor = tensor.detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return sha.hexdigest()
 
 
@@ -49,6 +51,7 @@ def check_adapter_files(source: str | os.PathLike[str], subfolder: str | None = 
         return  # not a local folder: PEFT asks the Hub
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"no {CONFIG_FILE} in {folder}: name a folder written by `save_pretrained`")
+    _check_config_file(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         if (folder / "adapter_model.bin").exists():
@@ -59,6 +62,16 @@ def check_adapter_files(source: str | os.PathLike[str], subfolder: str | None = 
             pass
     except SafetensorError as error:
         raise ValueError(f"{weights} is truncated or no safetensors file ({error}): fetch or save it again") from error
+
+
+def _check_config_file(path: Path) -> None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or no JSON ({error}): fetch or save it again") from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind != PEFT_TYPE:
+        raise ValueError(f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT")
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha256: str | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -27,7 +29,7 @@ PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PromptPoolTuner
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PromptPoolTuner.prefix
 
 
-class PromptPoolModel(PeftModel):  # type: ignore[misc]
+class PromptPoolModel(PeftModel):
     """A frozen vision transformer with a prompt pool.
 
     What it does lives in `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class adds
@@ -64,7 +66,7 @@ class PromptPoolModel(PeftModel):  # type: ignore[misc]
         """
         own = {"labels": labels, "query": query, "sample_ids": sample_ids, "num_items_in_batch": num_items_in_batch}
         given = {name: value for name, value in own.items() if value is not None}
-        return super().forward(pixel_values=pixel_values, **given, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(pixel_values=pixel_values, **given, **kwargs)
 
     def save_pretrained(
         self,
@@ -101,7 +103,7 @@ class PromptPoolModel(PeftModel):  # type: ignore[misc]
             )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model: nn.Module,
         model_id: str | os.PathLike[str],
@@ -139,18 +141,40 @@ class PromptPoolModel(PeftModel):  # type: ignore[misc]
         config.strict_base, config.verify = strict_base, verify
         if max_adapter_bytes is not None:
             config.max_adapter_bytes = max_adapter_bytes
-        before = {name: p.requires_grad for name, p in model.named_parameters()}
-        training = model.training
-        try:
-            return super().from_pretrained(  # type: ignore[no-any-return]
+        with _left_as_it_was(model):
+            return super().from_pretrained(
                 model, os.fspath(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
             )
-        except BaseException:
-            _give_back(model, before, training)
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load one more adapter, as in PEFT; if that fails the model is as before and the name is free.
+
+        Args:
+            model_id: folder or Hub id.
+            adapter_name: its name in this model.
+            is_trainable: whether its training goes on.
+            kwargs: as in PEFT.
+
+        Raises:
+            ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
+        """
+        check_adapter_files(model_id, kwargs.get("subfolder"))
+        new = adapter_name not in self.peft_config
+        try:
+            return super().load_adapter(os.fspath(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+        except BaseException as error:
+            if new and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            if isinstance(error, KeyError):  # PEFT looks up the tensors of modules_to_save before we can
+                raise ValueError(
+                    f"{WEIGHTS_FILE} does not fit its config: missing {error}. Are both files from the same save?"
+                ) from error
             raise
 
 
-class AutoPromptPoolModel(_BaseAutoPeftModel):  # type: ignore[misc]
+class AutoPromptPoolModel(_BaseAutoPeftModel):
     """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter."""
 
     _target_class = None
@@ -162,7 +186,7 @@ class AutoPromptPoolModel(_BaseAutoPeftModel):  # type: ignore[misc]
     ) -> PromptPoolModel:
         """See `PromptPoolModel.from_pretrained`; only classes of transformers are imported for the base."""
         check_adapter_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), *args, **kwargs)  # type: ignore[no-any-return]
+        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), *args, **kwargs)
 
 
 def get_prompt_pool_model(
@@ -182,7 +206,8 @@ def get_prompt_pool_model(
     """
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision
-    return PromptPoolModel(model, config, adapter_name=adapter_name, **kwargs)
+    with _left_as_it_was(model):
+        return PromptPoolModel(model, config, adapter_name=adapter_name, **kwargs)
 
 
 def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
@@ -196,18 +221,29 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
     Returns:
         float32 [B, D], without gradient.
     """
-    return model.base_model.extract_features(pixel_values, **kwargs)  # type: ignore[no-any-return]
+    return model.base_model.extract_features(pixel_values, **kwargs)
 
 
-def _give_back(model: nn.Module, requires_grad: dict[str, bool], training: bool) -> None:
-    """Undo what a failed load did to the base."""
-    for module in list(model.modules()):
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for hook in list(hooks.values()):
-                owner = getattr(hook, "__self__", None)
-                if isinstance(owner, PromptPoolTuner):
-                    owner.unload()
-                    break
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(requires_grad.get(name, parameter.requires_grad))
-    model.train(training)
+def _tuners_on(model: nn.Module) -> set[PromptPoolTuner]:
+    tables = [table for module in model.modules() for table in (module._forward_pre_hooks, module._forward_hooks)]
+    owners = [getattr(hook, "__self__", None) for table in tables for hook in table.values()]
+    return {owner for owner in owners if isinstance(owner, PromptPoolTuner)}
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients."""
+    tuners = _tuners_on(model)
+    modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for tuner in _tuners_on(model) - tuners:
+            tuner.unload()
+        for module, training, children in modules:
+            module.training = training
+            module._modules.update(children)
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad)
+        raise

@@ -24,7 +24,12 @@ def recover(folder: str | os.PathLike[str]) -> None:
     new, old = _beside(target)
     if old.exists() and not target.exists():
         # `old` exists only once `new` was complete and on disk.
-        os.rename(new if new.exists() else old, target)
+        try:
+            os.rename(new if new.exists() else old, target)
+        except OSError:
+            # The process that saves, or another one that came to load, was faster.
+            if not target.exists():
+                raise
 
 
 def _link_or_copy(source: str, destination: str) -> str:
@@ -41,6 +46,13 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _working_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # somebody has removed it
+        return None
 
 
 @contextmanager
@@ -73,6 +85,7 @@ def replacing(folder: str | os.PathLike[str], *written: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    working = _working_folder()
     if target.exists():
         os.rename(target, old)
     try:
@@ -81,5 +94,7 @@ def replacing(folder: str | os.PathLike[str], *written: str) -> Iterator[Path]:
         # Another process came to load between the renames and has finished the swap.
         if not target.exists():
             raise
+    if working is not None and working.is_relative_to(target):
+        os.chdir(working)  # this process still stood in the old folder
     _to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,14 @@ from typing import Any
 
 
 FORMAT_VERSION = 1
+_KINDS: dict[str, type] = {
+    "base_fingerprint": str,
+    "weights_sha256": str,
+    "pooling": str,
+    "base_width": int,
+    "base_layers": int,
+    "base_heads": int,
+}
 
 
 @dataclass
@@ -46,10 +54,13 @@ class AdapterState:
         """Check and take over a `state` object read from a file.
 
         Raises:
-            ValueError: it was written by a newer format, or its tasks are no lists of distinct integers.
+            ValueError: it was written by a newer format, its tasks are no lists of distinct class ids, or a value is
+                of another kind than its field.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {values!r}")
         version = values.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"the adapter has format version {version!r}, this cl_prompts reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U cl-prompts`"
@@ -61,12 +72,26 @@ class AdapterState:
         state = cls(**{k: v for k, v in values.items() if k in known})
         tasks = state.tasks
         if not isinstance(tasks, list) or not all(
-            isinstance(task, list) and all(type(c) is int for c in task) and len(set(task)) == len(task)
+            isinstance(task, list)
+            and task
+            and all(type(c) is int and 0 <= c < 2**63 for c in task)
+            and len(set(task)) == len(task)
             for task in tasks
         ):
             raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {tasks!r}")
-        if not isinstance(state.class_names, dict):
+        names = state.class_names
+        if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
             raise ValueError(f"`state.class_names` must map str(class id) to a name, got {state.class_names!r}")
+        if not isinstance(state.task_open, bool) or (state.task_open and not tasks):
+            raise ValueError(f"`state.task_open` must be true or false, false without tasks, got {state.task_open!r}")
+        for name, kind in _KINDS.items():
+            value = getattr(state, name)
+            if value is not None and type(value) is not kind:
+                raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {value!r}")
+        for name in ("image_size", "image_mean", "image_std"):
+            value = getattr(state, name)
+            if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
+                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {value!r}")
         return state
 
     @property

@@ -92,9 +92,15 @@ class ImageLedger:
         """
         if sample_ids is None:
             return counted
-        own = torch.as_tensor(sample_ids, dtype=torch.int64, device="cpu")
-        if len(own) != len(counted):
-            raise ValueError(f"{len(own)} sample_ids for {len(counted)} images: give one per image")
+        if len(sample_ids) != len(counted):
+            raise ValueError(f"{len(sample_ids)} sample_ids for {len(counted)} images: give one per image")
+        try:
+            own = torch.as_tensor(sample_ids, device="cpu")
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise TypeError(f"sample_ids must be integers, one per image ({error})") from error
+        if own.dim() != 1 or own.is_floating_point():
+            raise TypeError(f"sample_ids must be integers, one per image, got {own.dtype} of shape {list(own.shape)}")
+        own = own.long()
         own = own.masked_fill(~counted.cpu(), -1)
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
         mine: list[bool] = []

@@ -27,7 +27,7 @@ from cl_prompts.backbones.structure import Structure, cls_position_embedding, ex
 from cl_prompts.backbones.tokens import TokenInjector
 from cl_prompts.collectives import sum_over_processes, world_size
 from cl_prompts.config import PromptPoolConfig
-from cl_prompts.fitting import check_base, check_fits, check_images, refuse_large
+from cl_prompts.fitting import check_base, check_fits, check_images, check_labels, refuse_large
 from cl_prompts.integrity import check_tensors
 from cl_prompts.losses import add_up
 from cl_prompts.outputs import PromptPoolOutput
@@ -55,13 +55,16 @@ class Call:
     noise: dict[str, Tensor]
 
 
-class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
+class PromptPoolTuner(BaseTuner):
     """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval."""
 
     prefix = "prompt_pool"
     tuner_layer_cls = PromptPoolLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the type BaseTuner declares
     uses_shared_state = True
+    structure: Structure
+    pools: PromptPoolLayer
+    active_adapter: str | list[str]
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
@@ -117,13 +120,17 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
         adapter.requires_grad_(active and not config.inference_mode)
         if config.num_labels is not None:
             self._record_base(adapter)
-        set_additional_trainable_modules(
-            model=model,
-            peft_config=config,
-            model_config=self.get_model_config(model),
-            adapter_name=adapter_name,
-            activate_adapter=active,
-        )
+        try:
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=self.get_model_config(model),
+                adapter_name=adapter_name,
+                activate_adapter=active,
+            )
+        except BaseException:
+            del self.pools.prompt_pool[adapter_name]
+            raise
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a prompt pool replaces no module of the base model")
@@ -166,7 +173,8 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
         self.prefix_kv.uninstall()
         for hook in self._base_hooks:
             hook.remove()
-        del self.model.peft_config
+        if hasattr(self.model, "peft_config"):  # not yet, when the first adapter failed
+            del self.model.peft_config
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -317,20 +325,22 @@ class PromptPoolTuner(BaseTuner):  # type: ignore[misc]
 
     def _prepare(self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Check the input, run the un-prompted pass if the pool asks for it, set the prompts."""
-        images = kwargs.get("pixel_values", args[0] if args else None)
+        images: Any = kwargs.get("pixel_values", args[0] if args else None)
         labels, query = kwargs.get("labels"), kwargs.get("query")
         base_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         check_images(self.model, self.structure, images, base_kwargs)
+        if labels is not None:
+            check_labels(labels, len(images))
         training = self.training and torch.is_grad_enabled()
         self._check_ready(adapter, training and labels is not None)
         columns = adapter.to_columns(labels) if labels is not None else None
-        if columns is None:
-            counted = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        else:
-            counted = columns >= 0
+        everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        counted = everything if columns is None else columns >= 0
         if query is None and adapter.pool.needs_query:
             query = self._query(adapter, args, base_kwargs)
         if query is not None:
+            if not isinstance(query, Tensor):
+                raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
             query = query.detach().float()
             if query.shape != (len(images), self.structure.shape.width):
                 raise ValueError(

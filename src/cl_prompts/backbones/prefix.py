@@ -59,13 +59,13 @@ class PrefixInjector:
         for layer in layers:
             if layer in self._installed:
                 continue
-            block = self._model.get_submodule(self._structure.blocks[layer])
-            attention = self._model.get_submodule(self._structure.attentions[layer])
+            block: Any = self._model.get_submodule(self._structure.blocks[layer])
+            attention: Any = self._model.get_submodule(self._structure.attentions[layer])
             attention._cl_shared_config = attention.config
             attention._cl_handed = None
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation_internal = ATTENTION
-            block._cl_layer = layer  # type: ignore[assignment]
+            block._cl_layer = layer
             self._installed[layer] = [
                 block.register_forward_pre_hook(self._give, with_kwargs=True),
                 attention.register_forward_pre_hook(self._take, with_kwargs=True),
@@ -82,26 +82,26 @@ class PrefixInjector:
         for layer, handles in self._installed.items():
             for handle in handles:
                 handle.remove()
-            attention = self._model.get_submodule(self._structure.attentions[layer])
+            attention: Any = self._model.get_submodule(self._structure.attentions[layer])
             attention.config = attention._cl_shared_config
             del attention._cl_shared_config, attention._cl_handed
             del self._model.get_submodule(self._structure.blocks[layer])._cl_layer
         self._installed = {}
 
-    def _give(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _give(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = block._cl_layer
-        prefix = self.prefixes.get(layer)  # type: ignore[call-overload]
+        prefix = self.prefixes.get(layer)
         if prefix is None:
             return None
         block_input = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, KEYWORD: Handed(prefix, block_input, layer, self.used)}  # type: ignore[arg-type]
+        return args, {**kwargs, KEYWORD: Handed(prefix, block_input, layer, self.used)}
 
-    def _take(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _take(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attention._cl_handed = kwargs.get(KEYWORD)
         return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
 
-    def _forget(self, attention: nn.Module, args: Any, output: Any) -> None:
-        attention._cl_handed = None  # type: ignore[assignment]
+    def _forget(self, attention: Any, args: Any, output: Any) -> None:
+        attention._cl_handed = None
 
 
 def prefix_attention(

@@ -160,7 +160,7 @@ def _token_count(embeddings: nn.Module, name: str) -> int:
 
 
 def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int) -> BackboneShape:
-    attention = model.get_submodule(attentions[0])
+    attention: Any = model.get_submodule(attentions[0])
     names = projection_names(attention)
     assert names is not None
     key = getattr(attention, names[1])
@@ -186,8 +186,8 @@ def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | N
 
 def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:
     """Channels and (height, width) a model insists on; None where it takes any."""
-    backbone = model.get_submodule(structure.inner)
-    config: Any = backbone.config
+    backbone: Any = model.get_submodule(structure.inner)
+    config = backbone.config
     channels = next((m.in_channels for m in backbone.embeddings.modules() if isinstance(m, nn.Conv2d)), None)
     size = getattr(config, "image_size", None)
     # A model that interpolates its positions unasked (DINOv2), or has none to interpolate (DINOv3), takes any size.
@@ -206,17 +206,17 @@ def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
     """
     backbone = model.get_submodule(structure.inner)
     children = [name for name, _ in backbone.named_children()]
-    norm, pooler = (name and name.rpartition(".")[2] for name in (structure.norm, structure.pooler))
+    norm = structure.norm.rpartition(".")[2]
     unused = set(children[children.index(norm) + 1 :])
-    if pooling == "pooler":
-        unused.discard(pooler)
+    if pooling == "pooler" and structure.pooler:
+        unused.discard(structure.pooler.rpartition(".")[2])
     sha = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         if name.split(".")[0] in unused or ".modules_to_save." in name:
             continue
         tensor = tensor.detach().cpu().contiguous()
         sha.update(f"{name.replace('.original_module.', '.')} {tuple(tensor.shape)}\n".encode())
-        sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

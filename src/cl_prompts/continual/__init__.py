@@ -6,7 +6,7 @@ from cl_prompts.continual.references import (
     FrozenFeatures,
     joint_linear_probe,
     nearest_class_mean,
-    sequential_linear_probe,
+    sequential_probe,
 )
 from cl_prompts.continual.streams import ClassIncrementalStream, Task, split_classes
 
@@ -19,7 +19,7 @@ __all__ = [
     "accuracy",
     "joint_linear_probe",
     "nearest_class_mean",
-    "sequential_linear_probe",
+    "sequential_probe",
     "split_classes",
     "stream_features",
 ]

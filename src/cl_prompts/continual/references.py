@@ -5,16 +5,15 @@ None of them prompts the backbone or keeps images. All take features [N, D] and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.continual.metrics import AccuracyMatrix
-
-
-REFERENCES = ("sequential linear probe", "nearest class mean", "joint linear probe")
+from cl_prompts.head import GrowingHead
 
 
 class FrozenFeatures:
@@ -28,11 +27,12 @@ class FrozenFeatures:
         self.train, self.test = list(train), list(test)
         self.classes = [sorted(set(labels.tolist())) for _, labels in self.train]
 
-    def accuracies(self, weight: Tensor, bias: Tensor, seen: Sequence[int], tasks: int) -> list[float]:
-        """Accuracy in percent on the first `tasks` tasks of a linear classifier whose rows are the classes `seen`."""
+    @torch.no_grad()
+    def accuracies(self, classifier: Callable[[Tensor], Tensor], seen: Sequence[int], tasks: int) -> list[float]:
+        """Accuracy in percent on the first `tasks` tasks; the classifier's columns are the classes `seen`."""
         ids = torch.tensor(list(seen))
         return [
-            100 * (ids[F.linear(features, weight, bias).argmax(1)] == labels).double().mean().item()
+            100 * (ids[classifier(features).argmax(1)] == labels).double().mean().item()
             for features, labels in self.test[:tasks]
         ]
 
@@ -44,75 +44,65 @@ class FrozenFeatures:
 
 def nearest_class_mean(data: FrozenFeatures) -> AccuracyMatrix:
     """The class whose mean training feature has the largest cosine; nothing is trained."""
-    matrix, seen, means = AccuracyMatrix(), [], []
+    matrix = AccuracyMatrix()
+    seen: list[int] = []
+    means = torch.empty(0, data.train[0][0].shape[1])
     for task, (features, labels) in enumerate(data.train):
-        for c in data.classes[task]:
-            seen.append(c)
-            means.append(F.normalize(features[labels == c].mean(0), dim=0))
-        weight = torch.stack(means)
-        accuracies = data.accuracies(weight, weight.new_zeros(len(seen)), seen, task + 1)
-        matrix.add(accuracies, data.sizes[: task + 1])
+        own = torch.stack([features[labels == c].mean(0) for c in data.classes[task]])
+        means = torch.cat([means, F.normalize(own, dim=1)])
+        seen += data.classes[task]
+        matrix.add(data.accuracies(partial(F.linear, weight=means), seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
-def sequential_linear_probe(
-    data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int
+def sequential_probe(
+    data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int, cosine_scale: float | None = None
 ) -> AccuracyMatrix:
-    """A linear head trained task after task with Adam; the loss sees the current task's classes, as for the prompts."""
-    matrix, seen = AccuracyMatrix(), [c for task in data.classes for c in task]
-    head = _head(data.train[0][0].shape[1], len(seen), seed)
-    for task, (features, labels) in enumerate(data.train):
-        _fit(head, features, labels, data.classes[task], seen, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-        known = sum(len(c) for c in data.classes[: task + 1])
-        with torch.no_grad():
-            accuracies = data.accuracies(head.weight[:known], head.bias[:known], seen[:known], task + 1)
-        matrix.add(accuracies, data.sizes[: task + 1])
+    """A head trained task after task with Adam; the loss sees the current task's classes, as for the prompts.
+
+    Args:
+        data: features by task.
+        epochs, batch_size, lr, seed: as for the prompts.
+        cosine_scale: None for a linear head, else the scale of a cosine head.
+    """
+    matrix = AccuracyMatrix()
+    seen: list[int] = []
+    head = GrowingHead(data.train[0][0].shape[1], cosine_scale)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for task, (features, labels) in enumerate(data.train):
+            seen += data.classes[task]
+            head.declare(seen, data.classes[task])
+            _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
+            matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
 def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int) -> AccuracyMatrix:
     """A linear head trained on all tasks so far at once, anew after each task: what no continual learner may do."""
     matrix = AccuracyMatrix()
-    for task in range(len(data.train)):
-        seen = [c for classes in data.classes[: task + 1] for c in classes]
-        features, labels = (torch.cat(parts) for parts in zip(*data.train[: task + 1], strict=True))
-        head = _head(features.shape[1], len(seen), seed)
-        _fit(head, features, labels, seen, seen, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-        with torch.no_grad():
-            accuracies = data.accuracies(head.weight, head.bias, seen, task + 1)
-        matrix.add(accuracies, data.sizes[: task + 1])
+    seen: list[int] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for task in range(len(data.train)):
+            seen += data.classes[task]
+            features, labels = (torch.cat(parts) for parts in zip(*data.train[: task + 1], strict=True))
+            head = GrowingHead(features.shape[1])
+            head.declare(seen, seen)
+            _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
+            matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
-def _head(width: int, classes: int, seed: int) -> nn.Linear:
-    head = nn.Linear(width, classes)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.trunc_normal_(head.weight, std=0.02, a=-0.04, b=0.04, generator=generator)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 def _fit(
-    head: nn.Linear,
-    features: Tensor,
-    labels: Tensor,
-    current: Sequence[int],
-    seen: Sequence[int],
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
+    head: GrowingHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float
 ) -> None:
-    column = {c: i for i, c in enumerate(seen)}
-    targets = torch.tensor([column[int(label)] for label in labels])
-    hidden = torch.ones(len(seen), dtype=torch.bool)
-    hidden[[column[c] for c in current]] = False
+    targets, _ = head.to_columns(labels)
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
-    generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(features), generator=generator).split(batch_size):
-            loss = F.cross_entropy(head(features[rows]).masked_fill(hidden, float("-inf")), targets[rows])
+        for rows in torch.randperm(len(features)).split(batch_size):
+            logits = head(features[rows]).masked_fill(~head.current, float("-inf"))
+            loss = F.cross_entropy(logits, targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,6 +1,6 @@
 """The methods, one file each. Importing this package fills `POOLS`, method name -> pool class."""
 
-from cl_prompts.pools import hash, l2p  # noqa: A004 - the method's name
+from cl_prompts.pools import hash, l2p
 from cl_prompts.pools.base import POOLS, Observation, PromptPool
 
 

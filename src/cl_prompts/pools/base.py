@@ -71,14 +71,14 @@ class PromptPool(nn.Module, ABC):
         """Grow for the next task, whose classes have these head columns. Also replayed to rebuild shapes for loading."""
         self.num_tasks += 1
 
-    def end_task(self) -> None:  # noqa: B027 - most methods have nothing to close
+    def end_task(self) -> None:
         """Close the current task."""
 
     @abstractmethod
     def forward(self, batch: PoolInput) -> Prompts:
         """Choose and build the prompts of a batch."""
 
-    def observe(self, seen: Observation) -> None:  # noqa: B027 - most methods keep no statistics
+    def observe(self, seen: Observation) -> None:
         """Take statistics of a training step; sums over processes are the pool's business."""
 
     def update_factors(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from cl_prompts.collectives import sum_over_processes
 from cl_prompts.pools.base import Observation, PromptPool, initial
 from cl_prompts.pools.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
 from cl_prompts.pools.selection import normalized, route
-from cl_prompts.prompts import BackboneShape, LossPart, Prefix, PoolInput, PrefixKV, Prompts
+from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
 
 
 @dataclass
@@ -192,7 +192,7 @@ class HashPool(PromptPool, method="hash"):
 
     def _modulated_prompts(self) -> Tensor:
         if self.config.hgm != "none" and self.config.modulate == "gradient":
-            return ScaleGradient.apply(self.prompts, self._factor())  # type: ignore[no-any-return, no-untyped-call]
+            return ScaleGradient.apply(self.prompts, self._factor())
         return self.prompts
 
     def _drift_from_anchor(self) -> Tensor:

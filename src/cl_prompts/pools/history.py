@@ -57,7 +57,7 @@ class ActivationHistory(nn.Module):
 
 
 def most_activated(history: Tensor, top: int) -> Tensor:
-    """The set A_t as a mask: the `top` most activated prompts of H [..., M] among those used at all (ties: lower number)."""
+    """The set A_t as a mask: the `top` most activated of H [..., M] among those used at all (ties: the lower number)."""
     order = history.argsort(dim=-1, descending=True, stable=True)[..., :top]
     return torch.zeros_like(history, dtype=torch.bool).scatter(-1, order, True) & (history > 0)
 
@@ -106,7 +106,7 @@ class ScaleGradient(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Scale the gradient."""
         (factor,) = ctx.saved_tensors
         return gradient * factor, None

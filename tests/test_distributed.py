@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, accuracy, stream_features
+from cl_prompts.continual.streams import shares
 
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -151,6 +153,11 @@ def process(rank: int, folder: str, path: list[str]) -> None:
     try:
         results: dict[str, Any] = {name: learn(case) for name, case in CASES.items()}
         results["errors"] = [grow_while_wrapped(late=False), grow_while_wrapped(late=True)]
+        results["shares"] = [list(shares(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
+        try:
+            list(shares(np.arange(8), 7))
+        except ValueError as error:
+            results["errors"].append(str(error))
         torch.save(results, Path(folder, f"{rank}.pt"))
         dist.barrier()
     finally:
@@ -190,5 +197,18 @@ def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]])
 
 def test_a_model_that_grows_inside_its_wrapper_says_so(two_processes: list[dict[str, Any]]) -> None:
     for found in two_processes:
-        for message in found["errors"]:
+        for message in found["errors"][:2]:
             assert "unwrap it, begin_task, new optimizer, then prepare it again" in message
+
+
+def test_shares_of_a_global_batch(two_processes: list[dict[str, Any]]) -> None:
+    """Equal in length on all processes; together the global batch, and padding (-1 - row) only at its end."""
+    for rows, parts in enumerate(zip(*(found["shares"] for found in two_processes), strict=True), start=1):
+        for number, (first, second) in enumerate(zip(*parts, strict=True)):
+            assert len(first) == len(second)
+            wanted = list(range(1, rows + 1))[BATCH * number : BATCH * (number + 1)]
+            whole = first + second
+            assert whole[: len(wanted)] == wanted
+            assert [-1 - row for row in whole[len(wanted) :]] == wanted[: len(wanted) % PROCESSES]
+    for found in two_processes:
+        assert found["errors"][2:] == ["a global batch of 7 images does not divide by 2 processes"]

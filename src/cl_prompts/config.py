@@ -166,7 +166,10 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, with the checksum of the weights that lie beside it."""
         self.state.weights_sha256 = digest_file(save_directory)
-        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        try:
+            super().save_pretrained(os.fspath(save_directory), **kwargs)
+        finally:
+            self.state.weights_sha256 = None  # that of this one file, not of what is trained on
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from cl_prompts.config import PEFT_TYPE, PromptPoolConfig
 from cl_prompts.integrity import CONFIG_FILE, WEIGHTS_FILE, check_adapter_files
 from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.saving import replacing
+from cl_prompts.saving import read_whole, replacing
 from cl_prompts.tuner import PromptPoolTuner
 
 
@@ -36,9 +37,6 @@ class PromptPoolModel(PeftModel):
     the signature of the forward and saves that replace a folder as a whole. Tasks: `begin_task`, `end_task`,
     `parameter_groups`, `attach_optimizer`, `classes` (see `PromptPoolTuner`).
     """
-
-    # transformers.Trainer gathers everything else an evaluation returns.
-    keys_to_ignore_at_inference = ("losses", "prompt_ids", "prompt_weights", "query", "features")
 
     def forward(
         self,
@@ -132,19 +130,24 @@ class PromptPoolModel(PeftModel):
         Raises:
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
         """
-        check_adapter_files(model_id, kwargs.get("subfolder"))
-        if config is None:
-            hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
-            config = PromptPoolConfig.from_pretrained(model_id, **hub)
-        if not isinstance(config, PromptPoolConfig):
-            raise TypeError(f"config must be a PromptPoolConfig, got {type(config).__name__}")
-        config.strict_base, config.verify = strict_base, verify
-        if max_adapter_bytes is not None:
-            config.max_adapter_bytes = max_adapter_bytes
-        with _left_as_it_was(model):
-            return super().from_pretrained(
-                model, os.fspath(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
-            )
+
+        def load() -> PromptPoolModel:
+            check_adapter_files(model_id, kwargs.get("subfolder"))
+            chosen = config
+            if chosen is None:
+                hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
+                chosen = PromptPoolConfig.from_pretrained(model_id, **hub)
+            if not isinstance(chosen, PromptPoolConfig):
+                raise TypeError(f"config must be a PromptPoolConfig, got {type(chosen).__name__}")
+            chosen.strict_base, chosen.verify = strict_base, verify
+            if max_adapter_bytes is not None:
+                chosen.max_adapter_bytes = max_adapter_bytes
+            with _left_as_it_was(model):
+                return super(PromptPoolModel, cls).from_pretrained(
+                    model, os.fspath(model_id), adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
+                )
+
+        return read_whole(Path(model_id, kwargs.get("subfolder") or ""), load)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
@@ -162,6 +165,15 @@ class PromptPoolModel(PeftModel):
         """
         check_adapter_files(model_id, kwargs.get("subfolder"))
         new = adapter_name not in self.peft_config
+        if not new:  # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint
+            hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
+            saved, own = PromptPoolConfig.from_pretrained(model_id, **hub).state, self.peft_config[adapter_name].state
+            if saved.tasks != own.tasks:
+                raise ValueError(
+                    f"adapter {adapter_name!r} knows the tasks {own.tasks}, the one in {model_id} {saved.tasks}: load it "
+                    "under another name"
+                )
+            own.weights_sha256 = saved.weights_sha256
         try:
             return super().load_adapter(os.fspath(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         except BaseException as error:

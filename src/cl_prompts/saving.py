@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+
+T = TypeVar("T")
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
@@ -30,6 +34,26 @@ def recover(folder: str | os.PathLike[str]) -> None:
             # The process that saves, or another one that came to load, was faster.
             if not target.exists():
                 raise
+
+
+def read_whole(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """What `read()` returns; tried again when it fails because a save swapped `folder` between two of its files."""
+    for _ in range(9):
+        before = _identity(folder)
+        try:
+            return read()
+        except ValueError:
+            if _identity(folder) == before:
+                raise
+    return read()
+
+
+def _identity(folder: str | os.PathLike[str]) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _link_or_copy(source: str, destination: str) -> str:

@@ -37,6 +37,8 @@ from cl_prompts.prompts import LossPart, PoolInput, Prompts
 
 # Arguments of the forward that are ours; the base model never sees them while an adapter is active.
 OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
+# What transformers.Trainer, which asks the base's config, is not to gather in an evaluation: all but loss and logits.
+NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "query", "features")
 
 
 @dataclass
@@ -105,6 +107,10 @@ class PromptPoolTuner(BaseTuner):
             self.prefix_kv = PrefixInjector(model, structure)
             self.pools = PromptPoolLayer()
             self._call: Call | None = None
+            base_config: Any = getattr(model, "config", None)
+            if base_config is not None:
+                own = getattr(type(base_config), "keys_to_ignore_at_inference", ())
+                base_config.keys_to_ignore_at_inference = [*own, *NOT_GATHERED]
             self._base_hooks = [
                 model.register_forward_pre_hook(self._strip_arguments, with_kwargs=True),
                 model.register_forward_hook(self._answer, with_kwargs=True),
@@ -173,6 +179,8 @@ class PromptPoolTuner(BaseTuner):
         self.prefix_kv.uninstall()
         for hook in self._base_hooks:
             hook.remove()
+        if hasattr(self.model, "config"):
+            vars(self.model.config).pop("keys_to_ignore_at_inference", None)
         if hasattr(self.model, "peft_config"):  # not yet, when the first adapter failed
             del self.model.peft_config
         return self.model
@@ -502,7 +510,9 @@ class PromptPoolTuner(BaseTuner):
             if infix in name or copies in name
         }
         found = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
-        check_tensors(found, expected, config.state.weights_sha256 if config.verify else None)
+        # The checksum is that of one file; the adapter may take in others later (a trainer's best checkpoint).
+        sha256, config.state.weights_sha256 = config.state.weights_sha256, None
+        check_tensors(found, expected, sha256 if config.verify else None)
         return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def adapter(seed: int) -> PromptPoolModel:
     """Adapters of two seeds have the same shapes and other values."""
     model = get_prompt_pool_model(build("vit"), L2PConfig(pool_size=4, top_k=2))
     torch.manual_seed(seed)
-    model.begin_task([3, 1])
+    model.begin_task([3, 1], class_names={3: f"of adapter {seed}"})
     with torch.no_grad():
         for parameter in model.base_model.adapter.parameters():
             parameter.normal_()
@@ -46,6 +45,10 @@ def answer(model: PromptPoolModel) -> Tensor:
 
 def loaded(folder: Path) -> Tensor:
     return answer(PromptPoolModel.from_pretrained(build("vit"), folder))
+
+
+def class_names(model: PromptPoolModel) -> dict[str, str]:
+    return model.base_model.adapter.config.state.class_names  # type: ignore[no-any-return]
 
 
 def add_foreign_files(folder: Path) -> None:
@@ -112,8 +115,10 @@ def found(target: Path, answers: dict[str, Tensor]) -> str:
         recover(target)
     if not target.exists():
         return "none"
-    logits = loaded(target)
-    return next((name for name, known in answers.items() if torch.equal(logits, known)), "neither")
+    model = PromptPoolModel.from_pretrained(build("vit"), target)
+    logits, names = answer(model), class_names(model)
+    whole = (name for name, known in answers.items() if torch.equal(logits, known) and names == class_names(MODELS[name]))
+    return next(whole, "neither")
 
 
 def trial(room: Path, start: Path | None, cut: Callable[[Path], int], answers: dict[str, Tensor]) -> dict[str, Any]:
@@ -153,9 +158,7 @@ def helper(room: Path) -> dict[str, Any]:
     for name in ("killed writing", "failed writing"):
         for limit in (8, size // 2, size - 1):
             deadly = name == "killed writing"
-            results[name].append(
-                trial(place, old, lambda t, n=limit, d=deadly: cut_at_size(new, t, n, deadly=d), answers)
-            )
+            results[name].append(trial(place, old, lambda t, n=limit, d=deadly: cut_at_size(new, t, n, deadly=d), answers))
     return results | {"meanwhile": loads_while_saving(old, answers)}
 
 
@@ -174,9 +177,8 @@ def loads_while_saving(target: Path, answers: dict[str, Tensor]) -> list[str]:
         finally:
             os._exit(1)
     states: list[str] = []
-    until = time.monotonic() + 3
     try:
-        while time.monotonic() < until or len(set(states)) < 2:
+        while len(states) < 40 or len(set(states)) < 2:
             states.append(found(target, answers))
     finally:
         os.kill(writer, signal.SIGKILL)
@@ -229,9 +231,7 @@ def test_a_killed_save_into_a_fresh_folder_leaves_none_or_all(results: dict[str,
 
 @pytest.mark.xdist_group("saving")
 @pytest.mark.parametrize(("name", "code"), [("killed writing", -signal.SIGXFSZ), ("failed writing", 1)])
-def test_a_write_cut_short_leaves_the_old_adapter(
-    results: dict[str, list[dict[str, Any]]], name: str, code: int
-) -> None:
+def test_a_write_cut_short_leaves_the_old_adapter(results: dict[str, list[dict[str, Any]]], name: str, code: int) -> None:
     assert [(r["code"], r["found"]) for r in results[name]] == [(code, "old")] * 3
     assert_recovers(results[name], foreign=True)
 
@@ -345,7 +345,6 @@ def test_other_adapters_of_a_folder_stay(tmp_path: Path) -> None:
 def test_loading_while_another_process_saves(results: dict[str, Any]) -> None:
     """A load reads two files; a save between the two makes it start again."""
     assert set(results["meanwhile"]) == {"old", "new"}
-    assert len(results["meanwhile"]) > 20
 
 
 if __name__ == "__main__":

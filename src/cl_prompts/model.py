@@ -165,7 +165,9 @@ class PromptPoolModel(PeftModel):
         """
         check_adapter_files(model_id, kwargs.get("subfolder"))
         new = adapter_name not in self.peft_config
-        if not new:  # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint
+        if not new and self.peft_config[adapter_name].state.weights_sha256 is None:
+            # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint. A checksum that is
+            # still to be compared came with the config that was just read, and tells whether the tensors belong to it.
             hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
             saved, own = PromptPoolConfig.from_pretrained(model_id, **hub).state, self.peft_config[adapter_name].state
             if saved.tasks != own.tasks:
@@ -174,16 +176,17 @@ class PromptPoolModel(PeftModel):
                     "under another name"
                 )
             own.weights_sha256 = saved.weights_sha256
-        try:
-            return super().load_adapter(os.fspath(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
-        except BaseException as error:
-            if new and adapter_name in self.peft_config:
-                self.delete_adapter(adapter_name)
-            if isinstance(error, KeyError):  # PEFT looks up the tensors of modules_to_save before we can
-                raise ValueError(
-                    f"{WEIGHTS_FILE} does not fit its config: missing {error}. Are both files from the same save?"
-                ) from error
-            raise
+        with _left_as_it_was(self.get_base_model()):
+            try:
+                return super().load_adapter(os.fspath(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+            except BaseException as error:
+                if new and adapter_name in self.peft_config:
+                    self.delete_adapter(adapter_name)
+                if isinstance(error, KeyError):  # PEFT looks up the tensors of modules_to_save before we can
+                    raise ValueError(
+                        f"{WEIGHTS_FILE} does not fit its config: missing {error}. Are both files from the same save?"
+                    ) from error
+                raise
 
 
 class AutoPromptPoolModel(_BaseAutoPeftModel):

@@ -56,6 +56,7 @@ CASES = {
     **{f"hash-{family}": Case(family, hashed()) for family in ("vit", "dinov2", "siglip")},
     "hash-prototype": Case("vit", hashed(router_inference="prototype"), cached_queries=True),
     "hash-quadratic": Case("vit", hashed(modulate="quadratic", router_inference="confidence")),
+    "hash-cosine": Case("vit", hashed(head="cosine", modulate="gradient", router_inference="last")),
     "l2p-task-free": Case("vit", l2p(num_labels=8, class_mask="batch")),
     "hash-task-free": Case("vit", hashed(num_labels=8, class_mask="batch")),
     "l2p-vote": Case("vit", l2p(batchwise_selection=True, diversified_selection=True)),

@@ -187,9 +187,11 @@ def evaluate(model: PromptPoolModel, stream: ClassIncrementalStream) -> tuple[li
         model.adapter.pool.register_forward_pre_hook(into_pool, with_kwargs=True),
         model.register_forward_hook(lambda module, args, output: logits.append(output.logits)),
     ]
-    measured = [accuracy(model, stream.test_batches(task, 2), model.classes, "cpu") for task in stream]
-    for handle in handles:
-        handle.remove()
+    try:
+        measured = [accuracy(model, stream.test_batches(task, 2), model.classes, "cpu") for task in stream]
+    finally:
+        for handle in handles:
+            handle.remove()
     assert [n for _, n in measured] == [len(task.test_rows) for task in stream]
     rows = [int(i) for task in stream for i in task.test_rows]
     return [a for a, _ in measured], dict(zip(rows, torch.cat(logits), strict=True))

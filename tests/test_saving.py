@@ -58,7 +58,7 @@ def add_foreign_files(folder: Path) -> None:
 
 
 def foreign_files_are_there(folder: Path) -> bool:
-    return all((folder / name).read_bytes() == content for name, content in KEPT.items())
+    return all((folder / name).is_file() and (folder / name).read_bytes() == content for name, content in KEPT.items())
 
 
 # ---- the child processes
@@ -115,7 +115,10 @@ def found(target: Path, answers: dict[str, Tensor]) -> str:
         recover(target)
     if not target.exists():
         return "none"
-    model = PromptPoolModel.from_pretrained(build("vit"), target)
+    try:
+        model = PromptPoolModel.from_pretrained(build("vit"), target)
+    except ValueError as error:
+        return str(error)
     logits, names = answer(model), class_names(model)
     whole = (name for name, known in answers.items() if torch.equal(logits, known) and names == class_names(MODELS[name]))
     return next(whole, "neither")

@@ -123,7 +123,11 @@ def load_backbone(name: str) -> Any:
 
 
 def train_task(
-    accelerator: Accelerator, model: PromptPoolModel, stream: ClassIncrementalStream, task: Any, args: Arguments,
+    accelerator: Accelerator,
+    model: PromptPoolModel,
+    stream: ClassIncrementalStream,
+    task: Any,
+    args: Arguments,
     queries: torch.Tensor | None,
 ) -> None:
     """Learn one task. The model has begun it; what begin_task added is wrapped and optimized from here on."""
@@ -132,8 +136,13 @@ def train_task(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
     steps = args.epochs * -(-len(task.train_rows) // args.batch_size)
-    bar = tqdm(total=steps, desc=f"task {task.number + 1}/{len(stream)}", unit="step", leave=False,
-               disable=not accelerator.is_local_main_process)
+    bar = tqdm(
+        total=steps,
+        desc=f"task {task.number + 1}/{len(stream)}",
+        unit="step",
+        leave=False,
+        disable=not accelerator.is_local_main_process,
+    )
     for epoch in range(args.epochs):
         batches = stream.train_batches(
             task, args.batch_size, seed=args.seed, epoch=epoch, queries=queries, workers=args.workers

@@ -53,9 +53,7 @@ CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
         T.Dinov2WithRegistersConfig(**SIZES, num_labels=5)
     ),
     "clip": lambda: T.CLIPForImageClassification(T.CLIPConfig(vision_config=SIZES, text_config=TEXT, num_labels=5)),
-    "siglip": lambda: T.SiglipForImageClassification(
-        T.SiglipConfig(vision_config=SIZES, text_config=TEXT, num_labels=5)
-    ),
+    "siglip": lambda: T.SiglipForImageClassification(T.SiglipConfig(vision_config=SIZES, text_config=TEXT, num_labels=5)),
     "siglip2": lambda: T.Siglip2ForImageClassification(
         T.Siglip2Config(vision_config=NAFLEX, text_config=TEXT, num_labels=5)
     ),

@@ -157,5 +157,9 @@ def test_two_processes_run_the_example_as_one(tmp_path: Path) -> None:
     counts = [t["base_model.pools.prompt_pool.pool.history.counts"] for t in tensors]
     assert torch.equal(*counts)
     assert {p.name for p in (tmp_path / "one").iterdir()} == {
-        "adapter", "results.json", "results.md", "curves.png", "matrix.png"
+        "adapter",
+        "results.json",
+        "results.md",
+        "curves.png",
+        "matrix.png",
     }

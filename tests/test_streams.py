@@ -32,9 +32,7 @@ TASKS = [[9, 5], [2, 7]]  # class 4 is in no task
 IMAGES = torch.randn(len(TRAIN) + len(TEST), 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def stream_of(
-    train: list[int] = TRAIN, test: list[int] = TEST, tasks: list[list[int]] = TASKS
-) -> ClassIncrementalStream:
+def stream_of(train: list[int] = TRAIN, test: list[int] = TEST, tasks: list[list[int]] = TASKS) -> ClassIncrementalStream:
     """The image column holds numbers of `IMAGES`; test images come behind training images."""
     numbers = list(range(len(train) + len(test)))
     return ClassIncrementalStream(

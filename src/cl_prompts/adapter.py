@@ -37,6 +37,7 @@ class PoolAdapter(nn.Module):
         self.head = GrowingHead(shape.width, config.head_scale if config.head == "cosine" else None)
         self.link = OptimizerLink()
         self.ledger = ImageLedger()
+        self.grown = False  # since the last training forward
         # Labels of undeclared classes seen on a device, where looking at them in the step would wait for the device.
         self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
         if config.num_labels is not None:
@@ -78,6 +79,7 @@ class PoolAdapter(nn.Module):
         state.task_open = True
         state.class_names.update(names)
         self.ledger.clear()
+        self.grown = True
         self.link.detach()
 
     def end_task(self) -> None:
@@ -111,7 +113,7 @@ class PoolAdapter(nn.Module):
             if outside.any():
                 raise ValueError(
                     f"labels {sorted(set(labels[outside].tolist()))} do not belong to the current task "
-                    f"{self.config.state.tasks[-1]}: declare them in begin_task, or set class_mask to \"none\""
+                    f'{self.config.state.tasks[-1]}: declare them in begin_task, or set class_mask to "none"'
                 )
         return columns
 

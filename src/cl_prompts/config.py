@@ -115,7 +115,7 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
         if saved is not None and not (
             isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
         ):
-            raise ValueError(f"modules_to_save={saved!r} must be a list of names, like [\"layernorm\"]")
+            raise ValueError(f'modules_to_save={saved!r} must be a list of names, like ["layernorm"]')
         _choice(self, "readout", READOUTS)
         _choice(self, "head", HEADS)
         _positive_number(self, "head_scale")
@@ -316,9 +316,7 @@ class HashPromptConfig(PromptPoolConfig):
         if self.readout == "prompt":
             raise ValueError('readout="prompt" needs prompt tokens; hash has key/value prefixes: use "auto"')
         if self.prompt_length % 2:
-            raise ValueError(
-                f"prompt_length={self.prompt_length} cannot be split into keys and values: use an even number"
-            )
+            raise ValueError(f"prompt_length={self.prompt_length} cannot be split into keys and values: use an even number")
         if self.history_top > self.pool_size:
             raise ValueError(f"history_top={self.history_top} is larger than pool_size={self.pool_size}")
         if not 0 < self.beta <= 1:
@@ -382,4 +380,3 @@ def _check_layers(config: Any) -> None:
     if len(set(layers)) != len(layers):
         raise ValueError(f"layers={layers!r} names a block twice")
     config.layers = sorted(layers)
-

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cl_prompts.adapter import PoolAdapter
 from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
+from cl_prompts.collectives import world_size
 from cl_prompts.config import PromptPoolConfig
 from cl_prompts.prompts import BackboneShape
 
@@ -66,9 +67,7 @@ def refuse_large(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -
             tensors = [*adapter.parameters(), *adapter.buffers()]
             size = sum(t.numel() * t.element_size() for t in tensors)
         except (RuntimeError, OverflowError) as error:
-            raise ValueError(
-                f"the config implies tensors of impossible size ({error}): choose smaller values"
-            ) from error
+            raise ValueError(f"the config implies tensors of impossible size ({error}): choose smaller values") from error
     if size > config.max_adapter_bytes:
         raise ValueError(
             f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "
@@ -105,3 +104,41 @@ def check_labels(labels: Any, images: int) -> None:
         raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")
     if labels.shape != (images,):
         raise ValueError(f"labels has shape {list(labels.shape)}, expected [{images}]: one class id per image")
+
+
+def check_query(query: Any, images: int, width: int) -> None:
+    """Raise if a query that a caller brings is no feature per image."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
+    if query.shape != (images, width):
+        raise ValueError(f"query has shape {list(query.shape)}, expected {[images, width]}")
+
+
+def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
+    """Raise ValueError if an adapter cannot answer, or in training cannot learn: names the call that is missing."""
+    if not adapter.classes:
+        raise ValueError("no class is known yet: call begin_task(classes), or set num_labels in the config")
+    if not learning:
+        return
+    if adapter.config.num_labels is None and not adapter.config.state.task_open:
+        raise ValueError("a training forward outside a task: call begin_task(classes) first, or model.eval()")
+    if adapter.config.needs_optimizer and not adapter.link.attached:
+        raise ValueError(
+            'this config scales the optimizer\'s steps (modulate="update"): call model.attach_optimizer(optimizer) after '
+            "begin_task"
+        )
+    adapter.link.check_trains(adapter.named_parameters())
+    if adapter.grown and world_size() > 1:
+        _check_wrapper(adapter)
+        adapter.grown = False
+
+
+def _check_wrapper(adapter: PoolAdapter) -> None:
+    """A DistributedDataParallel made before begin_task would not average the new parameters' gradients."""
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None:
+        wrapped = {id(p) for p in wrapper._module_parameters}
+        if any(p.requires_grad and id(p) not in wrapped for p in adapter.parameters()):
+            raise ValueError(
+                "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
+            )

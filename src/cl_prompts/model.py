@@ -22,6 +22,7 @@ from cl_prompts.integrity import CONFIG_FILE, WEIGHTS_FILE, check_adapter_files
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.saving import read_whole, replacing
 from cl_prompts.tuner import PromptPoolTuner
+from cl_prompts.way import WayOfABatch
 
 
 # PEFT's own register_peft_method needs an entry in its enum; string types are supported in the mappings themselves.
@@ -96,9 +97,7 @@ class PromptPoolModel(PeftModel):
         folders = ["" if name == "default" else f"{name}/" for name in names]
         written = [f"{folder}{file}" for folder in folders for file in (CONFIG_FILE, WEIGHTS_FILE)]
         with replacing(save_directory, *written, "README.md") as folder:
-            super().save_pretrained(
-                str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs
-            )
+            super().save_pretrained(str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -239,26 +238,27 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
     return model.base_model.extract_features(pixel_values, **kwargs)
 
 
-def _tuners_on(model: nn.Module) -> set[PromptPoolTuner]:
-    tables = [table for module in model.modules() for table in (module._forward_pre_hooks, module._forward_hooks)]
-    owners = [getattr(hook, "__self__", None) for table in tables for hook in table.values()]
-    return {owner for owner in owners if isinstance(owner, PromptPoolTuner)}
+def _ways_through(model: nn.Module) -> set[WayOfABatch]:
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
+    return {owner for owner in owners if isinstance(owner, WayOfABatch)}
 
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients."""
-    tuners = _tuners_on(model)
+    ways, attributes = _ways_through(model), set(vars(model))
     modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for tuner in _tuners_on(model) - tuners:
-            tuner.unload()
+        for way in _ways_through(model) - ways:
+            way.uninstall()
         for module, training, children in modules:
             module.training = training
             module._modules.update(children)
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
         raise

@@ -1,8 +1,7 @@
-"""Query -> pool -> prompted pass -> head, under whatever PEFT model wraps it. No method's mathematics.
+"""PEFT's tuner for prompt pools: adapters by name, tasks, state dicts. No method's mathematics.
 
-PEFT calls the base model inside `_enable_peft_forward_hooks`. There the tuner runs the un-prompted pass, asks the pool,
-and sets the prompts; the base model's own forward is then the prompted pass, and a hook on it replaces what it returns by
-`PromptPoolOutput`. A plain `PeftModel` therefore behaves like `PromptPoolModel`.
+PEFT calls the base model inside `_enable_peft_forward_hooks`; what happens there is `cl_prompts.way`. A plain `PeftModel`
+therefore behaves like `PromptPoolModel`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,43 +16,14 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
 from peft.utils.other import set_additional_trainable_modules
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_prompts.adapter import PoolAdapter, PromptPoolLayer
-from cl_prompts.backbones.prefix import PrefixInjector
-from cl_prompts.backbones.query import in_order_noise, resolve_pooling, take_feature, whole_image
-from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image, find_structure, fingerprint
-from cl_prompts.backbones.tokens import TokenInjector
-from cl_prompts.collectives import sum_over_processes, world_size
+from cl_prompts.backbones.query import resolve_pooling
+from cl_prompts.backbones.structure import Structure, expected_image, find_structure, fingerprint
 from cl_prompts.config import PromptPoolConfig
-from cl_prompts.fitting import check_base, check_fits, check_images, check_labels, refuse_large
+from cl_prompts.fitting import check_base, check_fits, refuse_large
 from cl_prompts.integrity import check_tensors
-from cl_prompts.losses import add_up
-from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.pools import Observation
-from cl_prompts.prompts import LossPart, PoolInput, Prompts
-
-
-# Arguments of the forward that are ours; the base model never sees them while an adapter is active.
-OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
-# What transformers.Trainer, which asks the base's config, is not to gather in an evaluation: all but loss and logits.
-NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "query", "features")
-
-
-@dataclass
-class Call:
-    """One forward, from the query to the answer."""
-
-    adapter: PoolAdapter
-    prompts: Prompts
-    batch_size: int
-    training: bool
-    query: Tensor | None
-    columns: Tensor | None
-    counted: Tensor
-    sample_ids: Any
-    num_items: Any
-    noise: dict[str, Tensor]
+from cl_prompts.way import WayOfABatch
 
 
 class PromptPoolTuner(BaseTuner):
@@ -103,19 +72,9 @@ class PromptPoolTuner(BaseTuner):
             self.structure = structure
             model.requires_grad_(False)
             model.eval()
-            self.tokens = TokenInjector(model, structure)
-            self.prefix_kv = PrefixInjector(model, structure)
+            self.way = WayOfABatch(model, structure)
             self.pools = PromptPoolLayer()
-            self._call: Call | None = None
-            base_config: Any = getattr(model, "config", None)
-            if base_config is not None:
-                own = getattr(type(base_config), "keys_to_ignore_at_inference", ())
-                base_config.keys_to_ignore_at_inference = [*own, *NOT_GATHERED]
-            self._base_hooks = [
-                model.register_forward_pre_hook(self._strip_arguments, with_kwargs=True),
-                model.register_forward_hook(self._answer, with_kwargs=True),
-            ]
-        self.prefix_kv.install(adapter.pool.layers)
+        self.way.prefixes.install(adapter.pool.layers)
         if not low_cpu_mem_usage and all(p.device.type != "meta" for p in adapter.parameters()):
             adapter.to(next(model.parameters()).device)
         adapter.train(self.training and not config.inference_mode)
@@ -175,14 +134,8 @@ class PromptPoolTuner(BaseTuner):
 
     def unload(self) -> nn.Module:
         """Take every hook off the base model and give it back as it was, frozen."""
-        self.tokens.uninstall()
-        self.prefix_kv.uninstall()
-        for hook in self._base_hooks:
-            hook.remove()
-        if hasattr(self.model, "config"):
-            vars(self.model.config).pop("keys_to_ignore_at_inference", None)
-        if hasattr(self.model, "peft_config"):  # not yet, when the first adapter failed
-            del self.model.peft_config
+        self.way.uninstall()
+        del self.model.peft_config
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -234,7 +187,6 @@ class PromptPoolTuner(BaseTuner):
         """
         self._record_base(self.adapter)
         self.adapter.begin_task(classes, revisit, class_names)
-        self._grown = True
 
     def _record_base(self, adapter: PoolAdapter) -> None:
         """Note in the adapter's state which base it is trained on."""
@@ -304,181 +256,12 @@ class PromptPoolTuner(BaseTuner):
         if self.pools.disable_adapters:
             yield
             return
-        try:
-            with whole_image(self.model, self.structure):
-                self._call = self._prepare(self.adapter, args, kwargs)
-                yield
-        finally:
-            self._call = None
-            self.tokens.clear()
-            self.prefix_kv.clear()
+        with self.way.prompted(self.adapter, args, kwargs, training=self.training and torch.is_grad_enabled()):
+            yield
 
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """The un-prompted feature (the query) of images [B, 3, H, W]: [B, D] float32, without gradient."""
-        check_images(self.model, self.structure, pixel_values, kwargs)
-        with whole_image(self.model, self.structure):
-            feature = self._query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
-        self.tokens.clear()
-        return feature
-
-    def _query(self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        call, self._call = self._call, None
-        images = kwargs.get("pixel_values", args[0] if args else None)
-        assert images is not None
-        with torch.no_grad():
-            self.model(*args, **kwargs, **in_order_noise(self.model, self.structure, kwargs, images))
-            feature = take_feature(self.model, self.structure, self.tokens, adapter.query_pooling)
-        self._call = call
-        return feature
-
-    def _prepare(self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Check the input, run the un-prompted pass if the pool asks for it, set the prompts."""
-        images: Any = kwargs.get("pixel_values", args[0] if args else None)
-        labels, query = kwargs.get("labels"), kwargs.get("query")
-        base_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-        check_images(self.model, self.structure, images, base_kwargs)
-        if labels is not None:
-            check_labels(labels, len(images))
-        training = self.training and torch.is_grad_enabled()
-        self._check_ready(adapter, training and labels is not None)
-        columns = adapter.to_columns(labels) if labels is not None else None
-        everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        counted = everything if columns is None else columns >= 0
-        if query is None and adapter.pool.needs_query:
-            query = self._query(adapter, args, base_kwargs)
-        if query is not None:
-            if not isinstance(query, Tensor):
-                raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
-            query = query.detach().float()
-            if query.shape != (len(images), self.structure.shape.width):
-                raise ValueError(
-                    f"query has shape {list(query.shape)}, expected {[len(images), self.structure.shape.width]}"
-                )
-        task = max(adapter.pool.num_tasks - 1, 0) if training else None
-        with torch.autocast(images.device.type, enabled=False):
-            prompts = adapter.pool(PoolInput(len(images), query, task, counted))
-        self._set_prompts(prompts)
-        return Call(
-            adapter=adapter,
-            prompts=prompts,
-            batch_size=len(images),
-            training=training,
-            query=query,
-            columns=columns,
-            counted=counted,
-            sample_ids=kwargs.get("sample_ids"),
-            num_items=kwargs.get("num_items_in_batch"),
-            noise=in_order_noise(self.model, self.structure, base_kwargs, images),
-        )
-
-    def _check_ready(self, adapter: PoolAdapter, learning: bool) -> None:
-        if not adapter.classes:
-            raise ValueError("no class is known yet: call begin_task(classes), or set num_labels in the config")
-        if not learning:
-            return
-        if adapter.config.num_labels is None and not adapter.config.state.task_open:
-            raise ValueError("a training forward outside a task: call begin_task(classes) first, or model.eval()")
-        if adapter.config.needs_optimizer and not adapter.link.attached:
-            raise ValueError(
-                "this config scales the optimizer's steps (modulate=\"update\"): call "
-                "model.attach_optimizer(optimizer) after begin_task"
-            )
-        adapter.link.check_trains(adapter.named_parameters())
-        if world_size() > 1 and getattr(self, "_grown", False):
-            self._check_wrapper(adapter)
-
-    def _check_wrapper(self, adapter: PoolAdapter) -> None:
-        """A DistributedDataParallel made before begin_task would not average the new parameters' gradients."""
-        wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-        if wrapper is not None:
-            wrapped = {id(p) for p in wrapper._module_parameters}
-            if any(p.requires_grad and id(p) not in wrapped for p in adapter.parameters()):
-                raise ValueError(
-                    "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
-                )
-        self._grown = False
-
-    def _set_prompts(self, prompts: Prompts) -> None:
-        tokens = prompts.tokens
-        if tokens is not None and prompts.tokens_take_cls_position:
-            position = cls_position_embedding(self.model, self.structure)
-            tokens = tokens if position is None else tokens + position.detach()
-        self.tokens.tokens = tokens
-        self.tokens.index = int(prompts.tokens_after_cls and self.structure.has_cls)
-        self.prefix_kv.prefixes = prompts.prefixes
-        self.prefix_kv.used = {}
-
-    def _strip_arguments(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._call
-        if call is None:
-            return None
-        kwargs = {**{name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}, **call.noise}
-        if call.prompts.candidates > 1:
-
-            def repeat(value: Any) -> Any:
-                per_image = isinstance(value, Tensor) and value.dim() and len(value) == call.batch_size
-                return value.repeat_interleave(call.prompts.candidates, 0) if per_image else value
-
-            args, kwargs = tuple(map(repeat, args)), {name: repeat(value) for name, value in kwargs.items()}
-        return args, kwargs
-
-    def _answer(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        call = self._call
-        if call is None:
-            return None
-        adapter = call.adapter
-        with torch.autocast(call.counted.device.type, enabled=False):
-            features = take_feature(self.model, self.structure, self.tokens, adapter.readout)
-            logits = adapter.head(features)
-            ids, weights = self._choices(call.prompts)
-            if call.prompts.candidates > 1:
-                best = _most_confident(logits, call.batch_size)
-                features, logits = features[best], logits[best]
-                ids, weights = (None if x is None else x[best] for x in (ids, weights))
-            loss, losses = None, None
-            if call.training:
-                logits = self._masked(call, logits)
-            if call.columns is not None:
-                loss, losses = self._loss(call, logits)
-        if call.training:
-            with torch.no_grad():
-                fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
-                adapter.pool.observe(Observation(ids, call.query, call.columns, fresh))
-        answer = PromptPoolOutput(
-            loss=loss,
-            logits=logits,
-            losses=losses,
-            prompt_ids=ids,
-            prompt_weights=weights,
-            query=call.query,
-            features=features,
-        )
-        return answer.to_tuple() if kwargs.get("return_dict") is False else answer
-
-    def _choices(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
-        """Chosen prompts and weights: the pool's own, or those that the layers chose, [B, layers, k]."""
-        used = [self.prefix_kv.used[layer] for layer in sorted(self.prefix_kv.used)]
-        used = [kv for kv in used if kv.ids is not None]
-        if prompts.ids is not None or not used:
-            return prompts.ids, prompts.weights
-        ids, weights = zip(*((kv.ids, kv.weights) for kv in used), strict=True)
-        return torch.stack(ids, 1), torch.stack(weights, 1)
-
-    def _masked(self, call: Call, logits: Tensor) -> Tensor:
-        mask = call.adapter.config.class_mask
-        if mask == "task":
-            return logits.masked_fill(~call.adapter.head.current, float("-inf"))
-        if mask == "batch" and call.columns is not None:
-            present = torch.zeros(logits.shape[1] + 1, dtype=torch.int64, device=logits.device)
-            present[torch.where(call.counted, call.columns, logits.shape[1])] = 1
-            return logits.masked_fill(sum_over_processes(present)[:-1] == 0, float("-inf"))
-        return logits
-
-    def _loss(self, call: Call, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert call.columns is not None
-        each = F.cross_entropy(logits, call.columns, reduction="none")
-        parts = {"cross_entropy": LossPart(each, "mean"), **(call.prompts.losses if call.training else {})}
-        return add_up(parts, call.counted, call.num_items, over_processes=call.training)
+        return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -514,10 +297,3 @@ class PromptPoolTuner(BaseTuner):
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
         check_tensors(found, expected, sha256 if config.verify else None)
         return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
-
-
-def _most_confident(logits: Tensor, images: int) -> Tensor:
-    """Row of the most confident candidate of each image, for logits [images * candidates, C]."""
-    confidence = logits.softmax(1).amax(1).view(images, -1)
-    first = torch.arange(images, device=logits.device) * confidence.shape[1]
-    return first + confidence.argmax(1)

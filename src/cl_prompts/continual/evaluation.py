@@ -36,9 +36,7 @@ def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: list[
 
 
 @torch.no_grad()
-def stream_features(
-    model: Any, batches: Iterable[dict[str, Any]], rows: int, device: Any
-) -> Tensor:
+def stream_features(model: Any, batches: Iterable[dict[str, Any]], rows: int, device: Any) -> Tensor:
     """Un-prompted features of all images of a stream by row number: [rows, D] on the CPU, zeros for rows not asked for.
 
     Args:

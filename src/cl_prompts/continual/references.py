@@ -94,9 +94,7 @@ def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr
     return matrix
 
 
-def _fit(
-    head: GrowingHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float
-) -> None:
+def _fit(head: GrowingHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
     targets, _ = head.to_columns(labels)
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     for _ in range(epochs):

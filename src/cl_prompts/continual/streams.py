@@ -100,9 +100,7 @@ class ClassIncrementalStream:
         """
         order = np.random.default_rng([seed, task.number, epoch]).permutation(task.train_rows)
         images = LabelledImages(self, train=True, queries=queries)
-        return DataLoader(
-            images, batch_sampler=list(shares(order, batch_size)), collate_fn=collate, num_workers=workers
-        )
+        return DataLoader(images, batch_sampler=list(shares(order, batch_size)), collate_fn=collate, num_workers=workers)
 
     def test_batches(self, task: Task, batch_size: int, *, workers: int = 0) -> DataLoader[dict[str, Any]]:
         """A task's test images in order; each process gets its share of every batch."""
@@ -114,9 +112,7 @@ class ClassIncrementalStream:
         """All images of all tasks' training or test set, for comparison learners; each process gets its share."""
         rows = np.concatenate([task.train_rows if train else task.test_rows for task in self.tasks])
         images = LabelledImages(self, train=train)
-        return DataLoader(
-            images, batch_sampler=list(shares(rows, batch_size)), collate_fn=collate, num_workers=workers
-        )
+        return DataLoader(images, batch_sampler=list(shares(rows, batch_size)), collate_fn=collate, num_workers=workers)
 
 
 class LabelledImages(Dataset[dict[str, Any]]):

@@ -86,9 +86,7 @@ class HashPool(PromptPool, method="hash"):
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__(config, shape)
         depth, size, width = len(config.layers), config.pool_size, shape.width
-        self.prompts = initial(
-            config.prompt_init, 1 if config.share_layers else depth, size, config.prompt_length, width
-        )
+        self.prompts = initial(config.prompt_init, 1 if config.share_layers else depth, size, config.prompt_length, width)
         self.router = initial("normal", depth, size, width)
         self.history = ActivationHistory((depth,), size)
         self.register_buffer("old_routers", torch.zeros(0, depth, size, width))
@@ -152,9 +150,7 @@ class HashPool(PromptPool, method="hash"):
         prefixes: dict[int, Prefix] = {}
         for row, layer in enumerate(self.layers):
             pool = prompts[0 if self.config.share_layers else row]
-            prefixes[layer] = TokenRouter(
-                pool, routers[:, row], penalties[:, row], which, self.config.top_k, heads
-            )
+            prefixes[layer] = TokenRouter(pool, routers[:, row], penalties[:, row], which, self.config.top_k, heads)
         answer = Prompts(prefixes=prefixes, candidates=candidates)
         if batch.task is not None and self.config.modulate == "quadratic" and self.config.hgm != "none":
             answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")

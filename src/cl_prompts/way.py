@@ -1,0 +1,239 @@
+"""The way of a batch: query -> pool -> prompted pass -> head, through one frozen base model.
+
+While `prompted` is open, the base model's own forward is the prompted pass, and a hook on it replaces what it returns by
+`PromptPoolOutput`, whoever calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_prompts.adapter import PoolAdapter
+from cl_prompts.backbones.prefix import PrefixInjector
+from cl_prompts.backbones.query import in_order_noise, take_feature, whole_image
+from cl_prompts.backbones.structure import Structure, cls_position_embedding
+from cl_prompts.backbones.tokens import TokenInjector
+from cl_prompts.collectives import sum_over_processes
+from cl_prompts.fitting import check_images, check_labels, check_query, check_ready
+from cl_prompts.losses import add_up
+from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.pools import Observation
+from cl_prompts.prompts import LossPart, PoolInput, Prompts
+
+
+# Arguments of the forward that are ours; the base model never sees them while an adapter is active.
+OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
+# What transformers.Trainer, which asks the base's config, is not to gather in an evaluation: all but loss and logits.
+NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "query", "features")
+
+
+@dataclass
+class Call:
+    """One forward, from the query to the answer."""
+
+    adapter: PoolAdapter
+    prompts: Prompts
+    batch_size: int
+    training: bool
+    query: Tensor | None
+    columns: Tensor | None
+    counted: Tensor
+    sample_ids: Any
+    num_items: Any
+    noise: dict[str, Tensor]
+
+
+class WayOfABatch:
+    """The hooks on one base model, and what happens between them.
+
+    Args:
+        model: the frozen base.
+        structure: where its parts are.
+
+    Attributes:
+        tokens: puts prompt tokens in and takes them out.
+        prefixes: puts key/value prefixes into blocks.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self.model = model
+        self.structure = structure
+        self.tokens = TokenInjector(model, structure)
+        self.prefixes = PrefixInjector(model, structure)
+        self._call: Call | None = None
+        base_config: Any = getattr(model, "config", None)
+        if base_config is not None:
+            own = getattr(type(base_config), "keys_to_ignore_at_inference", ())
+            base_config.keys_to_ignore_at_inference = [*own, *NOT_GATHERED]
+        self._hooks = [
+            model.register_forward_pre_hook(self._strip_arguments, with_kwargs=True),
+            model.register_forward_hook(self._answer, with_kwargs=True),
+        ]
+
+    def uninstall(self) -> None:
+        """Take every hook off the base model."""
+        self.tokens.uninstall()
+        self.prefixes.uninstall()
+        for hook in self._hooks:
+            hook.remove()
+        if hasattr(self.model, "config"):
+            vars(self.model.config).pop("keys_to_ignore_at_inference", None)
+
+    @contextmanager
+    def prompted(
+        self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
+    ) -> Iterator[None]:
+        """Until the block ends, a forward of the base model with these arguments is the adapter's answer."""
+        try:
+            with whole_image(self.model, self.structure):
+                self._call = self._prepare(adapter, args, kwargs, training)
+                yield
+        finally:
+            self._call = None
+            self.tokens.clear()
+            self.prefixes.clear()
+
+    def query(self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The un-prompted pass: the adapter's query feature of each image, [B, D] float32, without gradient."""
+        images: Any = kwargs.get("pixel_values", args[0] if args else None)
+        check_images(self.model, self.structure, images, kwargs)
+        try:
+            with torch.no_grad(), whole_image(self.model, self.structure):
+                self.model(*args, **kwargs, **in_order_noise(self.model, self.structure, kwargs, images))
+                return take_feature(self.model, self.structure, self.tokens, adapter.query_pooling)
+        finally:
+            self.tokens.clear()
+
+    def _prepare(self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Call:
+        """Check the input, run the un-prompted pass if the pool asks for it, set the prompts."""
+        images: Any = kwargs.get("pixel_values", args[0] if args else None)
+        labels, query = kwargs.get("labels"), kwargs.get("query")
+        base_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+        check_images(self.model, self.structure, images, base_kwargs)
+        if labels is not None:
+            check_labels(labels, len(images))
+        check_ready(adapter, learning=training and labels is not None)
+        columns = adapter.to_columns(labels) if labels is not None else None
+        everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        counted = everything if columns is None else columns >= 0
+        if query is None and adapter.pool.needs_query:
+            query = self.query(adapter, args, base_kwargs)
+        if query is not None:
+            check_query(query, len(images), self.structure.shape.width)
+            query = query.detach().float()
+        task = max(adapter.pool.num_tasks - 1, 0) if training else None
+        with torch.autocast(images.device.type, enabled=False):
+            prompts = adapter.pool(PoolInput(len(images), query, task, counted))
+        self._set_prompts(prompts)
+        return Call(
+            adapter=adapter,
+            prompts=prompts,
+            batch_size=len(images),
+            training=training,
+            query=query,
+            columns=columns,
+            counted=counted,
+            sample_ids=kwargs.get("sample_ids"),
+            num_items=kwargs.get("num_items_in_batch"),
+            noise=in_order_noise(self.model, self.structure, base_kwargs, images),
+        )
+
+    def _set_prompts(self, prompts: Prompts) -> None:
+        tokens = prompts.tokens
+        if tokens is not None and prompts.tokens_take_cls_position:
+            position = cls_position_embedding(self.model, self.structure)
+            tokens = tokens if position is None else tokens + position.detach()
+        self.tokens.tokens = tokens
+        self.tokens.index = int(prompts.tokens_after_cls and self.structure.has_cls)
+        self.prefixes.prefixes = prompts.prefixes
+        self.prefixes.used = {}
+
+    def _strip_arguments(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self._call
+        if call is None:
+            return None
+        kwargs = {**{name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}, **call.noise}
+        if call.prompts.candidates > 1:
+
+            def repeat(value: Any) -> Any:
+                per_image = isinstance(value, Tensor) and value.dim() and len(value) == call.batch_size
+                return value.repeat_interleave(call.prompts.candidates, 0) if per_image else value
+
+            args, kwargs = tuple(map(repeat, args)), {name: repeat(value) for name, value in kwargs.items()}
+        return args, kwargs
+
+    def _answer(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._call
+        if call is None:
+            return None
+        adapter = call.adapter
+        with torch.autocast(call.counted.device.type, enabled=False):
+            features = take_feature(self.model, self.structure, self.tokens, adapter.readout)
+            logits = adapter.head(features)
+            ids, weights = self._choices(call.prompts)
+            if call.prompts.candidates > 1:
+                best = most_confident(logits, call.batch_size)
+                features, logits = features[best], logits[best]
+                ids, weights = (None if x is None else x[best] for x in (ids, weights))
+            loss, losses = None, None
+            if call.training:
+                logits = masked(call, logits)
+            if call.columns is not None:
+                loss, losses = loss_of(call, logits)
+        if call.training:
+            with torch.no_grad():
+                fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
+                adapter.pool.observe(Observation(ids, call.query, call.columns, fresh))
+        answer = PromptPoolOutput(
+            loss=loss,
+            logits=logits,
+            losses=losses,
+            prompt_ids=ids,
+            prompt_weights=weights,
+            query=call.query,
+            features=features,
+        )
+        return answer.to_tuple() if kwargs.get("return_dict") is False else answer
+
+    def _choices(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        """Chosen prompts and weights: the pool's own, or those that the layers chose, [B, layers, k]."""
+        used = [self.prefixes.used[layer] for layer in sorted(self.prefixes.used)]
+        used = [kv for kv in used if kv.ids is not None]
+        if prompts.ids is not None or not used:
+            return prompts.ids, prompts.weights
+        ids, weights = zip(*((kv.ids, kv.weights) for kv in used), strict=True)
+        return torch.stack(ids, 1), torch.stack(weights, 1)
+
+
+def masked(call: Call, logits: Tensor) -> Tensor:
+    """Training logits with -inf at the classes that the loss does not see (`class_mask`)."""
+    mask = call.adapter.config.class_mask
+    if mask == "task":
+        return logits.masked_fill(~call.adapter.head.current, float("-inf"))
+    if mask == "batch" and call.columns is not None:
+        present = torch.zeros(logits.shape[1] + 1, dtype=torch.int64, device=logits.device)
+        present[torch.where(call.counted, call.columns, logits.shape[1])] = 1
+        return logits.masked_fill(sum_over_processes(present)[:-1] == 0, float("-inf"))
+    return logits
+
+
+def loss_of(call: Call, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy plus, in training, the method's parts: total and parts."""
+    assert call.columns is not None
+    each = F.cross_entropy(logits, call.columns, reduction="none")
+    parts = {"cross_entropy": LossPart(each, "mean"), **(call.prompts.losses if call.training else {})}
+    return add_up(parts, call.counted, call.num_items, over_processes=call.training)
+
+
+def most_confident(logits: Tensor, images: int) -> Tensor:
+    """Row of the most confident candidate of each image, for logits [images * candidates, C]."""
+    confidence = logits.softmax(1).amax(1).view(images, -1)
+    first = torch.arange(images, device=logits.device) * confidence.shape[1]
+    return first + confidence.argmax(1)

@@ -58,7 +58,7 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
 
 def test_an_ambiguous_column_is_asked_for(tmp_path: Path) -> None:
     folder = str(parquet_folder(tmp_path, second_label=True))
-    with pytest.raises(ValueError, match="cannot tell the label column .*--label_column"):
+    with pytest.raises(ValueError, match=r"cannot tell the label column .*--label_column"):
         load_image_data(folder, None, None, 0, 0)
     assert load_image_data(folder, None, "fine", 0, 0).label_column == "fine"
 
@@ -128,7 +128,7 @@ def test_every_recipe_is_readable(monkeypatch: pytest.MonkeyPatch, recipe: str) 
 
 
 def test_unknown_recipes_and_settings_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no recipe 'nope'.*digits"):
+    with pytest.raises(SystemExit, match=r"no recipe 'nope'.*digits"):
         arguments(monkeypatch, "--recipe", "nope")
     (tmp_path / "bad.yaml").write_text("epoch: 3")
     with pytest.raises(SystemExit, match=r"sets \['epoch'\]"):

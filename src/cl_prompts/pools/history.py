@@ -45,15 +45,20 @@ class ActivationHistory(nn.Module):
             task: number of the task about to be trained, from 0.
             decay: weight of a task's counts one task later.
         """
-        age = torch.arange(task - 1, -1, -1, dtype=torch.float64, device=self.counts.device)
-        return torch.tensordot(decay**age, self.counts[:task].double(), dims=1)
+        age = torch.arange(task - 1, -1, -1, dtype=self._dtype, device=self.counts.device)
+        return torch.tensordot(decay**age, self.counts[:task].to(self._dtype), dims=1)
 
     def before_each(self, decay: float = 1.0) -> Tensor:
         """`before(task)` of every task so far: float64 [tasks, *rows, M]."""
-        task = torch.arange(len(self.counts), dtype=torch.float64, device=self.counts.device)
+        task = torch.arange(len(self.counts), dtype=self._dtype, device=self.counts.device)
         age = task[:, None] - 1 - task
         weight = torch.where(age >= 0, decay ** age.clamp_min(0), 0.0)
-        return torch.tensordot(weight, self.counts.double(), dims=1)
+        return torch.tensordot(weight, self.counts.to(self._dtype), dims=1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Counts stay exact in float64, which Apple's devices lack; float32 is exact up to 16 million images."""
+        return torch.float32 if self.counts.device.type == "mps" else torch.float64
 
 
 def most_activated(history: Tensor, top: int) -> Tensor:
@@ -69,7 +74,7 @@ def routing_penalty(history: Tensor, config: Any) -> Tensor:
     "power": delta * H^alpha. "none": 0.
     """
     if config.hdr == "constant":
-        penalty = config.delta * most_activated(history, config.history_top).double()
+        penalty = config.delta * most_activated(history, config.history_top).to(history.dtype)
     elif config.hdr == "log":
         penalty = config.delta * history.log1p()
     elif config.hdr == "power":

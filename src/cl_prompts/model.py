@@ -22,7 +22,7 @@ from cl_prompts.integrity import CONFIG_FILE, WEIGHTS_FILE, check_adapter_files
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.saving import read_whole, replacing
 from cl_prompts.tuner import PromptPoolTuner
-from cl_prompts.way import WayOfABatch
+from cl_prompts.way import ways_through
 
 
 # PEFT's own register_peft_method needs an entry in its enum; string types are supported in the mappings themselves.
@@ -238,27 +238,28 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
     return model.base_model.extract_features(pixel_values, **kwargs)
 
 
-def _ways_through(model: nn.Module) -> set[WayOfABatch]:
-    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
-    return {owner for owner in owners if isinstance(owner, WayOfABatch)}
-
-
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients."""
-    ways, attributes = _ways_through(model), set(vars(model))
+    """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients, and whose it is."""
+    ways = [(way, way.prefixes.layers) for way in ways_through(model)]
+    attributes = dict(vars(model))
     modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for way in _ways_through(model) - ways:
+        for way in ways_through(model) - {way for way, _ in ways}:
             way.uninstall()
         for module, training, children in modules:
             module.training = training
             module._modules.update(children)
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
-        for name in set(vars(model)) - attributes:
+        for way, layers in ways:
+            if not way.installed:
+                way.install(layers)
+        for name in set(vars(model)) - set(attributes):
             delattr(model, name)
+        if "peft_config" in attributes:
+            model.peft_config = attributes["peft_config"]
         raise

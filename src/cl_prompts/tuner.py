@@ -23,7 +23,7 @@ from cl_prompts.backbones.structure import Structure, expected_image, find_struc
 from cl_prompts.config import PromptPoolConfig
 from cl_prompts.fitting import check_base, check_fits, refuse_large
 from cl_prompts.integrity import check_tensors
-from cl_prompts.way import WayOfABatch
+from cl_prompts.way import WayOfABatch, ways_through
 
 
 class PromptPoolTuner(BaseTuner):
@@ -36,6 +36,13 @@ class PromptPoolTuner(BaseTuner):
     structure: Structure
     pools: PromptPoolLayer
     active_adapter: str | list[str]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        # A base belongs to one model. Another one that is still on it lets go; its forward then says so.
+        for way in ways_through(model):
+            way.uninstall()
+            vars(model).pop("peft_config", None)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 

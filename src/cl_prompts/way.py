@@ -6,12 +6,13 @@ While `prompted` is open, the base model's own forward is the prompted pass, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,6 +61,7 @@ class WayOfABatch:
     Attributes:
         tokens: puts prompt tokens in and takes them out.
         prefixes: puts key/value prefixes into blocks.
+        installed: whether the base is still this model's; `unload`, or another prompt pool on it, takes it away.
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
@@ -68,6 +70,13 @@ class WayOfABatch:
         self.tokens = TokenInjector(model, structure)
         self.prefixes = PrefixInjector(model, structure)
         self._call: Call | None = None
+        self._hooks: list[Any] = []
+        self.installed = False
+        self._put_hooks()
+
+    def _put_hooks(self) -> None:
+        model = self.model
+        self.installed = True
         base_config: Any = getattr(model, "config", None)
         if base_config is not None:
             own = getattr(type(base_config), "keys_to_ignore_at_inference", ())
@@ -77,12 +86,22 @@ class WayOfABatch:
             model.register_forward_hook(self._answer, with_kwargs=True),
         ]
 
+    def install(self, layers: Iterable[int]) -> None:
+        """Put the hooks back on the base model, with prefixes in these blocks."""
+        self.tokens.install()
+        self.prefixes.install(layers)
+        self._put_hooks()
+
     def uninstall(self) -> None:
-        """Take every hook off the base model."""
+        """Take every hook off the base model, and copies of its modules out of it."""
         self.tokens.uninstall()
         self.prefixes.uninstall()
         for hook in self._hooks:
             hook.remove()
+        self.installed = False
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):  # of `modules_to_save`
+                self.model.set_submodule(name, module.original_module)
         if hasattr(self.model, "config"):
             vars(self.model.config).pop("keys_to_ignore_at_inference", None)
 
@@ -91,6 +110,11 @@ class WayOfABatch:
         self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
     ) -> Iterator[None]:
         """Until the block ends, a forward of the base model with these arguments is the adapter's answer."""
+        if not self.installed:
+            raise ValueError(
+                "the base of this model was unloaded, or went to another prompt pool model: use that one (load_adapter "
+                "keeps several adapters on one base), or wrap the base anew"
+            )
         try:
             with whole_image(self.model, self.structure):
                 self._call = self._prepare(adapter, args, kwargs, training)
@@ -237,3 +261,9 @@ def most_confident(logits: Tensor, images: int) -> Tensor:
     confidence = logits.softmax(1).amax(1).view(images, -1)
     first = torch.arange(images, device=logits.device) * confidence.shape[1]
     return first + confidence.argmax(1)
+
+
+def ways_through(model: nn.Module) -> set[WayOfABatch]:
+    """The ways that are installed on a base model: one, or none."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
+    return {owner for owner in owners if isinstance(owner, WayOfABatch)}

@@ -54,6 +54,11 @@ class PrefixInjector:
         self._structure = structure
         self._installed: dict[int, list[Any]] = {}
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks that are prepared for prefixes."""
+        return tuple(self._installed)
+
     def install(self, layers: Iterable[int]) -> None:
         """Prepare blocks for prefixes; those that are already prepared stay as they are."""
         for layer in layers:

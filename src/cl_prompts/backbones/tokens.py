@@ -41,6 +41,14 @@ class TokenInjector:
         self.hidden: Tensor | None = None
         self.prompt_hidden: Tensor | None = None
         self.pooled: Tensor | None = None
+        self._model = model
+        self._structure = structure
+        self._handles: list[Any] = []
+        self.install()
+
+    def install(self) -> None:
+        """Put the hooks on the model."""
+        model, structure = self._model, self._structure
         first, last = (model.get_submodule(structure.blocks[i]) for i in (0, -1))
         self._handles = [
             first.register_forward_pre_hook(self._insert, with_kwargs=True),

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.config import PromptPoolConfig
-from cl_prompts.head import GrowingHead
+from cl_prompts.head import IGNORED, GrowingHead
 from cl_prompts.pools import POOLS, PromptPool
 from cl_prompts.prompts import BackboneShape
 from cl_prompts.training import ImageLedger, OptimizerLink
@@ -38,7 +38,7 @@ class PoolAdapter(nn.Module):
         self.link = OptimizerLink()
         self.ledger = ImageLedger()
         self.grown = False  # since the last training forward
-        # Labels of undeclared classes seen on a device, where looking at them in the step would wait for the device.
+        # Labels of undeclared classes seen on a device or in a compiled graph, where the step must not wait to look at them.
         self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
         if config.num_labels is not None:
             self._declare(list(range(config.num_labels)))
@@ -101,20 +101,19 @@ class PoolAdapter(nn.Module):
             ValueError: a label on the CPU is of no declared class, or in training of none of the current task.
         """
         columns, unknown = self.head.to_columns(labels)
-        if torch.compiler.is_compiling():
-            return columns
-        if labels.device.type != "cpu":
-            self.unknown_labels += unknown.sum()
-            return columns
+        masked = self.training and self.config.class_mask == "task"
+        outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)] & masked
+        if torch.compiler.is_compiling() or labels.device.type != "cpu":
+            # Ignored until check_labels reports them: a label whose logit is masked would make the loss infinite.
+            self.unknown_labels += (unknown | outside).sum()
+            return torch.where(outside, IGNORED, columns)
         if unknown.any():
             self._raise_unknown(sorted(set(labels[unknown].tolist())))
-        if self.training and self.config.class_mask == "task":
-            outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)]
-            if outside.any():
-                raise ValueError(
-                    f"labels {sorted(set(labels[outside].tolist()))} do not belong to the current task "
-                    f'{self.config.state.tasks[-1]}: declare them in begin_task, or set class_mask to "none"'
-                )
+        if outside.any():
+            raise ValueError(
+                f"labels {sorted(set(labels[outside].tolist()))} do not belong to the current task "
+                f'{self.config.state.tasks[-1]}: declare them in begin_task, or set class_mask to "none"'
+            )
         return columns
 
     def check_labels(self) -> None:
@@ -122,7 +121,10 @@ class PoolAdapter(nn.Module):
         count = int(self.unknown_labels)
         self.unknown_labels.zero_()
         if count:
-            self._raise_unknown(f"{count} labels")
+            raise ValueError(
+                f"{count} labels are of no declared class, or in training of none of the current task, and were ignored; "
+                f"declared are {self.classes}: see begin_task"
+            )
 
     def _raise_unknown(self, what: Any) -> None:
         raise ValueError(f"labels {what} are of no declared class; declared are {self.classes}: see begin_task")

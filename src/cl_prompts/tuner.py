@@ -242,7 +242,7 @@ class PromptPoolTuner(BaseTuner):
         adapter.link.check_trains(adapter.named_parameters())
 
     def check_labels(self) -> None:
-        """Report labels of undeclared classes seen on a device since the last call; call it where you log.
+        """Report labels of undeclared classes seen on a device or in a compiled model; call it where you log.
 
         Raises:
             ValueError: there were some.
@@ -252,7 +252,8 @@ class PromptPoolTuner(BaseTuner):
     def compile_backbone(self, **options: Any) -> None:
         """Compile the base model's forward (both passes) with `torch.compile(**options)`.
 
-        Pool, routers of prompt tokens and head stay outside, so that growing them compiles nothing again.
+        Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that growing them compiles
+        nothing again.
         """
         self.model.forward = torch.compile(self.model.forward, **options)
 

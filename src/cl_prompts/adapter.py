@@ -38,7 +38,7 @@ class PoolAdapter(nn.Module):
         self.link = OptimizerLink()
         self.ledger = ImageLedger()
         self.grown = False  # since the last training forward
-        # Labels of undeclared classes seen on a device or in a compiled graph, where the step must not wait to look at them.
+        # Labels of undeclared classes seen on a device or in a compiled graph, where a step must not look at them.
         self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
         if config.num_labels is not None:
             self._declare(list(range(config.num_labels)))

@@ -3,7 +3,7 @@
 Importing it registers the PEFT type `PROMPT_POOL`; do so before loading an adapter with PEFT's own classes.
 """
 
-from cl_prompts.config import HashPromptConfig, L2PConfig, PromptPoolConfig
+from cl_prompts.configs import HashPromptConfig, L2PConfig, PromptPoolConfig
 from cl_prompts.model import AutoPromptPoolModel, PromptPoolModel, extract_features, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner import PromptPoolTuner

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cl_prompts.config import PromptPoolConfig
+from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.head import IGNORED, GrowingHead
 from cl_prompts.pools import POOLS, PromptPool
 from cl_prompts.prompts import BackboneShape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,3 +36,29 @@ def gather_over_processes(values: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+
+def gather_with_gradient(values: Tensor) -> Tensor:
+    """A tensor's rows on all processes, in the order of ranks; every process brings as many. Gradients find their way back.
+
+    Processes that compute the same loss from these rows, and average their gradients as DDP does, get the gradient of that
+    loss once.
+    """
+    return values if world_size() == 1 else _Gather.apply(values)
+
+
+class _Gather(torch.autograd.Function):
+    """All rows forward; backward, each process's own rows of the summed gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, values.contiguous())
+        ctx.rows = len(values)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total[dist.get_rank() * ctx.rows :][: ctx.rows]

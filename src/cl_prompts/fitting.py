@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cl_prompts.adapter import PoolAdapter
 from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
 from cl_prompts.collectives import world_size
-from cl_prompts.config import PromptPoolConfig
+from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.prompts import BackboneShape
 
 

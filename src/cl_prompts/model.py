@@ -17,8 +17,8 @@ from peft.mapping import (
 )
 from torch import Tensor, nn
 
-from cl_prompts.config import PEFT_TYPE, PromptPoolConfig
-from cl_prompts.integrity import CONFIG_FILE, WEIGHTS_FILE, check_adapter_files
+from cl_prompts.configs import PromptPoolConfig
+from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, check_adapter_files
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.saving import read_whole, replacing
 from cl_prompts.tuner import PromptPoolTuner

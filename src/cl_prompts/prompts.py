@@ -21,36 +21,14 @@ class BackboneShape:
         num_layers: number of transformer blocks.
         num_heads: attention heads H of a block (of its keys and values).
         head_dim: width d of one head.
+        has_cls: whether a block's first token is a CLS token.
     """
 
     width: int
     num_layers: int
     num_heads: int
     head_dim: int
-
-
-@dataclass
-class PrefixKV:
-    """Key/value prefixes of one block: they are put in front of the block's own keys and values.
-
-    Args:
-        k: keys [B, H, P, d], behind the projections; or [B, P, D], to go through the block's own key projection.
-        v: values, likewise.
-        logit_bias: added to the attention logits towards the prefix, [B, H, N, P]; may be -inf.
-        ids: chosen prompts [B, k], for the output.
-        weights: their mixing weights [B, k], for the output.
-    """
-
-    k: Tensor
-    v: Tensor
-    logit_bias: Tensor | None = None
-    ids: Tensor | None = None
-    weights: Tensor | None = None
-
-
-# A prefix that depends on what enters its block is a function of that block's input [B, N, D] and its attention queries
-# [B, H, N, d]; it is called inside the attention.
-Prefix = PrefixKV | Callable[[Tensor, Tensor], PrefixKV]
+    has_cls: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +43,36 @@ class LossPart:
 
     value: Tensor
     reduction: Literal["mean", "sum", "batch"]
+
+
+@dataclass
+class PrefixKV:
+    """Key/value prefixes of one block: they are put in front of the block's own keys and values.
+
+    Args:
+        k: keys [B, H, P, d], behind the projections; or [B, P, D], to go through the block's own key projection.
+        v: values, likewise.
+        logit_bias: added to the attention logits towards the prefix, [B, H, N, P]; may be -inf.
+        normed: rows in the input space pass the norm in front of the block's attention first, as the block's tokens do.
+        ids: chosen prompts [B, k] (or [B, H, k] where each head chooses), for the output.
+        weights: their mixing weights, likewise, for the output.
+        scores: what the choice was made by, over the whole pool, [B, M] (or [B, H, M]).
+        losses: terms that join the cross entropy; those of one name are added up over the layers.
+    """
+
+    k: Tensor
+    v: Tensor
+    logit_bias: Tensor | None = None
+    normed: bool = False
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+    scores: Tensor | None = None
+    losses: dict[str, LossPart] = field(default_factory=dict)
+
+
+# A prefix that depends on what enters its block is a function of that block's input [B, N, D] and its attention queries
+# [B, H, N, d]; it is called inside the attention.
+Prefix = PrefixKV | Callable[[Tensor, Tensor], PrefixKV]
 
 
 @dataclass
@@ -96,8 +104,11 @@ class Prompts:
         losses: terms that join the cross entropy, by name, signs and weights already in.
         ids: chosen prompts [B, k].
         weights: their scores or mixing weights [B, k].
-        candidates: c > 1 asks for c prompted passes per image; everything above then has c * B rows, the candidates of
-            one image next to each other, and the most confident candidate answers for its image.
+        scores: what the choice was made by, over the whole pool, [B, M].
+        candidates: c > 1 asks for c prompted passes per image; tokens, prefixes, ids and weights then have c * B rows, the
+            candidates of one image next to each other.
+        combine: how candidates answer together: "confident" (the most confident one answers for its image) or "mean" (the
+            mean of their class probabilities, as log probabilities).
     """
 
     tokens: Tensor | None = None
@@ -107,4 +118,6 @@ class Prompts:
     losses: dict[str, LossPart] = field(default_factory=dict)
     ids: Tensor | None = None
     weights: Tensor | None = None
+    scores: Tensor | None = None
     candidates: int = 1
+    combine: Literal["confident", "mean"] = "confident"

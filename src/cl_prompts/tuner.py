@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cl_prompts.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.backbones.query import resolve_pooling
 from cl_prompts.backbones.structure import Structure, expected_image, find_structure, fingerprint
-from cl_prompts.config import PromptPoolConfig
+from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.fitting import check_base, check_fits, refuse_large
 from cl_prompts.integrity import check_tensors
 from cl_prompts.way import WayOfABatch, ways_through

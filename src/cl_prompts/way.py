@@ -6,6 +6,7 @@ While `prompted` is open, the base model's own forward is the prompted pass, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ from cl_prompts.prompts import LossPart, PoolInput, Prompts
 OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
 # What transformers.Trainer, which asks the base's config, is not to gather in an evaluation: all but loss and logits.
 NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "query", "features")
+
+
+@dataclass
+class Chosen:
+    """Prompts that a pass used: numbers, weights, and the scores they were chosen by; None where a method has none."""
+
+    ids: Tensor | None
+    weights: Tensor | None
+    scores: Tensor | None
 
 
 @dataclass
@@ -201,20 +211,20 @@ class WayOfABatch:
         with torch.autocast(call.counted.device.type, enabled=False):
             features = take_feature(self.model, self.structure, self.tokens, adapter.readout)
             logits = adapter.head(features)
-            ids, weights = self._choices(call.prompts)
+            chosen = self._chosen(call.prompts)
+            ids, weights, scores = chosen.ids, chosen.weights, chosen.scores
             if call.prompts.candidates > 1:
-                best = most_confident(logits, call.batch_size)
-                features, logits = features[best], logits[best]
-                ids, weights = (None if x is None else x[best] for x in (ids, weights))
+                logits, features, ids, weights = answer_together(call, logits, features, ids, weights)
             loss, losses = None, None
-            if call.training:
-                logits = masked(call, logits)
+            logits = masked(call, logits) if call.training else logits / adapter.config.logit_temperature
             if call.columns is not None:
-                loss, losses = loss_of(call, logits)
+                parts = self._parts(call, features, scores) if call.training else {}
+                loss, losses = loss_of(call, logits, parts)
         if call.training:
             with torch.no_grad():
                 fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
-                adapter.pool.observe(Observation(ids, call.query, call.columns, fresh))
+                seen = Observation(ids, call.query, call.columns, fresh, scores, features, call.counted)
+                adapter.pool.observe(seen)
         answer = PromptPoolOutput(
             loss=loss,
             logits=logits,
@@ -226,14 +236,35 @@ class WayOfABatch:
         )
         return answer.to_tuple() if kwargs.get("return_dict") is False else answer
 
-    def _choices(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
-        """Chosen prompts and weights: the pool's own, or those that the layers chose, [B, layers, k]."""
+    def _chosen(self, prompts: Prompts) -> Chosen:
+        """What was chosen: by the pool, or by the layers, stacked to [B, layers, ...]."""
         used = [self.prefixes.used[layer] for layer in sorted(self.prefixes.used)]
-        used = [kv for kv in used if kv.ids is not None]
-        if prompts.ids is not None or not used:
-            return prompts.ids, prompts.weights
-        ids, weights = zip(*((kv.ids, kv.weights) for kv in used), strict=True)
-        return torch.stack(ids, 1), torch.stack(weights, 1)
+
+        def stacked(own: Tensor | None, by_layer: list[Tensor | None]) -> Tensor | None:
+            found = [value for value in by_layer if value is not None]
+            return torch.stack(found, 1) if own is None and found else own
+
+        return Chosen(
+            stacked(prompts.ids, [kv.ids for kv in used]),
+            stacked(prompts.weights, [kv.weights for kv in used]),
+            stacked(prompts.scores, [kv.scores for kv in used]),
+        )
+
+    def _parts(self, call: Call, features: Tensor, scores: Tensor | None) -> dict[str, LossPart]:
+        """The method's terms of the training loss; those of one name are added up over the layers."""
+        assert call.columns is not None
+        pool = call.adapter.pool
+        parts: dict[str, LossPart] = {}
+        for found in (
+            call.prompts.losses,
+            *(kv.losses for kv in self.prefixes.used.values()),
+            pool.regularisers(scores, call.counted),
+            pool.feature_losses(features, call.columns, call.counted),
+        ):
+            for name, part in found.items():
+                known = parts.get(name)
+                parts[name] = part if known is None else LossPart(known.value + part.value, part.reduction)
+        return parts
 
 
 def masked(call: Call, logits: Tensor) -> Tensor:
@@ -248,12 +279,30 @@ def masked(call: Call, logits: Tensor) -> Tensor:
     return logits
 
 
-def loss_of(call: Call, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy plus, in training, the method's parts: total and parts."""
+def loss_of(call: Call, logits: Tensor, more: dict[str, LossPart]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy plus the method's parts: total and parts."""
     assert call.columns is not None
     each = F.cross_entropy(logits, call.columns, reduction="none")
-    parts = {"cross_entropy": LossPart(each, "mean"), **(call.prompts.losses if call.training else {})}
+    parts = {"cross_entropy": LossPart(each, "mean"), **more}
     return add_up(parts, call.counted, call.num_items, over_processes=call.training)
+
+
+def answer_together(
+    call: Call, logits: Tensor, features: Tensor, ids: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One answer per image from its candidates [images * candidates, ...]: logits, features, ids, weights.
+
+    "mean" answers with the log of the mean probability, the features of the first candidate, and all candidates' prompts.
+    """
+    images = call.batch_size
+    if call.prompts.combine == "confident":
+        best = most_confident(logits, images)
+        ids, weights = (None if x is None else x[best] for x in (ids, weights))
+        return logits[best], features[best], ids, weights
+    of_image = logits.log_softmax(1).unflatten(0, (images, -1))
+    mean = of_image.logsumexp(1) - math.log(of_image.shape[1])
+    ids, weights = (None if x is None else x.unflatten(0, (images, -1)).flatten(1, 2) for x in (ids, weights))
+    return mean, features.unflatten(0, (images, -1))[:, 0], ids, weights
 
 
 def most_confident(logits: Tensor, images: int) -> Tensor:

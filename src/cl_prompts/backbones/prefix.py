@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from cl_prompts.backbones.structure import Structure, eager_attention, projection_names
+from cl_prompts.backbones.structure import Structure, attention_norm, eager_attention, projection_names
 from cl_prompts.prompts import Prefix, PrefixKV
 
 
@@ -68,6 +68,8 @@ class PrefixInjector:
             attention: Any = self._model.get_submodule(self._structure.attentions[layer])
             attention._cl_shared_config = attention.config
             attention._cl_handed = None
+            # a list, so that the norm does not become a child of the attention
+            attention._cl_norm = [attention_norm(block, attention)]
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation_internal = ATTENTION
             block._cl_layer = layer
@@ -89,7 +91,7 @@ class PrefixInjector:
                 handle.remove()
             attention: Any = self._model.get_submodule(self._structure.attentions[layer])
             attention.config = attention._cl_shared_config
-            del attention._cl_shared_config, attention._cl_handed
+            del attention._cl_shared_config, attention._cl_handed, attention._cl_norm
             del self._model.get_submodule(self._structure.blocks[layer])._cl_layer
         self._installed = {}
 
@@ -131,7 +133,10 @@ def _in_head_space(module: Any, prefix: PrefixKV) -> tuple[Tensor, Tensor]:
         return prefix.k, prefix.v
     names = projection_names(module)
     assert names is not None
-    rows = zip(names[1:], (prefix.k, prefix.v), strict=True)
+    own = (prefix.k, prefix.v)
+    if prefix.normed:
+        own = (module._cl_norm[0](prefix.k), module._cl_norm[0](prefix.v))
+    rows = zip(names[1:], own, strict=True)
     k, v = (getattr(module, name)(x).unflatten(2, (-1, module.head_dim)).transpose(1, 2) for name, x in rows)
     return k, v
 

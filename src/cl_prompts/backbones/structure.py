@@ -80,7 +80,7 @@ def find_structure(model: nn.Module) -> Structure:
     else:
         pooling = "pooler" if pooler else "mean"
     return Structure(
-        inner, blocks, attentions, norm, pooler, pooling, special, has_cls, _shape(model, attentions, len(blocks))
+        inner, blocks, attentions, norm, pooler, pooling, special, has_cls, _shape(model, attentions, len(blocks), has_cls)
     )
 
 
@@ -159,7 +159,7 @@ def _token_count(embeddings: nn.Module, name: str) -> int:
     return token.shape[1] if token.dim() == 3 else 1
 
 
-def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int) -> BackboneShape:
+def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: bool) -> BackboneShape:
     attention: Any = model.get_submodule(attentions[0])
     names = projection_names(attention)
     assert names is not None
@@ -169,7 +169,14 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int) -> Backbon
         num_layers=depth,
         num_heads=key.out_features // attention.head_dim,
         head_dim=attention.head_dim,
+        has_cls=has_cls,
     )
+
+
+def attention_norm(block: nn.Module, attention: nn.Module) -> nn.Module:
+    """The norm in front of a block's attention: the first norm the block owns."""
+    inside = set(attention.modules())
+    return next(m for m in block.modules() if "Norm" in type(m).__name__ and m not in inside)
 
 
 def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | None:

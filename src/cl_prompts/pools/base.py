@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.prompts import BackboneShape, PoolInput, Prompts
+from cl_prompts.pools.regularisers import alignment, collapse, diversity
+from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prompts
 
 
 POOLS: dict[str, type[PromptPool]] = {}
@@ -25,12 +26,18 @@ class Observation:
         query: un-prompted features [B, D], or None.
         columns: head column of each image's class [B], or None without labels.
         counted: True where an image counts: real, and not counted before in this task [B].
+        scores: what the step chose by, as in `Prompts.scores` or [B, layers, ..., M].
+        features: what the classifier read [B, D].
+        real: True for real images, counted before or not [B].
     """
 
     ids: Tensor | None
     query: Tensor | None
     columns: Tensor | None
     counted: Tensor
+    scores: Tensor | None = None
+    features: Tensor | None = None
+    real: Tensor | None = None
 
 
 class PromptPool(nn.Module, ABC):
@@ -74,6 +81,53 @@ class PromptPool(nn.Module, ABC):
     def end_task(self) -> None:
         """Close the current task."""
 
+    def prompt_table(self) -> Tensor:
+        """All prompts in use now, by group (layer, or head of a layer): [groups, M, rows, D], with gradient."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no table of prompts")
+
+    def key_table(self) -> Tensor | None:
+        """The prompts' keys [groups or 1, M, D], with gradient; None without keys."""
+        return None
+
+    def regularisers(self, scores: Tensor | None, counted: Tensor) -> dict[str, LossPart]:
+        """The config's `diversity_weight`, `alignment_weight` and `entropy_weight` as terms of the training loss.
+
+        Args:
+            scores: as in `Observation`, with gradient.
+            counted: True for real images [B].
+        """
+        config, parts = self.config, {}
+        if config.diversity_weight:
+            parts["diversity"] = config.diversity_weight * diversity(self.prompt_table().flatten(2))
+        keys = self.key_table()
+        if config.alignment_weight and keys is not None:
+            parts["alignment"] = config.alignment_weight * alignment(self.prompt_table(), keys)
+        if config.entropy_weight and scores is not None:
+            parts["collapse"] = config.entropy_weight * collapse(scores, counted)
+        return {name: LossPart(value, "batch") for name, value in parts.items()}
+
+    def feature_losses(self, features: Tensor, columns: Tensor, counted: Tensor) -> dict[str, LossPart]:
+        """Terms of the training loss on what the classifier reads.
+
+        Args:
+            features: [B, D], with gradient.
+            columns: head column of each image's class [B]; -100 for padding.
+            counted: True for real images [B].
+        """
+        return {}
+
+    @torch.no_grad()
+    def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Overwrite the trainable prompts, row by row, with vectors [n, D] drawn at random (patch embeddings of images)."""
+        for name, role in self.roles.items():
+            if role == "prompts" and isinstance(tensor := self._tensor(name), nn.Parameter):
+                rows = torch.randint(len(vectors), (tensor.numel() // vectors.shape[1],), generator=generator)
+                tensor.copy_(vectors[rows.to(vectors.device)].view_as(tensor))
+
+    def _tensor(self, name: str) -> Any:
+        owner, _, last = name.rpartition(".")
+        return getattr(self.get_submodule(owner), last)
+
     @abstractmethod
     def forward(self, batch: PoolInput) -> Prompts:
         """Choose and build the prompts of a batch."""
@@ -84,22 +138,3 @@ class PromptPool(nn.Module, ABC):
     def update_factors(self) -> dict[str, Tensor]:
         """Factors in [0, 1], by parameter name, that scale the steps an optimizer takes (broadcast to the parameter)."""
         return {}
-
-
-def initial(init: str, *size: int) -> nn.Parameter:
-    """A new trainable tensor.
-
-    Args:
-        init: "uniform" U(-1, 1), "small_uniform" U[0, 0.01), "normal" (std 0.02) or "zeros".
-        size: its shape.
-    """
-    values = torch.empty(*size)
-    if init == "uniform":
-        values.uniform_(-1.0, 1.0)
-    elif init == "small_uniform":
-        values.uniform_(0.0, 0.01)
-    elif init == "normal":
-        values.normal_(std=0.02)
-    else:
-        values.zero_()
-    return nn.Parameter(values)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_prompts.collectives import sum_over_processes
-from cl_prompts.pools.base import Observation, PromptPool, initial
+from cl_prompts.pools.base import Observation, PromptPool
 from cl_prompts.pools.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
+from cl_prompts.pools.initialisation import initial
+from cl_prompts.pools.prefixes import split_prefix
 from cl_prompts.pools.selection import normalized, route
 from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
 
@@ -62,10 +64,8 @@ class TokenRouter:
                 scores = scores[torch.arange(len(scores), device=scores.device), self.which]
             ids, weights = route(scores, self.top_k)
             mixed = F.embedding_bag(ids, self.prompts.flatten(1), per_sample_weights=weights, mode="sum")
-            k, v = mixed.view(len(ids), *self.prompts.shape[1:]).chunk(2, dim=1)
-            if self.heads is not None:
-                k, v = (rows.unflatten(2, (self.heads, -1)).transpose(1, 2) for rows in (k, v))
-        return PrefixKV(k, v, ids=ids, weights=weights.detach())
+            prefix = split_prefix(mixed.view(len(ids), *self.prompts.shape[1:]), self.heads)
+        return replace(prefix, ids=ids, weights=weights.detach(), scores=scores)
 
 
 class HashPool(PromptPool, method="hash"):
@@ -155,6 +155,10 @@ class HashPool(PromptPool, method="hash"):
         if batch.task is not None and self.config.modulate == "quadratic" and self.config.hgm != "none":
             answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")
         return answer
+
+    def prompt_table(self) -> Tensor:
+        """[layers (1 if shared), M, Lp, D]."""
+        return self.prompts
 
     def observe(self, seen: Observation) -> None:
         """Count activations [B, layers, k] and, for "prototype", sum the features of each class."""

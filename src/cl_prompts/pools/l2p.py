@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.pools.base import Observation, PromptPool, initial
+from cl_prompts.pools.base import Observation, PromptPool
 from cl_prompts.pools.history import ActivationHistory
+from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.selection import cosine_scores, diversified_top_k, majority_vote
 from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prompts
 
@@ -54,9 +55,17 @@ class L2PPool(PromptPool, method="l2p"):
         chosen_scores = scores.gather(1, ids)
         tokens = F.embedding(ids, self.prompts.flatten(1)).view(len(ids), -1, self.shape.width)
         prompts = self._prompts(tokens)
-        prompts.ids, prompts.weights = ids, chosen_scores.detach()
+        prompts.ids, prompts.weights, prompts.scores = ids, chosen_scores.detach(), scores
         prompts.losses["pull"] = LossPart(-self.config.pull_coefficient * chosen_scores.sum(1), "mean")
         return prompts
+
+    def prompt_table(self) -> Tensor:
+        """[1, M, Lp, D]."""
+        return self.prompts[None]
+
+    def key_table(self) -> Tensor | None:
+        """[1, M, D], learned keys only."""
+        return None if self.keys is None else self.keys[None]
 
     def observe(self, seen: Observation) -> None:
         """Count which prompts the images of this task use."""

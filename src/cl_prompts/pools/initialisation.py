@@ -1,0 +1,57 @@
+"""How prompts and keys start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def initial(init: str, *size: int) -> nn.Parameter:
+    """A new trainable tensor.
+
+    Args:
+        init: "uniform" U(-1, 1), "unit_uniform" U[0, 1), "small_uniform" U[0, 0.01), "normal" (std 0.02), "zeros", or
+            "lower_layer": along the first axis, each slice is the one before plus normal noise (std 0.02); the first is
+            "uniform".
+        size: its shape.
+    """
+    values = torch.empty(*size)
+    if init in ("uniform", "lower_layer"):
+        values.uniform_(-1.0, 1.0)
+    elif init == "unit_uniform":
+        values.uniform_(0.0, 1.0)
+    elif init == "small_uniform":
+        values.uniform_(0.0, 0.01)
+    elif init == "normal":
+        values.normal_(std=0.02)
+    else:
+        values.zero_()
+    if init == "lower_layer":
+        values[1:].normal_(std=0.02)
+        values = values.cumsum(0)
+    return nn.Parameter(values)
+
+
+def gram_schmidt(rows: Tensor, earlier: Tensor) -> Tensor:
+    """CODA-Prompt's start of new components: random rows, made orthogonal to all rows before them, of length 1.
+
+    One pass of classical Gram-Schmidt, as released: the projections are taken of the raw row. Rows that `earlier` rows and
+    those before them leave no room for (more rows than dimensions) stay in the direction they were drawn in.
+
+    Args:
+        rows: random rows [n, F].
+        earlier: rows that are in use, of any length [m, F]; rows of zeros are ignored.
+
+    Returns:
+        [n, F].
+    """
+    basis = earlier
+    done = []
+    for row in rows:
+        coefficients = (basis @ row) / basis.square().sum(1).clamp_min(1e-12)
+        rest = row - coefficients @ basis
+        # what is left of a row inside the span of the others is rounding noise
+        rest = torch.where(rest.norm() > 1e-4 * row.norm(), rest, row)
+        done.append(rest / rest.norm().clamp_min(1e-12))
+        basis = torch.cat([basis, done[-1][None]])
+    return torch.stack(done)

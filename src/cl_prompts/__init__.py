@@ -3,7 +3,15 @@
 Importing it registers the PEFT type `PROMPT_POOL`; do so before loading an adapter with PEFT's own classes.
 """
 
-from cl_prompts.configs import HashPromptConfig, L2PConfig, PromptPoolConfig
+from cl_prompts.configs import (
+    CodaLayerArgmaxConfig,
+    CodaPromptConfig,
+    DualPromptConfig,
+    HashPromptConfig,
+    L2PConfig,
+    L2PPrefixConfig,
+    PromptPoolConfig,
+)
 from cl_prompts.model import AutoPromptPoolModel, PromptPoolModel, extract_features, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner import PromptPoolTuner
@@ -13,8 +21,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoPromptPoolModel",
+    "CodaLayerArgmaxConfig",
+    "CodaPromptConfig",
+    "DualPromptConfig",
     "HashPromptConfig",
     "L2PConfig",
+    "L2PPrefixConfig",
     "PromptPoolConfig",
     "PromptPoolModel",
     "PromptPoolOutput",

@@ -19,6 +19,7 @@ class PromptPoolOutput(ModelOutput):
         losses: the parts of the loss, by name ("cross_entropy" and the method's own).
         prompt_ids: chosen prompts [B, k], or [B, layers, k] where each layer chooses.
         prompt_weights: their scores or mixing weights, likewise.
+        scores: what the choice was made by, over the whole pool: [B, M] or [B, layers, M], where a method selects.
         query: feature of the un-prompted pass [B, D], where the method asks for one.
         features: what the classifier read [B, D].
     """
@@ -28,5 +29,6 @@ class PromptPoolOutput(ModelOutput):
     losses: dict[str, Tensor] | None = None
     prompt_ids: Tensor | None = None
     prompt_weights: Tensor | None = None
+    scores: Tensor | None = None
     query: Tensor | None = None
     features: Tensor | None = None

@@ -33,7 +33,7 @@ from cl_prompts.prompts import LossPart, PoolInput, Prompts
 # Arguments of the forward that are ours; the base model never sees them while an adapter is active.
 OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
 # What transformers.Trainer, which asks the base's config, is not to gather in an evaluation: all but loss and logits.
-NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "query", "features")
+NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "scores", "query", "features")
 
 
 @dataclass
@@ -231,6 +231,7 @@ class WayOfABatch:
             losses=losses,
             prompt_ids=ids,
             prompt_weights=weights,
+            scores=scores,
             query=call.query,
             features=features,
         )

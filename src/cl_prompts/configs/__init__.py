@@ -1,8 +1,19 @@
 """One config class per method. A field that a method does not use does not exist on its config."""
 
 from cl_prompts.configs.base import METHODS, PromptPoolConfig
+from cl_prompts.configs.coda import CodaLayerArgmaxConfig, CodaPromptConfig
+from cl_prompts.configs.dualprompt import DualPromptConfig
 from cl_prompts.configs.hash import HashPromptConfig
-from cl_prompts.configs.l2p import L2PConfig
+from cl_prompts.configs.l2p import L2PConfig, L2PPrefixConfig
 
 
-__all__ = ["METHODS", "HashPromptConfig", "L2PConfig", "PromptPoolConfig"]
+__all__ = [
+    "METHODS",
+    "CodaLayerArgmaxConfig",
+    "CodaPromptConfig",
+    "DualPromptConfig",
+    "HashPromptConfig",
+    "L2PConfig",
+    "L2PPrefixConfig",
+    "PromptPoolConfig",
+]

@@ -54,9 +54,10 @@ class PromptPool(nn.Module, ABC):
     # Parameter name -> group of `parameter_groups`: "prompts", "keys" or "routers".
     roles: ClassVar[dict[str, str]] = {}
 
-    def __init_subclass__(cls, method: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        POOLS[method] = cls
+        if method is not None:  # what several methods share is no method
+            POOLS[method] = cls
 
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__()

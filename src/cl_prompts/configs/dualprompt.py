@@ -1,0 +1,65 @@
+"""The config of DualPrompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from cl_prompts.configs.base import INITS, LAYER_INITS
+from cl_prompts.configs.checks import check_layers, choice, flag, not_negative, positive, splits_in_two
+from cl_prompts.configs.prefix import QueriedPrefixConfig
+
+
+@dataclass
+class DualPromptConfig(QueriedPrefixConfig):
+    """DualPrompt: G-prompts for all tasks in some layers, one E-prompt per task in others.
+
+    Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning", ECCV 2022. Defaults are those
+    of the released code for CIFAR-100 (google-research/l2p and JH-LEE-KR/dualprompt-pytorch), without its vote over the
+    batch. E-prompts are not counted in advance: every `begin_task` adds one, so no task ever shares an earlier one's.
+
+    Args:
+        g_layers, e_layers: blocks with G- and E-prompts, from 0; none may be in both.
+        g_length, e_length: keys, and as many values, of a prompt (paper: e_length 20). With `split`, rows in all.
+        split: a prompt's rows are split along its length: first half keys, second half values (CODA-Prompt's repository,
+            g_length 6, e_length 20).
+        keys_per_layer: each E-layer has its own key per task (CODA-Prompt's repository) instead of one for all.
+        prompt_init, key_init: as in `L2PConfig`.
+        task_init: a task's E-prompt starts as a copy of the "previous" one (released code) or "fresh". Keys start fresh.
+        pull_coefficient: lambda, weight of the key loss.
+        key_loss: "similarity" -lambda * cosine, mean over images (released), or "distance" lambda * (1 - cosine), added up
+            over layers and batch (CODA-Prompt's repository).
+        ensemble: at test, average the answers of this many nearest E-prompts; 1 is the paper. Each costs a pass. Ours.
+    """
+
+    method: str = "dualprompt"
+    g_layers: list[int] = field(default_factory=lambda: [0, 1])
+    e_layers: list[int] = field(default_factory=lambda: [2, 3, 4])
+    g_length: int = 5
+    e_length: int = 5
+    split: bool = False
+    keys_per_layer: bool = False
+    prompt_init: str = "uniform"
+    key_init: str = "uniform"
+    task_init: str = "previous"
+    pull_coefficient: float = 1.0
+    key_loss: str = "similarity"
+    ensemble: int = 1
+
+    papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2204.04799",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "g_layers", "e_layers")
+        both = sorted(set(self.g_layers) & set(self.e_layers))
+        if both:
+            raise ValueError(f"blocks {both} are in g_layers and in e_layers: a block has G-prompts or E-prompts")
+        positive(self, "g_length", "e_length", "ensemble")
+        flag(self, "split", "keys_per_layer")
+        if self.split:
+            splits_in_two(self, "g_length", "e_length")
+        choice(self, "prompt_init", LAYER_INITS)
+        choice(self, "key_init", INITS)
+        choice(self, "task_init", ("previous", "fresh"))
+        choice(self, "key_loss", ("similarity", "distance"))
+        not_negative(self, "pull_coefficient")

@@ -1,0 +1,86 @@
+"""L2P with prefixes, "L2P++" of CODA-Prompt's tables (Smith et al., CVPR 2023): L2P's pool inside attention.
+
+Each prefix layer has its own pool of M prompts [Lp, D] and keys. The K nearest prompts' rows stand in front of the block's
+keys (first half of each prompt) and values (second half), prompt by prompt. The classifier reads the CLS token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.collectives import sum_over_processes
+from cl_prompts.pools.base import Observation
+from cl_prompts.pools.history import ActivationHistory
+from cl_prompts.pools.initialisation import initial
+from cl_prompts.pools.prefixes import split_prefix
+from cl_prompts.pools.queried import QueriedPool
+from cl_prompts.pools.selection import cosine_scores, histogram
+from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
+
+
+class L2PPrefixPool(QueriedPool, method="l2p_prefix"):
+    """The pool. Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M]."""
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys"}
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        depth, size, width = len(config.layers), config.pool_size, shape.width
+        self.prompts = initial(config.prompt_init, depth, size, config.prompt_length, width)
+        self.keys = initial(config.key_init, depth, size, width)
+        self.history = ActivationHistory((depth,), size)
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The config's `layers`."""
+        return tuple(self.config.layers)
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Open a row of counts."""
+        super().begin_task(columns)
+        self.history.begin_task()
+
+    def prompt_table(self) -> Tensor:
+        """[layers, M, Lp, D]."""
+        return self.prompts
+
+    def key_table(self) -> Tensor | None:
+        """[layers, M, D]."""
+        return self.keys
+
+    def score(self, row: int, query: Tensor) -> Tensor:
+        """Cosines with a layer's keys [B, M]."""
+        return cosine_scores(query, self.keys[row])
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """Each layer's K nearest prompts."""
+
+        def layer(row: int, query: Tensor) -> PrefixKV:
+            scores = self.score(row, query)
+            best, ids = scores.topk(self.config.top_k, dim=1)
+            rows = F.embedding(ids, self.prompts[row].flatten(1)).unflatten(2, self.prompts.shape[2:])
+            prefix = replace(split_prefix(rows, self.heads), ids=ids, weights=best.detach(), scores=scores)
+            if batch.task is not None:
+                prefix.losses["pull"] = self._coupled(scores, ids, batch) if self._is_coupled else self.pull(best)
+            return prefix
+
+        return Prompts(prefixes=self.per_layer(list(self.layers), layer, batch))
+
+    @property
+    def _is_coupled(self) -> bool:
+        return bool(self.config.key_loss == "coupled")
+
+    def _coupled(self, scores: Tensor, ids: Tensor, batch: PoolInput) -> LossPart:
+        """As released: every image is pulled to the keys that any image of the batch chose, as often as they did."""
+        chosen = sum_over_processes(histogram(ids, scores.shape[1], batch.counted))
+        return LossPart(self.config.pull_coefficient * (chosen * (1 - scores)).sum(1), "sum")
+
+    def observe(self, seen: Observation) -> None:
+        """Count which prompts the images of this task use, by layer."""
+        if seen.ids is not None and self.num_tasks:
+            self.history.add(seen.ids, seen.counted)

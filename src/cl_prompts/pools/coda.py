@@ -81,7 +81,9 @@ class CodaPool(QueriedPool, method="coda"):
         components = in_use(self.components)
         answer = Prompts(
             prefixes=self.per_layer(
-                list(self.layers), lambda row, query: self.mix(components[row], self.score(row, query)), batch
+                list(self.layers),
+                lambda row, query: self.mix(components[row], self.score(row, query), learning=batch.task is not None),
+                batch,
             )
         )
         weight = self.config.orthogonality_weight
@@ -90,7 +92,7 @@ class CodaPool(QueriedPool, method="coda"):
             answer.losses["orthogonality"] = LossPart(weight * penalty, "batch")
         return answer
 
-    def mix(self, components: Tensor, scores: Tensor) -> PrefixKV:
+    def mix(self, components: Tensor, scores: Tensor, *, learning: bool) -> PrefixKV:
         """All components [M, Lp, D], weighted by scores [B, M]."""
         mixed = (scores @ components.flatten(1)).unflatten(1, components.shape[1:])
         ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
@@ -101,12 +103,17 @@ class CodaLayerArgmaxPool(CodaPool, method="coda_layer_argmax"):
     """One component per layer, the best for that layer's own CLS, as some texts describe CODA-Prompt.
 
     The forward value is the chosen component itself; the gradient of its score is that of the weighted sum, so that keys
-    and attention vectors learn (straight through). `entropy_weight` is the diversity loss on the selection.
+    and attention vectors learn (straight through). In training the current task's components compete, at test all: else the
+    trained keys of earlier tasks win and new components never learn (ours). `entropy_weight` is the diversity loss on the
+    selection.
     """
 
-    def mix(self, components: Tensor, scores: Tensor) -> PrefixKV:
+    def mix(self, components: Tensor, scores: Tensor, *, learning: bool) -> PrefixKV:
         """The component with the largest score."""
+        first = scores.shape[1] - self.config.components_per_task if learning else 0
+        scores = scores[:, first:]
         best, ids = scores.max(1, keepdim=True)
+        ids = ids + first
         rows = components[ids[:, 0]] * (1 + best - best.detach())[:, :, None]
         return replace(split_prefix(rows, self.heads), ids=ids, weights=best.detach(), scores=scores)
 

@@ -1,0 +1,32 @@
+"""Every method, small enough for the tiny models of families.py (three blocks). A new method adds one line."""
+
+from collections.abc import Callable
+
+from cl_prompts import (
+    CodaLayerArgmaxConfig,
+    CodaPromptConfig,
+    DualPromptConfig,
+    HashPromptConfig,
+    L2PConfig,
+    L2PPrefixConfig,
+    PromptPoolConfig,
+)
+
+
+METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
+    "l2p": lambda **more: L2PConfig(top_k=3, **more),
+    "hash": lambda **more: HashPromptConfig(pool_size=6, top_k=2, history_top=2, layers=[0, 2], **more),
+    "dualprompt": lambda **more: DualPromptConfig(g_layers=[0], e_layers=[1, 2], **more),
+    "dualprompt one-stage": lambda **more: DualPromptConfig(
+        g_layers=[0], e_layers=[1, 2], one_stage=True, query_regularization=1e-2, ensemble=2, **more
+    ),
+    "coda": lambda **more: CodaPromptConfig(components_per_task=3, layers=[0, 2], orthogonality_weight=0.1, **more),
+    "coda one-stage": lambda **more: CodaPromptConfig(
+        components_per_task=2, layers=[0, 1], one_stage=True, query_regularization=1e-2, **more
+    ),
+    "coda_layer_argmax": lambda **more: CodaLayerArgmaxConfig(components_per_task=2, layers=[0, 1], **more),
+    "l2p_prefix": lambda **more: L2PPrefixConfig(pool_size=5, prompt_length=4, top_k=2, layers=[0, 1], **more),
+    "l2p_prefix one-stage": lambda **more: L2PPrefixConfig(
+        pool_size=5, prompt_length=4, top_k=2, layers=[0, 1], one_stage=True, **more
+    ),
+}

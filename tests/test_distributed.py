@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from families import build
+from methods import METHODS
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -59,6 +60,13 @@ CASES = {
     "hash-cosine": Case("vit", hashed(head="cosine", modulate="gradient", router_inference="last")),
     "l2p-task-free": Case("vit", l2p(num_labels=8, class_mask="batch")),
     "hash-task-free": Case("vit", hashed(num_labels=8, class_mask="batch")),
+    "l2p-regularised": Case("vit", l2p(diversity_weight=0.1, alignment_weight=0.1, entropy_weight=0.5)),
+    "dualprompt": Case("vit", METHODS["dualprompt"]),
+    "dualprompt-one-stage": Case("vit", METHODS["dualprompt one-stage"]),
+    "coda": Case("vit", METHODS["coda"]),
+    "coda-argmax": Case("vit", METHODS["coda_layer_argmax"]),
+    "l2p_prefix": Case("vit", METHODS["l2p_prefix"]),
+    "l2p_prefix-coupled": Case("vit", lambda: METHODS["l2p_prefix"](key_loss="coupled")),
     "l2p-vote": Case("vit", l2p(batchwise_selection=True, diversified_selection=True)),
 }
 
@@ -104,7 +112,8 @@ def learn(case: Case) -> dict[str, Any]:
     for task in stream:
         if not task_free:
             model.begin_task(task.classes)
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=5e-3, routers=1e-2))
+        # A larger eps than Adam's 1e-8, which turns the rounding of a gradient near zero into a step.
+        optimizer = torch.optim.Adam(model.parameter_groups(lr=5e-3, routers=1e-2), eps=1e-6)
         model.attach_optimizer(optimizer)
         wrapped: Any = DistributedDataParallel(model) if dist.is_initialized() else model
         wrapped.train()

@@ -21,7 +21,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
     """Raise ValueError if a config asks for blocks the base lacks, or its adapter was made for another kind of base."""
     depth = structure.shape.num_layers
-    outside = [layer for layer in getattr(config, "layers", []) if layer >= depth]
+    asked = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
+    outside = [layer for layer in asked if layer >= depth]
     if outside:
         raise ValueError(f"layers {outside} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
     if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:

@@ -61,13 +61,9 @@ CASES = {
     "l2p-task-free": Case("vit", l2p(num_labels=8, class_mask="batch")),
     "hash-task-free": Case("vit", hashed(num_labels=8, class_mask="batch")),
     "l2p-regularised": Case("vit", l2p(diversity_weight=0.1, alignment_weight=0.1, entropy_weight=0.5)),
-    "dualprompt": Case("vit", METHODS["dualprompt"]),
-    "dualprompt-one-stage": Case("vit", METHODS["dualprompt one-stage"]),
-    "coda": Case("vit", METHODS["coda"]),
-    "coda-argmax": Case("vit", METHODS["coda_layer_argmax"]),
-    "l2p_prefix": Case("vit", METHODS["l2p_prefix"]),
     "l2p_prefix-coupled": Case("vit", lambda: METHODS["l2p_prefix"](key_loss="coupled")),
     "l2p-vote": Case("vit", l2p(batchwise_selection=True, diversified_selection=True)),
+    **{name: Case("vit", make) for name, make in METHODS.items()},
 }
 
 
@@ -201,7 +197,9 @@ def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]])
     assert [images for _, images in one["accuracies"]] == [7, 7, 6]
     for key, counts in one["counts"].items():
         if key.endswith("history.counts") and "task-free" not in name:
-            chosen = 2 * torch.tensor([11, 9])  # top_k times the images of a task, however many epochs and padding
+            chosen = getattr(CASES[name].config(), "top_k", 1) * torch.tensor(
+                [11, 9]
+            )  # top_k times the images of a task, however many epochs and padding
             assert (counts.sum(-1) == chosen.view(-1, *[1] * (counts.dim() - 2))).all()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import build, inputs
 from methods import METHODS
+from peft import get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -234,6 +235,31 @@ def test_the_output_tells_what_was_chosen(method: str) -> None:
     assert output.prompt_ids.max() < prompts
     if output.scores is not None:
         assert output.scores.shape[-1] == prompts
+
+
+@each_method
+def test_a_plain_peft_model_is_the_same(method: str) -> None:
+    """Loss, its parts and every gradient of `peft.get_peft_model` equal those of PromptPoolModel, in the second task."""
+    values, labels = inputs("vit", 6), torch.tensor([2, 3] * 3)
+    found = []
+    for wrap in (get_prompt_pool_model, get_peft_model):
+        base = build("vit")
+        torch.manual_seed(3)
+        model: Any = wrap(base, METHODS[method]())
+        tuner = model.base_model
+        tuner.begin_task([0, 1])
+        tuner.end_task()
+        tuner.begin_task([2, 3])
+        tuner.attach_optimizer(torch.optim.SGD(tuner.parameter_groups(lr=1.0)))
+        output = model.train()(**values, labels=labels)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in tuner.adapter.named_parameters()}
+        found.append((output.losses, gradients))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    assert ours == theirs
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        assert torch.equal(gradient, their_gradients[name]), name
 
 
 @each_method

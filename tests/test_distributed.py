@@ -197,7 +197,7 @@ def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]])
     assert [images for _, images in one["accuracies"]] == [7, 7, 6]
     for key, counts in one["counts"].items():
         if key.endswith("history.counts") and "task-free" not in name:
-            chosen = getattr(CASES[name].config(), "top_k", 1) * torch.tensor(
+            chosen = getattr(make_model(CASES[name]).adapter.config, "top_k", 1) * torch.tensor(
                 [11, 9]
             )  # top_k times the images of a task, however many epochs and padding
             assert (counts.sum(-1) == chosen.view(-1, *[1] * (counts.dim() - 2))).all()

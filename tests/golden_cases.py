@@ -22,6 +22,8 @@ from cl_prompts import (
     PromptPoolConfig,
     PromptPoolModel,
     PromptPoolOutput,
+    SMoPEConfig,
+    VQPromptConfig,
     get_prompt_pool_model,
 )
 
@@ -83,7 +85,7 @@ class Method:
     Args:
         config: the fixture's settings as our config.
         layout: where the pool's trained tensors, and those it froze, lie in the fixture.
-        parts: our names of the fixture's loss parts.
+        parts: our names of the fixture's loss parts; "a+b" where the fixture has the sum of two of ours.
         rates: the fixture's learning rates as arguments of `parameter_groups`.
         test_tasks: number of tasks to begin for the fixture's test numbers, where these use prompts of tasks to come. None:
             as many as in training.
@@ -310,6 +312,63 @@ def _coda_method(**parts: str) -> Method:
     )
 
 
+def _rates(prompts: str) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """The fixture gives two rates: for what it calls `prompts`, and for the head."""
+    return lambda about: {"lr": about["lr"][prompts], "head": about["lr"]["head"]}
+
+
+def _vq_choices(case: Case, output: PromptPoolOutput) -> None:
+    for row, layer in enumerate(case.sizes["layers"]):
+        chosen, scores = case.tensors[f"expected/indices/layer{layer}"][:, None], output.scores[:, row]
+        assert torch.equal(output.prompt_ids[:, row], chosen), f"layer {layer}"
+        case.close(scores, f"expected/similarity/layer{layer}", "similarity")
+        case.close((scores / case.sizes["temperature"]).softmax(1), f"expected/weights/layer{layer}", "weights")
+        weights = case.tensors[f"expected/weights/layer{layer}"].gather(1, chosen)
+        assert_close(output.prompt_weights[:, row], weights, atol=case.tolerance("weights"), rtol=0)
+
+
+VQ_PROMPT = Method(
+    config=lambda case: VQPromptConfig(**case.sizes),
+    layout=lambda case, pool, value: [
+        *by_layer("e_prompt", value(pool.prompts), pool.layers),
+        *by_layer("key", value(pool.keys), pool.layers),
+    ],
+    parts={"ce": "cross_entropy", "vq": "quantization"},
+    rates=_rates("prompt and key tensors"),
+    check_test=_vq_choices,
+)
+
+
+def _smope(case: Case, pool: Any, value: Value) -> list[Part]:
+    heads = (pool.shape.num_heads, pool.shape.head_dim)
+    ours = {"expert_k": pool.expert_keys, "expert_v": pool.expert_values}
+    return [Part(name, ..., value(x).unflatten(2, heads).transpose(1, 2)) for name, x in ours.items()]
+
+
+def _smope_past(case: Case, pool: Any) -> None:
+    pool.history.counts[0] = case.tensors["fixed/activation_count"]
+    assert torch.equal(pool.frequently_used(), case.tensors["fixed/frequently_used"])
+    pool.old_keys.copy_(case.tensors["fixed/old_expert_k"].transpose(1, 2).flatten(2))
+
+
+def smope_choices(case: Case, output: PromptPoolOutput, when: str = "eval") -> None:
+    assert torch.equal(output.prompt_ids.transpose(0, 1), case.tensors[f"expected/indices_{when}"])
+    case.close(output.scores.transpose(0, 1), f"expected/similarity_{when}", "similarity")
+
+
+SMOPE = Method(
+    config=lambda case: SMoPEConfig(
+        pool_size=case.sizes["experts"],
+        **{name: case.sizes[name] for name in ("top_k", "layers", "router_weight", "prototype_weight", "epsilon")},
+    ),
+    layout=_smope,
+    parts={"ce": "cross_entropy", "router": "router+prototype"},
+    rates=_rates("experts"),
+    prepare=_smope_past,
+    check_test=smope_choices,
+)
+
+
 METHODS: dict[str, Method] = {
     "l2p_pytorch": L2P,
     "l2p_pytorch_batchwise": L2P,
@@ -323,4 +382,6 @@ METHODS: dict[str, Method] = {
     "coda_prompt_task1": _coda_method(),
     "coda_prompt_task1_ortho": _coda_method(ortho="orthogonality"),
     "coda_prompt_task2": _coda_method(),
+    "vq_prompt": VQ_PROMPT,
+    "smope": SMOPE,
 }

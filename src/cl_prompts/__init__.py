@@ -11,6 +11,8 @@ from cl_prompts.configs import (
     L2PConfig,
     L2PPrefixConfig,
     PromptPoolConfig,
+    SMoPEConfig,
+    VQPromptConfig,
 )
 from cl_prompts.model import AutoPromptPoolModel, PromptPoolModel, extract_features, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
@@ -31,6 +33,8 @@ __all__ = [
     "PromptPoolModel",
     "PromptPoolOutput",
     "PromptPoolTuner",
+    "SMoPEConfig",
+    "VQPromptConfig",
     "extract_features",
     "get_prompt_pool_model",
 ]

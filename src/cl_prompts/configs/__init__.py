@@ -5,6 +5,8 @@ from cl_prompts.configs.coda import CodaLayerArgmaxConfig, CodaPromptConfig
 from cl_prompts.configs.dualprompt import DualPromptConfig
 from cl_prompts.configs.hash import HashPromptConfig
 from cl_prompts.configs.l2p import L2PConfig, L2PPrefixConfig
+from cl_prompts.configs.smope import SMoPEConfig
+from cl_prompts.configs.vq_prompt import VQPromptConfig
 
 
 __all__ = [
@@ -16,4 +18,6 @@ __all__ = [
     "L2PConfig",
     "L2PPrefixConfig",
     "PromptPoolConfig",
+    "SMoPEConfig",
+    "VQPromptConfig",
 ]

@@ -68,6 +68,12 @@ def check_layers(config: Any, *names: str) -> None:
         setattr(config, name, sorted(layers))
 
 
+def no_prompt_readout(config: Any) -> None:
+    """The classifier does not read prompt tokens, of which there are none."""
+    if config.readout == "prompt":
+        raise ValueError(f'readout="prompt" needs prompt tokens; {config.method} has key/value prefixes: use "auto"')
+
+
 def splits_in_two(config: Any, *names: str) -> None:
     """The lengths can be split into keys and values."""
     for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cl_prompts.configs.base import PromptPoolConfig
-from cl_prompts.configs.checks import choice, flag, not_negative
+from cl_prompts.configs.checks import choice, flag, no_prompt_readout, not_negative
 
 
 @dataclass
@@ -22,8 +22,7 @@ class PrefixPromptConfig(PromptPoolConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, "prefix_space", ("projected", "input"))
-        if self.readout == "prompt":
-            raise ValueError(f'readout="prompt" needs prompt tokens; {self.method} has key/value prefixes: use "auto"')
+        no_prompt_readout(self)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The methods, one file each. Importing this package fills `POOLS`, method name -> pool class."""
 
-from cl_prompts.pools import coda, dualprompt, hash, l2p, l2p_prefix
+from cl_prompts.pools import coda, dualprompt, hash, l2p, l2p_prefix, smope, vq_prompt
 from cl_prompts.pools.base import POOLS, Observation, PromptPool
 
 
-__all__ = ["POOLS", "Observation", "PromptPool", "coda", "dualprompt", "hash", "l2p", "l2p_prefix"]
+__all__ = ["POOLS", "Observation", "PromptPool", "coda", "dualprompt", "hash", "l2p", "l2p_prefix", "smope", "vq_prompt"]

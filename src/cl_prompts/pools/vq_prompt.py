@@ -1,0 +1,101 @@
+"""VQ-Prompt: Vector Quantization Prompting for Continual Learning (Jiao et al., NeurIPS 2024).
+
+Each prefix layer has a pool of M prompts P_m [Lp, D] with keys k_m [D]. For an image with query q (un-prompted feature, not
+normalised):
+
+    alpha = softmax(q . k_m / |k_m| / tau)
+    soft  = sum_m alpha_m P_m
+    hard  = the P_m with the smallest squared distance to soft
+    prefix = hard in value, soft in gradient (straight through): keys and all mixed prompts learn from the cross entropy
+    loss  = CE + sum over layers (0.4 mse(soft, hard as constant) + 0.1 mse(hard, soft as constant))
+
+The pool is shared by all tasks and nothing is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.pools.base import Observation, PromptPool
+from cl_prompts.pools.history import ActivationHistory
+from cl_prompts.pools.initialisation import initial
+from cl_prompts.pools.prefixes import split_prefix
+from cl_prompts.pools.selection import normalized
+from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
+
+
+class VQPromptPool(PromptPool, method="vq_prompt"):
+    """The pool. Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M]."""
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys"}
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        depth, size, width = len(config.layers), config.pool_size, shape.width
+        self.prompts = initial(config.prompt_init, depth, size, config.prompt_length, width)
+        self.keys = initial(config.key_init, depth, size, width)
+        self.history = ActivationHistory((depth,), size)
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The config's `layers`."""
+        return tuple(self.config.layers)
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Open a row of counts."""
+        super().begin_task(columns)
+        self.history.begin_task()
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """Each layer's mixture, snapped to the nearest prompt."""
+        query = batch.query
+        assert query is not None
+        prefixes = {layer: self._layer(row, query, batch) for row, layer in enumerate(self.layers)}
+        return Prompts(prefixes={**prefixes})
+
+    def prompt_table(self) -> Tensor:
+        """[layers, M, Lp, D]."""
+        return self.prompts
+
+    def key_table(self) -> Tensor | None:
+        """[layers, M, D]."""
+        return self.keys
+
+    def observe(self, seen: Observation) -> None:
+        """Count which prompts the images of this task are snapped to, by layer."""
+        if seen.ids is not None and self.num_tasks:
+            self.history.add(seen.ids, seen.counted)
+
+    def _layer(self, row: int, query: Tensor, batch: PoolInput) -> PrefixKV:
+        config, prompts = self.config, self.prompts[row].flatten(1)
+        scores = query @ normalized(self.keys[row]).T
+        alpha = (scores / config.temperature).softmax(1)
+        soft = alpha @ prompts
+        ids = nearest(soft.detach(), prompts.detach())[:, None]
+        hard = F.embedding(ids[:, 0], prompts)
+        rows = hard.detach() + (soft - soft.detach())
+        prefix = split_prefix(
+            rows.unflatten(1, self.prompts.shape[2:]), self.shape.num_heads if config.prefix_space == "projected" else None
+        )
+        losses = {}
+        if batch.task is not None:
+            to_hard = (soft - hard.detach()).square().mean(1)
+            to_soft = (hard - soft.detach()).square().mean(1)
+            value = config.soft_to_hard_weight * to_hard + config.hard_to_soft_weight * to_soft
+            losses["quantization"] = LossPart(value, "mean")
+        return replace(prefix, ids=ids, weights=alpha.detach().gather(1, ids), scores=scores, losses=losses)
+
+
+def nearest(vectors: Tensor, points: Tensor) -> Tensor:
+    """Number of the point [M, n] nearest to each vector [B, n]: [B]; of equally near ones the lowest.
+
+    Differences are squared and added up directly, without a [B, M, n] tensor: |a|^2 - 2ab + |b|^2 would lose the small
+    distances of a pool whose prompts have grown alike, and could tell equal prompts apart by rounding.
+    """
+    return torch.cdist(vectors, points, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

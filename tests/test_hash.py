@@ -220,15 +220,15 @@ def test_prototype_is_the_nearest_class_mean(learned: PromptPoolModel) -> None:
     # Learned sums: three steps a task, but each image counts once; labels took turns.
     seen = [learned.base_model.extract_features(images_of(task)).double() for task in range(3)]
     expected = torch.stack([features[i::2].sum(0) for features in seen for i in range(2)])
-    assert_close(pool.prototype_sum, expected, atol=1e-5, rtol=0)
-    assert pool.prototype_count.tolist() == [4] * 6
+    assert_close(pool.prototypes.sum, expected, atol=1e-5, rtol=0)
+    assert pool.prototypes.count.tolist() == [4] * 6
 
     model = copy.deepcopy(learned)
     pool = model.adapter.pool
     means = F.normalize(draw(6, 32, seed=8).double(), dim=1) + 3 * F.normalize(query.double().mean(0), dim=0)
-    pool.prototype_count.copy_(torch.tensor([5, 3, 0, 7, 1, 2]))
-    pool.prototype_sum.copy_(means * pool.prototype_count[:, None])
-    pool.prototype_sum[2] = 0  # a class that no image of was seen is near to nothing
+    pool.prototypes.count.copy_(torch.tensor([5, 3, 0, 7, 1, 2]))
+    pool.prototypes.sum.copy_(means * pool.prototypes.count[:, None])
+    pool.prototypes.sum[2] = 0  # a class that no image of was seen is near to nothing
     cosine = F.cosine_similarity(query.double()[:, None], means[None], dim=2)
     cosine[:, 2] = -2
     tasks = cosine.argmax(1) // 2

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.collectives import sum_over_processes
 from cl_prompts.pools.base import Observation, PromptPool
 from cl_prompts.pools.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
 from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.prefixes import split_prefix
-from cl_prompts.pools.selection import normalized, route
+from cl_prompts.pools.prototypes import ClassPrototypes
+from cl_prompts.pools.selection import route
 from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
 
 
@@ -73,14 +73,11 @@ class HashPool(PromptPool, method="hash"):
 
     Tensors: `prompts` [layers (1 if shared), M, Lp, D]; `router` [layers, M, D] of the current task; `old_routers`
     [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; for router_inference="prototype" the class
-    sums `prototype_sum` [classes by task, D] float64 and `prototype_count`; for modulate="quadratic" the prompts at the
-    task's start, `anchor`.
+    means `prototypes`; for modulate="quadratic" the prompts at the task's start, `anchor`.
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers"}
     old_routers: Tensor
-    prototype_sum: Tensor
-    prototype_count: Tensor
     anchor: Tensor
 
     def __init__(self, config: Any, shape: BackboneShape) -> None:
@@ -91,9 +88,7 @@ class HashPool(PromptPool, method="hash"):
         self.history = ActivationHistory((depth,), size)
         self.register_buffer("old_routers", torch.zeros(0, depth, size, width))
         if config.router_inference == "prototype":
-            self.register_buffer("prototype_sum", torch.zeros(0, width, dtype=torch.float64))
-            self.register_buffer("prototype_count", torch.zeros(0, dtype=torch.int64))
-            self.prototype_of: list[tuple[int, int]] = []  # (task, head column) of each row
+            self.prototypes = ClassPrototypes(width)
         if config.modulate == "quadratic":
             self.register_buffer("anchor", torch.zeros_like(self.prompts))
 
@@ -120,10 +115,7 @@ class HashPool(PromptPool, method="hash"):
         super().begin_task(columns)
         self.history.begin_task()
         if self.needs_query:
-            rows = len(columns)
-            self.prototype_sum = torch.cat([self.prototype_sum, self.prototype_sum.new_zeros(rows, self.shape.width)])
-            self.prototype_count = torch.cat([self.prototype_count, self.prototype_count.new_zeros(rows)])
-            self.prototype_of += [(self.num_tasks - 1, column) for column in columns]
+            self.prototypes.begin_task(columns, self.num_tasks - 1)
         if self.config.modulate == "quadratic":
             self.anchor = self.prompts.detach().clone()
 
@@ -140,7 +132,8 @@ class HashPool(PromptPool, method="hash"):
         if rule == "average":
             routers, penalties = routers.mean(0, keepdim=True), penalties.mean(0, keepdim=True)
         elif rule == "prototype":
-            which = self._nearest_task(batch.query)
+            assert batch.query is not None
+            which = self.prototypes.nearest_task(batch.query)
         elif rule == "confidence":
             candidates = len(routers)
             which = torch.arange(candidates, device=routers.device).repeat(batch.batch_size)
@@ -167,13 +160,7 @@ class HashPool(PromptPool, method="hash"):
         if seen.ids is not None:
             self.history.add(seen.ids, seen.counted)
         if self.needs_query and seen.query is not None and seen.columns is not None:
-            rows = [row for row, (task, _) in enumerate(self.prototype_of) if task == self.num_tasks - 1]
-            columns = torch.tensor([self.prototype_of[row][1] for row in rows], device=seen.columns.device)
-            member = (seen.columns[:, None] == columns) & seen.counted[:, None]
-            sums = sum_over_processes(member.T.double() @ seen.query.double())
-            counts = sum_over_processes(member.sum(0))
-            self.prototype_sum[rows] += sums
-            self.prototype_count[rows] += counts
+            self.prototypes.add(seen.query, seen.columns, seen.counted)
 
     def update_factors(self) -> dict[str, Tensor]:
         """psi(H) on the prompts' steps, for modulate="update"."""
@@ -198,12 +185,3 @@ class HashPool(PromptPool, method="hash"):
     def _drift_from_anchor(self) -> Tensor:
         moved = (self.prompts - self.anchor).square().sum((2, 3))
         return self.config.zeta / 2 * (self._prompt_history().float() * moved).sum()
-
-    def _nearest_task(self, query: Tensor | None) -> Tensor:
-        """Task of the class mean with the largest cosine to each un-prompted feature [B, D]: [B]."""
-        assert query is not None
-        means = self.prototype_sum / self.prototype_count.clamp_min(1)[:, None]
-        similarity = normalized(query) @ normalized(means.to(query.dtype)).T
-        similarity = similarity.masked_fill(self.prototype_count == 0, -math.inf)
-        tasks = torch.tensor([task for task, _ in self.prototype_of], device=query.device)
-        return tasks[similarity.argmax(1)]

@@ -237,7 +237,7 @@ def test_optimizers() -> None:
     model.begin_task([3, 1])
     with pytest.raises(ValueError, match=r"scales the optimizer's steps .*call model.attach_optimizer\(optimizer\)"):
         model(IMAGES, labels=LABELS)
-    with pytest.raises(TypeError, match=r"attach_optimizer takes a torch optimizer, got list"):
+    with pytest.raises(TypeError, match=r"expected a torch optimizer, got list"):
         model.attach_optimizer(model.parameter_groups(lr=0.1))
     with pytest.raises(ValueError, match=r"no parameter group is called \['heads'\]: choose from \['base', 'head', 'k"):
         model.parameter_groups(lr=0.1, heads=0.2)

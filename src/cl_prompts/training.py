@@ -11,6 +11,19 @@ from torch import Tensor, nn
 from cl_prompts.collectives import gather_over_processes, world_size
 
 
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside wrappers like Accelerate's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
 class OptimizerLink:
     """Scales the steps that an optimizer takes on the rows a method protects.
 
@@ -34,10 +47,7 @@ class OptimizerLink:
     def attach(self, optimizer: Any, module: nn.Module, factors: Mapping[str, Tensor], prefix: str) -> None:
         """Hook into an optimizer (Accelerate's wrapper included) that trains the parameters of `module`."""
         self.detach()
-        while hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"attach_optimizer takes a torch optimizer, got {type(optimizer).__name__}")
+        optimizer = inner_optimizer(optimizer)
         self._known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = {name: module.get_parameter(prefix + name) for name in factors}
         factors = {name: f.to(parameters[name].device) for name, f in factors.items()}
@@ -68,8 +78,8 @@ class OptimizerLink:
             missing = [name for name, p in parameters if p.requires_grad and id(p) not in self._known]
             if missing:
                 raise ValueError(
-                    f"the attached optimizer does not train {missing}: begin_task adds parameters, so build a new "
-                    "optimizer from model.parameter_groups(...) after it and attach that"
+                    f"the attached optimizer does not train {missing}: begin_task adds parameters and grow_pool "
+                    "replaces them, so build a new optimizer from model.parameter_groups(...) after it and attach that"
                 )
 
 

@@ -22,6 +22,7 @@ from cl_prompts.backbones.query import resolve_pooling
 from cl_prompts.backbones.structure import Structure, expected_image, find_structure, fingerprint
 from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.fitting import check_base, check_fits, refuse_large
+from cl_prompts.growth import grow_pool
 from cl_prompts.integrity import check_tensors
 from cl_prompts.way import WayOfABatch, ways_through
 
@@ -208,6 +209,23 @@ class PromptPoolTuner(BaseTuner):
     def end_task(self) -> None:
         """Close the current task."""
         self.adapter.end_task()
+
+    def grow_pool(self, pool_size: int, optimizer: Any = None) -> None:
+        """Give a method with a fixed `pool_size` more prompts, between tasks or in one. Old rows stay bit-equal.
+
+        New rows start as a new pool's would. Parameters are replaced: on a wrapped model the order is that of
+        `begin_task`, except that an optimizer can be kept.
+
+        Args:
+            pool_size: the new number of prompts, larger than the old one.
+            optimizer: trains the grown pool from now on, with the state it has for old rows and none (zeros) for new
+                ones; Adam's step count is one for all rows. None: build a new one before training goes on.
+
+        Raises:
+            ValueError: no larger size, a method whose pool grows with its tasks, an optimizer that cannot grow along, or
+                more than `max_adapter_bytes`. Nothing has changed then.
+        """
+        grow_pool(self.adapter, self.structure.shape, pool_size, optimizer)
 
     def parameter_groups(self, lr: float, **lrs: float) -> list[dict[str, Any]]:
         """Optimizer groups of all trainable parameters, by kind.

@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from transformers import ViTModel
 from cl_prompts import (
     CodaPromptConfig,
     DualPromptConfig,
+    HiDePromptConfig,
     L2PConfig,
     L2PPrefixConfig,
+    NoRGaConfig,
     PromptPoolConfig,
     PromptPoolModel,
     PromptPoolOutput,
@@ -116,6 +118,8 @@ class Method:
             if model.classes:
                 model.end_task()
             model.begin_task(classes)
+        if test:  # published tests come after the task
+            model.end_task()
         with torch.no_grad():
             for part in self.all_parts(case, model, lambda tensor: tensor):
                 part.ours.copy_(case.tensors[f"before/{part.name}"][part.index])
@@ -369,6 +373,50 @@ SMOPE = Method(
 )
 
 
+def _task_prompts(case: Case, pool: Any, value: Value) -> list[Part]:
+    heads = (pool.shape.num_heads, pool.shape.head_dim)
+    return [
+        Part("e_prompt", (slice(None), slice(None), task), one.unflatten(3, heads))
+        for task, one in enumerate(tasks_of(pool.prompts, value))
+    ]
+
+
+def _task_prompts_past(case: Case, pool: Any) -> None:
+    pool.task_inference = lambda query: case.tensors["prompt_ids"]
+    means = case.tensors.get("fixed/class_means")
+    if means is not None:
+        pool.class_means[: len(means)] = means  # in any order; a class that has none is left out
+
+
+def _task_prompt_choices(case: Case, output: PromptPoolOutput) -> None:
+    assert torch.equal(output.prompt_ids[:, 0], case.tensors["prompt_ids"])
+
+
+def _all_sizes(case: Case) -> dict[str, Any]:
+    return {name: value for name, value in case.sizes.items() if name != "pool_size"}
+
+
+HIDE = Method(
+    config=lambda case: HiDePromptConfig(**_all_sizes(case)),
+    layout=_task_prompts,
+    parts={"ce": "cross_entropy", "contrastive": "contrastive"},
+    rates=_rates("prompts"),
+    test_tasks=lambda case: int(case.sizes["pool_size"]),
+    prepare=_task_prompts_past,
+    check_test=_task_prompt_choices,
+)
+
+NORGA = replace(
+    HIDE,
+    config=lambda case: NoRGaConfig(**_all_sizes(case)),
+    layout=lambda case, pool, value: [
+        *_task_prompts(case, pool, value),
+        Part("gate_scale", ..., value(pool.gate_scale)[:, :, None, None]),
+    ],
+    rates=_rates("prompts and gate_scale"),
+)
+
+
 METHODS: dict[str, Method] = {
     "l2p_pytorch": L2P,
     "l2p_pytorch_batchwise": L2P,
@@ -384,4 +432,6 @@ METHODS: dict[str, Method] = {
     "coda_prompt_task2": _coda_method(),
     "vq_prompt": VQ_PROMPT,
     "smope": SMOPE,
+    "hide": HIDE,
+    "norga": NORGA,
 }

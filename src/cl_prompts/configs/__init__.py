@@ -4,7 +4,9 @@ from cl_prompts.configs.base import METHODS, PromptPoolConfig
 from cl_prompts.configs.coda import CodaLayerArgmaxConfig, CodaPromptConfig
 from cl_prompts.configs.dualprompt import DualPromptConfig
 from cl_prompts.configs.hash import HashPromptConfig
+from cl_prompts.configs.hide import HiDePromptConfig
 from cl_prompts.configs.l2p import L2PConfig, L2PPrefixConfig
+from cl_prompts.configs.norga import NoRGaConfig
 from cl_prompts.configs.smope import SMoPEConfig
 from cl_prompts.configs.vq_prompt import VQPromptConfig
 
@@ -15,8 +17,10 @@ __all__ = [
     "CodaPromptConfig",
     "DualPromptConfig",
     "HashPromptConfig",
+    "HiDePromptConfig",
     "L2PConfig",
     "L2PPrefixConfig",
+    "NoRGaConfig",
     "PromptPoolConfig",
     "SMoPEConfig",
     "VQPromptConfig",

@@ -1,7 +1,20 @@
 """The methods, one file each. Importing this package fills `POOLS`, method name -> pool class."""
 
-from cl_prompts.pools import coda, dualprompt, hash, l2p, l2p_prefix, smope, vq_prompt
+from cl_prompts.pools import coda, dualprompt, hash, hide, l2p, l2p_prefix, norga, smope, vq_prompt
 from cl_prompts.pools.base import POOLS, Observation, PromptPool
 
 
-__all__ = ["POOLS", "Observation", "PromptPool", "coda", "dualprompt", "hash", "l2p", "l2p_prefix", "smope", "vq_prompt"]
+__all__ = [
+    "POOLS",
+    "Observation",
+    "PromptPool",
+    "coda",
+    "dualprompt",
+    "hash",
+    "hide",
+    "l2p",
+    "l2p_prefix",
+    "norga",
+    "smope",
+    "vq_prompt",
+]

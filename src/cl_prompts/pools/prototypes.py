@@ -65,10 +65,11 @@ class ClassPrototypes(nn.Module):
         scores = similarity.new_full((len(query), self.of[-1][0] + 1), -math.inf)
         return scores.scatter_reduce(1, tasks.expand(len(query), -1), similarity, "amax")
 
-    def nearest_tasks(self, query: Tensor, k: int) -> Tensor:
-        """The k nearest tasks of each feature [B, D], nearest first (ties: the lower number): [B, k]."""
-        return self.task_scores(query).argsort(dim=1, descending=True, stable=True)[:, :k]
+    def nearest_tasks(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest tasks of each feature [B, D], nearest first (ties: the lower number): [B, k]; and `task_scores`."""
+        scores = self.task_scores(query)
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
 
     def nearest_task(self, query: Tensor) -> Tensor:
         """The nearest task of each feature [B, D]: [B]."""
-        return self.nearest_tasks(query, 1)[:, 0]
+        return self.nearest_tasks(query, 1)[0][:, 0]

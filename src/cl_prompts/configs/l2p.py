@@ -33,6 +33,9 @@ class L2PConfig(PromptPoolConfig):
         position: "after_cls" [CLS, prompts, patches] (first release, PyTorch code) or "front" [prompts, CLS, patches].
         add_cls_position_embedding: add CLS's position embedding to each prompt token (first release, PyTorch code).
             None: do so where the backbone has one.
+        search: what finds the nearest keys, exactly in both cases: "torch" (in pools of more than 4,096 prompts chunk by
+            chunk, in memory that does not grow with the pool; the output then has no `scores`) or "faiss" (`pip install
+            faiss-cpu`; on the CPU, never with `scores`). Ours.
     """
 
     method: str = "l2p"
@@ -48,6 +51,7 @@ class L2PConfig(PromptPoolConfig):
     batchwise_selection: bool = False
     position: str = "after_cls"
     add_cls_position_embedding: bool | None = None
+    search: str = "torch"
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2112.08654",)
 
@@ -58,6 +62,7 @@ class L2PConfig(PromptPoolConfig):
         choice(self, "key_init", INITS)
         choice(self, "key_type", ("learned", "prompt_mean", "none"))
         choice(self, "position", ("after_cls", "front"))
+        choice(self, "search", ("torch", "faiss"))
         not_negative(self, "pull_coefficient")
         flag(self, "diversified_selection", "batchwise_selection")
         if self.add_cls_position_embedding is not None:
@@ -74,6 +79,11 @@ class L2PConfig(PromptPoolConfig):
                 )
             if self.diversified_selection or self.batchwise_selection:
                 raise ValueError('key_type="none" chooses nothing: leave diversified and batchwise selection off')
+        if self.search == "faiss" and (self.diversified_selection or self.entropy_weight or self.key_type == "none"):
+            raise ValueError(
+                'search="faiss" finds the nearest keys and nothing else: set search="torch" with diversified_selection, '
+                'entropy_weight or key_type="none"'
+            )
         if self.batchwise_selection:
             warnings.warn(
                 "batchwise_selection=True lets the images of a batch vote on their prompts: an image's answer then "

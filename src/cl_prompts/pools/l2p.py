@@ -17,9 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_prompts.pools.base import Observation, PromptPool
+from cl_prompts.pools.faiss_search import faiss_nearest, load_faiss
 from cl_prompts.pools.history import ActivationHistory
 from cl_prompts.pools.initialisation import initial
-from cl_prompts.pools.selection import cosine_scores, diversified_top_k, majority_vote
+from cl_prompts.pools.selection import (
+    CHUNK,
+    cosine_of,
+    cosine_scores,
+    diversified_top_k,
+    majority_vote,
+    nearest,
+    top_k,
+)
 from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prompts
 
 
@@ -34,6 +43,8 @@ class L2PPool(PromptPool, method="l2p"):
         self.prompts = initial(config.prompt_init, config.pool_size, config.prompt_length, shape.width)
         self.keys = initial(config.key_init, config.pool_size, shape.width) if config.key_type == "learned" else None
         self.history = ActivationHistory((), config.pool_size)
+        if config.search == "faiss":
+            load_faiss()  # so that its absence is known here and not at the first image
 
     @property
     def needs_query(self) -> bool:
@@ -50,9 +61,9 @@ class L2PPool(PromptPool, method="l2p"):
         if batch.query is None:
             return self._prompts(self.prompts.flatten(0, 1).expand(batch.batch_size, -1, -1))
         keys = self.keys if self.keys is not None else self.prompts.mean(1)
-        scores = cosine_scores(batch.query, keys)
-        ids = self._choose(scores.detach(), batch)
-        chosen_scores = scores.gather(1, ids)
+        scores = cosine_scores(batch.query, keys) if self._scores_all(batch) else None
+        ids = self._choose(scores, keys.detach(), batch)
+        chosen_scores = scores.gather(1, ids) if scores is not None else cosine_of(batch.query, F.embedding(ids, keys))
         tokens = F.embedding(ids, self.prompts.flatten(1)).view(len(ids), -1, self.shape.width)
         prompts = self._prompts(tokens)
         prompts.ids, prompts.weights, prompts.scores = ids, chosen_scores.detach(), scores
@@ -72,13 +83,26 @@ class L2PPool(PromptPool, method="l2p"):
         if seen.ids is not None and self.num_tasks:
             self.history.add(seen.ids, seen.counted)
 
-    def _choose(self, scores: Tensor, batch: PoolInput) -> Tensor:
-        k = self.config.top_k
+    def _scores_all(self, batch: PoolInput) -> bool:
+        """Whether every image is compared with every key at once; a large pool's [B, M] only if a loss needs it."""
+        config = self.config
+        few = config.pool_size <= CHUNK and config.search == "torch"
+        return bool(few or (config.entropy_weight and batch.task is not None))
+
+    def _choose(self, scores: Tensor | None, keys: Tensor, batch: PoolInput) -> Tensor:
+        k, query, frequency = self.config.top_k, batch.query, None
+        assert query is not None
         if self.config.diversified_selection and batch.task:  # the first task has no history
-            frequency = self.history.before(batch.task)
-            ids = diversified_top_k(scores, (frequency / frequency.sum().clamp_min(1)).to(scores.dtype), k)
+            history = self.history.before(batch.task)
+            frequency = (history / history.sum().clamp_min(1)).to(query.dtype)
+        if scores is None and self.config.search == "faiss":
+            ids = faiss_nearest(query, keys, k)
+        elif scores is None:
+            ids = nearest(query, keys, k, frequency=frequency)[0]
+        elif frequency is None:
+            ids = top_k(scores.detach(), k)
         else:
-            ids = scores.topk(k, dim=1).indices
+            ids = diversified_top_k(scores.detach(), frequency, k)
         if self.config.batchwise_selection:
             training = batch.task is not None
             ids = majority_vote(ids, self.config.pool_size, batch.counted, over_processes=training)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts import PromptPoolModel, VQPromptConfig, get_prompt_pool_model
-from cl_prompts.pools.vq_prompt import VQPromptPool, nearest
+from cl_prompts.pools.vq_prompt import VQPromptPool, nearest_prompt
 from cl_prompts.prompts import BackboneShape, PoolInput
 
 
@@ -69,8 +69,8 @@ def test_nearest_of_prompts_that_are_alike() -> None:
     points = 100 + 1e-3 * draw(7, 600, seed=1)
     points[5] = points[2]
     vectors = points[[0, 5, 6, 3, 2, 4]] + 2e-4 * draw(6, 600, seed=2)
-    assert nearest(vectors, points).tolist() == [0, 2, 6, 3, 2, 4]
-    assert nearest(vectors[:1], points[[1, 1, 1]]).tolist() == [0]
+    assert nearest_prompt(vectors, points).tolist() == [0, 2, 6, 3, 2, 4]
+    assert nearest_prompt(vectors[:1], points[[1, 1, 1]]).tolist() == [0]
 
 
 def test_counts_of_two_tasks_and_padding() -> None:

@@ -27,7 +27,7 @@ from cl_prompts.pools.history import ActivationHistory
 from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.prefixes import split_prefix
 from cl_prompts.pools.selection import normalized
-from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
+from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
 
 
 class VQPromptPool(PromptPool, method="vq_prompt"):
@@ -56,8 +56,8 @@ class VQPromptPool(PromptPool, method="vq_prompt"):
         """Each layer's mixture, snapped to the nearest prompt."""
         query = batch.query
         assert query is not None
-        prefixes = {layer: self._layer(row, query, batch) for row, layer in enumerate(self.layers)}
-        return Prompts(prefixes={**prefixes})
+        prefixes: dict[int, Prefix] = {layer: self._layer(row, query, batch) for row, layer in enumerate(self.layers)}
+        return Prompts(prefixes=prefixes)
 
     def prompt_table(self) -> Tensor:
         """[layers, M, Lp, D]."""
@@ -77,7 +77,7 @@ class VQPromptPool(PromptPool, method="vq_prompt"):
         scores = query @ normalized(self.keys[row]).T
         alpha = (scores / config.temperature).softmax(1)
         soft = alpha @ prompts
-        ids = nearest(soft.detach(), prompts.detach())[:, None]
+        ids = nearest_prompt(soft.detach(), prompts.detach())[:, None]
         hard = F.embedding(ids[:, 0], prompts)
         rows = hard.detach() + (soft - soft.detach())
         prefix = split_prefix(
@@ -92,10 +92,10 @@ class VQPromptPool(PromptPool, method="vq_prompt"):
         return replace(prefix, ids=ids, weights=alpha.detach().gather(1, ids), scores=scores, losses=losses)
 
 
-def nearest(vectors: Tensor, points: Tensor) -> Tensor:
-    """Number of the point [M, n] nearest to each vector [B, n]: [B]; of equally near ones the lowest.
+def nearest_prompt(mixtures: Tensor, prompts: Tensor) -> Tensor:
+    """Number of the prompt [M, n] nearest to each mixture [B, n]: [B]; of equally near ones the lowest.
 
     Differences are squared and added up directly, without a [B, M, n] tensor: |a|^2 - 2ab + |b|^2 would lose the small
     distances of a pool whose prompts have grown alike, and could tell equal prompts apart by rounding.
     """
-    return torch.cdist(vectors, points, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    return torch.cdist(mixtures, prompts, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

@@ -227,6 +227,19 @@ class PromptPoolTuner(BaseTuner):
         """
         grow_pool(self.adapter, self.structure.shape, pool_size, optimizer)
 
+    def initialize_prompts(self, pixel_values: Tensor, seed: int = 0, **kwargs: Any) -> None:
+        """Start the trainable prompts from real images: every row becomes the embedding of one of their patches. Ours.
+
+        Call it before training (after the first `begin_task`, or before it), on several processes with the same images.
+
+        Args:
+            pixel_values: images [B, 3, H, W]; their patches are what enters block 0, positions included.
+            seed: draws the patches, with replacement.
+            kwargs: further inputs of the base.
+        """
+        vectors = self.way.patch_embeddings(pixel_values, kwargs)
+        self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
+
     def parameter_groups(self, lr: float, **lrs: float) -> list[dict[str, Any]]:
         """Optimizer groups of all trainable parameters, by kind.
 

@@ -145,6 +145,23 @@ class WayOfABatch:
         finally:
             self.tokens.clear()
 
+    @torch.no_grad()
+    def patch_embeddings(self, images: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What enters block 0 for the patches of images, positions included: [patches of all images, D] float32."""
+        check_images(self.model, self.structure, images, kwargs)
+        self.tokens.keep_embeddings = True
+        try:
+            with whole_image(self.model, self.structure):
+                noise = in_order_noise(self.model, self.structure, kwargs, images)
+                self.model(pixel_values=images, **kwargs, **noise)
+                assert self.tokens.embeddings is not None
+                patches = self.tokens.embeddings[:, self.structure.special_tokens :].float()
+        finally:
+            self.tokens.keep_embeddings = False
+            self.tokens.clear()
+        real = kwargs.get("pixel_attention_mask")  # SigLIP 2 fills images up to one number of patches
+        return patches.flatten(0, 1) if real is None else patches[real.bool()]
+
     def _prepare(self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Call:
         """Check the input, run the un-prompted pass if the pool asks for it, set the prompts."""
         images: Any = kwargs.get("pixel_values", args[0] if args else None)

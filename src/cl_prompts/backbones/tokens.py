@@ -33,6 +33,7 @@ class TokenInjector:
         hidden: output of the last block without the prompts [B, N, D], of the newest pass.
         prompt_hidden: outputs of the prompt tokens [B, P, D], or None.
         pooled: the model's own pooled feature [B, D], or None.
+        keep_embeddings: whether to record `embeddings`, what enters block 0 without the prompts [B, N, D].
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
@@ -41,6 +42,8 @@ class TokenInjector:
         self.hidden: Tensor | None = None
         self.prompt_hidden: Tensor | None = None
         self.pooled: Tensor | None = None
+        self.keep_embeddings = False
+        self.embeddings: Tensor | None = None
         self._model = model
         self._structure = structure
         self._handles: list[Any] = []
@@ -67,7 +70,7 @@ class TokenInjector:
 
     def clear(self) -> None:
         """Insert nothing from now on and let go of recorded tensors."""
-        self.tokens = self.hidden = self.prompt_hidden = self.pooled = None
+        self.tokens = self.hidden = self.prompt_hidden = self.pooled = self.embeddings = None
 
     def uninstall(self) -> None:
         """Take the hooks off the model."""
@@ -75,9 +78,13 @@ class TokenInjector:
             handle.remove()
 
     def _insert(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.tokens is None:
+        if self.tokens is None and not self.keep_embeddings:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        if self.keep_embeddings:
+            self.embeddings = hidden
+        if self.tokens is None:
+            return None
         tokens = self.tokens.to(hidden.dtype)
         hidden = torch.cat([hidden[:, : self.index], tokens, hidden[:, self.index :]], dim=1)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

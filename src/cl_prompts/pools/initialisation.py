@@ -50,8 +50,9 @@ def gram_schmidt(rows: Tensor, earlier: Tensor) -> Tensor:
     for row in rows:
         coefficients = (basis @ row) / basis.square().sum(1).clamp_min(1e-12)
         rest = row - coefficients @ basis
-        # what is left of a row inside the span of the others is rounding noise
-        rest = torch.where(rest.norm() > 1e-4 * row.norm(), rest, row)
+        # Rows that fill the space leave rounding noise or, once some of them are not orthogonal, a copy of one of those.
+        room = (basis.square().sum(1) > 0).sum() < row.numel()
+        rest = torch.where(room & (rest.norm() > 1e-4 * row.norm()), rest, row)
         done.append(rest / rest.norm().clamp_min(1e-12))
         basis = torch.cat([basis, done[-1][None]])
     return torch.stack(done)

@@ -7,9 +7,13 @@ from cl_prompts import (
     CodaPromptConfig,
     DualPromptConfig,
     HashPromptConfig,
+    HiDePromptConfig,
     L2PConfig,
     L2PPrefixConfig,
+    NoRGaConfig,
     PromptPoolConfig,
+    SMoPEConfig,
+    VQPromptConfig,
 )
 
 
@@ -29,4 +33,10 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "l2p_prefix one-stage": lambda **more: L2PPrefixConfig(
         pool_size=5, prompt_length=4, top_k=2, layers=[0, 1], one_stage=True, **more
     ),
+    "vq_prompt": lambda **more: VQPromptConfig(pool_size=5, prompt_length=4, layers=[0, 2], **more),
+    "smope": lambda **more: SMoPEConfig(
+        pool_size=6, top_k=2, layers=[0, 2], router_weight=1e-2, prototype_weight=1e-2, **more
+    ),
+    "hide": lambda **more: HiDePromptConfig(layers=[0, 1], **more),
+    "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, **more),
 }

@@ -26,8 +26,10 @@ def diversity(prompts: Tensor) -> Tensor:
     count = prompts.shape[1]
     if count < 2:
         return prompts.sum() * 0
-    cosine = normalized(prompts) @ normalized(prompts).mT
-    return (cosine.square().sum((1, 2)) - count).mean() / (count * (count - 1))
+    unit = normalized(prompts)
+    # X X^T and X^T X have one sum of squares; the smaller one is made, so that a large pool costs no [M, M].
+    gram = unit @ unit.mT if count <= unit.shape[2] else unit.mT @ unit
+    return (gram.square().sum((1, 2)) - count).mean() / (count * (count - 1))
 
 
 def alignment(prompts: Tensor, keys: Tensor) -> Tensor:
@@ -42,7 +44,8 @@ def collapse(scores: Tensor, counted: Tensor) -> Tensor:
         scores: [B, ..., M]; further axes (layers, heads) are averaged over.
         counted: True for real images [B].
     """
-    p = scores.float().softmax(-1) * counted.view(-1, *[1] * (scores.dim() - 1))
+    real = counted.view(-1, *[1] * (scores.dim() - 1))
+    p = torch.where(real, scores.float(), 0.0).softmax(-1) * real  # padding may hold anything, and 0 * nan is no number
     everywhere = gather_with_gradient(p)
     images = gather_with_gradient(counted.float()[:, None]).sum().clamp_min(1)
     mean = everywhere.sum(0) / images

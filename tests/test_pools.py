@@ -328,6 +328,20 @@ def test_class_mask(mask: str, visible: list[bool]) -> None:
     assert free.isfinite().all()
 
 
+def test_logit_temperature_divides_at_test_only() -> None:
+    plain, calibrated, images = l2p(), l2p(logit_temperature=4.0), inputs("vit", 8)["pixel_values"]
+    labels = torch.tensor([0, 1] * 4)
+    learning = [model.train()(images, labels=labels) for model in (plain, calibrated)]
+    assert torch.equal(learning[0].logits, learning[1].logits)
+    assert torch.equal(learning[0].loss, learning[1].loss)
+    with torch.no_grad():
+        sure, doubtful = (model.eval()(images, labels=labels) for model in (plain, calibrated))
+    assert_close(doubtful.logits, sure.logits / 4)
+    assert torch.equal(doubtful.logits.argmax(1), sure.logits.argmax(1))
+    assert (doubtful.logits.softmax(1).amax(1) < sure.logits.softmax(1).amax(1)).all()
+    assert_close(doubtful.loss, F.cross_entropy(sure.logits / 4, labels))
+
+
 @pytest.mark.parametrize("method", ["l2p", "hash"])
 def test_images_are_counted_once_a_task(method: str, tmp_path: Path) -> None:
     """Over epochs, duplicates in a batch, padding and evaluation; without sample_ids every training forward counts."""

@@ -68,8 +68,8 @@ class PrefixInjector:
             attention: Any = self._model.get_submodule(self._structure.attentions[layer])
             attention._cl_shared_config = attention.config
             attention._cl_handed = None
-            # a list, so that the norm does not become a child of the attention
-            attention._cl_norm = [attention_norm(block, attention)]
+            # a tuple, so that the block does not become a child of its attention
+            attention._cl_norm = (block, attention_norm(block, attention))
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation_internal = ATTENTION
             block._cl_layer = layer
@@ -121,21 +121,24 @@ def prefix_attention(
     if handed is not None:
         prefix = handed.prefix if isinstance(handed.prefix, PrefixKV) else handed.prefix(handed.block_input, query)
         handed.used[handed.layer] = prefix
-        k, v = _in_head_space(module, prefix)
+        k, v = _in_head_space(module, prefix, handed.block_input.dtype)
         key = torch.cat([k.to(key.dtype), key], dim=2)
         value = torch.cat([v.to(value.dtype), value], dim=2)
         attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-def _in_head_space(module: Any, prefix: PrefixKV) -> tuple[Tensor, Tensor]:
+def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, P, d]; rows in the input space go through the block's modules in the dtype of its tokens."""
     if prefix.k.dim() == 4:
         return prefix.k, prefix.v
     names = projection_names(module)
     assert names is not None
-    own = (prefix.k, prefix.v)
+    own = (prefix.k.to(dtype), prefix.v.to(dtype))
     if prefix.normed:
-        own = (module._cl_norm[0](prefix.k), module._cl_norm[0](prefix.v))
+        block, name = module._cl_norm
+        norm = block.get_submodule(name)
+        own = (norm(own[0]), norm(own[1]))
     rows = zip(names[1:], own, strict=True)
     k, v = (getattr(module, name)(x).unflatten(2, (-1, module.head_dim)).transpose(1, 2) for name, x in rows)
     return k, v

@@ -173,10 +173,11 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
     )
 
 
-def attention_norm(block: nn.Module, attention: nn.Module) -> nn.Module:
-    """The norm in front of a block's attention: the first norm the block owns."""
+def attention_norm(block: nn.Module, attention: nn.Module) -> str:
+    """Name, in the block, of the norm in front of its attention: the first norm the block owns."""
     inside = set(attention.modules())
-    return next(m for m in block.modules() if "Norm" in type(m).__name__ and m not in inside)
+    name = next(name for name, m in block.named_modules() if "Norm" in type(m).__name__ and m not in inside)
+    return name.removesuffix(".original_module")  # a ModulesToSaveWrapper of PEFT
 
 
 def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | None:

@@ -6,8 +6,10 @@ from cl_prompts.configs.dualprompt import DualPromptConfig
 from cl_prompts.configs.hash import HashPromptConfig
 from cl_prompts.configs.hide import HiDePromptConfig
 from cl_prompts.configs.l2p import L2PConfig, L2PPrefixConfig
+from cl_prompts.configs.layer_grouped import LayerGroupedPromptConfig
 from cl_prompts.configs.norga import NoRGaConfig
 from cl_prompts.configs.smope import SMoPEConfig
+from cl_prompts.configs.vpt import VPTConfig
 from cl_prompts.configs.vq_prompt import VQPromptConfig
 
 
@@ -20,8 +22,10 @@ __all__ = [
     "HiDePromptConfig",
     "L2PConfig",
     "L2PPrefixConfig",
+    "LayerGroupedPromptConfig",
     "NoRGaConfig",
     "PromptPoolConfig",
     "SMoPEConfig",
+    "VPTConfig",
     "VQPromptConfig",
 ]

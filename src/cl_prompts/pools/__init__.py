@@ -1,6 +1,6 @@
 """The methods, one file each. Importing this package fills `POOLS`, method name -> pool class."""
 
-from cl_prompts.pools import coda, dualprompt, hash, hide, l2p, l2p_prefix, norga, smope, vq_prompt
+from cl_prompts.pools import coda, dualprompt, hash, hide, l2p, l2p_prefix, layer_grouped, norga, smope, vpt, vq_prompt
 from cl_prompts.pools.base import POOLS, Observation, PromptPool
 
 
@@ -14,7 +14,9 @@ __all__ = [
     "hide",
     "l2p",
     "l2p_prefix",
+    "layer_grouped",
     "norga",
     "smope",
+    "vpt",
     "vq_prompt",
 ]

@@ -53,6 +53,8 @@ class PromptPool(nn.Module, ABC):
 
     # Parameter name -> group of `parameter_groups`: "prompts", "keys" or "routers".
     roles: ClassVar[dict[str, str]] = {}
+    # Parameters of the group "prompts" whose rows are no prompt tokens.
+    no_rows: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -121,7 +123,8 @@ class PromptPool(nn.Module, ABC):
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
         """Overwrite the trainable prompts, row by row, with vectors [n, D] drawn at random (patch embeddings of images)."""
         for name, role in self.roles.items():
-            if role == "prompts" and isinstance(tensor := self._tensor(name), nn.Parameter):
+            tensor = self._tensor(name)
+            if role == "prompts" and name not in self.no_rows and isinstance(tensor, nn.Parameter):
                 rows = torch.randint(len(vectors), (tensor.numel() // vectors.shape[1],), generator=generator)
                 tensor.copy_(vectors[rows.to(vectors.device)].view_as(tensor))
 

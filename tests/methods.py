@@ -10,9 +10,11 @@ from cl_prompts import (
     HiDePromptConfig,
     L2PConfig,
     L2PPrefixConfig,
+    LayerGroupedPromptConfig,
     NoRGaConfig,
     PromptPoolConfig,
     SMoPEConfig,
+    VPTConfig,
     VQPromptConfig,
 )
 
@@ -38,5 +40,8 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
         pool_size=6, top_k=2, layers=[0, 2], router_weight=1e-2, prototype_weight=1e-2, **more
     ),
     "hide": lambda **more: HiDePromptConfig(layers=[0, 1], **more),
+    "layer_grouped": lambda **more: LayerGroupedPromptConfig(num_groups=2, **more),
+    "vpt": lambda **more: VPTConfig(prompt_length=3, **more),
+    "vpt deep": lambda **more: VPTConfig(deep=True, prompt_length=3, **more),
     "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, **more),
 }

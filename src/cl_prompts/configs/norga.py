@@ -31,6 +31,6 @@ class NoRGaConfig(HiDePromptConfig):
         choice(self, "gate", ("sigmoid", "tanh"))
         if self.prefix_space != "projected":
             raise ValueError(
-                f"prefix_space={self.prefix_space!r}: the gate works on dot products with prefix keys behind the projections; "
-                'leave it at "projected"'
+                f"prefix_space={self.prefix_space!r}: the gate works on dot products with prefix keys behind the "
+                'projections; leave it at "projected"'
             )

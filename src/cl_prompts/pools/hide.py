@@ -39,10 +39,9 @@ MEAN_MOMENTUM = 0.9  # of the running class means
 class HidePool(PromptPool, method="hide"):
     """The HiDe-Prompt pool.
 
-    Tensors: `prompts.current` [layers, 2 (keys, values), Lp, D] and `.earlier` [tasks - 1, ...], frozen; `pending`, a
-    scalar, the weight of the earlier prompts' mean that is still to go into the current prompt: tau until the task ends, then
-    0; `class_means` [classes, D] by head column, a row of zeros where a class has none yet; `prototypes`, the means of
-    un-prompted features.
+    Tensors: `prompts.current` [layers, 2 (keys, values), Lp, D] and `.earlier` [tasks - 1, ...], frozen; `pending`, the
+    weight of the earlier prompts' mean that is still to go into the current prompt: tau until the task ends, then 0;
+    `class_means` [classes, D] by head column, zeros where a class has none yet; `prototypes`, of un-prompted features.
 
     Attributes:
         task_inference: whose task an image is, at test: un-prompted features [B, D] -> task numbers [B], or
@@ -117,7 +116,7 @@ class HidePool(PromptPool, method="hide"):
         candidates = ids.shape[1]
         return Prompts(
             prefixes={layer: self.prefix(row, *rows[:, row].unbind(1)) for row, layer in enumerate(self.layers)},
-            ids=ids.view(-1, 1),
+            ids=ids.reshape(-1, 1),
             weights=torch.full((ids.numel(), 1), 1 / candidates, device=ids.device),
             scores=scores,
             candidates=candidates,
@@ -181,8 +180,6 @@ def contrastive(rows: Tensor, taken: Tensor, temperature: float) -> Tensor:
         taken: the rows that M consists of [n].
         temperature: divides the dot products.
     """
-    logits = rows @ rows.T / temperature
-    # The lowest number instead of -inf, which would give a batch without any image a gradient that is no number.
-    logits = logits.masked_fill(~taken, torch.finfo(logits.dtype).min)
+    logits = (rows @ rows.T / temperature).masked_fill(~taken, float("-inf"))
     target = torch.arange(len(rows), device=rows.device).masked_fill(~taken, -100)
     return F.cross_entropy(logits, target, ignore_index=-100, reduction="sum") / taken.sum().clamp_min(1)

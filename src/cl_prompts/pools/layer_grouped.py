@@ -57,7 +57,7 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
         depth, groups, width = len(self._layers), config.num_groups, shape.width
         if groups > depth:
             raise ValueError(f"num_groups={groups}: there are only {depth} layers to group; choose at most {depth}")
-        self.groups = [group for group, layers in enumerate(torch.arange(depth).tensor_split(groups)) for _ in layers]
+        self.groups = [g for g in range(groups) for _ in range(depth // groups + (g < depth % groups))]
         self.root = PerTask(initial(config.prompt_init, 2, config.prompt_length, width))
         self.down = PerTask(initial("normal", groups, width, config.bottleneck))
         self.bias = PerTask(initial("zeros", groups, config.bottleneck))
@@ -119,7 +119,7 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
             rows = self.current_prompts().expand(batch.batch_size, -1, -1, -1, -1)
             cosine = cosine_scores(batch.query, self.keys.current[None])
             answer = Prompts(ids=torch.full_like(cosine, len(self.keys.earlier), dtype=torch.int64))
-            answer.weights = torch.ones_like(cosine, requires_grad=False)
+            answer.weights = torch.ones_like(cosine)
             answer.losses["pull"] = LossPart(-self.config.pull_coefficient * cosine[:, 0], "mean")
         heads = self.shape.num_heads if self.config.prefix_space == "projected" else None
         for place, layer in enumerate(self.layers):

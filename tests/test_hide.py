@@ -1,4 +1,4 @@
-"""HiDe-Prompt where the golden numbers do not reach: tasks, their mixing and inference, class means, what padding may do."""
+"""HiDe-Prompt where the golden numbers do not reach: tasks, their mixing and inference, class means, padding."""
 
 import copy
 import math

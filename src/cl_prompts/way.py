@@ -229,26 +229,25 @@ class WayOfABatch:
             features = take_feature(self.model, self.structure, self.tokens, adapter.readout)
             logits = adapter.head(features)
             chosen = self._chosen(call.prompts)
-            ids, weights, scores = chosen.ids, chosen.weights, chosen.scores
             if call.prompts.candidates > 1:
-                logits, features, ids, weights = answer_together(call, logits, features, ids, weights)
+                logits, features, chosen = answer_together(call, logits, features, chosen)
             loss, losses = None, None
             logits = masked(call, logits) if call.training else logits / adapter.config.logit_temperature
             if call.columns is not None:
-                parts = self._parts(call, features, scores) if call.training else {}
+                parts = self._parts(call, features, chosen.scores) if call.training else {}
                 loss, losses = loss_of(call, logits, parts)
         if call.training:
             with torch.no_grad():
                 fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
-                seen = Observation(ids, call.query, call.columns, fresh, scores, features, call.counted)
+                seen = Observation(chosen.ids, call.query, call.columns, fresh, chosen.scores, features, call.counted)
                 adapter.pool.observe(seen)
         answer = PromptPoolOutput(
             loss=loss,
             logits=logits,
             losses=losses,
-            prompt_ids=ids,
-            prompt_weights=weights,
-            scores=scores,
+            prompt_ids=chosen.ids,
+            prompt_weights=chosen.weights,
+            scores=chosen.scores,
             query=call.query,
             features=features,
         )
@@ -305,22 +304,30 @@ def loss_of(call: Call, logits: Tensor, more: dict[str, LossPart]) -> tuple[Tens
     return add_up(parts, call.counted, call.num_items, over_processes=call.training)
 
 
-def answer_together(
-    call: Call, logits: Tensor, features: Tensor, ids: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One answer per image from its candidates [images * candidates, ...]: logits, features, ids, weights.
+def answer_together(call: Call, logits: Tensor, features: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor, Chosen]:
+    """One answer per image from its candidates [images * candidates, ...]: logits, features, and what was chosen.
 
-    "mean" answers with the log of the mean probability, the features of the first candidate, and all candidates' prompts.
+    "mean" answers with the log of the mean probability, features and scores of the first candidate, and all candidates'
+    prompts.
     """
-    images = call.batch_size
+    images, candidates = call.batch_size, call.prompts.candidates
+
+    def joined(x: Tensor | None) -> Tensor | None:
+        """[images * candidates, ..., k] -> [images, ..., candidates * k]."""
+        return None if x is None else x.unflatten(0, (images, -1)).movedim(1, -2).flatten(-2)
+
     if call.prompts.combine == "confident":
         best = most_confident(logits, images)
-        ids, weights = (None if x is None else x[best] for x in (ids, weights))
-        return logits[best], features[best], ids, weights
-    of_image = logits.log_softmax(1).unflatten(0, (images, -1))
-    mean = of_image.logsumexp(1) - math.log(of_image.shape[1])
-    ids, weights = (None if x is None else x.unflatten(0, (images, -1)).flatten(1, 2) for x in (ids, weights))
-    return mean, features.unflatten(0, (images, -1))[:, 0], ids, weights
+        answer, features = logits[best], features[best]
+        ids, weights = (None if x is None else x[best] for x in (chosen.ids, chosen.weights))
+    else:
+        best = torch.arange(images, device=logits.device) * candidates
+        answer = logits.log_softmax(1).unflatten(0, (images, -1)).logsumexp(1) - math.log(candidates)
+        features, ids, weights = features[best], joined(chosen.ids), joined(chosen.weights)
+    scores = chosen.scores
+    if scores is not None and len(scores) > images:  # the pool may have chosen once per image, before the passes
+        scores = scores[best]
+    return answer, features, Chosen(ids, weights, scores)
 
 
 def most_confident(logits: Tensor, images: int) -> Tensor:

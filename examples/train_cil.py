@@ -6,7 +6,7 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_cil.py # two processes on one CPU
 
 Every task brings new classes; old images are gone; at test nobody says which task an image belongs to. The results folder
-holds the adapter, the accuracy matrix, the table and two plots. Three references on the same frozen features stand in the
+holds the adapter, the accuracy matrix, the table and three plots. Three references on the same frozen features stand in the
 table: a prompt pool that does not beat them is not worth its training.
 """
 
@@ -30,15 +30,17 @@ from cl_prompts import PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import (
     AccuracyMatrix,
     ClassIncrementalStream,
+    Evaluation,
     FrozenFeatures,
-    accuracy,
+    evaluate,
     joint_linear_probe,
     nearest_class_mean,
     sequential_probe,
     split_classes,
     stream_features,
 )
-from cl_prompts.report import draw, result_table
+from cl_prompts.diagnostics import prompt_similarity, selection_counts, selection_summary
+from cl_prompts.report import draw, draw_selection, result_table
 
 
 HERE = Path(__file__).parent
@@ -185,6 +187,19 @@ def references(
     return found
 
 
+def report_selection(model: PromptPoolModel, measured: list[Evaluation], output: Path) -> str:
+    """Draw which prompts the last evaluation chose for which task; a few lines on it, none where a method chooses none."""
+    chosen = [m.prompt_ids for m in measured if m.prompt_ids is not None]
+    if not chosen:
+        return ""
+    tasks = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(ids) for ids in chosen]))
+    size = model.adapter.pool.prompt_table().shape[1]
+    counts = selection_counts(torch.cat(chosen), tasks, size)
+    similarity = prompt_similarity(model) if size <= 1000 else None  # one number for every two prompts
+    draw_selection(counts, similarity, output)
+    return selection_summary(counts, similarity)
+
+
 def main() -> None:
     """Run a stream of tasks and write its results."""
     args = read_arguments()
@@ -225,7 +240,7 @@ def main() -> None:
         model.eval()
         with accelerator.autocast():
             measured = [
-                accuracy(
+                evaluate(
                     model,
                     stream.test_batches(seen, args.batch_size, workers=args.workers),
                     model.classes,
@@ -233,8 +248,8 @@ def main() -> None:
                 )
                 for seen in stream.tasks[: task.number + 1]
             ]
-        results[args.method].add([a for a, _ in measured], [n for _, n in measured])
-        row = " ".join(f"{a:5.1f}" for a, _ in measured)
+        results[args.method].add([m.accuracy for m in measured], [m.images for m in measured])
+        row = " ".join(f"{m.accuracy:5.1f}" for m in measured)
         accelerator.print(
             f"after task {task.number + 1}: average {results[args.method].curve()[-1]:5.1f} %   by task: {row}"
         )
@@ -254,7 +269,8 @@ def main() -> None:
         settings = asdict(args) | {"seconds": round(seconds, 1), "processes": accelerator.num_processes}
         matrices = {name: matrix.to_dict() for name, matrix in results.items()}
         (output / "results.json").write_text(json.dumps({"arguments": settings, "results": matrices}, indent=1))
-        (output / "results.md").write_text(f"{table}\n\n{seconds:.0f} s, arguments in results.json\n")
+        lines = [table, report_selection(model, measured, output), f"{seconds:.0f} s, arguments in results.json\n"]
+        (output / "results.md").write_text("\n\n".join(filter(None, lines)))
         draw(results, output)
         accelerator.print(f"{seconds:.0f} s; results, plots and adapter in {output}")
     accelerator.end_training()

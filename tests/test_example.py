@@ -162,4 +162,9 @@ def test_two_processes_run_the_example_as_one(tmp_path: Path) -> None:
         "results.md",
         "curves.png",
         "matrix.png",
+        "selection.png",
     }
+    for name in ("one", "two"):
+        text = (tmp_path / name / "results.md").read_text()
+        assert text.count("routing entropy") == 2
+        assert text.startswith("| learner |")

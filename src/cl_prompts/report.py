@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from cl_prompts.continual.metrics import AccuracyMatrix
+
+
+ROWS_DRAWN = 6
 
 
 def result_table(results: Mapping[str, AccuracyMatrix], trainable: Mapping[str, int] | None = None) -> str:
@@ -48,3 +53,43 @@ def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
     for figure, file in zip((curves, heat), files, strict=True):
         figure.savefig(file, dpi=120)
     return files
+
+
+def draw_selection(counts: Tensor, similarity: Tensor | None, folder: Path) -> Path:
+    """Draw how often each prompt was chosen, coloured by task, beside how alike prompts are; returns the file.
+
+    A row for each of the first layers (or heads) that choose by themselves. Needs matplotlib (extra `train`).
+
+    Args:
+        counts: `selection_counts` [tasks, ..., M].
+        similarity: `prompt_similarity` [groups, M, M]; groups is 1 where layers share prompts. None: leave it out.
+        folder: where `selection.png` goes.
+    """
+    from matplotlib import colormaps  # an optional dependency
+    from matplotlib.figure import Figure
+
+    table = counts.flatten(1, -2).cpu().numpy() if counts.dim() > 2 else counts[:, None].cpu().numpy()
+    tasks, rows = len(table), min(table.shape[1], ROWS_DRAWN)
+    columns = 1 if similarity is None else 2
+    figure = Figure(figsize=(5.5 * columns, 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    edges = [prompt - 0.5 for prompt in range(table.shape[2] + 1)]
+    colour = colormaps["viridis"].resampled(tasks)
+    for row in range(rows):
+        below = 0 * table[0, row]
+        for task in range(tasks):
+            above = below + table[task, row]
+            axes[row, 0].stairs(above, edges, baseline=below, fill=True, color=colour(task), label=f"task {task + 1}")
+            below = above
+        axes[row, 0].set(xlabel="prompt", ylabel="times chosen", title="" if rows == 1 else f"group {row + 1}")
+        axes[row, 0].xaxis.get_major_locator().set_params(integer=True)
+        if similarity is not None:
+            group = similarity[row if len(similarity) > 1 else 0].cpu().numpy()
+            image = axes[row, 1].imshow(group, vmin=-1, vmax=1, cmap="coolwarm")
+            axes[row, 1].set(xlabel="prompt", ylabel="prompt")
+    if similarity is not None:
+        figure.colorbar(image, ax=axes[:, 1], label="cosine", shrink=0.8 / rows, anchor=(0, 1))
+    axes[0, 0].legend(fontsize="x-small", ncols=1 + tasks // 10)
+    file = folder / "selection.png"
+    figure.savefig(file, dpi=120)
+    return file

@@ -1,6 +1,6 @@
 """Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
 
-from cl_prompts.continual.evaluation import accuracy, stream_features
+from cl_prompts.continual.evaluation import Evaluation, accuracy, evaluate, stream_features
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.references import (
     FrozenFeatures,
@@ -14,9 +14,11 @@ from cl_prompts.continual.streams import ClassIncrementalStream, Task, split_cla
 __all__ = [
     "AccuracyMatrix",
     "ClassIncrementalStream",
+    "Evaluation",
     "FrozenFeatures",
     "Task",
     "accuracy",
+    "evaluate",
     "joint_linear_probe",
     "nearest_class_mean",
     "sequential_probe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,25 @@ from cl_prompts.continual.streams import PADDING_LABEL
 from cl_prompts.model import extract_features
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on some images, over all processes.
+
+    Args:
+        accuracy: in percent.
+        images: their number.
+        prompt_ids: which prompts were chosen for each [images, ..., k], on the CPU, process by process; None where a method
+            chooses none.
+    """
+
+    accuracy: float
+    images: int
+    prompt_ids: Tensor | None
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: list[int], device: Any) -> tuple[float, int]:
-    """Accuracy in percent over all processes, and the number of images.
+def evaluate(model: nn.Module, batches: Iterable[dict[str, Any]], classes: list[int], device: Any) -> Evaluation:
+    """Show images to a model, and nothing else.
 
     Args:
         model: in eval mode; gets `pixel_values` only.
@@ -25,14 +42,25 @@ def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: list[
     """
     ids = torch.tensor(classes)
     hits = torch.zeros(2, dtype=torch.int64, device=device)
+    chosen = []
     for batch in batches:
-        predicted = ids[model(pixel_values=batch["pixel_values"].to(device)).logits.argmax(1).cpu()]
+        output = model(pixel_values=batch["pixel_values"].to(device))
+        predicted = ids[output.logits.argmax(1).cpu()]
         real = batch["labels"] != PADDING_LABEL
         hits += torch.stack([(predicted == batch["labels"])[real].sum(), real.sum()]).to(device)
+        if output.prompt_ids is not None:
+            chosen.append(output.prompt_ids[real.to(device)])
     right, images = sum_over_processes(hits).tolist()
     if not images:
         raise ValueError("there are no images to evaluate on")
-    return 100 * right / images, images
+    prompt_ids = torch.cat(gather_over_processes(torch.cat(chosen))).cpu() if chosen else None
+    return Evaluation(100 * right / images, images, prompt_ids)
+
+
+def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: list[int], device: Any) -> tuple[float, int]:
+    """Accuracy in percent over all processes, and the number of images; arguments as in `evaluate`."""
+    found = evaluate(model, batches, classes, device)
+    return found.accuracy, found.images
 
 
 @torch.no_grad()

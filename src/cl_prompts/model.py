@@ -36,7 +36,7 @@ class PromptPoolModel(PeftModel):
 
     What it does lives in `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class adds
     the signature of the forward and saves that replace a folder as a whole. Tasks: `begin_task`, `end_task`,
-    `parameter_groups`, `attach_optimizer`, `classes` (see `PromptPoolTuner`).
+    `parameter_groups`, `attach_optimizer`, `classes`; prompts: `initialize_prompts`, `grow_pool` (see `PromptPoolTuner`).
     """
 
     def forward(

@@ -102,7 +102,7 @@ def model_specials(model: Any) -> int:
 
 def rows_of(model: PromptPoolModel) -> dict[str, Tensor]:
     pool = model.adapter.pool
-    named = {n: p for n, p in pool.named_parameters() if pool.roles[n] == "prompts"}
+    named = {n: p for n, p in pool.named_parameters() if pool.roles[n] == "prompts" and n not in pool.no_rows}
     assert named
     return {name: p.detach().clone().reshape(-1, 32) for name, p in named.items()}
 

@@ -5,7 +5,8 @@ Sizes, layers and the backbone are read from the folder in `CL_PROMPTS_GOLDEN`, 
 
 import pytest
 import torch
-from golden_cases import METHODS, Case, Method, gradient
+from golden_cases import METHODS
+from golden_harness import GOLDEN, Case, Method, gradient
 from torch.testing import assert_close
 
 
@@ -18,8 +19,6 @@ def load(name: str) -> tuple[Method, Case]:
 
 
 def test_every_fixture_has_its_method() -> None:
-    from golden_cases import GOLDEN
-
     fixtures = {file.stem for file in GOLDEN.glob("*.json")} - {"metrics"}
     assert fixtures == {method.fixture or name for name, method in METHODS.items()}
 

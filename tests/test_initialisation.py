@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, inputs
-from golden_cases import Case
+from golden_harness import Case
 from methods import METHODS
 from torch import Tensor, nn
 from torch.testing import assert_close

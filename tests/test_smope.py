@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from golden_cases import SMOPE, Case, smope_choices
+from golden_cases import SMOPE, smope_choices
+from golden_harness import Case
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import CodaPromptConfig, DualPromptConfig, L2PPrefixConfig, PromptPoolConfig, get_prompt_pool_model
+from cl_prompts.pools import l2p_prefix
 
 
 IMAGES = inputs("vit", 4, seed=7)["pixel_values"]
@@ -151,6 +152,29 @@ def test_a_layers_query_carries_no_gradient_below() -> None:
     pool = model.adapter.pool
     assert pool.keys.grad.abs().sum() > 0
     assert pool.prompts.grad is None or pool.prompts.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("one_stage", [False, True])
+def test_a_large_pool_of_prefixes(one_stage: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More prompts than are compared at once: same choices, losses and gradients."""
+    found = []
+    for chunk in (10**6, 7):
+        monkeypatch.setattr(l2p_prefix, "CHUNK", chunk)
+        model = model_of(forty(one_stage)).train()
+        output = model(IMAGES, labels=torch.tensor([4, 5, 4, 5]))
+        output.loss.backward()
+        found.append((output, model.adapter.pool))
+    (whole, its_pool), (chunked, other_pool) = found
+    assert chunked.scores is None
+    assert whole.scores.shape == (4, 2, 40)
+    assert torch.equal(whole.prompt_ids, chunked.prompt_ids)
+    assert_close(whole.losses, chunked.losses, atol=1e-6, rtol=1e-6)
+    assert_close(its_pool.keys.grad, other_pool.keys.grad, atol=1e-6, rtol=1e-5)
+    assert_close(its_pool.prompts.grad, other_pool.prompts.grad, atol=1e-6, rtol=1e-5)
+
+
+def forty(one_stage: bool) -> PromptPoolConfig:
+    return L2PPrefixConfig(pool_size=40, prompt_length=4, top_k=2, layers=[0, 1], one_stage=one_stage)
 
 
 def test_dualprompt_grows_and_copies() -> None:

@@ -23,7 +23,7 @@ from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.per_task import PerTask
 from cl_prompts.pools.prefixes import split_prefix
 from cl_prompts.pools.queried import QueriedPool
-from cl_prompts.pools.selection import cosine_scores
+from cl_prompts.pools.selection import cosine_scores, top_k
 from cl_prompts.prompts import BackboneShape, PoolInput, PrefixKV, Prompts
 
 
@@ -84,7 +84,7 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
         def choose(scores: Tensor) -> Tensor:
             if batch.task is not None:
                 return torch.full((len(scores), 1), len(e_prompts) - 1, device=scores.device)
-            nearest = scores.topk(candidates, dim=1).indices
+            nearest = top_k(scores.detach(), candidates)
             if len(scores) == batch.batch_size:
                 return nearest.view(-1, 1)
             return nearest.view(batch.batch_size, candidates, -1).diagonal(dim1=1, dim2=2).reshape(-1, 1)

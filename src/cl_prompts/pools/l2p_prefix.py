@@ -19,7 +19,7 @@ from cl_prompts.pools.history import ActivationHistory
 from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.prefixes import split_prefix
 from cl_prompts.pools.queried import QueriedPool
-from cl_prompts.pools.selection import cosine_scores, histogram
+from cl_prompts.pools.selection import CHUNK, cosine_of, cosine_scores, histogram, nearest, top_k
 from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
 
 
@@ -61,19 +61,31 @@ class L2PPrefixPool(QueriedPool, method="l2p_prefix"):
         """Each layer's K nearest prompts."""
 
         def layer(row: int, query: Tensor) -> PrefixKV:
-            scores = self.score(row, query)
-            best, ids = scores.topk(self.config.top_k, dim=1)
+            k, keys = self.config.top_k, self.keys[row]
+            if self._scores_all:
+                scores = self.score(row, query)
+                ids = top_k(scores.detach(), k)
+                best = scores.gather(1, ids)
+            else:
+                scores, ids = None, nearest(query, keys.detach(), k)[0]
+                best = cosine_of(query, F.embedding(ids, keys))
             rows = F.embedding(ids, self.prompts[row].flatten(1)).unflatten(2, self.prompts.shape[2:])
             prefix = replace(split_prefix(rows, self.heads), ids=ids, weights=best.detach(), scores=scores)
             if batch.task is not None:
-                prefix.losses["pull"] = self._coupled(scores, ids, batch) if self._is_coupled else self.pull(best)
+                if self.config.key_loss == "coupled" and scores is not None:
+                    prefix.losses["pull"] = self._coupled(scores, ids, batch)
+                else:
+                    prefix.losses["pull"] = self.pull(best)
             return prefix
 
         return Prompts(prefixes=self.per_layer(list(self.layers), layer, batch))
 
     @property
-    def _is_coupled(self) -> bool:
-        return bool(self.config.key_loss == "coupled")
+    def _scores_all(self) -> bool:
+        """Whether every image is compared with every key at once; a large pool's [B, M] only if a loss needs it."""
+        config = self.config
+        needed = config.key_loss == "coupled" or config.entropy_weight or config.query_regularization
+        return bool(config.pool_size <= CHUNK or (needed and self.training))
 
     def _coupled(self, scores: Tensor, ids: Tensor, batch: PoolInput) -> LossPart:
         """As released: every image is pulled to the keys that any image of the batch chose, as often as they did."""

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, HfArgumentParser
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.configs import METHODS
 from cl_prompts.continual import (
     AccuracyMatrix,
     ClassIncrementalStream,
@@ -69,7 +70,7 @@ class Arguments:
     )
     resample: str = field(default="processor", metadata={"help": "processor, bilinear or bicubic"})
 
-    method: str = field(default="hash", metadata={"help": "l2p, hash, ..."})
+    method: str = field(default="hash", metadata={"help": "one of " + ", ".join(sorted(METHODS))})
     config: list[str] = field(
         default_factory=list, metadata={"help": "fields of the method's config: pool_size=20 layers=[0,1,2]"}
     )

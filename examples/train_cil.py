@@ -135,13 +135,17 @@ def train_task(
     stream: ClassIncrementalStream,
     task: Any,
     args: Arguments,
-    queries: torch.Tensor | None,
+    features: torch.Tensor,
 ) -> None:
-    """Learn one task. The model has begun it; what begin_task added is wrapped and optimized from here on."""
+    """Learn one task. The model has begun it; what begin_task added is wrapped and optimized from here on.
+
+    Images are not augmented, so their un-prompted `features` are the queries of every epoch, where the method asks for any.
+    """
     optimizer = torch.optim.Adam(model.parameter_groups(args.lr, **pairs(args.lrs)))
     model.attach_optimizer(optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
+    queries = features if model.needs_query else None  # known now: some methods ask in tasks only, or in training only
     steps = args.epochs * -(-len(task.train_rows) // args.batch_size)
     bar = tqdm(
         total=steps,
@@ -229,14 +233,12 @@ def main() -> None:
         with accelerator.autocast():
             return stream_features(model, bar, len(data.train if train else data.test), accelerator.device)
 
-    # Images are not augmented, so the un-prompted features are the queries of every epoch: computed once, used by all.
     train_features, test_features = features(train=True), features(train=False)
-    queries = train_features if model.needs_query else None
     results = {args.method: AccuracyMatrix(), **references(stream, train_features, test_features, config, args)}
 
     for task in stream:
         model.begin_task(task.classes, class_names=data.names(task.classes))
-        train_task(accelerator, model, stream, task, args, queries)
+        train_task(accelerator, model, stream, task, args, train_features)
         model.end_task()
         model.eval()
         with accelerator.autocast():

@@ -11,17 +11,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from families import build
+from methods import METHODS
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
+
+from cl_prompts import get_prompt_pool_model
+from cl_prompts.continual import ClassIncrementalStream
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from images import digits, load_image_data, split_by_class  # noqa: E402
-from train_cil import pairs, read_arguments  # noqa: E402
+from train_cil import pairs, read_arguments, train_task  # noqa: E402
 
 
 def pictures(count: int) -> list[PILImage.Image]:
@@ -168,3 +174,19 @@ def test_two_processes_run_the_example_as_one(tmp_path: Path) -> None:
         text = (tmp_path / name / "results.md").read_text()
         assert text.count("routing entropy") == 2
         assert text.startswith("| learner |")
+
+
+@pytest.mark.parametrize("method", ["hide", "coda one-stage"])
+def test_queries_are_cached_for_methods_that_ask_in_tasks_or_in_training_only(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = Dataset.from_dict({"image": list(range(4)), "label": [0, 1, 0, 1]})
+    stream = ClassIncrementalStream(data, data, [[0, 1]], images.__getitem__)
+    model = get_prompt_pool_model(build("vit"), METHODS[method]()).eval()
+    passes: list[int] = []
+    model.get_base_model().register_forward_hook(lambda *_: passes.append(1))
+    model.begin_task([0, 1])
+    args = arguments(monkeypatch, "--epochs", "1", "--batch_size", "4")
+    train_task(Accelerator(cpu=True), model, stream, stream.tasks[0], args, torch.randn(4, 32))
+    assert len(passes) == 1  # the prompted one

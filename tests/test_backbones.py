@@ -1,5 +1,6 @@
 """Prompts into every family: against an independent oracle, off equals base, compiled and checkpointed."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch._dynamo.testing
 import transformers as T
 from families import BARE, CLASSIFIERS, SIZES, build, inputs, tensors_of, with_noise
+from methods import METHODS
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -332,3 +334,20 @@ def test_query_is_the_models_own_feature(name: str) -> None:
     expected = own.pooler_output if name in ("clip", "siglip", "beit_relative") else own.last_hidden_state[:, 0]
     model = get_prompt_pool_model(base, L2PConfig())
     assert_close(model.extract_features(**inputs(name)), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dualprompt", "smope"])
+def test_reentrant_checkpointing_of_prefixes_is_refused(method: str) -> None:
+    """It would train prefixes on no gradient, and leave out the losses that come out of them, without a word."""
+    model = get_prompt_pool_model(build("vit"), METHODS[method]())
+    model.begin_task([0, 1])
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    values, labels = inputs("vit"), torch.tensor([0, 1, 1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # torch says so of every pass
+        with pytest.raises(ValueError, match=r'no or wrong gradients: enable it with {"use_reentrant": False}'):
+            model.train()(**values, labels=labels)
+        with torch.no_grad():
+            assert model(**values).logits.shape == (3, 2)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model(**values, labels=labels).loss.backward()

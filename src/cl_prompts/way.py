@@ -183,6 +183,7 @@ class WayOfABatch:
         with torch.autocast(images.device.type, enabled=False):
             prompts = adapter.pool(PoolInput(len(images), query, task, counted))
         self._set_prompts(prompts)
+        self.prefixes.learning = training
         return Call(
             adapter=adapter,
             prompts=prompts,

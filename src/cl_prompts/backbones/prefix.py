@@ -33,6 +33,7 @@ class Handed:
     block_input: Tensor
     layer: int
     used: dict[int, PrefixKV]
+    learning: bool
 
 
 class PrefixInjector:
@@ -45,11 +46,13 @@ class PrefixInjector:
     Attributes:
         prefixes: prefix by block number, for the passes run while it is set.
         used: what the newest pass used, by block number.
+        learning: whether gradients must reach the prefixes.
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         self.prefixes: Mapping[int, Prefix] = {}
         self.used: dict[int, PrefixKV] = {}
+        self.learning = False
         self._model = model
         self._structure = structure
         self._installed: dict[int, list[Any]] = {}
@@ -83,6 +86,7 @@ class PrefixInjector:
         """Add nothing from now on and let go of recorded tensors."""
         self.prefixes = {}
         self.used = {}
+        self.learning = False
 
     def uninstall(self) -> None:
         """Take the hooks off the model and give the attentions their config back."""
@@ -101,7 +105,7 @@ class PrefixInjector:
         if prefix is None:
             return None
         block_input = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, KEYWORD: Handed(prefix, block_input, layer, self.used)}
+        return args, {**kwargs, KEYWORD: Handed(prefix, block_input, layer, self.used, self.learning)}
 
     def _take(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         attention._cl_handed = kwargs.get(KEYWORD)
@@ -119,6 +123,11 @@ def prefix_attention(
     attend = eager_attention(module) if implementation == "eager" else AttentionInterface()[implementation]
     handed: Handed | None = module._cl_handed
     if handed is not None:
+        if handed.learning and not torch.is_grad_enabled():
+            raise ValueError(
+                "the base checkpoints its activations with use_reentrant=True, through which prefixes get no or wrong "
+                'gradients: enable it with {"use_reentrant": False}, the default of transformers'
+            )
         prefix = handed.prefix if isinstance(handed.prefix, PrefixKV) else handed.prefix(handed.block_input, query)
         handed.used[handed.layer] = prefix
         k, v = _in_head_space(module, prefix, handed.block_input.dtype)

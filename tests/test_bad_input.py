@@ -258,3 +258,13 @@ def test_a_training_forward_with_the_optimizer_of_an_earlier_task() -> None:
     model.base_model.adapter.head.weight = nn.Parameter(torch.zeros(2, 32))
     with pytest.raises(ValueError, match=r"does not train \['head.weight'\]: begin_task adds parameters"):
         model(IMAGES, labels=LABELS)
+
+
+def test_an_adapter_cast_with_its_base_is_refused() -> None:
+    model = learner().to(torch.bfloat16).eval()
+    values = {name: x.bfloat16() for name, x in inputs("vit").items()}
+    with pytest.raises(ValueError, match=r"the adapter was cast to torch.bfloat16.*cast the base alone"):
+        model(**values)
+    alone = learner().eval()
+    alone.get_base_model().to(torch.bfloat16)
+    assert alone(**values).logits.dtype == torch.float32

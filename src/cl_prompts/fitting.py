@@ -119,6 +119,12 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
     """Raise ValueError if an adapter cannot answer, or in training cannot learn: names the call that is missing."""
     if not adapter.classes:
         raise ValueError("no class is known yet: call begin_task(classes), or set num_labels in the config")
+    dtype = adapter.head.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"the adapter was cast to {dtype}, but prompts and head work in float32: cast the base alone, "
+            "model.get_base_model().to(dtype), or run under torch.autocast"
+        )
     if not learning:
         return
     if adapter.config.num_labels is None and not adapter.config.state.task_open:

@@ -104,8 +104,8 @@ class L2PPrefixConfig(QueriedPrefixConfig):
         prompt_length: rows of one prompt; the first half are keys, the second half values.
         top_k: prompts per image K.
         layers: blocks that get prefixes, from 0; each has its own pool. Deep: [0, 1, 2, 3, 4].
-        prompt_init, key_init: as in `L2PConfig`; "unit_uniform" in the released code. On held-out images of a short run with
-            ViT-Tiny prompt_init="normal" was better (57.5 against 54.0, docs/results.md).
+        prompt_init, key_init: as in `L2PConfig`; "unit_uniform" in the released code. On held-out images of a short run
+            with ViT-Tiny prompt_init="normal" was better (57.5 against 54.0, docs/results.md).
         pull_coefficient: lambda, weight of the key loss.
         key_loss: "distance" lambda * (1 - cosine) over the image's chosen keys, added up over layers and batch. "coupled":
             as released, where an index slip pulls every image to the chosen keys of all images of the batch.

@@ -84,9 +84,14 @@ class PromptPool(nn.Module, ABC):
     def end_task(self) -> None:
         """Close the current task."""
 
+    @property
+    def heads(self) -> int | None:
+        """Heads that prefix rows are cut into; None leaves them in the input space (`prefix_space`)."""
+        return self.shape.num_heads if self.config.prefix_space == "projected" else None
+
+    @abstractmethod
     def prompt_table(self) -> Tensor:
         """All prompts in use now, by group (layer, or head of a layer): [groups, M, rows, D], with gradient."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no table of prompts")
 
     def key_table(self) -> Tensor | None:
         """The prompts' keys [groups or 1, M, D], with gradient; None without keys."""

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cl_prompts.pools.base import Observation
 from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.per_task import PerTask
 from cl_prompts.pools.prefixes import split_prefix
@@ -111,6 +110,3 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
             rows = self.g_prompts[row].expand(batch.batch_size * candidates, -1, -1)
             answer.prefixes[block] = split_prefix(rows, self.heads)
         return answer
-
-    def observe(self, seen: Observation) -> None:
-        """Nothing is counted: in training the task decides."""

@@ -139,11 +139,10 @@ class HashPool(PromptPool, method="hash"):
             which = torch.arange(candidates, device=routers.device).repeat(batch.batch_size)
 
         prompts = self._modulated_prompts()
-        heads = self.shape.num_heads if self.config.prefix_space == "projected" else None
         prefixes: dict[int, Prefix] = {}
         for row, layer in enumerate(self.layers):
             pool = prompts[0 if self.config.share_layers else row]
-            prefixes[layer] = TokenRouter(pool, routers[:, row], penalties[:, row], which, self.config.top_k, heads)
+            prefixes[layer] = TokenRouter(pool, routers[:, row], penalties[:, row], which, self.config.top_k, self.heads)
         answer = Prompts(prefixes=prefixes, candidates=candidates)
         if batch.task is not None and self.config.modulate == "quadratic" and self.config.hgm != "none":
             answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")

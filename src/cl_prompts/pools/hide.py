@@ -125,7 +125,7 @@ class HidePool(PromptPool, method="hide"):
 
     def prefix(self, row: int, keys: Tensor, values: Tensor) -> Prefix:
         """The prefix of layer number `row` of the pool, for keys and values [B, Lp, D]."""
-        return prefix_of(keys, values, self.shape.num_heads if self.config.prefix_space == "projected" else None)
+        return prefix_of(keys, values, self.heads)
 
     def _tasks_of(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tasks whose prompts answer for each image [B, candidates], and what they were told by [B, tasks]."""

@@ -6,52 +6,21 @@ keys (first half of each prompt) and values (second half), prompt by prompt. The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.collectives import sum_over_processes
-from cl_prompts.pools.base import Observation
-from cl_prompts.pools.history import ActivationHistory
-from cl_prompts.pools.initialisation import initial
+from cl_prompts.pools.keyed_layers import KeyedLayers
 from cl_prompts.pools.prefixes import split_prefix
 from cl_prompts.pools.queried import QueriedPool
 from cl_prompts.pools.selection import CHUNK, cosine_of, cosine_scores, histogram, nearest, top_k
-from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
+from cl_prompts.prompts import LossPart, PoolInput, PrefixKV, Prompts
 
 
-class L2PPrefixPool(QueriedPool, method="l2p_prefix"):
+class L2PPrefixPool(KeyedLayers, QueriedPool, method="l2p_prefix"):
     """The pool. Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M]."""
-
-    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys"}
-
-    def __init__(self, config: Any, shape: BackboneShape) -> None:
-        super().__init__(config, shape)
-        depth, size, width = len(config.layers), config.pool_size, shape.width
-        self.prompts = initial(config.prompt_init, depth, size, config.prompt_length, width)
-        self.keys = initial(config.key_init, depth, size, width)
-        self.history = ActivationHistory((depth,), size)
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The config's `layers`."""
-        return tuple(self.config.layers)
-
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Open a row of counts."""
-        super().begin_task(columns)
-        self.history.begin_task()
-
-    def prompt_table(self) -> Tensor:
-        """[layers, M, Lp, D]."""
-        return self.prompts
-
-    def key_table(self) -> Tensor | None:
-        """[layers, M, D]."""
-        return self.keys
 
     def score(self, row: int, query: Tensor) -> Tensor:
         """Cosines with a layer's keys [B, M]."""
@@ -91,8 +60,3 @@ class L2PPrefixPool(QueriedPool, method="l2p_prefix"):
         """As released: every image is pulled to the keys that any image of the batch chose, as often as they did."""
         chosen = sum_over_processes(histogram(ids, scores.shape[1], batch.counted))
         return LossPart(self.config.pull_coefficient * (chosen * (1 - scores)).sum(1), "sum")
-
-    def observe(self, seen: Observation) -> None:
-        """Count which prompts the images of this task use, by layer."""
-        if seen.ids is not None and self.num_tasks:
-            self.history.add(seen.ids, seen.counted)

@@ -121,8 +121,7 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
             answer = Prompts(ids=torch.full_like(cosine, len(self.keys.earlier), dtype=torch.int64))
             answer.weights = torch.ones_like(cosine)
             answer.losses["pull"] = LossPart(-self.config.pull_coefficient * cosine[:, 0], "mean")
-        heads = self.shape.num_heads if self.config.prefix_space == "projected" else None
         for place, layer in enumerate(self.layers):
             keys, values = rows[:, place].unbind(1)
-            answer.prefixes[layer] = prefix_of(keys, values, heads)
+            answer.prefixes[layer] = prefix_of(keys, values, self.heads)
         return answer

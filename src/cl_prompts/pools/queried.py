@@ -28,11 +28,6 @@ class QueriedPool(PromptPool):
             return True
         return self.training and self.config.query_regularization > 0
 
-    @property
-    def heads(self) -> int | None:
-        """Heads that prefix rows are cut into; None leaves them in the input space."""
-        return self.shape.num_heads if self.config.prefix_space == "projected" else None
-
     @abstractmethod
     def score(self, row: int, query: Tensor) -> Tensor:
         """What layer number `row` of the pool chooses by, for queries [B, D]: [B, M]."""

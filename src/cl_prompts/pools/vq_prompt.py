@@ -14,43 +14,20 @@ The pool is shared by all tasks and nothing is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.pools.base import Observation, PromptPool
-from cl_prompts.pools.history import ActivationHistory
-from cl_prompts.pools.initialisation import initial
+from cl_prompts.pools.keyed_layers import KeyedLayers
 from cl_prompts.pools.prefixes import split_prefix
 from cl_prompts.pools.selection import normalized
-from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
+from cl_prompts.prompts import LossPart, PoolInput, Prefix, PrefixKV, Prompts
 
 
-class VQPromptPool(PromptPool, method="vq_prompt"):
+class VQPromptPool(KeyedLayers, method="vq_prompt"):
     """The pool. Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M]."""
-
-    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys"}
-
-    def __init__(self, config: Any, shape: BackboneShape) -> None:
-        super().__init__(config, shape)
-        depth, size, width = len(config.layers), config.pool_size, shape.width
-        self.prompts = initial(config.prompt_init, depth, size, config.prompt_length, width)
-        self.keys = initial(config.key_init, depth, size, width)
-        self.history = ActivationHistory((depth,), size)
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The config's `layers`."""
-        return tuple(self.config.layers)
-
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Open a row of counts."""
-        super().begin_task(columns)
-        self.history.begin_task()
 
     def forward(self, batch: PoolInput) -> Prompts:
         """Each layer's mixture, snapped to the nearest prompt."""
@@ -58,19 +35,6 @@ class VQPromptPool(PromptPool, method="vq_prompt"):
         assert query is not None
         prefixes: dict[int, Prefix] = {layer: self._layer(row, query, batch) for row, layer in enumerate(self.layers)}
         return Prompts(prefixes=prefixes)
-
-    def prompt_table(self) -> Tensor:
-        """[layers, M, Lp, D]."""
-        return self.prompts
-
-    def key_table(self) -> Tensor | None:
-        """[layers, M, D]."""
-        return self.keys
-
-    def observe(self, seen: Observation) -> None:
-        """Count which prompts the images of this task are snapped to, by layer."""
-        if seen.ids is not None and self.num_tasks:
-            self.history.add(seen.ids, seen.counted)
 
     def _layer(self, row: int, query: Tensor, batch: PoolInput) -> PrefixKV:
         config, prompts = self.config, self.prompts[row].flatten(1)
@@ -80,9 +44,7 @@ class VQPromptPool(PromptPool, method="vq_prompt"):
         ids = nearest_prompt(soft.detach(), prompts.detach())[:, None]
         hard = F.embedding(ids[:, 0], prompts)
         rows = hard.detach() + (soft - soft.detach())
-        prefix = split_prefix(
-            rows.unflatten(1, self.prompts.shape[2:]), self.shape.num_heads if config.prefix_space == "projected" else None
-        )
+        prefix = split_prefix(rows.unflatten(1, self.prompts.shape[2:]), self.heads)
         losses = {}
         if batch.task is not None:
             to_hard = (soft - hard.detach()).square().mean(1)

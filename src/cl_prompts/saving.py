@@ -64,6 +64,16 @@ def _link_or_copy(source: str, destination: str) -> str:
     return destination
 
 
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file so that whoever looks finds the old content or the new, whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.writing")
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
+    _to_disk(new)
+    os.replace(new, target)
+
+
 def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -86,8 +86,13 @@ class OptimizerLink:
 class ImageLedger:
     """Which images of the current task were counted, so that epochs and padding count no image twice."""
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
+    def __init__(self, seen: Iterable[int] = ()) -> None:
+        self._seen = set(seen)
+
+    @property
+    def seen(self) -> list[int]:
+        """Numbers of the images counted in the current task, ascending."""
+        return sorted(self._seen)
 
     def clear(self) -> None:
         """Forget all images; a new task begins."""

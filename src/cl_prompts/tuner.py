@@ -24,6 +24,7 @@ from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.fitting import check_base, check_fits, refuse_large
 from cl_prompts.growth import grow_pool
 from cl_prompts.integrity import check_tensors
+from cl_prompts.progress import rebuilt, training_state
 from cl_prompts.way import WayOfABatch, ways_through
 
 
@@ -279,6 +280,24 @@ class PromptPoolTuner(BaseTuner):
             ValueError: there were some.
         """
         self.adapter.check_labels()
+
+    def training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that training has changed, also in the middle of a task: tensors by name, and JSON-able values."""
+        return training_state(self.adapter, self.model)
+
+    def load_training_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on where `training_state` was taken, with a model made from the same config on the same base.
+
+        Parameters are replaced: build a new optimizer and attach it.
+
+        Raises:
+            ValueError: the state was taken from another config.
+        """
+        old = self.adapter
+        new = rebuilt(old, self.structure.shape, self.model, tensors, values)
+        name = self.active_adapters[0]
+        self.peft_config[name] = new.config
+        self.pools.prompt_pool[name] = new
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile the base model's forward (both passes) with `torch.compile(**options)`.

@@ -1,0 +1,95 @@
+"""What a run of the trainer depends on besides its model and its stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cl_prompts.continual.optimization import OPTIMIZERS, SCHEDULES
+
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass
+class ContinualArguments:
+    """Settings of `ContinualTrainer`.
+
+    Args:
+        output_dir: results folder; None: nothing is written and nothing can be resumed.
+        epochs: epochs of a task; a stream without tasks is passed over once.
+        batch_size: images of an optimizer step, over all processes.
+        accumulation: parts that a batch is cut into, one forward and backward each: less memory, the same step.
+        optimizer: "adam", "adamw" or "sgd".
+        lr: learning rate.
+        lrs: other rates by parameter group ("prompts", "keys", "routers", "head", "base").
+        optimizer_options: further options of the torch optimizer, like {"weight_decay": 0.01}.
+        keep_optimizer: carry the optimizer's state from task to task instead of building a new one.
+        clip: largest gradient norm; 0: no clipping.
+        schedule: "constant", "cosine", "linear" or "coda", anew for every task.
+        warmup: steps of a linear warm-up of every task.
+        mixed_precision: "no", "bf16" or "fp16".
+        seed: chooses orders, augmentations and initial values.
+        workers: loader processes.
+        cache_queries: compute un-prompted features of all images once, where the method asks for them and images are not
+            augmented, instead of in every step. Takes 4 * D bytes an image.
+        memory_size: images kept for rehearsal in all, the same number of every class; 0: none.
+        memory_per_class: images kept of every class; 0: see `memory_size`.
+        memory_batch_size: rehearsed images that join each batch; None: as many as `batch_size`.
+        forward_transfer: evaluate each task also before it is trained, where its classes are known already.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints in a task, besides those at the end of every task; 0: only those.
+    """
+
+    output_dir: str | None = None
+    epochs: int = 5
+    batch_size: int = 64
+    accumulation: int = 1
+    optimizer: str = "adam"
+    lr: float = 5e-3
+    lrs: dict[str, float] = field(default_factory=dict)
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    keep_optimizer: bool = False
+    clip: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0
+    mixed_precision: str = "no"
+    seed: int = 0
+    workers: int = 0
+    cache_queries: bool = True
+    memory_size: int = 0
+    memory_per_class: int = 0
+    memory_batch_size: int | None = None
+    forward_transfer: bool = False
+    log_every: int = 20
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("mixed_precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {sorted(choices)}")
+        for name in ("epochs", "batch_size", "accumulation", "log_every"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
+        for name in ("warmup", "workers", "memory_size", "memory_per_class", "checkpoint_every"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a non-negative integer")
+        for name, rate in {"lr": self.lr, "clip": self.clip, **self.lrs}.items():
+            if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+                raise ValueError(f"{name}={rate!r} must be a non-negative number")
+        if self.memory_size and self.memory_per_class:
+            raise ValueError("memory_size and memory_per_class are two ways to say one thing: give one of them")
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether images of earlier tasks are kept."""
+        return bool(self.memory_size or self.memory_per_class)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)

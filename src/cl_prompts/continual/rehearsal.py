@@ -1,0 +1,126 @@
+"""A memory of old images: row numbers of the training set, as many of every class.
+
+Published with L2P as L2P-R (Wang et al., CVPR 2022, section 5.1: 10 or 50 images a class); any learner can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+Rows = NDArray[np.int64]
+
+
+class RehearsalMemory:
+    """Keeps row numbers of images, class-balanced, by a budget for all classes or for each.
+
+    With tasks, `add` draws the images of each class at the end of its task and, under a budget for all, lets old classes
+    give up what is too much. Without tasks, `observe` is a class-balanced reservoir (Chrysakis & Moens, "Online Continual
+    Learning from Imbalanced Data", ICML 2020): every class a reservoir of its own while there is room, then the largest
+    classes give way.
+
+    Args:
+        size: images in all; None: see `per_class`.
+        per_class: images of each class; None: see `size`.
+        seed: draws them.
+
+    Raises:
+        ValueError: not exactly one of the budgets is given, or it is not positive.
+    """
+
+    def __init__(self, size: int | None = None, per_class: int | None = None, *, seed: int = 0) -> None:
+        if (size is None) == (per_class is None) or (size or per_class or 0) < 1:
+            raise ValueError(f"size={size}, per_class={per_class}: give one of them, a positive number of images")
+        self.size, self.per_class, self.seed = size, per_class, seed
+        self.by_class: dict[int, list[int]] = {}
+        self._passed: dict[int, int] = {}  # images of each class that `observe` was shown
+        self._draws = 0
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.by_class.values())
+
+    @property
+    def rows(self) -> Rows:
+        """Row numbers of all images, class by class [n]."""
+        return np.array([row for rows in self.by_class.values() for row in rows], dtype=np.int64)
+
+    @property
+    def labels(self) -> Rows:
+        """Their class ids [n]."""
+        return np.array([label for label, rows in self.by_class.items() for _ in rows], dtype=np.int64)
+
+    def add(self, rows: Iterable[int], labels: Iterable[int], ranking: Iterable[float] | None = None) -> None:
+        """Take images of a task's classes: random ones, or the first by `ranking`.
+
+        A class that is known already (another domain of it) keeps a random choice of its old images and the new ones.
+
+        Args:
+            rows: row numbers of the task's images [n].
+            labels: their class ids [n].
+            ranking: the smaller, the sooner an image is kept [n] (herding order); None: random.
+        """
+        rows, labels = np.asarray(list(rows), dtype=np.int64), np.asarray(list(labels), dtype=np.int64)
+        order = np.argsort(np.asarray(list(ranking)), kind="stable") if ranking is not None else self._order(len(rows))
+        for label in np.unique(labels):
+            new = [int(row) for row in rows[order][labels[order] == label]]
+            old = self.by_class.get(int(label), [])
+            pooled = old + new
+            if old:
+                pooled = [pooled[i] for i in self._order(len(pooled))]
+            self.by_class[int(label)] = pooled
+        for label, quota in self._quotas().items():
+            self.by_class[label] = self.by_class[label][:quota]
+
+    def _quotas(self) -> dict[int, int]:
+        if self.per_class is not None:
+            return dict.fromkeys(self.by_class, self.per_class)
+        assert self.size is not None
+        # What does not divide goes to the classes that came first, an image each.
+        quota, left = divmod(self.size, len(self.by_class))
+        return {label: quota + (number < left) for number, label in enumerate(self.by_class)}
+
+    def observe(self, rows: Iterable[int], labels: Iterable[int]) -> None:
+        """Show images as they pass, one by one."""
+        for row, label in zip(rows, labels, strict=True):
+            self._observe(int(row), int(label))
+
+    def _observe(self, row: int, label: int) -> None:
+        own = self.by_class.setdefault(label, [])
+        self._passed[label] = self._passed.get(label, 0) + 1
+        if len(own) < self.per_class if self.per_class is not None else len(self) < (self.size or 0):
+            own.append(row)
+            return
+        largest = max(self.by_class.values(), key=len)
+        if self.per_class is None and len(own) < len(largest):
+            largest.pop(int(self._random().integers(len(largest))))
+            own.append(row)
+        elif own:
+            place = int(self._random().integers(self._passed[label]))
+            if place < len(own):
+                own[place] = row
+
+    def _random(self) -> np.random.Generator:
+        """A generator for one draw: its number is all the state there is."""
+        self._draws += 1
+        return np.random.default_rng([self.seed, self._draws])
+
+    def _order(self, length: int) -> Rows:
+        return self._random().permutation(length)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: for a checkpoint."""
+        return {
+            "by_class": [[label, rows] for label, rows in self.by_class.items()],
+            "passed": [[label, count] for label, count in self._passed.items()],
+            "draws": self._draws,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.by_class = {int(label): [int(row) for row in rows] for label, rows in state["by_class"]}
+        self._passed = {int(label): int(count) for label, count in state["passed"]}
+        self._draws = int(state["draws"])

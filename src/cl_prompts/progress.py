@@ -1,0 +1,54 @@
+"""All that training has changed in an adapter, also in the middle of a task, and how it is put back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.adapter import PoolAdapter
+from cl_prompts.prompts import BackboneShape
+from cl_prompts.state import AdapterState
+from cl_prompts.training import ImageLedger
+
+
+def training_state(adapter: PoolAdapter, base: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (of the adapter, what it does not save included, and of the base's trained modules) and JSON-able values."""
+    tensors = {f"adapter.{name}": tensor for name, tensor in _tensors(adapter).items()}
+    tensors |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
+    tensors["counted"] = torch.tensor(adapter.ledger.seen, dtype=torch.int64)
+    return tensors, {"state": adapter.config.state.to_dict()}
+
+
+def rebuilt(
+    adapter: PoolAdapter, shape: BackboneShape, base: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> PoolAdapter:
+    """The adapter that `training_state` saw, made from one of the same config.
+
+    Raises:
+        ValueError: the tensors are not those of this config.
+    """
+    config = copy.deepcopy(adapter.config)
+    config.state = AdapterState.from_dict(values["state"])
+    new = PoolAdapter(config, shape, adapter.query_pooling).to(next(iter(_tensors(adapter).values())).device)
+    own = {f"adapter.{name}": tensor for name, tensor in _tensors(new).items()}
+    own |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
+    found = {name: tensor for name, tensor in tensors.items() if name != "counted"}
+    wrong = sorted(set(own) ^ set(found)) or [n for n in own if own[n].shape != found[n].shape]
+    if wrong:
+        raise ValueError(
+            f"the training state was taken from another config: {wrong} are missing, unknown or of another size"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+    new.ledger = ImageLedger(tensors["counted"].tolist())
+    new.train(adapter.training)
+    return new.requires_grad_(next(adapter.head.parameters()).requires_grad)
+
+
+def _tensors(adapter: PoolAdapter) -> dict[str, Tensor]:
+    return {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}

@@ -1,0 +1,114 @@
+"""What of a trainer goes into a checkpoint, and how it is put back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cl_prompts.collectives import gather_over_processes, world_size
+from cl_prompts.continual.checkpoint import optimizer_state, random_state, set_optimizer_state, set_random_state
+from cl_prompts.continual.metrics import AccuracyMatrix
+from cl_prompts.continual.optimization import build_optimizer
+from cl_prompts.continual.progress import Progress
+
+
+if TYPE_CHECKING:
+    from cl_prompts.continual.trainer import ContinualTrainer
+
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+
+# Settings that change nothing about the result.
+NOT_OF_THE_RUN = ("output_dir", "workers", "log_every", "checkpoint_every")
+
+
+def identity(trainer: ContinualTrainer) -> dict[str, str]:
+    """What makes a run this run and no other."""
+    settings = {k: v for k, v in trainer.args.to_dict().items() if k not in NOT_OF_THE_RUN}
+    return {
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "stream": trainer.stream.fingerprint(),
+        "learner": trainer.model.describe(),
+        "processes": str(world_size()),
+    }
+
+
+def taken(trainer: ContinualTrainer) -> Saved:
+    """Tensors and JSON-able values of a run as it stands; all processes must call it."""
+    tensors, learner = trainer.model.training_state()
+    tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    values: dict[str, Any] = {
+        "identity": identity(trainer),
+        "learner": learner,
+        "progress": asdict(trainer.progress),
+        "matrix": trainer.matrix.to_dict(),
+        "skipped": trainer.stream.skipped,
+    }
+    if trainer.optimizer is not None and (trainer.progress.begun or trainer.args.keep_optimizer):
+        own, values["optimizer"] = optimizer_state(trainer.optimizer)
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in own.items()}
+    if trainer.accelerator.scaler is not None:
+        values["scaler"] = trainer.accelerator.scaler.state_dict()
+    if trainer.memory is not None:
+        values["memory"] = trainer.memory.state()
+    random_tensors, values["random"] = random_state()
+    for name, tensor in random_tensors.items():
+        for rank, state in enumerate(gather_over_processes(tensor.to(trainer.accelerator.device))):
+            tensors[f"random.{rank}.{name}"] = state
+    return tensors, values
+
+
+def checked(saved: Saved | None, trainer: ContinualTrainer) -> Saved | None:
+    """A checkpoint, if it is of this run.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    if saved is not None:
+        own, other = identity(trainer), saved[1]["identity"]
+        differing = [name for name in own if own[name] != other.get(name)]
+        if differing:
+            raise ValueError(
+                f"the checkpoints in {trainer.folder} are of another run, whose {' and '.join(differing)} differ: resume "
+                "with the same settings, data and processes, or choose another folder"
+            )
+    return saved
+
+
+def put_back(trainer: ContinualTrainer, saved: Saved) -> None:
+    """Model, position, accuracies, memory, and an optimizer that is kept from task to task."""
+    tensors, values = saved
+    trainer.model.load_training_state(_below("model.", tensors), values["learner"])
+    trainer.progress = Progress(**values["progress"])
+    trainer.matrix = AccuracyMatrix.from_dict(values["matrix"])
+    trainer.stream.skipped = values["skipped"]
+    if trainer.memory is not None:
+        trainer.memory.load_state(values["memory"])
+    args = trainer.args
+    if "optimizer" in values and not trainer.progress.begun:
+        groups = trainer.model.parameter_groups(args.lr, **args.lrs)
+        trainer.optimizer = build_optimizer(args.optimizer, groups, **args.optimizer_options)
+        put_back_optimizer(trainer, trainer.optimizer, saved)
+
+
+def put_back_optimizer(trainer: ContinualTrainer, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """The state of an optimizer over the same parameters, and of fp16's gradient scaler."""
+    tensors, values = saved
+    if "optimizer" in values:
+        set_optimizer_state(optimizer, _below("optimizer.", tensors), values["optimizer"])
+    if "scaler" in values and trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(values["scaler"])
+
+
+def put_back_random_state(trainer: ContinualTrainer, saved: Saved) -> None:
+    """This process's random number generators."""
+    set_random_state(_below(f"random.{trainer.accelerator.process_index}.", saved[0]), saved[1]["random"])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

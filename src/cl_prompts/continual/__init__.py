@@ -1,6 +1,8 @@
 """Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
 
+from cl_prompts.continual.augmentation import CropAndFlip
 from cl_prompts.continual.evaluation import Evaluation, accuracy, evaluate, stream_features
+from cl_prompts.continual.gaussian import GaussianStream
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.references import (
     FrozenFeatures,
@@ -8,14 +10,25 @@ from cl_prompts.continual.references import (
     nearest_class_mean,
     sequential_probe,
 )
-from cl_prompts.continual.streams import ClassIncrementalStream, Task, split_classes
+from cl_prompts.continual.scenarios import (
+    ClassIncrementalStream,
+    DatasetSequenceStream,
+    DomainIncrementalStream,
+    split_classes,
+)
+from cl_prompts.continual.streams import Stream, Task
 
 
 __all__ = [
     "AccuracyMatrix",
     "ClassIncrementalStream",
+    "CropAndFlip",
+    "DatasetSequenceStream",
+    "DomainIncrementalStream",
     "Evaluation",
     "FrozenFeatures",
+    "GaussianStream",
+    "Stream",
     "Task",
     "accuracy",
     "evaluate",

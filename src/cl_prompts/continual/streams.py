@@ -1,21 +1,40 @@
-"""Streams of tasks over Hugging Face data sets. The learner sees one task's training images at a time."""
+"""Streams of tasks over Hugging Face data sets. The learner sees one task's training images at a time.
+
+The scenarios are in `scenarios.py`, `gaussian.py` and, for data sets that can only be read in order, `streaming.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+from cl_prompts.collectives import gather_over_processes
+from cl_prompts.continual.augmentation import CropAndFlip
+from cl_prompts.continual.columns import check_columns
+from cl_prompts.continual.loading import (
+    PADDING_LABEL as PADDING_LABEL,  # whoever goes through a stream's batches needs it
+)
+from cl_prompts.continual.loading import (
+    Batches,
+    LabelledImages,
+    Rows,
+    collate,
+    own_share,
+    rank_and_processes,
+    shares,
+)
 
 
-NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
-
-# Marks images that only fill a batch up: the loss ignores the label, and no count takes the number.
-PADDING_LABEL, PADDING_ID = -100, -1
+ON_BAD_IMAGE = ("stop", "skip")
+_MEMORY = 2  # keeps the draws of rehearsed images apart from others that begin with the same numbers
 
 
 @dataclass(frozen=True)
@@ -25,57 +44,73 @@ class Task:
     Args:
         number: from 0.
         classes: class ids, as they stand in the labels.
-        train_rows, test_rows: row numbers in the stream's data sets.
+        train_rows, test_rows: row numbers in the stream's data sets; empty where those can only be read in order.
+        name: of its domain or data set; "" where it has none.
+        revisit: whether its classes were seen before.
     """
 
     number: int
     classes: list[int]
-    train_rows: NDArrayInt
-    test_rows: NDArrayInt
+    train_rows: Rows
+    test_rows: Rows
+    name: str = ""
+    revisit: bool = False
 
 
-class ClassIncrementalStream:
-    """Each task brings new classes; at test nobody tells the task.
+class Stream:
+    """What all scenarios share.
 
     Args:
-        train, test: data sets with an image and a label column (`datasets.Dataset`, or anything that gives rows by
-            number and columns by name).
-        tasks: class ids of each task, in order.
+        train, test: data sets with an image column (`datasets.Dataset`, or anything that gives rows by number).
+        tasks: the tasks.
         transform: image -> float tensor [3, H, W], the base's image processor.
-        image_column, label_column: their names.
+        train_labels, test_labels: class id of each row.
+        names: class names by id, where known.
+        image_column: its name.
+        augmentation: of training images; None: none.
+        on_bad_image: what an image that cannot be read does: "stop" raises an error that names it, "skip" leaves it out.
+
+    Attributes:
+        task_free: whether the learner is told nothing of tasks.
+        random_access: whether images can be had by row number.
+        skipped: numbers of the images that this process could not read, ascending, under "train" and "test".
 
     Raises:
-        ValueError: a class is in two tasks, or has no images in `train` or `test`.
+        ValueError: a task is empty, or labels are not what they should be.
     """
+
+    scenario: ClassVar[str]
+    task_free: ClassVar[bool] = False
+    random_access: ClassVar[bool] = True
 
     def __init__(
         self,
         train: Any,
         test: Any,
-        tasks: Sequence[Sequence[int]],
+        tasks: Sequence[Task],
         transform: Callable[[Any], Tensor],
         *,
-        image_column: str = "image",
-        label_column: str = "label",
+        train_labels: Rows,
+        test_labels: Rows,
+        names: Mapping[int, str],
+        image_column: str,
+        augmentation: CropAndFlip | None,
+        on_bad_image: str,
     ) -> None:
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"on_bad_image={on_bad_image!r}: choose one of {list(ON_BAD_IMAGE)}")
+        if not tasks:
+            raise ValueError("a stream needs at least one task")
         self.train, self.test = train, test
+        self.tasks = list(tasks)
         self.transform = transform
-        self.image_column, self.label_column = image_column, label_column
-        self.train_labels = np.asarray(train[label_column], dtype=np.int64)
-        self.test_labels = np.asarray(test[label_column], dtype=np.int64)
-        seen: set[int] = set()
-        self.tasks: list[Task] = []
-        for number, classes in enumerate(tasks):
-            again = sorted(seen & set(classes))
-            if again:
-                raise ValueError(f"task {number} repeats classes {again}: in a class-incremental stream each comes once")
-            for name, labels in (("training", self.train_labels), ("test", self.test_labels)):
-                absent = sorted(set(classes) - set(labels.tolist()))
-                if absent:
-                    raise ValueError(f"task {number}: classes {absent} have no {name} images")
-            seen |= set(classes)
-            rows = [np.flatnonzero(np.isin(labels, classes)) for labels in (self.train_labels, self.test_labels)]
-            self.tasks.append(Task(number, [int(c) for c in classes], *rows))
+        self.train_labels, self.test_labels = train_labels, test_labels
+        self.names = dict(names)
+        self.image_column = image_column
+        self.augmentation, self.on_bad_image = augmentation, on_bad_image
+        self.skipped: dict[str, list[int]] = {"train": [], "test": []}
+        for split, rows in (("training", train), ("test", test)):
+            check_columns(rows, [image_column], split)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)
@@ -83,9 +118,54 @@ class ClassIncrementalStream:
     def __len__(self) -> int:
         return len(self.tasks)
 
+    @property
+    def classes(self) -> list[int]:
+        """Class ids of all tasks, in the order in which they first come."""
+        return list(dict.fromkeys(c for task in self.tasks for c in task.classes))
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are augmented, so that nothing computed from them can be kept."""
+        return self.augmentation is not None
+
+    def class_names(self, classes: Sequence[int]) -> dict[int, str]:
+        """Names of class ids, those that the data set knows."""
+        return {int(c): self.names[int(c)] for c in classes if int(c) in self.names}
+
+    def fingerprint(self) -> str:
+        """Sha256 over all that decides which image comes when: scenario, tasks, labels, augmentation, seeds."""
+        tasks = [[task.number, task.name, task.revisit, task.classes] for task in self.tasks]
+        augmentation = asdict(self.augmentation) if self.augmentation else None
+        told = [self.scenario, tasks, augmentation, self._settings()]
+        digest = hashlib.sha256(json.dumps(told).encode())
+        arrays = [self.train_labels, self.test_labels]
+        for task in self.tasks:
+            arrays += [task.train_rows, task.test_rows]
+        for array in arrays:
+            digest.update(str(len(array)).encode())
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def _settings(self) -> dict[str, Any]:
+        """What a scenario adds to the fingerprint."""
+        return {}
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
     def train_batches(
-        self, task: Task, batch_size: int, *, seed: int, epoch: int, queries: Tensor | None = None, workers: int = 0
-    ) -> DataLoader[dict[str, Any]]:
+        self,
+        task: Task,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        queries: Tensor | None = None,
+        workers: int = 0,
+        rows: Sequence[int] | Rows | None = None,
+        memory_rows: Sequence[int] | Rows | None = None,
+        memory_batch_size: int = 0,
+        start: int = 0,
+    ) -> Batches:
         """A task's training images in an order that follows from (seed, task, epoch) alone.
 
         With several processes each gets its share of every global batch of `batch_size` images; a last share that falls
@@ -94,94 +174,104 @@ class ClassIncrementalStream:
         Args:
             task: which task.
             batch_size: images of a global batch.
-            seed, epoch: choose the order.
+            seed, epoch: choose the order, the augmentation and the rehearsed images.
             queries: un-prompted features of all training images [rows, D], to be handed to the model.
             workers: loader processes.
+            rows: row numbers to take instead of the task's.
+            memory_rows: row numbers of rehearsed images.
+            memory_batch_size: how many of them join each global batch, drawn anew for every step without repetition; all
+                where there are fewer. Each process gets its share of them behind its share of the batch.
+            start: steps of the epoch to leave out; none of their images is read.
+
+        Raises:
+            ValueError: an argument is out of range, rows are of no class of the stream, or `queries` are given while images
+                are augmented: they would be those of other images.
         """
-        order = np.random.default_rng([seed, task.number, epoch]).permutation(task.train_rows)
-        images = LabelledImages(self, train=True, queries=queries)
-        return DataLoader(images, batch_sampler=list(shares(order, batch_size)), collate_fn=collate, num_workers=workers)
+        if queries is not None and self.augments:
+            raise ValueError("queries are those of the images as they are, and this stream augments: pass queries=None")
+        taken = task.train_rows if rows is None else self._checked(rows)
+        batches = list(shares(self._order(task, taken, seed, epoch, own=rows is None), batch_size))
+        if not 0 <= start <= len(batches):
+            raise ValueError(f"start={start}: the epoch has {len(batches)} steps")
+        if memory_batch_size and memory_rows is not None and len(memory_rows):
+            memory = self._checked(memory_rows)
+            count = min(memory_batch_size, len(memory))
+            for step in range(start, len(batches)):
+                random = np.random.default_rng([seed, task.number, epoch, step, _MEMORY])
+                drawn = random.choice(memory, count, replace=False).tolist()
+                batches[step] += own_share(drawn, *rank_and_processes(), lambda row: -1 - row)
+        augmented_by = (seed, epoch) if self.augments else None
+        images = LabelledImages(self, train=True, queries=queries, augmented_by=augmented_by)
+        return self._batches(images, batches[start:], workers)
 
-    def test_batches(self, task: Task, batch_size: int, *, workers: int = 0) -> DataLoader[dict[str, Any]]:
+    def steps_per_epoch(self, task: Task, batch_size: int, rows: Sequence[int] | Rows | None = None) -> int:
+        """How many batches `train_batches` has from its start."""
+        return -(-len(task.train_rows if rows is None else rows) // batch_size)
+
+    def test_batches(self, task: Task, batch_size: int, *, queries: Tensor | None = None, workers: int = 0) -> Batches:
         """A task's test images in order; each process gets its share of every batch."""
-        images = LabelledImages(self, train=False)
-        batches = list(shares(task.test_rows, batch_size))
-        return DataLoader(images, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        return self.images(task.test_rows, batch_size, train=False, queries=queries, workers=workers)
 
-    def all_images(self, *, train: bool, batch_size: int, workers: int = 0) -> DataLoader[dict[str, Any]]:
-        """All images of all tasks' training or test set, for comparison learners; each process gets its share."""
+    def all_images(self, *, train: bool, batch_size: int, workers: int = 0) -> Batches:
+        """All images of all tasks' training or test set, each once, not augmented; each process gets its share."""
         rows = np.concatenate([task.train_rows if train else task.test_rows for task in self.tasks])
-        images = LabelledImages(self, train=train)
-        return DataLoader(images, batch_sampler=list(shares(rows, batch_size)), collate_fn=collate, num_workers=workers)
+        _, first = np.unique(rows, return_index=True)
+        return self.images(rows[np.sort(first)], batch_size, train=train, workers=workers)
 
+    def images(
+        self,
+        rows: Sequence[int] | Rows,
+        batch_size: int,
+        *,
+        train: bool = True,
+        queries: Tensor | None = None,
+        workers: int = 0,
+    ) -> Batches:
+        """Images of these rows in order, not augmented; each process gets its share of every batch.
 
-class LabelledImages(Dataset[dict[str, Any]]):
-    """Rows of a stream as `pixel_values`, `labels`, `sample_ids` and, where known, `query`.
+        Args:
+            rows: row numbers.
+            batch_size: images of a global batch.
+            train: in the training or the test set.
+            queries: un-prompted features of all images of that set [rows, D], to be handed to the model.
+            workers: loader processes.
+        """
+        images = LabelledImages(self, train=train, queries=queries)
+        return self._batches(images, list(shares(self._checked(rows, train=train), batch_size)), workers)
 
-    A row is asked for by its number, or by -1 - number when it only fills a batch up.
-    """
+    def count_skipped(self) -> int:
+        """How many different images could not be read, over all processes, which must all call it."""
+        found: set[tuple[str, int]] = set()
+        device = "cuda" if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl" else "cpu"
+        for split, numbers in self.skipped.items():
+            for part in gather_over_processes(torch.tensor(numbers, dtype=torch.int64, device=device)):
+                found |= {(split, number) for number in part.tolist()}
+        return len(found)
 
-    def __init__(self, stream: ClassIncrementalStream, *, train: bool, queries: Tensor | None = None) -> None:
-        self.stream = stream
-        self.rows = stream.train if train else stream.test
-        self.labels = stream.train_labels if train else stream.test_labels
-        self.queries = queries
+    def _order(self, task: Task, rows: Rows, seed: int, epoch: int, *, own: bool) -> Rows:
+        """Rows in the order of an epoch; `own`: they are the task's."""
+        return np.random.default_rng([seed, task.number, epoch]).permutation(rows)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def _checked(self, rows: Sequence[int] | Rows, *, train: bool = True) -> Rows:
+        numbers = np.asarray(rows, dtype=np.int64)
+        labels = self.train_labels if train else self.test_labels
+        outside = numbers[(numbers < 0) | (numbers >= len(labels))]
+        if len(outside):
+            raise ValueError(f"there is no row {int(outside[0])} among {len(labels)}")
+        strange = sorted(set(labels[numbers].tolist()) - set(self.classes))
+        if strange:
+            raise ValueError(f"rows are of classes {strange}, which no task of this stream has")
+        return numbers
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = index if index >= 0 else -1 - index
-        item = {
-            "pixel_values": self.stream.transform(self.rows[int(row)][self.stream.image_column]),
-            "labels": int(self.labels[row]) if index >= 0 else PADDING_LABEL,
-            "sample_ids": int(row) if index >= 0 else PADDING_ID,
-        }
-        if self.queries is not None:
-            item["query"] = self.queries[row]
-        return item
+    def _batches(self, images: LabelledImages, batches: list[list[int]], workers: int) -> Batches:
+        loader = DataLoader(images, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        return Batches(loader, self._noter(images.split))
 
+    def _noter(self, split: str) -> Callable[[list[int]], None]:
+        """Keeps the numbers of unreadable images."""
 
-def shares(rows: NDArrayInt, batch_size: int) -> Iterator[list[int]]:
-    """This process's share of each global batch of `batch_size` rows; all processes get shares of equal length."""
-    rank, processes = _rank_and_processes()
-    if batch_size % processes:
-        raise ValueError(f"a global batch of {batch_size} images does not divide by {processes} processes")
-    for start in range(0, len(rows), batch_size):
-        batch = [int(row) for row in rows[start : start + batch_size]]
-        missing = -len(batch) % processes
-        batch += [-1 - batch[i % len(batch)] for i in range(missing)]
-        share = len(batch) // processes
-        yield batch[rank * share : (rank + 1) * share]
+        def note(numbers: list[int]) -> None:
+            if numbers:
+                self.skipped[split] = sorted({*self.skipped[split], *numbers})
 
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch; `sample_ids` stay a list on the host, where they are looked at."""
-    batch: dict[str, Any] = {
-        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-        "labels": torch.tensor([item["labels"] for item in items]),
-        "sample_ids": [item["sample_ids"] for item in items],
-    }
-    if "query" in items[0]:
-        batch["query"] = torch.stack([item["query"] for item in items])
-    return batch
-
-
-def split_classes(classes: Sequence[int], tasks: int, seed: int | None = None) -> list[list[int]]:
-    """Classes in `tasks` groups of (nearly) equal size, in ascending order or, with a seed, in a random one.
-
-    Raises:
-        ValueError: there are more tasks than classes.
-    """
-    order = sorted(classes)
-    if not 1 <= tasks <= len(order):
-        raise ValueError(f"{len(order)} classes cannot be split into {tasks} tasks")
-    if seed is not None:
-        order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
-    return [[int(c) for c in part] for part in np.array_split(np.asarray(order), tasks)]
-
-
-def _rank_and_processes() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+        return note

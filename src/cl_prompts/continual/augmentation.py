@@ -1,0 +1,82 @@
+"""Random crops and flips that follow from (seed, epoch, image number) alone.
+
+Drawn with numpy and cut out with Pillow. kornia's crops draw from torch's global generator, so that an image's crop would
+depend on what was drawn before, and take 7 ms an image on a CPU core.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+_PURPOSE = 1  # keeps these draws apart from others that begin with the same numbers
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """A random part of an image, mirrored or not; the model's processor resizes it afterwards (Inception's training crop).
+
+    The defaults are those of the published L2P, DualPrompt and HiDe code; CODA-Prompt uses scale (0.08, 1).
+
+    Args:
+        scale: smallest and largest area of the part, as a share of the image's.
+        ratio: smallest and largest width / height of the part.
+        flip: probability of mirroring left and right.
+
+    Raises:
+        ValueError: a range is empty or not positive, or `flip` is no probability.
+    """
+
+    scale: tuple[float, float] = (0.05, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale={self.scale} must be two shares of the image, the smaller first: 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"ratio={self.ratio} must be two positive numbers, the smaller first")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip} must be a probability")
+
+    def apply(self, image: Any, seed: int, epoch: int, number: int) -> Any:
+        """The part of an image that belongs to (seed, epoch, number): a PIL image, or a tensor [..., H, W]."""
+        random = np.random.default_rng([seed, epoch, number, _PURPOSE])
+        if isinstance(image, Tensor):
+            height, width = image.shape[-2:]
+        else:
+            width, height = image.size
+        left, top, right, bottom = self.box(width, height, random)
+        flipped = random.random() < self.flip
+        if isinstance(image, Tensor):
+            part = image[..., top:bottom, left:right]
+            return part.flip(-1) if flipped else part
+        from PIL import ImageOps  # a stream of tensors needs no Pillow
+
+        part = image.crop((left, top, right, bottom))
+        return ImageOps.mirror(part) if flipped else part
+
+    def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a part in an image of so many pixels.
+
+        Area and logarithm of the ratio are uniform; of ten draws the first that fits is taken, else the largest part in
+        the middle whose ratio is allowed.
+        """
+        areas = random.uniform(*self.scale, size=10) * width * height
+        ratios = np.exp(random.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), size=10))
+        widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+        fitting = np.flatnonzero((widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height))
+        if len(fitting):
+            wide, high = int(widths[fitting[0]]), int(heights[fitting[0]])
+            left, top = int(random.integers(width - wide + 1)), int(random.integers(height - high + 1))
+        else:
+            ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+            wide = max(1, min(width, round(height * ratio)))
+            high = max(1, min(height, round(width / ratio)))
+            left, top = (width - wide) // 2, (height - high) // 2
+        return left, top, left + wide, top + high

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.continual import ClassIncrementalStream, accuracy, stream_features
+from cl_prompts.continual import ClassIncrementalStream, evaluate, stream_features
 from cl_prompts.continual.streams import shares
 
 
@@ -101,7 +101,7 @@ def learn(case: Case) -> dict[str, Any]:
     """Two tasks, as a user's script trains them; everything the promise speaks of."""
     stream, model = make_stream(), make_model(case)
     task_free = model.adapter.config.num_labels is not None
-    found: dict[str, Any] = {"losses": [], "accuracies": []}
+    found: dict[str, Any] = {"losses": [], "accuracies": [], "measured": []}
     images = stream.all_images(train=True, batch_size=BATCH)
     found["features"] = stream_features(model, images, len(TRAIN_LABELS), "cpu")
     queries = found["features"] if case.cached_queries else None
@@ -124,7 +124,14 @@ def learn(case: Case) -> dict[str, Any]:
             model.end_task()
         model.eval()
         seen = stream.tasks[: task.number + 1]
-        found["accuracies"] += [accuracy(model, stream.test_batches(t, BATCH), model.classes, "cpu") for t in seen]
+        for t in seen:
+            batches = stream.test_batches(t, BATCH)
+            further = {"slice": lambda features: features[:, : len(model.classes)]} if task.number else None
+            measured = evaluate(model, batches, model.classes, "cpu", task=t.number, tasks=TASKS, classifiers=further)
+            found["accuracies"].append((measured.accuracy, measured.images))
+            ids = measured.prompt_ids
+            chosen = None if ids is None else sorted(ids.flatten(1).tolist())
+            found["measured"].append({**vars(measured), "prompt_ids": chosen})
     state = {k: v for k, v in model.state_dict().items() if "prompt_pool" in k}
     found["counts"] = {k: v for k, v in state.items() if not v.is_floating_point()}
     found["tensors"] = {k: v for k, v in state.items() if v.is_floating_point()}
@@ -189,6 +196,7 @@ def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]])
             assert torch.equal(two["counts"][key], counts), f"{key} on process {rank}"
         if name != "l2p-vote":  # at test a vote is each process's own: answers then depend on the batch, as is warned
             assert two["accuracies"] == one["accuracies"]
+            assert two["measured"] == one["measured"]
         torch.testing.assert_close(two["losses"], one["losses"], atol=1e-5, rtol=0)
         assert two["tensors"].keys() == one["tensors"].keys()
         for key, values in one["tensors"].items():

@@ -24,6 +24,7 @@ from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.fitting import check_base, check_fits, refuse_large
 from cl_prompts.growth import grow_pool
 from cl_prompts.integrity import check_tensors
+from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.progress import rebuilt, training_state
 from cl_prompts.way import WayOfABatch, ways_through
 
@@ -178,6 +179,19 @@ class PromptPoolTuner(BaseTuner):
     def needs_query(self) -> bool:
         """Whether the method reads the un-prompted feature; a caller who has it saves a pass with `query=`."""
         return self.adapter.pool.needs_query
+
+    def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
+        """Task whose prompts answered for each image, as far as the method chooses prompts by task.
+
+        Args:
+            output: the answer of a pass in eval mode.
+
+        Returns:
+            Numbers of tasks [B], or [B, layers] where each layer chooses; None where no task is chosen.
+        """
+        if output.prompt_ids is None:
+            return None
+        return self.adapter.pool.chosen_tasks(output.prompt_ids, output.prompt_weights, output.query)
 
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: dict[int, str] | None = None

@@ -141,6 +141,16 @@ class PromptPool(nn.Module, ABC):
     def forward(self, batch: PoolInput) -> Prompts:
         """Choose and build the prompts of a batch."""
 
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """Task whose prompts answer most for each image of a test pass: [B], or [B, layers] where each layer chooses.
+
+        None where prompts belong to no single task, or are not chosen by task.
+
+        Args:
+            ids, weights, query: as in `PromptPoolOutput`.
+        """
+        return None
+
     def observe(self, seen: Observation) -> None:
         """Take statistics of a training step; sums over processes are the pool's business."""
 

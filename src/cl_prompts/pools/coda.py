@@ -108,6 +108,10 @@ class CodaLayerArgmaxPool(CodaPool, method="coda_layer_argmax"):
     selection.
     """
 
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task that each layer's component was made in."""
+        return ids[..., 0] // self.config.components_per_task if self.num_tasks else None
+
     def mix(self, components: Tensor, scores: Tensor, *, learning: bool) -> PrefixKV:
         """The component with the largest score."""
         first = scores.shape[1] - self.config.components_per_task if learning else 0

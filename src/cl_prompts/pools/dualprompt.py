@@ -73,6 +73,10 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
         """Cosines with the tasks' keys [B, tasks]."""
         return cosine_scores(query, self.keys.all()[:, row if self.config.keys_per_layer else 0])
 
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task of the nearest E-prompt."""
+        return ids[..., 0] if self.num_tasks else None
+
     def forward(self, batch: PoolInput) -> Prompts:
         """G-prefixes, and E-prefixes of the current task or, at test, of the nearest key(s)."""
         config = self.config

@@ -148,6 +148,12 @@ class HashPool(PromptPool, method="hash"):
             answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")
         return answer
 
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task of the router, where class statistics choose one."""
+        if self.config.router_inference != "prototype" or not self.num_tasks or query is None:
+            return None
+        return self.prototypes.nearest_task(query)
+
     def prompt_table(self) -> Tensor:
         """[layers (1 if shared), M, Lp, D]."""
         return self.prompts

@@ -103,6 +103,10 @@ class HidePool(PromptPool, method="hide"):
         every = torch.cat([self.prompts.earlier, self.current_prompt()[None]])
         return every.transpose(0, 1).flatten(2, 3)
 
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task that an image seems to belong to most."""
+        return ids[:, 0] if self.num_tasks else None
+
     def forward(self, batch: PoolInput) -> Prompts:
         """The current task's prompt in training; at test that of the task(s) an image seems to belong to."""
         current, scores, newest = self.current_prompt(), None, len(self.prompts.earlier)

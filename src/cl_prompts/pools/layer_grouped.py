@@ -106,6 +106,10 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
         """[1, tasks, D]."""
         return self.keys.all()[None]
 
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task with the largest weight."""
+        return weights.argmax(1) if self.num_tasks and weights is not None else None
+
     def forward(self, batch: PoolInput) -> Prompts:
         """The current task's prompts in training, at test the mix of all tasks'."""
         assert batch.query is not None

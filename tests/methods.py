@@ -26,6 +26,9 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "dualprompt one-stage": lambda **more: DualPromptConfig(
         g_layers=[0], e_layers=[1, 2], one_stage=True, query_regularization=1e-2, ensemble=2, **more
     ),
+    "dualprompt prototype": lambda **more: DualPromptConfig(
+        g_layers=[0], e_layers=[1, 2], task_inference="prototype", task_statistics="covariance", **more
+    ),
     "coda": lambda **more: CodaPromptConfig(components_per_task=3, layers=[0, 2], orthogonality_weight=0.1, **more),
     "coda one-stage": lambda **more: CodaPromptConfig(
         components_per_task=2, layers=[0, 1], one_stage=True, query_regularization=1e-2, **more
@@ -43,5 +46,5 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "layer_grouped": lambda **more: LayerGroupedPromptConfig(num_groups=2, **more),
     "vpt": lambda **more: VPTConfig(prompt_length=3, **more),
     "vpt deep": lambda **more: VPTConfig(deep=True, prompt_length=3, **more),
-    "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, **more),
+    "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, task_statistics="covariance", **more),
 }

@@ -56,6 +56,7 @@ CASES = {
     **{f"l2p-{family}": Case(family, l2p()) for family in ("vit", "dinov2", "siglip")},
     **{f"hash-{family}": Case(family, hashed()) for family in ("vit", "dinov2", "siglip")},
     "hash-prototype": Case("vit", hashed(router_inference="prototype"), cached_queries=True),
+    "hash-covariance": Case("vit", hashed(router_inference="prototype", task_statistics="covariance")),
     "hash-quadratic": Case("vit", hashed(modulate="quadratic", router_inference="confidence")),
     "hash-cosine": Case("vit", hashed(head="cosine", modulate="gradient", router_inference="last")),
     "l2p-task-free": Case("vit", l2p(num_labels=8, class_mask="batch")),

@@ -250,6 +250,15 @@ def test_class_means_follow_the_features() -> None:
         assert_close(pool.class_means[1], means[1], atol=1e-5, rtol=1e-5)
 
 
+def test_class_means_are_exact_under_autocast() -> None:
+    model = new_model()
+    model.begin_task(TASKS[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.train()(images_of(0), labels=labels_of(0))
+    wanted = torch.stack([output.features.detach()[labels_of(0) == c].mean(0) for c in TASKS[0]])
+    assert_close(model.adapter.pool.class_means, wanted, atol=1e-6, rtol=0)
+
+
 def test_class_means_wait_for_the_next_task() -> None:
     """In the first task the term sees the batch only; then the means of its classes too, or those a caller wrote."""
     model = learn(new_model(contrastive_weight=1.0, temperature=20.0), range(1))

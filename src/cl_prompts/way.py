@@ -238,7 +238,7 @@ class WayOfABatch:
                 parts = self._parts(call, features, chosen.scores) if call.training else {}
                 loss, losses = loss_of(call, logits, parts)
         if call.training:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(call.counted.device.type, enabled=False):
                 fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
                 seen = Observation(chosen.ids, call.query, call.columns, fresh, chosen.scores, features, call.counted)
                 adapter.pool.observe(seen)

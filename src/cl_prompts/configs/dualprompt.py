@@ -8,10 +8,11 @@ from typing import ClassVar
 from cl_prompts.configs.base import INITS, LAYER_INITS
 from cl_prompts.configs.checks import check_layers, choice, flag, not_negative, positive, splits_in_two
 from cl_prompts.configs.prefix import QueriedPrefixConfig
+from cl_prompts.configs.task_inference import TaskInferenceConfig
 
 
 @dataclass
-class DualPromptConfig(QueriedPrefixConfig):
+class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
     """DualPrompt: G-prompts for all tasks in some layers, one E-prompt per task in others.
 
     Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning", ECCV 2022. Defaults are those
@@ -29,6 +30,9 @@ class DualPromptConfig(QueriedPrefixConfig):
         pull_coefficient: lambda, weight of the key loss.
         key_loss: "similarity" -lambda * cosine, mean over images (released), or "distance" lambda * (1 - cosine), added up
             over layers and batch (CODA-Prompt's repository).
+        task_inference: whose E-prompt answers at test. "keys": that of the nearest key (the paper). "prototype": that of
+            the task whose class statistics fit the un-prompted feature best (`task_statistics`; after HiDe-Prompt).
+            Training is the same, keys included. Ours.
         ensemble: at test, average the answers of this many nearest E-prompts; 1 is the paper. Each costs a pass. Ours.
     """
 
@@ -44,9 +48,11 @@ class DualPromptConfig(QueriedPrefixConfig):
     task_init: str = "previous"
     pull_coefficient: float = 1.0
     key_loss: str = "similarity"
+    task_inference: str = "keys"
     ensemble: int = 1
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2204.04799",)
+    infers_task_by: ClassVar[tuple[str, str] | None] = ("task_inference", "prototype")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,4 +68,9 @@ class DualPromptConfig(QueriedPrefixConfig):
         choice(self, "key_init", INITS)
         choice(self, "task_init", ("previous", "fresh"))
         choice(self, "key_loss", ("similarity", "distance"))
+        choice(self, "task_inference", ("keys", "prototype"))
+        if self.infers_task and self.one_stage:
+            raise ValueError(
+                'task_inference="prototype" reads the un-prompted pass, which one_stage=True leaves out: choose one of them'
+            )
         not_negative(self, "pull_coefficient")

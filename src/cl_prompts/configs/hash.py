@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from cl_prompts.configs.base import LAYER_INITS
 from cl_prompts.configs.checks import check_layers, check_top_k, choice, flag, not_negative, positive, splits_in_two
-from cl_prompts.configs.prefix import PrefixPromptConfig
+from cl_prompts.configs.task_inference import TaskInferenceConfig
 
 
 @dataclass
-class HashPromptConfig(PrefixPromptConfig):
+class HashPromptConfig(TaskInferenceConfig):
     """Hash: one pool of prompts for all tasks, a router per task, and a history of which prompts were used.
 
     Li et al., "Is Parameter Isolation Better for Prompt-Based Continual Learning?" (History-Aware prompt-SHaring), CVPR
@@ -30,8 +30,8 @@ class HashPromptConfig(PrefixPromptConfig):
             Ours.
         router_init: a new task's router starts as a copy of the "previous" one, or from "normal" noise (std 0.02). Ours.
         router_inference: which router answers at test. "average": mean score over all routers. "prototype": the router
-            of the task whose class mean is nearest to the un-prompted feature. "confidence": each router in turn, the
-            most confident answer wins. "last": the newest. Ours.
+            of the task whose class statistics fit the un-prompted feature best (`task_statistics`). "confidence": each
+            router in turn, the most confident answer wins. "last": the newest. Ours.
         hdr: form of the routing penalty phi(H): "constant" (delta for the `history_top` most activated prompts; the
             paper's default), "log" delta * log(1 + H), "power" delta * H^alpha, or "none".
         delta: size of the routing penalty. Ours.
@@ -69,6 +69,7 @@ class HashPromptConfig(PrefixPromptConfig):
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2601.20894",)
     has_keys: ClassVar[bool] = False
+    infers_task_by: ClassVar[tuple[str, str] | None] = ("router_inference", "prototype")
 
     def __post_init__(self) -> None:
         super().__post_init__()

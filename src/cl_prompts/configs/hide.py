@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from cl_prompts.configs.base import LAYER_INITS
 from cl_prompts.configs.checks import check_layers, choice, not_negative, positive, positive_number
-from cl_prompts.configs.prefix import PrefixPromptConfig
+from cl_prompts.configs.task_inference import TaskInferenceConfig
 
 
 @dataclass
-class HiDePromptConfig(PrefixPromptConfig):
+class HiDePromptConfig(TaskInferenceConfig):
     """HiDe-Prompt, its prompted stage: one prompt per task, without keys, and a contrastive term on what is read.
 
     Wang et al., "Hierarchical Decomposition of Prompt-Based Continual Learning: Rethinking Obscured Sub-optimality",

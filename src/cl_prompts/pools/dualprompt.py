@@ -3,7 +3,7 @@
 G-prompts, trained on every task, are key/value prefixes in some layers; E-prompts, one per task, in others. With query q:
 
     training:  E-prompt of the current task,   loss = CE - lambda * cosine(q, k_task)
-    test:      E-prompt whose key is nearest to q
+    test:      E-prompt whose key is nearest to q, or (`task_inference`, ours) of the task whose classes fit q best
 
 The prompts stand behind the key and value projections, as in all published code. One key serves all E-layers, as in the
 authors' code, or each layer has its own (`keys_per_layer`), as in CODA-Prompt's repository.
@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cl_prompts.pools.base import Observation
 from cl_prompts.pools.initialisation import initial
 from cl_prompts.pools.per_task import PerTask
 from cl_prompts.pools.prefixes import split_prefix
+from cl_prompts.pools.prototypes import ClassPrototypes
 from cl_prompts.pools.queried import QueriedPool
 from cl_prompts.pools.selection import cosine_scores, top_k
 from cl_prompts.prompts import BackboneShape, PoolInput, PrefixKV, Prompts
@@ -30,7 +32,8 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
     """The DualPrompt pool. An E-prompt's rows are its keys, then its values.
 
     Tensors: `g_prompts` [G-layers, rows, D]; `e_prompts.current` [E-layers, rows, D] and `.earlier` [tasks - 1, ...],
-    frozen; `keys.current` [E-layers or 1, D] and `.earlier`, frozen.
+    frozen; `keys.current` [E-layers or 1, D] and `.earlier`, frozen; for task_inference="prototype" the class statistics
+    `prototypes`. The ids of what was chosen are numbers of tasks.
     """
 
     roles: ClassVar[dict[str, str]] = {"g_prompts": "prompts", "e_prompts.current": "prompts", "keys.current": "keys"}
@@ -42,6 +45,8 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
         self.g_prompts = initial(config.prompt_init, len(config.g_layers), g_rows, shape.width)
         self.e_prompts = PerTask(initial(config.prompt_init, depth, e_rows, shape.width))
         self.keys = PerTask(initial(config.key_init, depth if config.keys_per_layer else 1, shape.width))
+        if config.infers_task:
+            self.prototypes = ClassPrototypes(shape.width, config.task_statistics, config.covariance_shrinkage)
 
     @property
     def layers(self) -> Sequence[int]:
@@ -60,6 +65,13 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
             self.e_prompts.next(None if copied else lambda earlier: fresh(config.prompt_init, earlier))
             self.keys.next(lambda earlier: fresh(config.key_init, earlier))
         super().begin_task(columns)
+        if self.config.infers_task:
+            self.prototypes.begin_task(columns, self.num_tasks - 1)
+
+    def observe(self, seen: Observation) -> None:
+        """For "prototype", follow the class statistics, each image once a task."""
+        if self.config.infers_task and self.num_tasks and seen.query is not None and seen.columns is not None:
+            self.prototypes.add(seen.query, seen.columns, seen.counted)
 
     def prompt_table(self) -> Tensor:
         """E-prompts [E-layers, tasks, rows, D]."""
@@ -78,7 +90,7 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
         return ids[..., 0] if self.num_tasks else None
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """G-prefixes, and E-prefixes of the current task or, at test, of the nearest key(s)."""
+        """G-prefixes, and E-prefixes of the current task or, at test, of the task(s) inferred."""
         config = self.config
         candidates = min(config.ensemble, len(self.keys.earlier) + 1) if batch.task is None else 1
         e_prompts = self.e_prompts.all()
@@ -102,7 +114,12 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
             losses = {"pull": self.pull(own)} if batch.task is not None else {}
             return replace(chosen(row, ids), ids=ids, weights=own.detach(), scores=scores, losses=losses)
 
-        if config.keys_per_layer or config.one_stage:
+        if batch.task is None and config.infers_task and self.num_tasks:
+            assert batch.query is not None
+            tasks, answer.scores = self.prototypes.nearest_tasks(batch.query, candidates)
+            answer.ids, answer.weights = tasks.reshape(-1, 1), answer.scores.gather(1, tasks).reshape(-1, 1)
+            answer.prefixes = {block: chosen(row, answer.ids) for row, block in enumerate(config.e_layers)}
+        elif config.keys_per_layer or config.one_stage:
             answer.prefixes = self.per_layer(config.e_layers, layer, batch)
         else:  # one choice for all layers, pulled once
             assert batch.query is not None

@@ -73,7 +73,7 @@ class HashPool(PromptPool, method="hash"):
 
     Tensors: `prompts` [layers (1 if shared), M, Lp, D]; `router` [layers, M, D] of the current task; `old_routers`
     [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; for router_inference="prototype" the class
-    means `prototypes`; for modulate="quadratic" the prompts at the task's start, `anchor`.
+    statistics `prototypes`; for modulate="quadratic" the prompts at the task's start, `anchor`.
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers"}
@@ -87,15 +87,15 @@ class HashPool(PromptPool, method="hash"):
         self.router = initial("normal", depth, size, width)
         self.history = ActivationHistory((depth,), size)
         self.register_buffer("old_routers", torch.zeros(0, depth, size, width))
-        if config.router_inference == "prototype":
-            self.prototypes = ClassPrototypes(width)
+        if config.infers_task:
+            self.prototypes = ClassPrototypes(width, config.task_statistics, config.covariance_shrinkage)
         if config.modulate == "quadratic":
             self.register_buffer("anchor", torch.zeros_like(self.prompts))
 
     @property
     def needs_query(self) -> bool:
-        """Only the class means are taken from un-prompted features."""
-        return bool(self.config.router_inference == "prototype")
+        """Only the class statistics are taken from un-prompted features."""
+        return bool(self.config.infers_task)
 
     @property
     def layers(self) -> Sequence[int]:

@@ -11,8 +11,8 @@ The class means. Published: features of all training images with the finished pr
 pool has no images, so here (ours) each class keeps a running mean of the features that training shows: per batch with
 images of the class, 0.9 * mean + 0.1 * theirs. A caller who makes that pass writes its means into `class_means`.
 
-The task. Published: a classifier of its own on un-prompted features. Here (ours) the class with the nearest mean of
-un-prompted features; `task_inference` takes a better one.
+The task. Published: a classifier of its own on un-prompted features. Here (ours) the class whose un-prompted features fit
+best (`pools.prototypes`); `task_inference` takes another way.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HidePool(PromptPool, method="hide"):
 
     Attributes:
         task_inference: whose task an image is, at test: un-prompted features [B, D] -> task numbers [B], or
-            [B, `ensemble`] nearest first (as many as there are tasks, if fewer). None: the nearest class means. Not saved.
+            [B, `ensemble`] nearest first (as many as there are tasks, if fewer). None: by class statistics. Not saved.
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts.current": "prompts"}
@@ -55,7 +55,7 @@ class HidePool(PromptPool, method="hide"):
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__(config, shape)
         self.prompts = PerTask(initial(config.prompt_init, len(config.layers), 2, config.prompt_length, shape.width))
-        self.prototypes = ClassPrototypes(shape.width)
+        self.prototypes = ClassPrototypes(shape.width, config.task_statistics, config.covariance_shrinkage)
         self.register_buffer("pending", torch.zeros(()))
         self.register_buffer("class_means", torch.zeros(0, shape.width))
         self.task_inference: Callable[[Tensor], Tensor] | None = None

@@ -41,7 +41,8 @@ from cl_prompts.continual import (
     stream_features,
 )
 from cl_prompts.diagnostics import prompt_similarity, selection_counts, selection_summary
-from cl_prompts.report import draw, draw_selection, result_table
+from cl_prompts.plots import draw, draw_selection
+from cl_prompts.report import result_table
 
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import Evaluation, evaluate
 from cl_prompts.diagnostics import prompt_similarity, routing_entropy, selection_counts, selection_summary
-from cl_prompts.report import draw_selection
+from cl_prompts.plots import draw_selection
 
 
 def integers(high: int, *size: int, seed: int = 0) -> Tensor:

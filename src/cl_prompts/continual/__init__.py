@@ -1,6 +1,8 @@
 """Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
 
+from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.augmentation import CropAndFlip
+from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCallback
 from cl_prompts.continual.evaluation import Evaluation, accuracy, evaluate, stream_features
 from cl_prompts.continual.gaussian import GaussianStream
 from cl_prompts.continual.metrics import AccuracyMatrix
@@ -10,26 +12,37 @@ from cl_prompts.continual.references import (
     nearest_class_mean,
     sequential_probe,
 )
+from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.scenarios import (
     ClassIncrementalStream,
     DatasetSequenceStream,
     DomainIncrementalStream,
     split_classes,
 )
+from cl_prompts.continual.streaming_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
 from cl_prompts.continual.streams import Stream, Task
+from cl_prompts.continual.trainer import ContinualTrainer
 
 
 __all__ = [
     "AccuracyMatrix",
     "ClassIncrementalStream",
+    "ContinualArguments",
+    "ContinualTrainer",
     "CropAndFlip",
     "DatasetSequenceStream",
     "DomainIncrementalStream",
     "Evaluation",
     "FrozenFeatures",
     "GaussianStream",
+    "IterableClassIncrementalStream",
+    "IterableDomainIncrementalStream",
+    "JsonlTracker",
+    "ProgressBar",
+    "RehearsalMemory",
     "Stream",
     "Task",
+    "TrainerCallback",
     "accuracy",
     "evaluate",
     "joint_linear_probe",

@@ -108,12 +108,12 @@ class DomainIncrementalStream(Stream):
         on_bad_image: str = "stop",
     ) -> None:
         names = _same_names(train, test, label_column)
-        train_rows, train_labels, train_domains = _by_domain(train, image_column, label_column, domain_column, "training")
+        train_rows, train_labels, train_domains = by_domain(train, image_column, label_column, domain_column, "training")
         if common_test:
             test_rows, test_labels = test, labels_of(test, label_column, "test")
             test_domains = None
         else:
-            test_rows, test_labels, test_domains = _by_domain(test, image_column, label_column, domain_column, "test")
+            test_rows, test_labels, test_domains = by_domain(test, image_column, label_column, domain_column, "test")
         check_test_labels(train_labels, test_labels)
         order = _domain_order(train, train_domains, domain_column) if domains is None else [str(d) for d in domains]
         if domains is None and test_domains is not None and (strange := sorted({*test_domains.tolist()} - {*order})):
@@ -273,7 +273,7 @@ def _joined(parts: Mapping[str, Any], image_column: str, split: str) -> Any:
     return concatenate_datasets([part.select_columns([image_column]) for part in parts.values()])
 
 
-def _by_domain(rows: Any, image_column: str, label_column: str, domain_column: str, split: str) -> tuple[Any, Rows, Any]:
+def by_domain(rows: Any, image_column: str, label_column: str, domain_column: str, split: str) -> tuple[Any, Rows, Any]:
     """Images, class ids, and the name of each row's domain."""
     if isinstance(rows, Mapping):
         labels = [labels_of(part, label_column, f"{split} {name}") for name, part in rows.items()]

@@ -130,7 +130,9 @@ def test_further_classifiers_read_the_same_pass() -> None:
 
     def linear(features: Tensor) -> Tensor:
         passes.append(features)
-        return features @ weight.T
+        logits = features @ weight.T
+        assert logits.dtype == torch.float32  # no autocast, as for the model's own head
+        return logits
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = measured(model, classifiers={"linear": linear, "own": model.adapter.head})

@@ -249,6 +249,7 @@ def test_an_image_is_answered_as_one_of_its_inferred_task(method: str, statistic
     each = torch.stack([answer(of_task(model, task), images).logits for task in range(3)])
     assert (each[0] - each[1]).abs().amax(1).min() > 1e-3, "another task's prompt must give another answer"
     assert_close(found.logits, each[tasks[:, 0], range(12)], atol=1e-5, rtol=0)
+    assert torch.equal(model.base_model.chosen_tasks(found), tasks[:, 0])
     if method != "hash":
         assert torch.equal(found.prompt_ids, tasks[:, :1])
         assert torch.equal(found.scores.argsort(1, descending=True), tasks)

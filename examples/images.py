@@ -1,28 +1,78 @@
-"""Images to learn from: scikit-learn's digits, a Hub data set, a folder of parquet files, or a folder of image folders."""
+"""Images to learn from, and streams of them.
 
-from collections.abc import Callable
+Sources are scikit-learn's digits, Hub data sets, folders of parquet files, and folders of image folders.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
+
+from cl_prompts.continual import (
+    ClassIncrementalStream,
+    CropAndFlip,
+    DatasetSequenceStream,
+    DomainIncrementalStream,
+    GaussianStream,
+    IterableClassIncrementalStream,
+    IterableDomainIncrementalStream,
+    Stream,
+    split_classes,
+)
+
+
+SCENARIOS = ("class", "domain", "datasets", "gaussian")
+
+
+class ToTensor:
+    """Image -> [3, H, W] through the model's image processor; grey images become RGB first.
+
+    Args:
+        processor: the model's.
+        input_range: "processor", its own mean and standard deviation, or "unit", [0, 1].
+        resample: "processor", its own, or "bilinear", "bicubic", ...
+    """
+
+    def __init__(self, processor: Any, input_range: str = "processor", resample: str = "processor") -> None:
+        self.processor = processor
+        self.options: dict[str, Any] = {}
+        if input_range == "unit":
+            self.options["do_normalize"] = False
+        elif input_range != "processor":
+            raise ValueError(f"input_range={input_range!r}: choose processor or unit")
+        if resample != "processor":
+            self.options["resample"] = PILImage.Resampling[resample.upper()]
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        """The tensor of an image."""
+        pixels: torch.Tensor = self.processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"][0]
+        return pixels
 
 
 @dataclass
 class ImageData:
     """A training and a test set, and where images and labels stand in them."""
 
-    train: Dataset
-    test: Dataset
+    train: Any
+    test: Any
     image_column: str
     label_column: str
 
     @property
     def classes(self) -> list[int]:
-        """Class ids of the training set, ascending."""
+        """Class ids of the training set, ascending; where it cannot be counted, those that its labels name."""
+        if isinstance(self.train, IterableDataset):
+            label = (self.train.features or {}).get(self.label_column)
+            if not isinstance(label, ClassLabel):
+                raise ValueError(
+                    f"the classes of {self.label_column!r} cannot be counted while streaming: cast it to ClassLabel"
+                )
+            return list(range(label.num_classes))
         return sorted(set(self.train[self.label_column]))
 
     def names(self, classes: list[int]) -> dict[int, str]:
@@ -30,24 +80,129 @@ class ImageData:
         label = self.train.features[self.label_column]
         return {c: label.int2str(c) for c in classes} if isinstance(label, ClassLabel) else {}
 
-    def transform(self, processor: Any, input_range: str, resample: str) -> Callable[[Any], torch.Tensor]:
-        """Image -> [3, H, W] through the model's image processor; grey images become RGB first."""
-        options: dict[str, Any] = {}
-        if input_range == "unit":
-            options["do_normalize"] = False
-        elif input_range != "processor":
-            raise ValueError(f"input_range={input_range!r}: choose processor or unit")
-        if resample != "processor":
-            options["resample"] = PILImage.Resampling[resample.upper()]
+    def transform(self, processor: Any, input_range: str, resample: str) -> ToTensor:
+        """What makes tensors of these images."""
+        return ToTensor(processor, input_range, resample)
 
-        def to_tensor(image: Any) -> torch.Tensor:
-            return processor(image.convert("RGB"), return_tensors="pt", **options)["pixel_values"][0]
+    def renamed(self, image_column: str, label_column: str) -> "ImageData":
+        """The same with other column names, and no other columns."""
+        names = {self.image_column: image_column, self.label_column: label_column}
+        train, test = (part.select_columns(list(names)).rename_columns(names) for part in (self.train, self.test))
+        return ImageData(train, test, image_column, label_column)
 
-        return to_tensor
+
+def load_stream(
+    scenario: str,
+    sources: str | Sequence[str],
+    transform: Callable[[Any], torch.Tensor],
+    *,
+    tasks: int | Sequence[int] = 10,
+    shuffle_classes: bool = False,
+    seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    domain_column: str | None = None,
+    order: Sequence[str] | None = None,
+    common_test: bool = False,
+    width: float = 0.05,
+    held_out: float = 0.0,
+    augmentation: CropAndFlip | None = None,
+    on_bad_image: str = "stop",
+    streaming: bool = False,
+    train_images: Sequence[int] | None = None,
+) -> Stream:
+    """A stream from plain settings.
+
+    Args:
+        scenario: "class" (new classes), "domain" (new domains of the same classes), "datasets" (several data sets in a row)
+            or "gaussian" (no tasks).
+        sources: "digits", folders or Hub ids: one for "class" and "gaussian"; for "domain" one with a domain column, or one
+            for each domain; for "datasets" one for each. One folder can stand for the data sets in its subfolders. Domains
+            and data sets are called as the last part of their path.
+        transform: image -> float tensor [3, H, W].
+        tasks: their number, or the number of classes of each; for "class".
+        shuffle_classes: class order by `seed` instead of ascending; for "class" and "gaussian".
+        seed: of the class order, the Gaussian schedule and the held-out images.
+        image_column, label_column: column names; None: found by their types.
+        domain_column: its name, where one data set holds all domains.
+        order: names of the domains or data sets in order; None: as they are given.
+        common_test: the (first) test set is that of all domains.
+        width: of the Gaussians, as a share of the stream.
+        held_out: if positive, tests are on this share of the training images of each class (and domain).
+        augmentation, on_bad_image: see `Stream`.
+        streaming: read the sources in order instead of loading them; for "class" and "domain".
+        train_images: how many training images each task has, where that is known while streaming.
+
+    Raises:
+        ValueError: settings do not fit each other, or the data.
+    """
+    if scenario not in SCENARIOS:
+        raise ValueError(f"scenario={scenario!r}: choose one of {', '.join(SCENARIOS)}")
+    if streaming and (scenario in ("datasets", "gaussian") or held_out):
+        raise ValueError(f"scenario {scenario!r}, held_out={held_out}: only class and domain can be streamed, whole")
+    several = scenario == "datasets" or (scenario == "domain" and domain_column is None)
+    named = named_sources([sources] if isinstance(sources, str) else sources, inside=several)
+    if not several and len(named) != 1:
+        raise ValueError(
+            f"scenario {scenario!r} takes one data set, got {list(named)}; several domains may lack --domain_column"
+        )
+    others = [domain_column] if domain_column is not None else []
+    data = {
+        name: load_image_data(source, image_column, label_column, held_out, seed, others=others, streaming=streaming)
+        for name, source in named.items()
+    }
+    shared: dict[str, Any] = {"augmentation": augmentation, "on_bad_image": on_bad_image}
+    if several:
+        if order is not None and (unknown := sorted(set(order) - set(data))):
+            raise ValueError(f"order names {unknown}, there are {sorted(data)}")
+        renamed = {name: data[name].renamed("image", "label") for name in (data if order is None else order)}
+        train: Any = {name: part.train for name, part in renamed.items()}
+        test: Any = {name: part.test for name, part in renamed.items()}
+        if scenario == "datasets":
+            return DatasetSequenceStream(train, test, transform, **shared)
+        if streaming:
+            classes = next(iter(renamed.values())).classes
+            return IterableDomainIncrementalStream(train, test, classes, transform, train_images=train_images, **shared)
+        if common_test:
+            test = next(iter(test.values()))
+        return DomainIncrementalStream(train, test, transform, common_test=common_test, **shared)
+    (one,) = data.values()
+    shared |= {"image_column": one.image_column, "label_column": one.label_column}
+    if scenario == "domain":
+        shared |= {"domains": order, "domain_column": domain_column}
+        if streaming:
+            shared["train_images"] = train_images
+            return IterableDomainIncrementalStream(one.train, one.test, one.classes, transform, **shared)
+        return DomainIncrementalStream(one.train, one.test, transform, common_test=common_test, **shared)
+    if scenario == "gaussian":
+        (classes,) = split_classes(one.classes, 1, seed if shuffle_classes else None)
+        return GaussianStream(one.train, one.test, transform, classes=classes, width=width, seed=seed, **shared)
+    parts = split_classes(one.classes, tasks, seed if shuffle_classes else None)
+    if streaming:
+        shared["train_images"] = train_images
+        return IterableClassIncrementalStream(one.train, one.test, parts, transform, **shared)
+    return ClassIncrementalStream(one.train, one.test, parts, transform, **shared)
+
+
+def named_sources(sources: Sequence[str], *, inside: bool) -> dict[str, str]:
+    """Sources by the last part of their path; `inside`: one folder stands for its subfolders."""
+    if inside and len(sources) == 1 and Path(sources[0]).is_dir():
+        sources = sorted(str(folder) for folder in Path(sources[0]).iterdir() if folder.is_dir())
+    named = {Path(source).name: source for source in sources}
+    if len(named) < len(sources) or not named:
+        raise ValueError(f"sources {list(sources)}: give at least one, none with the last part of another")
+    return named
 
 
 def load_image_data(
-    source: str, image_column: str | None, label_column: str | None, held_out: float, seed: int
+    source: str,
+    image_column: str | None,
+    label_column: str | None,
+    held_out: float,
+    seed: int,
+    *,
+    others: Sequence[str] = (),
+    streaming: bool = False,
 ) -> ImageData:
     """Load training and test images.
 
@@ -57,15 +212,18 @@ def load_image_data(
         held_out: if positive, the test set is this share of the training images of each class, and the real test set is
             not touched.
         seed: chooses the held-out images.
+        others: columns that are not labels, like the domain; held-out images are a share of each of their values too.
+        streaming: give data sets that are read in order.
     """
-    splits = digits() if source == "digits" else load_splits(source)
+    splits = digits() if source == "digits" else load_splits(source, streaming=streaming)
     train = splits["train"]
-    image_column = image_column or only_column(train.features, "image", lambda f: isinstance(f, Image))
+    features = {name: feature for name, feature in (train.features or {}).items() if name not in others}
+    image_column = image_column or only_column(features, "image", lambda f: isinstance(f, Image))
     label_column = label_column or only_column(
-        train.features, "label", lambda f: isinstance(f, ClassLabel) or (isinstance(f, Value) and "int" in f.dtype)
+        features, "label", lambda f: isinstance(f, ClassLabel) or (isinstance(f, Value) and "int" in f.dtype)
     )
     if held_out:
-        train, test = split_by_class(train, label_column, held_out, seed)
+        train, test = split_by_class(train, [label_column, *others], held_out, seed)
     else:
         name = next((n for n in ("test", "validation") if n in splits), None)
         if name is None:
@@ -74,21 +232,21 @@ def load_image_data(
     return ImageData(train, test, image_column, label_column)
 
 
-def load_splits(source: str) -> DatasetDict:
+def load_splits(source: str, *, streaming: bool = False) -> Any:
     """All splits of a folder or a Hub data set."""
     folder = Path(source)
     if not folder.exists():
-        return load_dataset(source)
+        return load_dataset(source, streaming=streaming)
     files = sorted(folder.rglob("*.parquet"))
     if not files:
-        return load_dataset("imagefolder", data_dir=source)
+        return load_dataset("imagefolder", data_dir=source, streaming=streaming)
     by_split: dict[str, list[str]] = {}
     for file in files:
         by_split.setdefault(file.stem.split("-")[0], []).append(str(file))
-    return load_dataset("parquet", data_files=by_split)
+    return load_dataset("parquet", data_files=by_split, streaming=streaming)
 
 
-def only_column(features: Features, kind: str, fits: Callable[[Any], bool]) -> str:
+def only_column(features: dict[str, Any], kind: str, fits: Callable[[Any], bool]) -> str:
     """The one column of a kind."""
     names = [name for name, feature in features.items() if fits(feature)]
     if len(names) != 1:
@@ -96,14 +254,16 @@ def only_column(features: Features, kind: str, fits: Callable[[Any], bool]) -> s
     return names[0]
 
 
-def split_by_class(rows: Dataset, label_column: str, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, the same share of every class."""
-    labels = np.asarray(rows[label_column])
+def split_by_class(rows: Dataset, columns: str | Sequence[str], share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows, the same share of each class, or of each combination of several columns' values."""
+    names = [columns] if isinstance(columns, str) else columns
+    values = np.stack([np.unique(np.asarray(rows[name]), return_inverse=True)[1] for name in names], axis=1)
+    groups = np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
     random = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
-    for c in np.unique(labels):
-        of_class = random.permutation(np.flatnonzero(labels == c))
-        held[of_class[: max(1, round(share * len(of_class)))]] = True
+    held = np.zeros(len(groups), dtype=bool)
+    for group in np.unique(groups):
+        of_group = random.permutation(np.flatnonzero(groups == group))
+        held[of_group[: max(1, round(share * len(of_group)))]] = True
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 

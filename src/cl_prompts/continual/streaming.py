@@ -117,7 +117,8 @@ class IterableStream(Stream):
         source = self.train_sources[task.number]
         if self.buffer_size:
             random = np.random.default_rng([seed, task.number, epoch])
-            source = source.shuffle(generator=random, buffer_size=self.buffer_size)
+            # One shard at a time: after a pass over interleaved shards datasets 5.2 sleeps for five seconds.
+            source = source.shuffle(generator=random, buffer_size=self.buffer_size, max_buffer_input_shards=1)
         expected = self.train_images[task.number] if self.train_images is not None else None
         augmented_by = (seed, epoch) if self.augments else None
         images = StreamedImages(self, source, "train", batch_size, start, expected, augmented_by)
@@ -142,7 +143,8 @@ class IterableStream(Stream):
         return self._streamed(images, workers)
 
     def _streamed(self, images: StreamedImages, workers: int) -> Batches:
-        loader = DataLoader(images, batch_size=None, collate_fn=_as_it_is, num_workers=workers)
+        # A generator of its own: see `Stream._batches`.
+        loader = DataLoader(images, batch_size=None, collate_fn=_as_it_is, num_workers=workers, generator=torch.Generator())
         return Batches(loader, self._noter(images.split))
 
 

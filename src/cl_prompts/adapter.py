@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,16 +63,8 @@ class PoolAdapter(nn.Module):
         state = self.config.state
         if self.config.num_labels is not None:
             raise ValueError(f"num_labels={self.config.num_labels} makes this adapter task-free: leave begin_task out")
-        if state.task_open:
-            raise ValueError(f"task {len(state.tasks) - 1} is still open: call end_task() first")
-        declared = _class_ids(classes)
+        declared = state.check_task(classes, revisit)
         names = {str(int(c)): str(name) for c, name in (class_names or {}).items()}
-        known = [c for c in declared if c in set(self.classes)]
-        if known and not revisit:
-            raise ValueError(
-                f"classes {known} were declared in an earlier task: leave them out, or pass revisit=True if they come "
-                "back (new domain, recurring classes)"
-            )
         self._declare(list(dict.fromkeys(self.classes + declared)), declared)
         state.tasks.append(declared)
         state.task_open = True
@@ -154,24 +145,3 @@ class PromptPoolLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """The tuner places adapters; PEFT's way needs a base layer."""
-
-
-def _class_ids(classes: Sequence[int]) -> list[int]:
-    values = classes.tolist() if isinstance(classes, Tensor) else classes
-    if not isinstance(values, Iterable):
-        raise TypeError(f"classes must be a list of class ids, got {classes!r}: write [{classes!r}] for one class")
-    declared = list(values)
-    wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
-    if wrong:
-        raise TypeError(f"classes must be integers as they stand in `labels`, got {wrong}")
-    if not declared:
-        raise ValueError("a task needs at least one class")
-    ids = [int(c) for c in declared]
-    twice = sorted({c for c in ids if ids.count(c) > 1})
-    if twice:
-        raise ValueError(f"classes {twice} are declared twice in one call")
-    if min(ids) < 0:
-        raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
-    if max(ids) >= 2**63:
-        raise ValueError(f"class {max(ids)} does not fit the int64 of `labels`: number the classes from 0")
-    return ids

@@ -136,16 +136,16 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
         )
     adapter.link.check_trains(adapter.named_parameters())
     if adapter.grown and world_size() > 1:
-        _check_wrapper(adapter)
+        check_wrapper(adapter)
         adapter.grown = False
 
 
-def _check_wrapper(adapter: PoolAdapter) -> None:
-    """A DistributedDataParallel made before begin_task would not average the new parameters' gradients."""
+def check_wrapper(model: nn.Module) -> None:
+    """Raise ValueError in a DistributedDataParallel made before begin_task: it would not average the new gradients."""
     wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None:
         wrapped = {id(p) for p in wrapper._module_parameters}
-        if any(p.requires_grad and id(p) not in wrapped for p in adapter.parameters()):
+        if any(p.requires_grad and id(p) not in wrapped for p in model.parameters()):
             raise ValueError(
                 "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
             )

@@ -213,11 +213,7 @@ def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
     transformers then makes up a random one.
     """
     backbone = model.get_submodule(structure.inner)
-    children = [name for name, _ in backbone.named_children()]
-    norm = structure.norm.rpartition(".")[2]
-    unused = set(children[children.index(norm) + 1 :])
-    if pooling == "pooler" and structure.pooler:
-        unused.discard(structure.pooler.rpartition(".")[2])
+    unused = unread_parts(model, structure, pooling)
     sha = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         if name.split(".")[0] in unused or ".modules_to_save." in name:
@@ -226,6 +222,16 @@ def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
         sha.update(f"{name.replace('.original_module.', '.')} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def unread_parts(model: nn.Module, structure: Structure, pooling: str) -> set[str]:
+    """Names of the bare backbone's children that a feature does not depend on: what follows the final norm."""
+    children = [name for name, _ in model.get_submodule(structure.inner).named_children()]
+    norm = structure.norm.rpartition(".")[2]
+    unread = set(children[children.index(norm) + 1 :])
+    if pooling == "pooler" and structure.pooler:
+        unread.discard(structure.pooler.rpartition(".")[2])
+    return unread
 
 
 def eager_attention(attention: nn.Module) -> Any:

@@ -1,5 +1,6 @@
 """Batches: rehearsed images, resumed epochs, augmentation, images that cannot be read, loader processes."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_data import birds, number_to_tensor, pictures, row_values, to_tensor
+from PIL import Image as PILImage
+from stream_data import birds, broken, encoded, number_to_tensor, pictures, row_values, to_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -280,6 +282,27 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
     stream = ClassIncrementalStream(data, data, [[0], [1]], to_tensor)
     with pytest.raises(ValueError, match=r"train row 5, file .*owl/2\.png, cannot be read \(UnidentifiedImageError"):
         list(stream.images(stream.tasks[1].train_rows, 3))
+
+
+class OpenedFiles:
+    """Rows by number whose images are opened, not decoded: no `datasets.Dataset`."""
+
+    def __init__(self, files: list[bytes]) -> None:
+        self.files = files
+
+    def __getitem__(self, key: Any) -> Any:
+        return [0] * len(self.files) if key == "label" else {"image": PILImage.open(io.BytesIO(self.files[key]))}
+
+
+def test_a_file_cut_short_shows_where_images_are_decoded_late() -> None:
+    whole, other = pictures(2)
+    data = OpenedFiles([encoded(whole)["bytes"], broken(other)["bytes"]])
+    stream = ClassIncrementalStream(data, data, [[0]], to_tensor, on_bad_image="skip")
+    (batch,) = stream.images([0, 1], 2)
+    assert batch["labels"].tolist() == [0, PADDING_LABEL]
+    stream.on_bad_image = "stop"
+    with pytest.raises(ValueError, match="the image of train row 1 cannot be read"):
+        list(stream.images([0, 1], 2))
 
 
 def test_nothing_to_read() -> None:

@@ -267,6 +267,7 @@ def test_fingerprint_tells_streams_apart() -> None:
         classes([[1, 0], [2, 3]]),
         classes([[0], [1, 2, 3]]),
         classes([[0, 1], [2, 3]], moved),
+        classes([[0, 1], [2, 3]], row_values([1, 0, *LABELS[2:]])),
         classes([[0, 1], [2, 3]], augmentation=CropAndFlip()),
         classes([[0, 1], [2, 3]], augmentation=CropAndFlip(flip=0)),
         GaussianStream(data, data, number_to_tensor).fingerprint(),

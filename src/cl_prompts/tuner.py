@@ -7,6 +7,8 @@ therefore behaves like `PromptPoolModel`.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -312,6 +314,20 @@ class PromptPoolTuner(BaseTuner):
         name = self.active_adapters[0]
         self.peft_config[name] = new.config
         self.pools.prompt_pool[name] = new
+
+    # What a trainer asks: nothing is taken from a task's images before or after its training.
+    needs_features_before = needs_consolidation = False
+    rehearses = "beside"
+
+    def trains_task(self, number: int) -> bool:
+        """Whether task `number` is trained by gradient."""
+        return True
+
+    def describe(self) -> str:
+        """Sha256 of what defines the learner before it has learnt: its config, and the base's weights."""
+        config = {name: value for name, value in self.adapter.config.to_dict().items() if name != "state"}
+        base = fingerprint(self.model, self.structure, self.adapter.query_pooling)
+        return hashlib.sha256(json.dumps([config, base], sort_keys=True, default=str).encode()).hexdigest()
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile the base model's forward (both passes) with `torch.compile(**options)`.

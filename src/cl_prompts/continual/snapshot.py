@@ -99,7 +99,7 @@ def put_back(trainer: ContinualTrainer, saved: Saved) -> None:
 def put_back_optimizer(trainer: ContinualTrainer, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     """The state of an optimizer over the same parameters, and of fp16's gradient scaler."""
     tensors, values = saved
-    if "optimizer" in values:
+    if "optimizer" in values and trainer.progress.begun == values["progress"]["begun"]:
         set_optimizer_state(optimizer, _below("optimizer.", tensors), values["optimizer"])
     if "scaler" in values and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(values["scaler"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +167,14 @@ class ContinualTrainer:
 
     def steps_of(self, task: Task) -> int:
         """Optimizer steps that a task takes."""
-        return self.args.epochs * self.stream.steps_per_epoch(task, self.args.batch_size)
+        return self.args.epochs * self._steps_per_epoch(task)
 
     def steps_done(self, task: Task) -> int:
         """Optimizer steps of the task that is being learnt."""
-        return self.progress.epoch * self.stream.steps_per_epoch(task, self.args.batch_size) + self.progress.step
+        return self.progress.epoch * self._steps_per_epoch(task) + self.progress.step
+
+    def _steps_per_epoch(self, task: Task) -> int:
+        return self.stream.steps_per_epoch(task, self.args.batch_size, self._rows())
 
     def _train(self, task: Task, before: dict[str, Any], saved: Saved | None) -> None:
         args, progress, model, accelerator = self.args, self.progress, self.model, self.accelerator
@@ -185,7 +188,7 @@ class ContinualTrainer:
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
         self._window = (0, time.perf_counter())
-        steps, per_epoch = self.steps_of(task), self.stream.steps_per_epoch(task, args.batch_size)
+        steps, per_epoch = self.steps_of(task), self._steps_per_epoch(task)
         while progress.epoch < args.epochs:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
@@ -220,7 +223,7 @@ class ContinualTrainer:
                 epoch=progress.epoch,
                 queries=self._queries(train=True, augmented=self.stream.augments),
                 workers=args.workers,
-                rows=self._rows(task),
+                rows=self._rows(),
                 memory_rows=memory,
                 memory_batch_size=size if memory is not None and len(memory) else 0,
                 start=progress.step,
@@ -303,22 +306,26 @@ class ContinualTrainer:
 
         return LookedAt(batches, self.accelerator.device)
 
-    def _rows(self, task: Task) -> Any:
+    def _rows(self) -> Any:
         """Row numbers to train on, None for the task's own."""
         return self.memory.rows if self.memory is not None and self.model.rehearses == "only" else None
 
-    def _frozen(self) -> Any:
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
         """The model in eval mode under the run's precision, for a look at images outside training."""
+        training = self.model.training
         self.model.eval()
-        return self.accelerator.autocast()
+        try:
+            with self.accelerator.autocast():
+                yield
+        finally:
+            self.model.train(training)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def _measure(self, task: Task) -> Evaluation:
         queries = self._queries(train=False)
-        batches = self.stream.images(
-            task.test_rows, self.args.batch_size, train=False, queries=queries, workers=self.args.workers
-        )
+        batches = self.stream.test_batches(task, self.args.batch_size, queries=queries, workers=self.args.workers)
         with self._frozen():
             return evaluate(
                 self.model,
@@ -327,7 +334,6 @@ class ContinualTrainer:
                 self.accelerator.device,
                 task=task.number,
                 tasks=[t.classes for t in self.stream.tasks],
-                classifiers=self.classifiers,
             )
 
     def _evaluate(self, task: Task) -> None:
@@ -335,6 +341,7 @@ class ContinualTrainer:
         self.matrix.add(
             [m.accuracy for m in self.measured],
             [m.images for m in self.measured],
+            [m.task_incremental or 0.0 for m in self.measured],
         )
         self.accelerator.log(
             {"task": task.number, "accuracies": [m.accuracy for m in self.measured], "average": self.matrix.curve()[-1]},

@@ -1,0 +1,158 @@
+"""RanPAC's closed-form head (McDonnell et al., NeurIPS 2023): ridge regression on random ReLU features.
+
+    h = relu(x P),  P [D, M] random and fixed;   G = sum of h h',  B = sum of h y' over all images so far
+    logits = h W,   W = (G + ridge * I)^-1 B
+
+G and B are sums, so W does not depend on the order of tasks, and no image is kept. The ridge is the one with the smallest
+squared error on every fifth image of the newest task, when fitted to all sums so far without them.
+
+Where features change from task to task, sums of old features are of no use. Then each class keeps its Gaussian, which
+follows the drift, and G and B are sums over features drawn from the Gaussians of all classes (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.classifiers.base import FeatureClassifier
+from cl_prompts.classifiers.drift import fit_map
+from cl_prompts.classifiers.gaussians import ClassGaussians
+from cl_prompts.head import GrowingHead
+
+
+# Candidates for the ridge, in mean squares of a random feature summed over the images.
+RELATIVE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+HELD_OUT_EVERY = 5
+
+
+class RidgeClassifier(FeatureClassifier):
+    """Ridge regression onto the classes.
+
+    Args:
+        width: size D of the features.
+        projection_size: M; 0: no projection, h = (x, 1).
+        ridge: None: chosen on held-out training images.
+        drift: "none": exact sums, for features that do not change; "shift" or "affine": see above.
+        seed: draws the projection and, with drift, the features.
+        samples: features drawn from each class, with drift.
+        save_statistics: save what is needed to go on with further tasks (G alone has M * M numbers), not only to answer.
+
+    Attributes:
+        projection: P [D, M].
+        solution: W [M, C].
+        gram, sums: G [M, M] and B [M, C] in float64; zeros after loading an adapter that was saved without them.
+        chosen_ridge: the ridge of the solution.
+    """
+
+    projection: Tensor
+    solution: Tensor
+    gram: Tensor
+    sums: Tensor
+    chosen_ridge: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        projection_size: int = 5000,
+        ridge: float | None = None,
+        drift: str = "affine",
+        seed: int = 0,
+        samples: int = 100,
+        save_statistics: bool = False,
+    ) -> None:
+        super().__init__(save_statistics=save_statistics)
+        self.width, self.size, self.ridge, self.drift = width, projection_size or width + 1, ridge, drift
+        self.seed, self.samples, self.save_statistics = seed, samples, save_statistics
+        drawn = torch.randn(width, projection_size, generator=torch.Generator().manual_seed(seed), device="cpu")
+        self.register_buffer("projection", drawn)
+        self.register_buffer("solution", torch.zeros(self.size, 0))
+        self.register_buffer("chosen_ridge", torch.zeros((), dtype=torch.float64))
+        if drift == "none":
+            size = (self.size, self.size)
+            self.register_buffer("gram", torch.zeros(*size, dtype=torch.float64), persistent=save_statistics)
+            self.register_buffer("sums", torch.zeros(self.size, 0, dtype=torch.float64), persistent=save_statistics)
+        else:
+            self.gaussians = ClassGaussians(width, save=save_statistics)
+
+    @property
+    def statistics(self) -> str:  # type: ignore[override]
+        """What `save_statistics` saves."""
+        return "Gram matrix and class sums" if self.drift == "none" else "class means and covariances"
+
+    @property
+    def needs_before(self) -> bool:
+        """For the map."""
+        return self.drift != "none"
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Open columns for the task's classes."""
+        super().begin_task(columns)
+        added = self.num_classes - self.solution.shape[1]
+        self.solution = F.pad(self.solution, (0, added))
+        if self.drift == "none":
+            self.sums = F.pad(self.sums, (0, added))
+        else:
+            self.gaussians.begin_task(columns)
+
+    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+        if self.drift == "none":
+            held = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+            if self.ridge is None:
+                held[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
+            self._add(features[~held], columns[~held])
+            ridge = self._choose(features[held], columns[held]) if held.any() else self.ridge
+            self._add(features[held], columns[held])
+        else:
+            if before is not None and int(self.fitted):
+                self.gaussians.move(fit_map(before, features, self.drift))
+            self.gaussians.add(features, columns)
+            self.gram, self.sums = (
+                torch.zeros(self.size, n, dtype=torch.float64, device=features.device)
+                for n in (self.size, self.num_classes)
+            )
+            self._add(*self._drawn(0))
+            ridge = self._choose(*self._drawn(1)) if self.ridge is None else self.ridge
+        self.chosen_ridge.fill_(ridge or self._scale() * RELATIVE_RIDGES[-1])
+        self.solution = self._solve(float(self.chosen_ridge)).float()
+        if self.drift != "none":
+            del self.gram, self.sums  # drawn anew after the next task
+
+    def _drawn(self, stream: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + self.num_tasks) + stream)
+        return self.gaussians.sample(self.samples, generator, own=0.5, spherical=1e-4)
+
+    def _hidden(self, features: Tensor) -> Tensor:
+        """h [n, M] in float32."""
+        if self.projection.shape[1]:
+            return (features.float() @ self.projection).relu()
+        return F.pad(features.float(), (0, 1), value=1.0)
+
+    def _add(self, features: Tensor, columns: Tensor) -> None:
+        for part, own in zip(features.split(1024), columns.split(1024), strict=True):
+            hidden = self._hidden(part).double()
+            self.gram += hidden.T @ hidden
+            self.sums.index_add_(1, own, hidden.T)
+
+    def _scale(self) -> float:
+        return float(self.gram.diagonal().mean())
+
+    def _choose(self, features: Tensor, columns: Tensor) -> float:
+        hidden, target = self._hidden(features).double(), F.one_hot(columns, self.num_classes).double()
+        candidates = [relative * self._scale() for relative in RELATIVE_RIDGES]
+        errors = [float((hidden @ self._solve(ridge) - target).square().mean()) for ridge in candidates]
+        return candidates[errors.index(min(errors))]
+
+    def _solve(self, ridge: float) -> Tensor:
+        regularised = self.gram.clone()
+        regularised.diagonal().add_(ridge)
+        return torch.cholesky_solve(self.sums, torch.linalg.cholesky(regularised))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """h W, [B, C]."""
+        self.check_fitted()
+        return self._hidden(features) @ self.solution

@@ -1,0 +1,156 @@
+"""A killed run goes on where it was and ends as if nothing had happened, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from methods import METHODS
+from small_runs import Stop, StopAt, small_trainer, tensors
+
+from cl_prompts.continual import ContinualTrainer, TrainerCallback
+from cl_prompts.continual.checkpoint import Checkpoints
+
+
+def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
+    assert one.matrix == other.matrix
+    mine, theirs = tensors(one), tensors(other)
+    assert list(mine) == list(theirs)
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+
+
+def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: Any) -> ContinualTrainer:
+    for number, step in enumerate(steps):
+        trainer = small_trainer(method, folder, callbacks=[StopAt(step)], **settings)
+        with pytest.raises(Stop):
+            trainer.train(resume=number > 0)
+    trainer = small_trainer(method, folder, **settings)
+    trainer.train(resume=True)
+    return trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
+    whole = small_trainer(method)
+    whole.train()
+    assert_same_run(whole, killed_and_resumed(method, tmp_path, [5, 8, 17]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixed_precision": "bf16"},
+        {"schedule": "cosine", "warmup": 2, "optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1}},
+        {"keep_optimizer": True, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "lr": 0.05},
+        {"memory_size": 5, "memory_batch_size": 3, "config": {"class_mask": "none"}},
+        {"accumulation": 2, "clip": 0.5},
+    ],
+    ids=lambda s: "-".join(s),
+)
+def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
+    whole = small_trainer("hash", **settings)
+    whole.train()
+    assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
+
+
+def test_random_numbers_go_on(tmp_path: Path) -> None:
+    class Draws(TrainerCallback):
+        def __init__(self) -> None:
+            self.drawn: list[float] = []
+
+        def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
+            self.drawn.append(float(torch.rand(())))
+
+    whole, second = Draws(), Draws()
+    small_trainer("l2p", callbacks=[whole]).train()
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[Draws(), StopAt(5)]).train()
+    torch.manual_seed(99)
+    small_trainer("l2p", tmp_path, callbacks=[second]).train(resume=True)
+    assert whole.drawn[4:] == second.drawn
+
+
+def test_a_finished_run_only_reports(tmp_path: Path) -> None:
+    first = small_trainer("l2p", tmp_path)
+    first.train()
+    second = small_trainer("l2p", tmp_path, callbacks=[StopAt(first.progress.global_step)])
+    second.train(resume=True)
+    assert_same_run(first, second)
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
+    before = sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    for settings, what in (
+        ({"lr": 0.1}, "settings"),
+        ({"tasks": 2}, "stream"),
+        ({"config": {"pool_size": 7}}, "learner"),
+    ):
+        with pytest.raises(ValueError, match=f"another run, whose {what} differ"):
+            small_trainer("l2p", tmp_path, **settings).train(resume=True)
+    assert before == sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+
+
+def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:
+    trainer = small_trainer("l2p", tmp_path)
+    trainer.train()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(folders) == 2
+    found = Checkpoints(tmp_path / "checkpoints").latest()
+    assert found is not None
+    base = sum(p.numel() for p in trainer.model.get_base_model().parameters())
+    assert sum(t.numel() for n, t in found[0].items() if not n.startswith("random.")) < base / 2
+    assert {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "not json"])
+def test_a_damaged_checkpoint_is_skipped(damage: str, tmp_path: Path) -> None:
+    whole = small_trainer("hash")
+    whole.train()
+    with pytest.raises(Stop):
+        small_trainer("hash", tmp_path, callbacks=[StopAt(8)]).train()
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    file = newest / "tensors.safetensors"
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    resumed = small_trainer("hash", tmp_path)
+    with pytest.warns(UserWarning, match="is damaged"):
+        resumed.train(resume=True)
+    assert_same_run(whole, resumed)
+
+
+def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
+    folder = tmp_path / "checkpoints"
+    newest = sorted(folder.iterdir())[-1]
+    shutil.copytree(newest, folder / ".000000099.saving")
+    (folder / ".000000099.saving" / "manifest.json").unlink()
+    found = Checkpoints(folder).latest()
+    assert found is not None
+    assert found[1]["progress"]["global_step"] == json.loads((newest / "values.json").read_text())["progress"]["global_step"]
+
+
+def test_the_log_has_every_step_once(tmp_path: Path) -> None:
+    killed_and_resumed("l2p", tmp_path, [5, 11], log_every=1)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
+    assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]
+
+
+def test_resume_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="set output_dir"):
+        small_trainer("l2p").train(resume=True)

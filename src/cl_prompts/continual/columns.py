@@ -46,7 +46,8 @@ def labels_of(rows: Any, label_column: str, split: str) -> Rows:
     if not len(values):
         raise ValueError(f"the {split} set is empty")
     if values.dtype.kind not in "iu":
-        raise ValueError(f"column {label_column!r} of the {split} set holds {values[:1].tolist()}, not class ids: encode it first")
+        first = values[:1].tolist()
+        raise ValueError(f"column {label_column!r} of the {split} set holds {first}, not class ids: encode it first")
     if values.min() < 0:
         row = int(np.argmax(values < 0))
         raise ValueError(

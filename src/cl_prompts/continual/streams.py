@@ -264,7 +264,7 @@ class Stream:
         return numbers
 
     def _batches(self, images: LabelledImages, batches: list[list[int]], workers: int) -> Batches:
-        # With a generator of its own a loader draws nothing from the process's, so a resumed run draws as the whole one did.
+        # With a generator of its own a loader draws nothing from the process's, so a resumed run draws as the whole did.
         loader = DataLoader(
             images, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator()
         )

@@ -81,12 +81,22 @@ class ContinualTrainer:
         self._window = (0, self._started)  # images since the last line of the log, and when it was written
         if stream.task_free and args.epochs != 1:
             raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
+        self._check_memory()
 
     def _new_memory(self) -> RehearsalMemory | None:
         args = self.args
         if not args.rehearses:
             return None
         return RehearsalMemory(args.memory_size or None, args.memory_per_class or None, seed=args.seed)
+
+    def _check_memory(self) -> None:
+        model, kept = self.model, self.memory is not None
+        if getattr(model, "needs_memory", False) and not kept:
+            raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
+        if kept and model.rehearses == "never":
+            raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
+        if self.stream.task_free and model.rehearses == "only":
+            raise ValueError(f"{type(model).__name__} trains on the memory after each task: use a stream with tasks")
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -145,6 +155,8 @@ class ContinualTrainer:
                 model.record_features(self._images(task.train_rows))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
+        if model.rehearses == "only":
+            self._keep(task)
         self.progress.begun = True
         self._call("on_task_begin", task)
 
@@ -154,14 +166,24 @@ class ContinualTrainer:
     def _finish(self, task: Task) -> None:
         """What follows the training of a task and is taken again as a whole when the run is killed in it."""
         model = self.model
-        if self.memory is not None and not self.stream.task_free:
-            self.memory.add(task.train_rows, self.stream.train_labels[task.train_rows])
+        if model.rehearses != "only":
+            self._keep(task)
         if model.needs_consolidation:
             with self._frozen():
                 memory = self._images(self.memory.rows) if self.memory is not None and len(self.memory) else None
                 model.consolidate(self._images(task.train_rows), memory)
         if not self.stream.task_free:
             model.end_task()
+
+    def _keep(self, task: Task) -> None:
+        """Take the task's images into the memory; without tasks it takes them as they pass."""
+        if self.memory is None or self.stream.task_free:
+            return
+        ranking = None
+        if hasattr(self.model, "rank_images"):  # the learner chooses which
+            with self._frozen():
+                ranking = self.model.rank_images(task.train_rows, self._images(task.train_rows))
+        self.memory.add(task.train_rows, self.stream.train_labels[task.train_rows], ranking)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

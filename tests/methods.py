@@ -11,6 +11,7 @@ from cl_prompts import (
     L2PConfig,
     L2PPrefixConfig,
     LayerGroupedPromptConfig,
+    NoPromptsConfig,
     NoRGaConfig,
     PromptPoolConfig,
     SMoPEConfig,
@@ -46,5 +47,23 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "layer_grouped": lambda **more: LayerGroupedPromptConfig(num_groups=2, **more),
     "vpt": lambda **more: VPTConfig(prompt_length=3, **more),
     "vpt deep": lambda **more: VPTConfig(deep=True, prompt_length=3, **more),
+    "none": lambda **more: NoPromptsConfig(**more),
     "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, task_statistics="covariance", **more),
+}
+
+# What answers instead of the trained head, on any method.
+WITH_CLASSIFIER: dict[str, Callable[..., PromptPoolConfig]] = {
+    "hash discriminant": lambda **more: HashPromptConfig(
+        **{"pool_size": 6, "top_k": 2, "history_top": 2, "layers": [0, 2], "head": "discriminant", "loss_head": "cosine"}
+        | more
+    ),
+    "l2p analytic": lambda **more: L2PConfig(
+        **{"top_k": 3, "head": "analytic", "projection_size": 40, "save_statistics": True} | more
+    ),
+    "coda aligned": lambda **more: CodaPromptConfig(
+        **{"components_per_task": 3, "layers": [0, 2], "alignment": "covariance", "save_statistics": True} | more
+    ),
+    "none analytic": lambda **more: NoPromptsConfig(
+        **{"head": "analytic", "projection_size": 40, "save_statistics": True, "readout": "cls_mean"} | more
+    ),
 }

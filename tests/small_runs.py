@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from families import build
-from methods import METHODS
+from methods import METHODS, WITH_CLASSIFIER
 from torch import Tensor
 
 from cl_prompts import get_prompt_pool_model
@@ -41,7 +41,7 @@ def small_model(method: str, **config: Any) -> Any:
     """A new model of a method, the same every time."""
     base = build("vit")
     set_seed(3)
-    return get_prompt_pool_model(base, METHODS[method](**config))
+    return get_prompt_pool_model(base, {**METHODS, **WITH_CLASSIFIER}[method](**config))
 
 
 def small_trainer(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods import METHODS
+from methods import METHODS, WITH_CLASSIFIER
 from small_runs import Stop, StopAt, small_trainer, tensors
 
 from cl_prompts.continual import ContinualTrainer, TrainerCallback
@@ -32,11 +32,27 @@ def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: 
     return trainer
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")])
 def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
     whole = small_trainer(method)
     whole.train()
     assert_same_run(whole, killed_and_resumed(method, tmp_path, [5, 8, 17]))
+
+
+def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
+    class StopAfterTask(TrainerCallback):
+        def on_task_begin(self, trainer: ContinualTrainer, task: Any) -> None:
+            if task.number == 2:
+                raise Stop
+
+    whole = small_trainer("none analytic")
+    whole.train()
+    with pytest.raises(Stop):
+        small_trainer("none analytic", tmp_path, callbacks=[StopAfterTask()]).train()
+    resumed = small_trainer("none analytic", tmp_path)
+    resumed.train(resume=True)
+    assert resumed.progress.global_step == 0
+    assert_same_run(whole, resumed)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +157,7 @@ def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     (folder / ".000000099.saving" / "manifest.json").unlink()
     found = Checkpoints(folder).latest()
     assert found is not None
-    assert found[1]["progress"]["global_step"] == json.loads((newest / "values.json").read_text())["progress"]["global_step"]
+    assert found[1]["progress"] == json.loads((newest / "values.json").read_text())["progress"]
 
 
 def test_the_log_has_every_step_once(tmp_path: Path) -> None:

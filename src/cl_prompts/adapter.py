@@ -9,7 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from cl_prompts.classifiers import AlignedClassifier, build_classifier
 from cl_prompts.configs import PromptPoolConfig
+from cl_prompts.features import Recorded
 from cl_prompts.head import IGNORED, GrowingHead
 from cl_prompts.pools import POOLS, PromptPool
 from cl_prompts.prompts import BackboneShape
@@ -33,7 +35,10 @@ class PoolAdapter(nn.Module):
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
         self.pool: PromptPool = POOLS[config.method](config, shape)
-        self.head = GrowingHead(shape.width, config.head_scale if config.head == "cosine" else None)
+        width = shape.width * (2 if self.readout == "cls_mean" else 1)
+        self.head = GrowingHead(width, config.scale)
+        self.classifier = build_classifier(config, width)
+        self.recorded: Recorded | None = None  # the coming task's images, seen before it
         self.link = OptimizerLink()
         self.ledger = ImageLedger()
         self.grown = False  # since the last training forward
@@ -55,8 +60,12 @@ class PoolAdapter(nn.Module):
 
     def _declare(self, known: Sequence[int], task: Sequence[int] | None = None) -> None:
         self.head.declare(known, task if task is not None else known)
-        if task is not None:
-            self.pool.begin_task([known.index(c) for c in task])
+        columns = [known.index(c) for c in (task if task is not None else known)]
+        # Prompts that are frozen after the first task have no part in later ones.
+        if task is not None and (self.config.trained_tasks == "all" or not self.pool.num_tasks):
+            self.pool.begin_task(columns)
+        if self.classifier is not None:
+            self.classifier.begin_task(columns)
 
     def begin_task(self, classes: Sequence[int], revisit: bool, class_names: dict[int, str] | None) -> None:
         """Grow for a task; see `PromptPoolTuner.begin_task`."""
@@ -77,9 +86,38 @@ class PoolAdapter(nn.Module):
         """Close the task; see `PromptPoolTuner.end_task`."""
         if not self.config.state.task_open:
             raise ValueError("no task is open: call begin_task(classes) first")
+        if self.classifier is not None and int(self.classifier.fitted) < self.classifier.num_tasks:
+            raise ValueError("the classifier has not seen this task: call model.consolidate(images) before end_task()")
         self.pool.end_task()
         self.config.state.task_open = False
         self.link.detach()
+
+    def classify(self, features: Tensor) -> Tensor:
+        """What answers: logits [B, C] of features [B, D]."""
+        if self.classifier is None or not self.config.closed_form:
+            return self.head(features)
+        return self.classifier(features)
+
+    def consolidate(self, seen: Recorded) -> None:
+        """Show the classifier a task whose training is done.
+
+        Raises:
+            ValueError: the features before the task are missing or of other images.
+        """
+        assert self.classifier is not None
+        before = None
+        if self.classifier.needs_before and int(self.classifier.fitted):
+            if self.recorded is None or not torch.equal(self.recorded.ids, seen.ids):
+                raise ValueError(
+                    "drift compensation needs the same images as they were seen before the task: call "
+                    'model.record_features(images) before begin_task, or set drift_compensation="none"'
+                )
+            before = self.recorded.features.to(seen.features)
+        columns, _ = self.head.to_columns(seen.labels)
+        self.classifier.fit(seen.features, columns, before, self.head)
+        self.recorded = None
+        if isinstance(self.classifier, AlignedClassifier):
+            self.classifier.hand_over(self.head)
 
     def group_of(self, name: str) -> str:
         """The parameter group of one of the adapter's parameters."""

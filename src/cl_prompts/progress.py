@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl_prompts.adapter import PoolAdapter
+from cl_prompts.features import Recorded
 from cl_prompts.prompts import BackboneShape
 from cl_prompts.state import AdapterState
 from cl_prompts.training import ImageLedger
@@ -19,6 +21,8 @@ def training_state(adapter: PoolAdapter, base: nn.Module) -> tuple[dict[str, Ten
     """Tensors (of the adapter, what it does not save included, and of the base's trained modules) and JSON-able values."""
     tensors = {f"adapter.{name}": tensor for name, tensor in _tensors(adapter).items()}
     tensors |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
+    if adapter.recorded is not None:
+        tensors |= {f"recorded.{name}": value for name, value in vars(adapter.recorded).items()}
     tensors["counted"] = torch.tensor(adapter.ledger.seen, dtype=torch.int64)
     return tensors, {"state": adapter.config.state.to_dict()}
 
@@ -36,7 +40,7 @@ def rebuilt(
     new = PoolAdapter(config, shape, adapter.query_pooling).to(next(iter(_tensors(adapter).values())).device)
     own = {f"adapter.{name}": tensor for name, tensor in _tensors(new).items()}
     own |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
-    found = {name: tensor for name, tensor in tensors.items() if name != "counted"}
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(("adapter.", "base."))}
     wrong = sorted(set(own) ^ set(found)) or [n for n in own if own[n].shape != found[n].shape]
     if wrong:
         raise ValueError(
@@ -45,6 +49,8 @@ def rebuilt(
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(found[name])
+    if "recorded.ids" in tensors:
+        new.recorded = Recorded(*(tensors[f"recorded.{field.name}"] for field in fields(Recorded)))
     new.ledger = ImageLedger(tensors["counted"].tolist())
     new.train(adapter.training)
     return new.requires_grad_(next(adapter.head.parameters()).requires_grad)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -23,8 +23,10 @@ from cl_prompts.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.backbones.query import resolve_pooling
 from cl_prompts.backbones.structure import Structure, expected_image, find_structure, fingerprint
 from cl_prompts.configs import PromptPoolConfig
+from cl_prompts.features import record
 from cl_prompts.fitting import check_base, check_fits, refuse_large
 from cl_prompts.growth import grow_pool
+from cl_prompts.head import GrowingHead
 from cl_prompts.integrity import check_tensors
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.progress import rebuilt, training_state
@@ -178,6 +180,16 @@ class PromptPoolTuner(BaseTuner):
         return self.adapter.classes
 
     @property
+    def class_mask(self) -> str:
+        """Which logits the training loss sees (the config's)."""
+        return self.adapter.config.class_mask
+
+    @property
+    def head(self) -> GrowingHead:
+        """The trained head."""
+        return self.adapter.head
+
+    @property
     def needs_query(self) -> bool:
         """Whether the method reads the un-prompted feature; a caller who has it saves a pass with `query=`."""
         return self.adapter.pool.needs_query
@@ -315,13 +327,60 @@ class PromptPoolTuner(BaseTuner):
         self.peft_config[name] = new.config
         self.pools.prompt_pool[name] = new
 
-    # What a trainer asks: nothing is taken from a task's images before or after its training.
-    needs_features_before = needs_consolidation = False
-    rehearses = "beside"
+    rehearses: ClassVar[str] = "beside"  # rehearsed images join the batches
+
+    @property
+    def needs_features_before(self) -> bool:
+        """Whether `consolidate` wants the task's images to be seen before `begin_task` (not before the first)."""
+        classifier = self.adapter.classifier
+        return classifier is not None and classifier.needs_before
+
+    @property
+    def needs_consolidation(self) -> bool:
+        """Whether the classifier wants to see a task's images when its training is done."""
+        return self.adapter.classifier is not None
 
     def trains_task(self, number: int) -> bool:
-        """Whether task `number` is trained by gradient."""
-        return True
+        """Whether there is something to train by gradient in task `number`."""
+        config = self.adapter.config
+        if config.trained_tasks == "first" and number:
+            return not config.closed_form  # the head goes on
+        return config.trains_prompts or not config.closed_form
+
+    def record_features(self, images: Iterable[Mapping[str, Any]]) -> None:
+        """See a task's images before it begins, for drift compensation.
+
+        Args:
+            images: this process's share of all its images, not augmented: batches on the model's device with
+                `pixel_values`, `labels`, `sample_ids` and, if known, `query`.
+        """
+        self.adapter.recorded = record(self.features_of, images)
+
+    def consolidate(self, images: Iterable[Mapping[str, Any]], memory: Any = None) -> None:
+        """See a task's images when its training is done, before `end_task`: statistics of its classes, and the classifier.
+
+        Args:
+            images: as for `record_features`, the same images.
+            memory: not used; what rehearsal keeps.
+
+        Raises:
+            ValueError: the config has no classifier that wants it, or `record_features` was left out.
+        """
+        if self.adapter.classifier is None:
+            raise ValueError(
+                f"head={self.adapter.config.head!r} without alignment has nothing to consolidate: leave it out"
+            )
+        self.adapter.consolidate(record(self.features_of, images))
+
+    def features_of(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the classifier reads of images, as at test: [B, D] float32.
+
+        Args:
+            batch: with `pixel_values` and, if known, `query`.
+        """
+        own = {name: batch[name] for name in ("pixel_values", "query") if name in batch}
+        with self.way.prompted(self.adapter, (), own, training=False, only_features=True):
+            return self.model(**own).features
 
     def describe(self) -> str:
         """Sha256 of what defines the learner before it has learnt: its config, and the base's weights."""

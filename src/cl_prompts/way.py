@@ -59,6 +59,7 @@ class Call:
     sample_ids: Any
     num_items: Any
     noise: dict[str, Tensor]
+    only_features: bool = False
 
 
 class WayOfABatch:
@@ -117,9 +118,18 @@ class WayOfABatch:
 
     @contextmanager
     def prompted(
-        self, adapter: PoolAdapter, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
+        self,
+        adapter: PoolAdapter,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        training: bool,
+        only_features: bool = False,
     ) -> Iterator[None]:
-        """Until the block ends, a forward of the base model with these arguments is the adapter's answer."""
+        """Until the block ends, a forward of the base model with these arguments is the adapter's answer.
+
+        With `only_features` a classifier that is made from features is not asked.
+        """
         if not self.installed:
             raise ValueError(
                 "the base of this model was unloaded, or went to another prompt pool model: use that one (load_adapter "
@@ -128,6 +138,7 @@ class WayOfABatch:
         try:
             with whole_image(self.model, self.structure):
                 self._call = self._prepare(adapter, args, kwargs, training)
+                self._call.only_features = only_features
                 yield
         finally:
             self._call = None
@@ -228,7 +239,7 @@ class WayOfABatch:
         adapter = call.adapter
         with torch.autocast(call.counted.device.type, enabled=False):
             features = take_feature(self.model, self.structure, self.tokens, adapter.readout)
-            logits = adapter.head(features)
+            logits = adapter.head(features) if call.training or call.only_features else adapter.classify(features)
             chosen = self._chosen(call.prompts)
             if call.prompts.candidates > 1:
                 logits, features, chosen = answer_together(call, logits, features, chosen)

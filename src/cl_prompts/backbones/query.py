@@ -22,19 +22,20 @@ def resolve_pooling(pooling: str, structure: Structure, family: str) -> str:
     """
     if pooling == "auto":
         return structure.pooling
-    if pooling == "cls" and not structure.has_cls:
-        raise ValueError(f'"cls" was asked for, but {family} has no CLS token: use "auto" or "mean"')
+    if pooling in ("cls", "cls_mean") and not structure.has_cls:
+        raise ValueError(f'"{pooling}" was asked for, but {family} has no CLS token: use "auto" or "mean"')
     if pooling == "pooler" and structure.pooler is None:
         raise ValueError(f'"pooler" was asked for, but {family} has no pooler that reads all tokens: use "auto"')
     return pooling
 
 
 def take_feature(model: nn.Module, structure: Structure, seen: TokenInjector, pooling: str) -> Tensor:
-    """One feature per image [B, D] from what the newest pass recorded.
+    """One feature per image [B, D] (or [B, 2 D]) from what the newest pass recorded.
 
     Args:
-        pooling: "cls" (CLS behind the final norm), "mean" (of the patches behind the final norm), "pooler" (the model's
-            pooled feature) or "prompt" (mean of the prompt tokens' outputs behind the final norm).
+        pooling: "cls" (CLS behind the final norm), "mean" (of the patches behind the final norm), "cls_mean" (both,
+            [B, 2 D]), "pooler" (the model's pooled feature) or "prompt" (mean of the prompt tokens' outputs behind the
+            final norm).
     """
     assert seen.hidden is not None
     norm = model.get_submodule(structure.norm)
@@ -42,6 +43,9 @@ def take_feature(model: nn.Module, structure: Structure, seen: TokenInjector, po
         feature = norm(seen.hidden[:, 0])
     elif pooling == "mean":
         feature = norm(seen.hidden)[:, structure.special_tokens :].mean(1)
+    elif pooling == "cls_mean":
+        hidden = norm(seen.hidden)
+        feature = torch.cat([hidden[:, 0], hidden[:, structure.special_tokens :].mean(1)], 1)
     elif pooling == "prompt":
         assert seen.prompt_hidden is not None
         feature = norm(seen.prompt_hidden).mean(1)

@@ -2,6 +2,7 @@
 
 from cl_prompts.classifiers.alignment import AlignedClassifier, align
 from cl_prompts.classifiers.base import FeatureClassifier
+from cl_prompts.classifiers.build import build_classifier
 from cl_prompts.classifiers.discriminant import DiscriminantClassifier
 from cl_prompts.classifiers.drift import FeatureMap, fit_map
 from cl_prompts.classifiers.gaussians import ClassGaussians
@@ -23,5 +24,6 @@ __all__ = [
     "FeatureMap",
     "RidgeClassifier",
     "align",
+    "build_classifier",
     "fit_map",
 ]

@@ -105,6 +105,14 @@ class AlignedClassifier(FeatureClassifier):
         self.head = copy.deepcopy(head)
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
+    @torch.no_grad()
+    def hand_over(self, head: GrowingHead) -> None:
+        """Put the aligned head's values into `head`, and forget the copy."""
+        assert self.head is not None
+        for old, new in zip(head.parameters(), self.head.parameters(), strict=True):
+            old.copy_(new)
+        self.head = None
+
     def forward(self, features: Tensor) -> Tensor:
         """The aligned head's logits, [B, C]."""
         self.check_fitted()

@@ -7,6 +7,7 @@ from cl_prompts.configs.hash import HashPromptConfig
 from cl_prompts.configs.hide import HiDePromptConfig
 from cl_prompts.configs.l2p import L2PConfig, L2PPrefixConfig
 from cl_prompts.configs.layer_grouped import LayerGroupedPromptConfig
+from cl_prompts.configs.no_prompts import NoPromptsConfig
 from cl_prompts.configs.norga import NoRGaConfig
 from cl_prompts.configs.smope import SMoPEConfig
 from cl_prompts.configs.vpt import VPTConfig
@@ -23,6 +24,7 @@ __all__ = [
     "L2PConfig",
     "L2PPrefixConfig",
     "LayerGroupedPromptConfig",
+    "NoPromptsConfig",
     "NoRGaConfig",
     "PromptPoolConfig",
     "SMoPEConfig",

@@ -10,17 +10,15 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from peft import PeftConfig
-
 from cl_prompts.configs.checks import choice, flag, kind, not_negative, positive, positive_number
+from cl_prompts.configs.classifier import ClassifierConfig
 from cl_prompts.integrity import PEFT_TYPE, check_adapter_files, digest_file
 from cl_prompts.state import AdapterState
 
 
 METHODS: dict[str, type[PromptPoolConfig]] = {}
 
-HEADS = ("linear", "cosine")
-READOUTS = ("auto", "cls", "mean", "pooler", "prompt")
+READOUTS = ("auto", "cls", "mean", "cls_mean", "pooler", "prompt")
 POOLINGS = ("auto", "cls", "mean", "pooler")
 CLASS_MASKS = ("task", "batch", "none")
 INITS = ("uniform", "unit_uniform", "small_uniform", "normal", "zeros")
@@ -55,16 +53,15 @@ def _runtime(default: Any, text: str) -> Any:
 
 
 @dataclass
-class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
+class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     """Base of all method configs; `PromptPoolConfig(method=name, ...)` is the same as that method's own class.
 
     Args:
+        head, ...: the classifier, see `ClassifierConfig`.
         method: name of the method.
-        readout: what the classifier reads: "cls" (CLS after the final norm), "mean" (of the patches), "pooler" (the
-            model's own pooled feature), "prompt" (mean of the prompt tokens' outputs) or "auto" (as the query).
-        head: "linear" w.x + b, as in the papers, or "cosine" head_scale * cos(w, x): rows of different tasks then stay
-            comparable, although no loss ever compares them (class_mask="task").
-        head_scale: scale of the cosine head.
+        readout: what the classifier reads: "cls" (CLS after the final norm), "mean" (of the patches), "cls_mean" (both, 2 D
+            numbers), "pooler" (the model's own pooled feature), "prompt" (mean of the prompt tokens' outputs) or "auto" (as
+            the query).
         query_pooling: which feature of the un-prompted pass is the query: "cls", "mean", "pooler" or "auto" (CLS where
             there is one behind a final norm, else the model's pooled feature, else the mean of the patches).
         class_mask: which logits the training loss sees: "task" (classes of the current task, others -inf), "batch"
@@ -84,8 +81,6 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
 
     method: str = ""
     readout: str = field(default="auto", metadata={"help": "what the classifier reads"})
-    head: str = field(default="linear", metadata={"help": "linear or cosine classifier"})
-    head_scale: float = field(default=20.0, metadata={"help": "scale of the cosine head"})
     query_pooling: str = field(default="auto", metadata={"help": "which un-prompted feature is the query"})
     class_mask: str = field(default="task", metadata={"help": "which logits the training loss sees"})
     logit_temperature: float = field(default=1.0, metadata={"help": "divides the logits at test"})
@@ -130,8 +125,6 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
         ):
             raise ValueError(f'modules_to_save={saved!r} must be a list of names, like ["layernorm"]')
         choice(self, "readout", READOUTS)
-        choice(self, "head", HEADS)
-        positive_number(self, "head_scale")
         choice(self, "query_pooling", POOLINGS)
         choice(self, "class_mask", CLASS_MASKS)
         positive_number(self, "logit_temperature")
@@ -144,6 +137,7 @@ class PromptPoolConfig(PeftConfig, metaclass=_ByMethod):
             positive(self, "num_labels")
             if self.class_mask == "task":
                 raise ValueError('num_labels is for task-free training: set class_mask="batch" or "none" with it')
+        self.check_classifier(self.num_labels)
 
     @classmethod
     def _drop_unknown(cls, kwargs: dict[str, Any]) -> dict[str, Any]:

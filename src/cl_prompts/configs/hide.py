@@ -55,3 +55,5 @@ class HiDePromptConfig(TaskInferenceConfig):
         positive_number(self, "temperature")
         if self.prompt_momentum > 1:
             raise ValueError(f"prompt_momentum={self.prompt_momentum} must lie in [0, 1]: 0 mixes no earlier prompts in")
+        if self.readout == "cls_mean":
+            raise ValueError('readout="cls_mean": the contrastive term compares features of width D; use "cls" or "mean"')

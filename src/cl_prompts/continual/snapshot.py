@@ -54,6 +54,8 @@ def taken(trainer: ContinualTrainer) -> Saved:
         tensors |= {f"optimizer.{name}": tensor for name, tensor in own.items()}
     if trainer.accelerator.scaler is not None:
         values["scaler"] = trainer.accelerator.scaler.state_dict()
+    own, values["side"] = trainer.side.state()
+    tensors |= {f"side.{name}": tensor for name, tensor in own.items()}
     if trainer.memory is not None:
         values["memory"] = trainer.memory.state()
     random_tensors, values["random"] = random_state()
@@ -87,6 +89,7 @@ def put_back(trainer: ContinualTrainer, saved: Saved) -> None:
     trainer.progress = Progress(**values["progress"])
     trainer.matrix = AccuracyMatrix.from_dict(values["matrix"])
     trainer.stream.skipped = values["skipped"]
+    trainer.side.load_state(_below("side.", tensors), values["side"])
     if trainer.memory is not None:
         trainer.memory.load_state(values["memory"])
     args = trainer.args

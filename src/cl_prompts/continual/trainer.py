@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from cl_prompts.classifiers import FeatureClassifier
 from cl_prompts.collectives import gather_over_processes, sum_over_processes, world_size
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.batches import LookedAt, micro_batches, on_device
@@ -28,6 +29,7 @@ from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
+from cl_prompts.continual.side import SideClassifiers
 from cl_prompts.continual.snapshot import Saved, checked, put_back, put_back_optimizer, put_back_random_state, taken
 from cl_prompts.continual.streams import PADDING_LABEL, Stream, Task
 
@@ -42,6 +44,7 @@ class ContinualTrainer:
         accelerator: None: one is made with `args.mixed_precision`.
         callbacks: look on.
         trackers: Accelerate's trackers besides the log in the results folder, like ["tensorboard"].
+        classifiers: further classifiers to be measured on the learner's features, new ones (`side.matrices`).
 
     Attributes:
         matrix: accuracies, class-incremental: nobody tells the task.
@@ -62,6 +65,7 @@ class ContinualTrainer:
         accelerator: Accelerator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         trackers: Sequence[str] = (),
+        classifiers: Mapping[str, FeatureClassifier] | None = None,
     ) -> None:
         self.model, self.stream, self.args = model, stream, args
         self.folder = Path(args.output_dir) if args.output_dir else None
@@ -74,11 +78,18 @@ class ContinualTrainer:
         self.progress = Progress()
         self.measured: list[Evaluation] = []
         self.memory = self._new_memory()
+        self.side = SideClassifiers(model, classifiers or {})
         self.optimizer: torch.optim.Optimizer | None = None
         self.model.to(self.accelerator.device)
         self._features: dict[bool, Tensor] = {}
         self._started = time.perf_counter()
         self._window = (0, self._started)  # images since the last line of the log, and when it was written
+        if args.rehearses and not stream.random_access:
+            raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
+        if args.rehearses and getattr(model, "class_mask", None) == "task":
+            raise ValueError(
+                'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
+            )
         if stream.task_free and args.epochs != 1:
             raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
         self._check_memory()
@@ -150,9 +161,12 @@ class ContinualTrainer:
         model = self.model
         if self.args.forward_transfer and task.number and set(task.classes) <= set(model.classes):
             self.matrix.before[task.number] = self._measure(task).accuracy
-        if model.needs_features_before and task.number:
+        if task.number:
             with self._frozen():
-                model.record_features(self._images(task.train_rows))
+                if model.needs_features_before:
+                    model.record_features(self._images(task.train_rows))
+                if self.side.needs_before:
+                    self.side.record(self._images(task.train_rows))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
         if model.rehearses == "only":
@@ -168,10 +182,11 @@ class ContinualTrainer:
         model = self.model
         if model.rehearses != "only":
             self._keep(task)
-        if model.needs_consolidation:
-            with self._frozen():
+        with self._frozen():
+            if model.needs_consolidation:
                 memory = self._images(self.memory.rows) if self.memory is not None and len(self.memory) else None
                 model.consolidate(self._images(task.train_rows), memory)
+            self.side.fit(self._images(task.train_rows))
         if not self.stream.task_free:
             model.end_task()
 
@@ -356,6 +371,7 @@ class ContinualTrainer:
                 self.accelerator.device,
                 task=task.number,
                 tasks=[t.classes for t in self.stream.tasks],
+                classifiers=self.side.classifiers,
             )
 
     def _evaluate(self, task: Task) -> None:
@@ -365,6 +381,7 @@ class ContinualTrainer:
             [m.images for m in self.measured],
             [m.task_incremental or 0.0 for m in self.measured],
         )
+        self.side.add(self.measured)
         self.accelerator.log(
             {"task": task.number, "accuracies": [m.accuracy for m in self.measured], "average": self.matrix.curve()[-1]},
             step=self.progress.global_step,

@@ -1,0 +1,26 @@
+"""No prompts: the features of the frozen backbone as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_prompts.pools.base import PromptPool
+from cl_prompts.prompts import PoolInput, Prompts
+
+
+class NoPrompts(PromptPool, method="none"):
+    """A pool without prompts."""
+
+    @property
+    def needs_query(self) -> bool:
+        """One pass."""
+        return False
+
+    def prompt_table(self) -> Tensor:
+        """Nothing [0, 0, 0, D]."""
+        return torch.zeros(0, 0, 0, self.shape.width)
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """Nothing to put in."""
+        return Prompts()

@@ -1,9 +1,7 @@
-"""The example: where images come from, how settings are read, and a small run by one and by two processes."""
+"""The example: where images come from, and how settings are read."""
 
-import json
-import os
-import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +9,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from families import build
-from methods import METHODS
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from cl_prompts import get_prompt_pool_model
-from cl_prompts.continual import ClassIncrementalStream
+from cl_prompts import PromptPoolConfig
+from cl_prompts.continual import ContinualArguments
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from images import digits, load_image_data, split_by_class  # noqa: E402
-from train_cil import pairs, read_arguments, train_task  # noqa: E402
+from arguments import Arguments, known_recipes, pairs, read_arguments  # noqa: E402
+from images import SCENARIOS, digits, load_image_data, split_by_class  # noqa: E402
 
 
 def pictures(count: int) -> list[PILImage.Image]:
@@ -109,84 +103,73 @@ def test_input_range_and_resampling() -> None:
     assert not torch.equal(usual, data.transform(processor, "processor", "bicubic")(image))
 
 
-def arguments(monkeypatch: pytest.MonkeyPatch, *line: str) -> Any:
-    monkeypatch.setattr(sys, "argv", ["train_cil.py", *line])
-    return read_arguments()
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump({"method": "l2p", "epochs": 7, "lr": 1e-4, "tasks": 3, "config": {"pool_size": 3, "top_k": 2}})
+    )
+    return str(path)
 
 
-def test_the_command_line_has_the_last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(yaml.safe_dump({"method": "l2p", "epochs": 7, "lr": 1e-4, "config": {"pool_size": 3, "top_k": 2}}))
-    args = arguments(monkeypatch, "--recipe", str(recipe), "--epochs", "2")
-    assert (args.method, args.epochs, args.lr) == ("l2p", 2, 1e-4)
+def test_the_command_line_has_the_last_word(recipe: str) -> None:
+    args = read_arguments(["--recipe", recipe, "--epochs", "2"])
+    assert (args.method, args.epochs, args.lr, args.tasks) == ("l2p", 2, 1e-4, [3])
     assert pairs(args.config) == {"pool_size": 3, "top_k": 2}
+    assert read_arguments(["--recipe", recipe, "--tasks", "2", "4"]).tasks == [2, 4]
     # a recipe's method settings are not those of another method
-    assert arguments(monkeypatch, "--recipe", str(recipe), "--method", "hash").config == []
+    assert read_arguments(["--recipe", recipe, "--method", "hash"]).config == []
     assert pairs(["lr=1e-3", "layers=[0, 2]", "head=cosine"]) == {"lr": 1e-3, "layers": [0, 2], "head": "cosine"}
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in (EXAMPLES / "recipes").glob("*.yaml")))
-def test_every_recipe_is_readable(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
-    from cl_prompts import PromptPoolConfig
+def test_every_setting_of_the_trainer_is_a_flag() -> None:
+    line = ["--lrs", "head=1e-3", "--optimizer", "sgd", "--optimizer_options", "momentum=0.9", "--warmup", "7"]
+    told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output", "here"]).of_trainer()
+    assert (told.lrs, told.optimizer, told.optimizer_options) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
+    assert (told.warmup, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
+    flags = {f.name for f in fields(Arguments)}
+    assert {f.name for f in fields(ContinualArguments)} - flags == {"output_dir"}
+    with pytest.raises(ValueError, match="epochs=0"):
+        read_arguments(["--epochs", "0"]).of_trainer()
 
-    args = arguments(monkeypatch, "--recipe", recipe)
+
+def test_each_seed_has_its_folder() -> None:
+    folders = {read_arguments(["--seed", str(seed)]).folder.name for seed in (0, 1)}
+    assert folders == {"digits-hash-seed0", "digits-hash-seed1"}
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_fits_its_method(name: str) -> None:
+    args = read_arguments(["--recipe", name])
     assert PromptPoolConfig(method=args.method, **pairs(args.config)).method == args.method
+    assert args.of_trainer().epochs == args.epochs
+    assert args.scenario in SCENARIOS
+    assert args.input_range in ("unit", "processor")
+    if args.scenario == "gaussian":
+        assert args.epochs == 1
+    text = (EXAMPLES / "recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("#"), "a recipe says where its numbers are from"
+    if not name.endswith("_mini") and name != "digits":
+        assert args.input_range == "unit", "the papers' inputs are in [0, 1]"
+        assert "model:" in text, "the weights that the paper used are part of the recipe"
 
 
-def test_unknown_recipes_and_settings_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no recipe 'nope'.*digits"):
-        arguments(monkeypatch, "--recipe", "nope")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--recipe", "nope"], r"no recipe 'nope'.*digits"),
+        (["--method", "nope"], r"no method 'nope'.*'ewc'.*'hash'"),
+        (["--method", "icarl"], "icarl needs remembered images: set --memory_size"),
+        (["--trackers", "nope"], r"trackers \['nope'\] are not installed"),
+        (["--lrs", "0.1"], r"expected name=value, got \['0.1'\]"),
+    ],
+)
+def test_unknown_settings_are_named(line: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        read_arguments(line).of_trainer()
+
+
+def test_a_recipe_may_set_arguments_only(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("epoch: 3")
     with pytest.raises(SystemExit, match=r"sets \['epoch'\]"):
-        arguments(monkeypatch, "--recipe", str(tmp_path / "bad.yaml"))
-
-
-def run_example(output: Path, *launcher: str) -> dict[str, Any]:
-    settings = ["--tasks", "2", "--epochs", "1", "--lr", "0.01", "--config", "layers=[0]", "--output", str(output)]
-    command = [*launcher, str(EXAMPLES / "train_cil.py"), *settings]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "nearest class mean" in done.stdout
-    results: dict[str, Any] = json.loads((output / "results.json").read_text())["results"]
-    return results
-
-
-@pytest.mark.slow
-def test_two_processes_run_the_example_as_one(tmp_path: Path) -> None:
-    one = run_example(tmp_path / "one", sys.executable)
-    two = run_example(tmp_path / "two", sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    for learner, matrix in one.items():
-        for ours, theirs in zip(matrix["columns"], two[learner]["columns"], strict=True):
-            assert theirs == pytest.approx(ours, abs=0.6), learner  # one image of 180
-    tensors = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
-    counts = [t["base_model.pools.prompt_pool.pool.history.counts"] for t in tensors]
-    assert torch.equal(*counts)
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {
-        "adapter",
-        "results.json",
-        "results.md",
-        "curves.png",
-        "matrix.png",
-        "selection.png",
-    }
-    for name in ("one", "two"):
-        text = (tmp_path / name / "results.md").read_text()
-        assert text.count("routing entropy") == 2
-        assert text.startswith("| learner |")
-
-
-@pytest.mark.parametrize("method", ["hide", "coda one-stage"])
-def test_queries_are_cached_for_methods_that_ask_in_tasks_or_in_training_only(
-    monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    data = Dataset.from_dict({"image": list(range(4)), "label": [0, 1, 0, 1]})
-    stream = ClassIncrementalStream(data, data, [[0, 1]], images.__getitem__)
-    model = get_prompt_pool_model(build("vit"), METHODS[method]()).eval()
-    passes: list[int] = []
-    model.get_base_model().register_forward_hook(lambda *_: passes.append(1))
-    model.begin_task([0, 1])
-    args = arguments(monkeypatch, "--epochs", "1", "--batch_size", "4")
-    train_task(Accelerator(cpu=True), model, stream, stream.tasks[0], args, torch.randn(4, 32))
-    assert len(passes) == 1  # the prompted one
+        read_arguments(["--recipe", str(tmp_path / "bad.yaml")])

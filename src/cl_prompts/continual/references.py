@@ -43,15 +43,16 @@ class FrozenFeatures:
 
 
 def nearest_class_mean(data: FrozenFeatures) -> AccuracyMatrix:
-    """The class whose mean training feature has the largest cosine; nothing is trained."""
+    """The class whose mean training feature, over all tasks so far, has the largest cosine; nothing is trained."""
     matrix = AccuracyMatrix()
-    seen: list[int] = []
-    means = torch.empty(0, data.train[0][0].shape[1])
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
     for task, (features, labels) in enumerate(data.train):
-        own = torch.stack([features[labels == c].mean(0) for c in data.classes[task]])
-        means = torch.cat([means, F.normalize(own, dim=1)])
-        seen += data.classes[task]
-        matrix.add(data.accuracies(partial(F.linear, weight=means), seen, task + 1), data.sizes[: task + 1])
+        for c in data.classes[task]:
+            own = features[labels == c]
+            sums[c], counts[c] = sums.get(c, 0) + own.sum(0), counts.get(c, 0) + len(own)
+        means = F.normalize(torch.stack([sums[c] / counts[c] for c in sums]), dim=1)
+        matrix.add(data.accuracies(partial(F.linear, weight=means), list(sums), task + 1), data.sizes[: task + 1])
     return matrix
 
 
@@ -71,7 +72,7 @@ def sequential_probe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for task, (features, labels) in enumerate(data.train):
-            seen += data.classes[task]
+            seen += [c for c in data.classes[task] if c not in seen]
             head.declare(seen, data.classes[task])
             _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
@@ -85,7 +86,7 @@ def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for task in range(len(data.train)):
-            seen += data.classes[task]
+            seen += [c for c in data.classes[task] if c not in seen]
             features, labels = (torch.cat(parts) for parts in zip(*data.train[: task + 1], strict=True))
             head = GrowingHead(features.shape[1])
             head.declare(seen, seen)

@@ -1,0 +1,176 @@
+"""The settings of a run: a flag for each, recipes that set some of them, the command line with the last word."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.tracking import get_available_trackers
+from images import SCENARIOS
+from transformers import HfArgumentParser
+
+from cl_prompts.configs import METHODS
+from cl_prompts.continual import ContinualArguments
+from cl_prompts.continual.baselines import BASELINES
+
+
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes"
+PAIRS = ("config", "lrs", "optimizer_options")  # lists of name=value, mappings in recipes
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field with a help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    """Everything a run depends on. A recipe sets some of them; the command line has the last word."""
+
+    recipe: str = setting("digits", "name in examples/recipes, or a YAML file")
+    output: str | None = setting(None, "results folder; default: results/<recipe>-<method>-seed<seed>")
+    resume: bool = setting(False, "go on where the run in the results folder was killed")
+
+    model: str = setting(str(HERE / "micro_vit"), "Hub id or folder of a vision transformer")
+    attention: str = setting("sdpa", "sdpa or eager; eager trains faster on CPUs in bf16, whose fused backward is slow")
+    dataset: list[str] = field(
+        default_factory=lambda: ["digits"],
+        metadata={"help": "digits, Hub ids, folders of parquet files or of image folders; several for domains or datasets"},
+    )
+    image_column: str | None = setting(None, "default: the data set's image column")
+    label_column: str | None = setting(None, "default: the data set's label column")
+    held_out: float = setting(0.0, "test on this share of the training images instead: for choosing settings")
+    input_range: str = setting("processor", "processor: the model's own mean and std; unit: [0, 1], as the papers")
+    resample: str = setting("processor", "processor, bilinear or bicubic")
+    augment: bool = setting(False, "random crops and flips of training images")
+    crop_scale: float = setting(0.05, "smallest crop, as a share of the image's area")
+    on_bad_image: str = setting("stop", "stop or skip (and count) images that cannot be read")
+
+    scenario: str = setting("class", "what a task brings: " + ", ".join(SCENARIOS))
+    joint: bool = setting(False, "one task with all images, which no continual learner may have: an upper bound")
+    tasks: list[int] = field(
+        default_factory=lambda: [5],
+        metadata={"help": "number of tasks, or the number of classes of each; for scenario class"},
+    )
+    shuffle_classes: bool = setting(False, "class order by seed instead of ascending; for scenarios class and gaussian")
+    domain_column: str | None = setting(None, "column of the domain, where one data set holds all of them")
+    order: list[str] = field(
+        default_factory=list, metadata={"help": "domains or data sets in order; default: as they come"}
+    )
+    common_test: bool = setting(False, "all domains are tested on one test set")
+    width: float = setting(0.05, "standard deviation of a class's times, as a share of the stream; for scenario gaussian")
+
+    method: str = setting(
+        "hash",
+        f"a prompt method ({', '.join(sorted(METHODS))}) or a comparison learner ({', '.join(sorted(BASELINES))})",
+    )
+    config: list[str] = field(default_factory=list, metadata={"help": "its own settings: pool_size=20 layers=[0,1,2]"})
+
+    epochs: int = setting(5, "epochs per task")
+    batch_size: int = setting(64, "images of an optimizer step, over all processes")
+    accumulation: int = setting(1, "parts that a batch is cut into: less memory, the same step")
+    optimizer: str = setting("adam", "adam, adamw or sgd, anew for every task")
+    optimizer_options: list[str] = field(
+        default_factory=list, metadata={"help": "further options of torch's optimizer: weight_decay=0.01"}
+    )
+    keep_optimizer: bool = setting(False, "carry the optimizer's state from task to task")
+    lr: float = setting(5e-3, "learning rate")
+    lrs: list[str] = field(default_factory=list, metadata={"help": "other rates by group: head=1e-3 prompts=1e-2"})
+    clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    schedule: str = setting("constant", "constant, cosine, linear or coda, anew for every task")
+    warmup: int = setting(0, "steps of a linear warm-up of every task")
+    mixed_precision: str = setting("no", "no, bf16 or fp16")
+    cache_queries: bool = setting(True, "compute un-prompted features once where images are not augmented")
+    memory_size: int = setting(0, "images kept for rehearsal in all")
+    memory_per_class: int = setting(0, "images kept for rehearsal of every class")
+    memory_batch_size: int | None = setting(None, "rehearsed images that join each batch; default: batch_size")
+    forward_transfer: bool = setting(False, "evaluate a task also before it is trained, where its classes are known")
+    seed: int = setting(0, "seed of everything")
+    workers: int = setting(0, "loader processes")
+    log_every: int = setting(20, "steps between two lines of the log")
+    checkpoint_every: int = setting(100, "steps between two checkpoints; 0: only after every task")
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "tensorboard, wandb, trackio, ... besides log.jsonl"}
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The results folder."""
+        return Path(self.output or f"results/{Path(self.recipe).stem}-{self.method}-seed{self.seed}")
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether images of earlier tasks are kept."""
+        return bool(self.memory_size or self.memory_per_class)
+
+    def of_trainer(self) -> ContinualArguments:
+        """What the trainer is told.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(ContinualArguments) if f.name != "output_dir"}
+        own |= {name: pairs(own[name]) for name in ("lrs", "optimizer_options")}
+        return ContinualArguments(output_dir=str(self.folder), **own)
+
+
+def read_arguments(line: Sequence[str] | None = None) -> Arguments:
+    """Defaults, then the recipe, then the command line (default: this process's).
+
+    Exits with a message if a recipe or a setting does not exist.
+    """
+    parser = HfArgumentParser(Arguments, description="Continual learning with a prompt pool. " + str(Arguments.__doc__))
+    words = list(sys.argv[1:] if line is None else line)
+    recipe = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)[0].recipe
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        sys.exit(f"no recipe {recipe!r}: choose one of {known_recipes()} or name a YAML file")
+    settings = yaml.safe_load(path.read_text()) or {}
+    unknown = sorted(set(settings) - {f.name for f in fields(Arguments)})
+    if unknown:
+        sys.exit(f"{path} sets {unknown}, which are no arguments of this script")
+    parser.set_defaults(**{name: as_words(name, value) for name, value in settings.items()})
+    arguments: Arguments = parser.parse_args_into_dataclasses(words)[0]
+    if arguments.method != settings.get("method", arguments.method):
+        # The recipe's settings are those of its method; what is given for another one comes from the command line.
+        parser.set_defaults(config=[], lrs=[])
+        arguments = parser.parse_args_into_dataclasses(words)[0]
+    known = sorted({*METHODS, *BASELINES})
+    if arguments.method not in known:
+        sys.exit(f"no method {arguments.method!r}: choose one of {known}")
+    if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not arguments.rehearses:
+        sys.exit(f"{arguments.method} needs remembered images: set --memory_size or --memory_per_class")
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    absent = sorted(set(arguments.trackers) - set(available))
+    if absent:
+        sys.exit(f"trackers {absent} are not installed; there are {available}")
+    return arguments
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes of single runs."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("compare"))
+
+
+def as_words(name: str, value: Any) -> Any:
+    """A recipe's value as the command line would give it: lists where flags take several words."""
+    if name in PAIRS and isinstance(value, dict):
+        return [f"{key}={entry}" for key, entry in value.items()]
+    several = isinstance(getattr(Arguments(), name), list)
+    return [value] if several and not isinstance(value, list) else value
+
+
+def pairs(items: Sequence[str]) -> dict[str, Any]:
+    """["a=1", "b=[2, 3]"] -> {"a": 1, "b": [2, 3]}."""
+    if any("=" not in item for item in items):
+        sys.exit(f"expected name=value, got {[item for item in items if '=' not in item]}")
+    values = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in items)}
+    return {name: float(v) if isinstance(v, str) and v[:1].isdigit() else v for name, v in values.items()}  # 1e-3
+
+
+def as_dict(arguments: Arguments) -> dict[str, Any]:
+    """A JSON-able copy."""
+    return asdict(arguments)

@@ -1,0 +1,103 @@
+"""The results folder of a run: run.json says what was run and is written first, results.json ends it."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from arguments import Arguments, as_dict
+
+from cl_prompts.continual import AccuracyMatrix
+from cl_prompts.report import PAGE, machine
+from cl_prompts.saving import write_whole
+
+
+RUN, RESULTS = "run.json", "results.json"
+# All that a run writes; results.json last, so that a folder that has it is complete.
+FILES = (
+    RUN,
+    RESULTS,
+    PAGE,
+    "matrix.csv",
+    "log.jsonl",
+    "checkpoints",
+    "curves.png",
+    "matrix.png",
+    "selection.png",
+    "adapter",
+)
+# Arguments that change nothing about the results.
+NOT_OF_THE_RUN = ("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every")
+LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def described(arguments: Arguments, **facts: Any) -> dict[str, Any]:
+    """What run.json says.
+
+    Args:
+        arguments: of the run.
+        facts: what else makes it this run: the stream's fingerprint, the learner's, the number of processes.
+    """
+    versions = {name: version(name) for name in LIBRARIES}
+    return {"arguments": as_dict(arguments), **facts, "versions": versions, "machine": machine()}
+
+
+def differences(run: dict[str, Any], folder: Path) -> list[str]:
+    """What differs between a run and the one that the folder is of, in words; nothing if the folder is free.
+
+    Args:
+        run: from `described`; facts that are not there are not compared.
+        folder: the results folder.
+    """
+    try:
+        known = json.loads((folder / RUN).read_text())
+    except FileNotFoundError:
+        return [f"there is no {RUN} beside {name}" for name in FILES if (folder / name).exists()]
+    except ValueError:
+        return [f"{RUN} cannot be read"]
+    mine, theirs = run["arguments"], known.get("arguments", {})
+    found = [
+        f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
+        for name in sorted({*mine, *theirs} - set(NOT_OF_THE_RUN))
+        if mine.get(name) != theirs.get(name)
+    ]
+    facts = [name for name in run if name not in ("arguments", "versions", "machine")]
+    return found + [f"{name} differs" for name in facts if name in known and run[name] != known[name]]
+
+
+def refuse_another_run(run: dict[str, Any], folder: Path) -> None:
+    """Exit if the folder is of another run."""
+    found = differences(run, folder)
+    if found:
+        sys.exit(f"{folder} holds another run ({'; '.join(found)}): choose another --output, or remove that folder")
+
+
+def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:
+    """Write run.json. A run that starts over first removes what the last one left.
+
+    The log and the checkpoints are the trainer's, who clears them itself.
+    """
+    if (folder / RESULTS).exists() and not resume:
+        (folder / RESULTS).unlink()
+    if resume and (folder / RUN).exists():
+        then, now = json.loads((folder / RUN).read_text())["versions"], run["versions"]
+        changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+        if changed:
+            print(f"resumed under other versions ({', '.join(changed)}): results may differ from an uninterrupted run's")
+    write_whole(folder / RUN, json.dumps(run, indent=1))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in the folder has come to its end."""
+    return (folder / RESULTS).is_file()
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, AccuracyMatrix]]:
+    """results.json as it is, and its accuracy matrices by learner.
+
+    Raises:
+        ValueError: the file is none, or is damaged.
+    """
+    content = json.loads((folder / RESULTS).read_text())
+    return content, {name: AccuracyMatrix.from_dict(values) for name, values in content["results"].items()}

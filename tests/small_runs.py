@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from families import build
@@ -48,6 +49,7 @@ def small_trainer(
     method: str, folder: Path | None = None, *, tasks: int = 3, callbacks: Sequence[TrainerCallback] = (), **settings: Any
 ) -> ContinualTrainer:
     """A trainer over the small stream, two epochs of three steps a task."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process is made for one precision
     config = settings.pop("config", {})
     args = ContinualArguments(
         **{"output_dir": str(folder) if folder else None, "epochs": 2, "batch_size": 4, "checkpoint_every": 1, **settings}

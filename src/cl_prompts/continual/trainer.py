@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from cl_prompts.classifiers import FeatureClassifier
 from cl_prompts.collectives import gather_over_processes, sum_over_processes, world_size
 from cl_prompts.continual.arguments import ContinualArguments
-from cl_prompts.continual.batches import LookedAt, micro_batches, on_device
+from cl_prompts.continual.batches import micro_batches, on_device
 from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
 from cl_prompts.continual.checkpoint import Checkpoints
-from cl_prompts.continual.evaluation import Evaluation, evaluate, stream_features
+from cl_prompts.continual.evaluation import Evaluation, evaluate
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
@@ -32,6 +32,7 @@ from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.side import SideClassifiers
 from cl_prompts.continual.snapshot import Saved, checked, put_back, put_back_optimizer, put_back_random_state, taken
 from cl_prompts.continual.streams import PADDING_LABEL, Stream, Task
+from cl_prompts.continual.viewing import Viewer
 
 
 class ContinualTrainer:
@@ -81,7 +82,7 @@ class ContinualTrainer:
         self.side = SideClassifiers(model, classifiers or {})
         self.optimizer: torch.optim.Optimizer | None = None
         self.model.to(self.accelerator.device)
-        self._features: dict[bool, Tensor] = {}
+        self.viewer = Viewer(model, stream, args, self.accelerator)
         self._started = time.perf_counter()
         self._window = (0, self._started)  # images since the last line of the log, and when it was written
         if args.rehearses and not stream.random_access:
@@ -162,11 +163,11 @@ class ContinualTrainer:
         if self.args.forward_transfer and task.number and set(task.classes) <= set(model.classes):
             self.matrix.before[task.number] = self._measure(task).accuracy
         if task.number:
-            with self._frozen():
+            with self.viewer.still():
                 if model.needs_features_before:
-                    model.record_features(self._images(task.train_rows))
+                    model.record_features(self.viewer.images(task.train_rows))
                 if self.side.needs_before:
-                    self.side.record(self._images(task.train_rows))
+                    self.side.record(self.viewer.images(task.train_rows))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
         if model.rehearses == "only":
@@ -182,11 +183,11 @@ class ContinualTrainer:
         model = self.model
         if model.rehearses != "only":
             self._keep(task)
-        with self._frozen():
+        with self.viewer.still():
             if model.needs_consolidation:
-                memory = self._images(self.memory.rows) if self.memory is not None and len(self.memory) else None
-                model.consolidate(self._images(task.train_rows), memory)
-            self.side.fit(self._images(task.train_rows))
+                memory = self.viewer.images(self.memory.rows) if self.memory is not None and len(self.memory) else None
+                model.consolidate(self.viewer.images(task.train_rows), memory)
+            self.side.fit(self.viewer.images(task.train_rows))
         if not self.stream.task_free:
             model.end_task()
 
@@ -196,8 +197,8 @@ class ContinualTrainer:
             return
         ranking = None
         if hasattr(self.model, "rank_images"):  # the learner chooses which
-            with self._frozen():
-                ranking = self.model.rank_images(task.train_rows, self._images(task.train_rows))
+            with self.viewer.still():
+                ranking = self.model.rank_images(task.train_rows, self.viewer.images(task.train_rows))
         self.memory.add(task.train_rows, self.stream.train_labels[task.train_rows], ranking)
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -212,6 +213,10 @@ class ContinualTrainer:
 
     def _steps_per_epoch(self, task: Task) -> int:
         return self.stream.steps_per_epoch(task, self.args.batch_size, self._rows())
+
+    def frozen_features(self, *, train: bool) -> Tensor:
+        """Un-prompted features of all images of the stream's tasks by row number [rows, D], computed once."""
+        return self.viewer.frozen_features(train=train)
 
     def _train(self, task: Task, before: dict[str, Any], saved: Saved | None) -> None:
         args, progress, model, accelerator = self.args, self.progress, self.model, self.accelerator
@@ -245,6 +250,9 @@ class ContinualTrainer:
         if args.checkpoint_every:
             self._save()
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        for left in ("forward", "_is_accelerate_prepared"):
+            # Accelerate would take the model for a prepared one and train the next task without mixed precision.
+            vars(model).pop(left, None)
         accelerator.free_memory()
 
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
@@ -258,7 +266,7 @@ class ContinualTrainer:
                 args.batch_size,
                 seed=args.seed,
                 epoch=progress.epoch,
-                queries=self._queries(train=True, augmented=self.stream.augments),
+                queries=self.viewer.training_queries(),
                 workers=args.workers,
                 rows=self._rows(),
                 memory_rows=memory,
@@ -313,60 +321,17 @@ class ContinualTrainer:
         self.accelerator.log(logs, step=self.progress.global_step)
         self._call("on_log", logs)
 
-    # ---- images ------------------------------------------------------------------------------------------------------
-
-    def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all images of the stream's tasks by row number [rows, D], computed once."""
-        if train not in self._features:
-            stream, device = self.stream, self.accelerator.device
-            with self._frozen():
-                batches = stream.all_images(train=train, batch_size=self.args.batch_size, workers=self.args.workers)
-                rows = len(stream.train_labels if train else stream.test_labels)
-                self._features[train] = stream_features(self.model, batches, rows, device)
-        return self._features[train]
-
-    def _queries(self, *, train: bool, augmented: bool = False) -> Tensor | None:
-        """Queries of the images by row number, where the method asks for them and they stay the same."""
-        if not self.args.cache_queries or not self.model.needs_query or not self.stream.random_access or augmented:
-            return None
-        if any(p.requires_grad for p in self.model.get_base_model().parameters()):
-            return None
-        return self.frozen_features(train=train)
-
-    def _images(self, rows: Any) -> LookedAt:
-        """Un-augmented training images of these rows, to look at."""
-        args = self.args
-
-        def batches() -> Any:
-            queries = self._queries(train=True)
-            return self.stream.images(rows, args.batch_size, queries=queries, workers=args.workers)
-
-        return LookedAt(batches, self.accelerator.device)
-
     def _rows(self) -> Any:
         """Row numbers to train on, None for the task's own."""
         return self.memory.rows if self.memory is not None and self.model.rehearses == "only" else None
 
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """The model in eval mode under the run's precision, for a look at images outside training."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.accelerator.autocast():
-                yield
-        finally:
-            self.model.train(training)
-
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def _measure(self, task: Task) -> Evaluation:
-        queries = self._queries(train=False)
-        batches = self.stream.test_batches(task, self.args.batch_size, queries=queries, workers=self.args.workers)
-        with self._frozen():
+        with self.viewer.still():
             return evaluate(
                 self.model,
-                batches,
+                self.viewer.test_batches(task),
                 self.model.classes,
                 self.accelerator.device,
                 task=task.number,

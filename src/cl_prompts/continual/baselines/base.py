@@ -211,7 +211,7 @@ class ComparisonLearner(GrowingModel):
         with torch.no_grad():
             return self.features(pixel_values, **kwargs)
 
-    def read_batch(self, batch: Mapping[str, Any]) -> Tensor:
+    def features_of(self, batch: Mapping[str, Any]) -> Tensor:
         """Features [B, D] of a batch to look at, with `query` if it has one."""
         return self.read(batch["pixel_values"], batch.get("query"))
 

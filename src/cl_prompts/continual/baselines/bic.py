@@ -80,7 +80,7 @@ class BiC(DistillingLearner):
         old = self.taught_columns
         if not 0 < old < len(self.classes):
             return
-        seen = record(lambda batch: self.scores(self.read_batch(batch)), memory)
+        seen = record(lambda batch: self.scores(self.features_of(batch)), memory)
         taken = is_held_out(seen.ids, self.held_out)
         logits, (columns, _) = seen.features[taken], self.head.to_columns(seen.labels[taken])
         if not (columns < old).any() or not (columns >= old).any():

@@ -74,7 +74,7 @@ def class_sums(learner: ComparisonLearner, images: Images, *, normalized: bool =
         images: this process's share.
         normalized: bring each feature to length 1 first.
     """
-    seen = record(learner.read_batch, images)
+    seen = record(learner.features_of, images)
     columns, _ = learner.head.to_columns(seen.labels)
     features = seen.features.double()
     sums = features.new_zeros(len(learner.classes), features.shape[1])

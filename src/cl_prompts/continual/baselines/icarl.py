@@ -64,7 +64,7 @@ class ICaRL(DistillingLearner):
         Returns:
             places within each class; infinite for images that could not be read.
         """
-        seen = record(self.read_batch, images)
+        seen = record(self.features_of, images)
         place: dict[int, int] = {}
         for label in seen.labels.unique().tolist():
             own = seen.labels == label

@@ -81,7 +81,7 @@ class DERPlusPlus(ComparisonLearner):
         """Store the logits of images that are new in the memory, and forget those that are no longer in it."""
         if memory is None:
             raise ValueError('"der++" needs remembered images: set memory_size or memory_per_class')
-        seen = record(lambda batch: self.scores(self.read_batch(batch)), memory)
+        seen = record(lambda batch: self.scores(self.features_of(batch)), memory)
         logits, new = seen.features, seen.ids
         columns = torch.full_like(new, logits.shape[1])
         if len(self.stored_numbers):

@@ -18,7 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 10.0},
     "ewc_online": {"strength": 10.0, "decay": 0.7},
     "si": {"strength": 1.0},
-    "bic": {"held_out": 0.3},
+    "bic": {"held_out": 0.5},
 }
 
 

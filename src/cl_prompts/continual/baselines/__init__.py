@@ -76,12 +76,14 @@ def load_comparison_learner(folder: str | os.PathLike[str], backbone: nn.Module)
     def read() -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             told = json.loads(Path(folder, CONFIG_FILE).read_text())
+            if not isinstance(told, dict) or not all(isinstance(told.get(key), dict) for key in ("options", "state")):
+                raise ValueError(f"{CONFIG_FILE} has no options or no state")
             return told, load_file(Path(folder, WEIGHTS_FILE))
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no comparison learner, or a damaged one ({error})") from error
 
     told, tensors = read_whole(folder, read)
-    learner = get_comparison_learner(told["learner"], backbone, **told["options"])
+    learner = get_comparison_learner(told.get("learner", ""), backbone, **told["options"])
     learner.load_training_state(tensors, told)
     learner.eval()
     return learner

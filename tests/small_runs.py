@@ -50,11 +50,12 @@ def small_trainer(
 ) -> ContinualTrainer:
     """A trainer over the small stream, two epochs of three steps a task."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process is made for one precision
-    config = settings.pop("config", {})
+    config, classifiers = settings.pop("config", {}), settings.pop("classifiers", None)
     args = ContinualArguments(
         **{"output_dir": str(folder) if folder else None, "epochs": 2, "batch_size": 4, "checkpoint_every": 1, **settings}
     )
-    return ContinualTrainer(small_model(method, **config), small_stream(tasks), args, callbacks=callbacks)
+    model = small_model(method, **config)
+    return ContinualTrainer(model, small_stream(tasks), args, callbacks=callbacks, classifiers=classifiers)
 
 
 class Stop(Exception):

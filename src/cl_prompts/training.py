@@ -122,7 +122,8 @@ class ImageLedger:
         for process, ids in enumerate(gather_over_processes(own)):
             for i in ids.tolist():
                 new = i >= 0 and i not in self._seen
-                self._seen.add(i)
+                if new:
+                    self._seen.add(i)
                 if process == rank:
                     mine.append(new)
         return torch.tensor(mine, device=counted.device)

@@ -85,15 +85,7 @@ class ContinualTrainer:
         self.viewer = Viewer(model, stream, args, self.accelerator)
         self._started = time.perf_counter()
         self._window = (0, self._started)  # images since the last line of the log, and when it was written
-        if args.rehearses and not stream.random_access:
-            raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
-        if args.rehearses and getattr(model, "class_mask", None) == "task":
-            raise ValueError(
-                'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
-            )
-        if stream.task_free and args.epochs != 1:
-            raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
-        self._check_memory()
+        self._check()
 
     def _new_memory(self) -> RehearsalMemory | None:
         args = self.args
@@ -101,13 +93,24 @@ class ContinualTrainer:
             return None
         return RehearsalMemory(args.memory_size or None, args.memory_per_class or None, seed=args.seed)
 
-    def _check_memory(self) -> None:
-        model, kept = self.model, self.memory is not None
-        if getattr(model, "needs_memory", False) and not kept:
-            raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
+    def _check(self) -> None:
+        """Raise ValueError if settings, learner and stream do not fit each other."""
+        args, model, stream, kept = self.args, self.model, self.stream, self.memory is not None
+        if args.rehearses and not stream.random_access:
+            raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
         if kept and model.rehearses == "never":
             raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
-        if self.stream.task_free and model.rehearses == "only":
+        if args.rehearses and getattr(model, "class_mask", None) == "task":
+            raise ValueError(
+                'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
+            )
+        if stream.task_free and self.side.classifiers:
+            raise ValueError("further classifiers look at each task's images, and this stream has no tasks: leave them out")
+        if stream.task_free and args.epochs != 1:
+            raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
+        if getattr(model, "needs_memory", False) and not kept:
+            raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
+        if stream.task_free and model.rehearses == "only":
             raise ValueError(f"{type(model).__name__} trains on the memory after each task: use a stream with tasks")
 
     # ---- the run -----------------------------------------------------------------------------------------------------
@@ -172,6 +175,9 @@ class ContinualTrainer:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
         if model.rehearses == "only":
             self._keep(task)
+        if self.args.forward_transfer and not task.number:
+            known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]
+            self.matrix.baseline = {later.number: self._measure(later).accuracy for later in known}
         self.progress.begun = True
         self._call("on_task_begin", task)
 

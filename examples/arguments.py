@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from images import SCENARIOS
 from transformers import HfArgumentParser
 
+from cl_prompts.classifiers import CLASSIFIERS
 from cl_prompts.configs import METHODS
 from cl_prompts.continual import ContinualArguments
 from cl_prompts.continual.baselines import BASELINES
@@ -66,6 +67,10 @@ class Arguments:
     method: str = setting(
         "hash",
         f"a prompt method ({', '.join(sorted(METHODS))}) or a comparison learner ({', '.join(sorted(BASELINES))})",
+    )
+    also: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"further classifiers measured on the same features: {', '.join(sorted(CLASSIFIERS))}"},
     )
     config: list[str] = field(default_factory=list, metadata={"help": "its own settings: pool_size=20 layers=[0,1,2]"})
 
@@ -124,30 +129,46 @@ def read_arguments(line: Sequence[str] | None = None) -> Arguments:
     """
     parser = HfArgumentParser(Arguments, description="Continual learning with a prompt pool. " + str(Arguments.__doc__))
     words = list(sys.argv[1:] if line is None else line)
-    recipe = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)[0].recipe
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    first, strange = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if strange:
+        sys.exit(f"no such arguments: {strange}; --help lists them all")
+    path = Path(first.recipe) if first.recipe.endswith((".yaml", ".yml")) else RECIPES / f"{first.recipe}.yaml"
     if not path.is_file():
-        sys.exit(f"no recipe {recipe!r}: choose one of {known_recipes()} or name a YAML file")
+        sys.exit(f"no recipe {first.recipe!r}: choose one of {known_recipes()} or name a YAML file")
     settings = yaml.safe_load(path.read_text()) or {}
     unknown = sorted(set(settings) - {f.name for f in fields(Arguments)})
     if unknown:
         sys.exit(f"{path} sets {unknown}, which are no arguments of this script")
-    parser.set_defaults(**{name: as_words(name, value) for name, value in settings.items()})
+    settings = {name: as_words(name, value) for name, value in settings.items()}
+    parser.set_defaults(**{name: value for name, value in settings.items() if name not in PAIRS})
     arguments: Arguments = parser.parse_args_into_dataclasses(words)[0]
-    if arguments.method != settings.get("method", arguments.method):
-        # The recipe's settings are those of its method; what is given for another one comes from the command line.
-        parser.set_defaults(config=[], lrs=[])
-        arguments = parser.parse_args_into_dataclasses(words)[0]
-    known = sorted({*METHODS, *BASELINES})
-    if arguments.method not in known:
-        sys.exit(f"no method {arguments.method!r}: choose one of {known}")
+    # What a recipe says in pairs is of its own method (or optimizer); the command line changes single ones.
+    owner = {"config": "method", "lrs": "method", "optimizer_options": "optimizer"}
+    for name in PAIRS:
+        same = getattr(arguments, owner[name]) == settings.get(owner[name], getattr(Arguments(), owner[name]))
+        setattr(arguments, name, merged(settings.get(name, []) if same else [], getattr(arguments, name)))
+    check(arguments)
+    return arguments
+
+
+def check(arguments: Arguments) -> None:
+    """Exit with a message if a setting is none; those of the method and the data are checked where they are used."""
+    for name, known in (
+        ("scenario", SCENARIOS),
+        ("method", sorted({*METHODS, *BASELINES})),
+        ("trackers", [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]),
+        ("also", sorted(CLASSIFIERS)),
+    ):
+        given = getattr(arguments, name)
+        absent = sorted(set(given if isinstance(given, list) else [given]) - set(known))
+        if absent:
+            sys.exit(f"--{name} {' '.join(absent)}: there is {', '.join(known)}" + " (installed)" * (name == "trackers"))
     if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not arguments.rehearses:
         sys.exit(f"{arguments.method} needs remembered images: set --memory_size or --memory_per_class")
-    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    absent = sorted(set(arguments.trackers) - set(available))
-    if absent:
-        sys.exit(f"trackers {absent} are not installed; there are {available}")
-    return arguments
+    try:
+        arguments.of_trainer()
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def known_recipes() -> list[str]:
@@ -161,6 +182,11 @@ def as_words(name: str, value: Any) -> Any:
         return [f"{key}={entry}" for key, entry in value.items()]
     several = isinstance(getattr(Arguments(), name), list)
     return [value] if several and not isinstance(value, list) else value
+
+
+def merged(items: Sequence[str], more: Sequence[str]) -> list[str]:
+    """["a=1", "b=2"], ["b=3"] -> ["a=1", "b=3"]."""
+    return list({item.partition("=")[0]: item for item in [*items, *more]}.values())
 
 
 def pairs(items: Sequence[str]) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def load_image_data(
     """Load training and test images.
 
     Args:
-        source: "digits", a folder, or a Hub id.
+        source: "digits", a folder, or a Hub id, with ":" and its configuration where it has several.
         image_column, label_column: column names; None: found by their types.
         held_out: if positive, the test set is this share of the training images of each class, and the real test set is
             not touched.
@@ -233,10 +233,11 @@ def load_image_data(
 
 
 def load_splits(source: str, *, streaming: bool = False) -> Any:
-    """All splits of a folder or a Hub data set."""
+    """All splits of a folder, or of a Hub data set, whose configuration may follow a colon."""
     folder = Path(source)
     if not folder.exists():
-        return load_dataset(source, streaming=streaming)
+        name, _, configuration = source.partition(":")
+        return load_dataset(name, configuration or None, streaming=streaming)
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         return load_dataset("imagefolder", data_dir=source, streaming=streaming)

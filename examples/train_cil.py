@@ -28,6 +28,7 @@ from run_folder import RESULTS, begin, described, is_complete, read_results, ref
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
+from cl_prompts.classifiers import CLASSIFIERS, FeatureClassifier
 from cl_prompts.continual import (
     AccuracyMatrix,
     ContinualTrainer,
@@ -85,9 +86,21 @@ def build_learner(args: Arguments, stream: Stream) -> Any:
         options = {"num_labels": max(stream.classes) + 1} | options
     if args.method in BASELINES:
         return get_comparison_learner(args.method, backbone, **options)
+    options = {"classifier_seed": args.seed} | options
     if stream.task_free:
         options = {"class_mask": "batch"} | options
     return get_prompt_pool_model(backbone, PromptPoolConfig(method=args.method, **options))
+
+
+def side_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifier]:
+    """Classifiers beside the learner's own, on its features."""
+    frozen = learner.features.frozen if args.method in BASELINES else learner.adapter.config.drift == "none"
+    found = {}
+    for name in args.also:
+        seed = {"seed": args.seed} if "seed" in signature(CLASSIFIERS[name]).parameters else {}
+        width = learner.head.weight.shape[1]
+        found[name] = CLASSIFIERS[name](width, drift="none" if frozen else "affine", **seed)
+    return found
 
 
 def references(trainer: ContinualTrainer, stream: Stream, args: Arguments) -> dict[str, AccuracyMatrix]:
@@ -148,13 +161,20 @@ def main() -> None:
 
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
     trainer = ContinualTrainer(
-        learner, own_stream, args.of_trainer(), accelerator=accelerator, callbacks=[ProgressBar()], trackers=args.trackers
+        learner,
+        own_stream,
+        args.of_trainer(),
+        accelerator=accelerator,
+        callbacks=[ProgressBar()],
+        trackers=args.trackers,
+        classifiers=side_classifiers(args, learner),
     )
     before = time.perf_counter() - started
     matrix = trainer.train(resume=args.resume)
     trained = time.perf_counter()
 
     matrices = {args.method: matrix}
+    matrices |= {f"{args.method} + {name}": found for name, found in trainer.side.matrices.items()}
     if stream.random_access:
         matrices |= references(trainer, stream, args)
     skipped = own_stream.count_skipped()

@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from images import digits
 from safetensors.torch import load_file
 from torch import Tensor
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from images import digits  # noqa: E402
-
-
 CLASSES, TRAIN, TEST = 4, 8, 4  # images of a class
 TINY = [
     "--tasks",

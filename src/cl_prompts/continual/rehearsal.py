@@ -20,8 +20,8 @@ class RehearsalMemory:
 
     With tasks, `add` draws the images of each class at the end of its task and, under a budget for all, lets old classes
     give up what is too much. Without tasks, `observe` is a class-balanced reservoir (Chrysakis & Moens, "Online Continual
-    Learning from Imbalanced Data", ICML 2020): every class a reservoir of its own while there is room, then the largest
-    classes give way.
+    Learning from Imbalanced Data", ICML 2020): new images of small classes take the places of the largest; a class that has
+    once been the largest is a reservoir from then on, in which all its images have the same chance.
 
     Args:
         size: images in all; None: see `per_class`.
@@ -38,6 +38,7 @@ class RehearsalMemory:
         self.size, self.per_class, self.seed = size, per_class, seed
         self.by_class: dict[int, list[int]] = {}
         self._passed: dict[int, int] = {}  # images of each class that `observe` was shown
+        self._full: set[int] = set()  # classes that were the largest once there was no room left
         self._draws = 0
 
     def __len__(self) -> int:
@@ -62,9 +63,18 @@ class RehearsalMemory:
             rows: row numbers of the task's images [n].
             labels: their class ids [n].
             ranking: the smaller, the sooner an image is kept [n] (herding order); None: random.
+
+        Raises:
+            ValueError: the lists are not of one length, or a place in the ranking is no number.
         """
-        rows, labels = np.asarray(list(rows), dtype=np.int64), np.asarray(list(labels), dtype=np.int64)
-        order = np.argsort(np.asarray(list(ranking)), kind="stable") if ranking is not None else self._order(len(rows))
+        rows, labels = _pairs(rows, labels)
+        if ranking is None:
+            order = self._order(len(rows))
+        else:
+            places = np.asarray(list(ranking), dtype=np.float64)
+            if places.shape != rows.shape or np.isnan(places).any():
+                raise ValueError(f"ranking must be a number for each of {len(rows)} rows, got {places.tolist()}")
+            order = np.argsort(places, kind="stable")
         for label in np.unique(labels):
             new = [int(row) for row in rows[order][labels[order] == label]]
             old = self.by_class.get(int(label), [])
@@ -84,8 +94,16 @@ class RehearsalMemory:
         return {label: quota + (number < left) for number, label in enumerate(self.by_class)}
 
     def observe(self, rows: Iterable[int], labels: Iterable[int]) -> None:
-        """Show images as they pass, one by one."""
-        for row, label in zip(rows, labels, strict=True):
+        """Show images as they pass, one by one.
+
+        Args:
+            rows: their row numbers [n].
+            labels: their class ids [n].
+
+        Raises:
+            ValueError: the lists are not of one length.
+        """
+        for row, label in zip(*_pairs(rows, labels), strict=True):
             self._observe(int(row), int(label))
 
     def _observe(self, row: int, label: int) -> None:
@@ -94,14 +112,16 @@ class RehearsalMemory:
         if len(own) < self.per_class if self.per_class is not None else len(self) < (self.size or 0):
             own.append(row)
             return
-        largest = max(self.by_class.values(), key=len)
-        if self.per_class is None and len(own) < len(largest):
-            largest.pop(int(self._random().integers(len(largest))))
-            own.append(row)
-        elif own:
-            place = int(self._random().integers(self._passed[label]))
-            if place < len(own):
-                own[place] = row
+        if self.per_class is None:
+            largest = max(self.by_class.values(), key=len)
+            self._full |= {c for c, kept in self.by_class.items() if len(kept) == len(largest)}
+            if label not in self._full:
+                largest.pop(int(self._random().integers(len(largest))))
+                own.append(row)
+                return
+        place = int(self._random().integers(self._passed[label]))
+        if place < len(own):
+            own[place] = row
 
     def _random(self) -> np.random.Generator:
         """A generator for one draw: its number is all the state there is."""
@@ -116,6 +136,7 @@ class RehearsalMemory:
         return {
             "by_class": [[label, rows] for label, rows in self.by_class.items()],
             "passed": [[label, count] for label, count in self._passed.items()],
+            "full": sorted(self._full),
             "draws": self._draws,
         }
 
@@ -123,4 +144,12 @@ class RehearsalMemory:
         """Go on where `state` was taken."""
         self.by_class = {int(label): [int(row) for row in rows] for label, rows in state["by_class"]}
         self._passed = {int(label): int(count) for label, count in state["passed"]}
+        self._full = {int(label) for label in state["full"]}
         self._draws = int(state["draws"])
+
+
+def _pairs(rows: Iterable[int], labels: Iterable[int]) -> tuple[Rows, Rows]:
+    found = np.asarray(list(rows), dtype=np.int64), np.asarray(list(labels), dtype=np.int64)
+    if len(found[0]) != len(found[1]):
+        raise ValueError(f"{len(found[0])} rows and {len(found[1])} labels: give a label for each row")
+    return found

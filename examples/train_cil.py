@@ -95,11 +95,11 @@ def build_learner(args: Arguments, stream: Stream) -> Any:
 def side_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifier]:
     """Classifiers beside the learner's own, on its features."""
     frozen = learner.features.frozen if args.method in BASELINES else learner.adapter.config.drift == "none"
-    found = {}
+    found: dict[str, FeatureClassifier] = {}
     for name in args.also:
-        seed = {"seed": args.seed} if "seed" in signature(CLASSIFIERS[name]).parameters else {}
-        width = learner.head.weight.shape[1]
-        found[name] = CLASSIFIERS[name](width, drift="none" if frozen else "affine", **seed)
+        make: Any = CLASSIFIERS[name]
+        seed = {"seed": args.seed} if "seed" in signature(make).parameters else {}
+        found[name] = make(learner.head.weight.shape[1], drift="none" if frozen else "affine", **seed)
     return found
 
 

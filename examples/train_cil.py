@@ -155,10 +155,6 @@ def main() -> None:
     learner = build_learner(args, stream)
     run = described(args, stream=stream.fingerprint(), learner=learner.describe(), processes=accelerator.num_processes)
     refuse_another_run(run, folder)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        begin(run, folder, resume=args.resume)
-
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
     trainer = ContinualTrainer(
         learner,
@@ -169,6 +165,9 @@ def main() -> None:
         trackers=args.trackers,
         classifiers=side_classifiers(args, learner),
     )
+    accelerator.wait_for_everyone()  # all have looked at the folder before it is written to
+    if accelerator.is_main_process:
+        begin(run, folder, resume=args.resume)
     before = time.perf_counter() - started
     matrix = trainer.train(resume=args.resume)
     trained = time.perf_counter()

@@ -28,7 +28,7 @@ from run_folder import RESULTS, begin, described, is_complete, read_results, ref
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.classifiers import CLASSIFIERS, FeatureClassifier
+from cl_prompts.classifiers import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
 from cl_prompts.continual import (
     AccuracyMatrix,
     ContinualTrainer,
@@ -36,6 +36,7 @@ from cl_prompts.continual import (
     FrozenFeatures,
     ProgressBar,
     Stream,
+    closed_form,
     joint_linear_probe,
     nearest_class_mean,
     sequential_probe,
@@ -118,6 +119,8 @@ def references(trainer: ContinualTrainer, stream: Stream, args: Arguments) -> di
         scale = options.get("head_scale", PromptPoolConfig.head_scale)
         found["sequential cosine probe"] = sequential_probe(data, **settings, cosine_scale=scale)
     found["nearest class mean"] = nearest_class_mean(data)
+    width = data.train[0][0].shape[1]
+    found["discriminant analysis"] = closed_form(data, DiscriminantClassifier(width, drift="none"))
     found["joint linear probe"] = joint_linear_probe(data, **settings)
     return found
 

@@ -25,7 +25,7 @@ from cl_prompts.saving import write_whole
 ALWAYS = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
 WHERE_KNOWN = {"faa_task_incremental": "FAA, task known", "fwt": "FWT"}
 # Learners without prompts on the same frozen features: what prompts must beat to be worth their training.
-FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean")
+FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean", "discriminant analysis")
 PAGE = "results.md"
 LEGEND = (
     "In percent; over several seeds mean ± sample standard deviation. FAA: mean accuracy over all tasks after the last. "

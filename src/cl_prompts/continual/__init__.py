@@ -8,6 +8,7 @@ from cl_prompts.continual.gaussian import GaussianStream
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.references import (
     FrozenFeatures,
+    closed_form,
     joint_linear_probe,
     nearest_class_mean,
     sequential_probe,
@@ -44,6 +45,7 @@ __all__ = [
     "Task",
     "TrainerCallback",
     "accuracy",
+    "closed_form",
     "evaluate",
     "joint_linear_probe",
     "nearest_class_mean",

@@ -187,12 +187,14 @@ def test_accumulated_pieces_are_one_batch(name: str) -> None:
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_saved_learner_answers_and_goes_on_the_same(name: str, tmp_path: Path) -> None:
     learner = small_learner(name)
-    batch = batch_of([4, 1, 4, 1])
-    learner.begin_task([4, 1], class_names={4: "owl"})
-    if learner.trains_task(0):
-        train_steps(learner, batch)
-    learner.eval().consolidate([batch], [batch])
-    learner.end_task()
+    batch = batch_of([4, 1, 0, 4, 1, 0, 0])
+    for classes in ([4, 1], [4, 1, 0]):
+        learner.begin_task(classes, class_names={4: "owl"}, revisit=True)
+        own = batch if 0 in classes else batch_of([4, 1, 4, 1])
+        if learner.trains_task(0):
+            train_steps(learner, own)
+        learner.eval().consolidate([own], [own])
+        learner.end_task()
     learner.save_pretrained(tmp_path / "learner")
     assert sorted(path.name for path in (tmp_path / "learner").iterdir()) == ["learner.json", "learner.safetensors"]
     again = load_comparison_learner(tmp_path / "learner", build("vit"))
@@ -202,9 +204,9 @@ def test_a_saved_learner_answers_and_goes_on_the_same(name: str, tmp_path: Path)
     after = []
     for one in (learner, again):
         torch.manual_seed(0)
-        one.begin_task([4, 1, 0], revisit=True)
-        if one.trains_task(1):
-            train_steps(one, batch_of([0, 4, 0]))
+        one.begin_task([4, 1, 0, 3], revisit=True)
+        if one.trains_task(2):
+            train_steps(one, batch_of([0, 4, 3]))
         after.append(one.training_state()[0])
     assert after[0].keys() == after[1].keys()
     assert all(torch.equal(values, after[1][key]) for key, values in after[0].items())

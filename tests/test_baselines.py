@@ -387,6 +387,14 @@ def test_derpp_binds_the_logits_of_remembered_images() -> None:
     assert learner.stored_columns.tolist() == [4, 2]
     assert_close(learner.stored_logits[0], plain_logits(learner, second["pixel_values"])[1].detach())
     assert_close(learner.stored_logits[1], torch.cat([stored[0], torch.zeros(2)]))
+    learner.end_task()
+    learner.begin_task([2])
+    wide, narrow = learner.stored_logits[0], stored[0]
+    train_steps(learner, batch_of([2, 3, 4], ids=[8, 3, 9]))
+    batch = batch_of([2, 3, 4], ids=[8, 3, 9])
+    new = plain_logits(learner, batch["pixel_values"])
+    distances = ((new[1, :4] - wide) ** 2).mean() + ((new[2, :2] - narrow) ** 2).mean()
+    assert_close(parts_of(learner, batch)["logits"], 0.3 * distances / 3)
 
 
 @pytest.mark.parametrize("name", ["der++", "ewc", "bic", "icarl", "ncm"])

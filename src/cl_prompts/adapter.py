@@ -58,6 +58,23 @@ class PoolAdapter(nn.Module):
             return list(range(self.config.num_labels))
         return self.config.state.classes
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the pool is done learning (`trained_tasks="first"`)."""
+        return self.config.trained_tasks == "first" and len(self.config.state.tasks) > 1
+
+    def requires_grad_(self, requires_grad: bool = True) -> PoolAdapter:
+        """Switch gradients on or off; a frozen pool stays without."""
+        super().requires_grad_(requires_grad)
+        if self.frozen:
+            self.pool.requires_grad_(False)
+        return self
+
+    def check_pool_learns(self) -> None:
+        """Raise ValueError if the pool must not change any more."""
+        if self.frozen:
+            raise ValueError('trained_tasks="first": prompts are frozen after the first task, statistics rely on them')
+
     def _declare(self, known: Sequence[int], task: Sequence[int] | None = None) -> None:
         self.head.declare(known, task if task is not None else known)
         columns = [known.index(c) for c in (task if task is not None else known)]
@@ -73,11 +90,15 @@ class PoolAdapter(nn.Module):
         if self.config.num_labels is not None:
             raise ValueError(f"num_labels={self.config.num_labels} makes this adapter task-free: leave begin_task out")
         declared = state.check_task(classes, revisit)
+        if self.classifier is not None:
+            self.classifier.check_statistics()  # before anything has grown
         names = {str(int(c)): str(name) for c, name in (class_names or {}).items()}
         self._declare(list(dict.fromkeys(self.classes + declared)), declared)
         state.tasks.append(declared)
         state.task_open = True
         state.class_names.update(names)
+        if self.frozen:
+            self.pool.requires_grad_(False)
         self.ledger.clear()
         self.grown = True
         self.link.detach()
@@ -88,7 +109,8 @@ class PoolAdapter(nn.Module):
             raise ValueError("no task is open: call begin_task(classes) first")
         if self.classifier is not None and int(self.classifier.fitted) < self.classifier.num_tasks:
             raise ValueError("the classifier has not seen this task: call model.consolidate(images) before end_task()")
-        self.pool.end_task()
+        if not self.frozen:
+            self.pool.end_task()
         self.config.state.task_open = False
         self.link.detach()
 
@@ -102,18 +124,24 @@ class PoolAdapter(nn.Module):
         """Show the classifier a task whose training is done.
 
         Raises:
-            ValueError: the features before the task are missing or of other images.
+            ValueError: the features before the task are missing or of other images, or these are of no class of the task.
         """
         assert self.classifier is not None
         before = None
         if self.classifier.needs_before and int(self.classifier.fitted):
-            if self.recorded is None or not torch.equal(self.recorded.ids, seen.ids):
+            if self.recorded is None:
                 raise ValueError(
-                    "drift compensation needs the same images as they were seen before the task: call "
+                    "drift compensation needs the task's images as they were seen before the task: call "
                     'model.record_features(images) before begin_task, or set drift_compensation="none"'
                 )
-            before = self.recorded.features.to(seen.features)
+            before = self.recorded.features_of(seen)
         columns, _ = self.head.to_columns(seen.labels)
+        outside = ~self.head.current[columns.clamp_min(0)] | (columns < 0)
+        if outside.any():
+            raise ValueError(
+                f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: show the classifier "
+                "the task's images only"
+            )
         self.classifier.fit(seen.features, columns, before, self.head)
         self.recorded = None
         if isinstance(self.classifier, AlignedClassifier):

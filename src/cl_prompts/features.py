@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_prompts.collectives import gather_over_processes
+from cl_prompts.collectives import gather_over_processes, world_size
 
 
 @dataclass
@@ -26,6 +26,20 @@ class Recorded:
     labels: Tensor
     ids: Tensor
 
+    def features_of(self, seen: Recorded) -> Tensor:
+        """Features of the images that were `seen` later, on their device.
+
+        Raises:
+            ValueError: they are other images.
+        """
+        known = self.ids.to(seen.ids), self.labels.to(seen.labels)
+        if not (torch.equal(known[0], seen.ids) and torch.equal(known[1], seen.labels)):
+            raise ValueError(
+                f"drift compensation needs the same images before and after the task: {len(self.ids)} were recorded, "
+                f"{len(seen.ids)} are shown after, with other sample_ids or labels"
+            )
+        return self.features.to(seen.features)
+
 
 @torch.no_grad()
 def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping[str, Any]]) -> Recorded:
@@ -36,13 +50,15 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
         images: this process's share, with `pixel_values`, `labels` and, for more than one pass or process, `sample_ids`.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or no numbers where several processes share them.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     passed = 0
     for batch in images:
         labels = batch["labels"]
         ids = batch.get("sample_ids")
+        if ids is None and world_size() > 1:
+            raise ValueError("several processes share the images: pass sample_ids, a number for each, as the streams do")
         numbers = torch.arange(passed, passed + len(labels)) if ids is None else torch.as_tensor(ids)
         passed += len(labels)
         real = labels >= 0

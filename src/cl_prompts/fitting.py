@@ -67,6 +67,8 @@ def refuse_large(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -
                 adapter = PoolAdapter(config, shape, pooling)
             tensors = [*adapter.parameters(), *adapter.buffers()]
             size = sum(t.numel() * t.element_size() for t in tensors)
+            if adapter.classifier is not None and not config.inference_mode:
+                size += adapter.classifier.bytes_to_learn
         except (RuntimeError, OverflowError) as error:
             raise ValueError(f"the config implies tensors of impossible size ({error}): choose smaller values") from error
     if size > config.max_adapter_bytes:

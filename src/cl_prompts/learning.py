@@ -117,6 +117,7 @@ class TaskLearner:
             ValueError: no larger size, a method whose pool grows with its tasks, an optimizer that cannot grow along, or
                 more than `max_adapter_bytes`. Nothing has changed then.
         """
+        self.adapter.check_pool_learns()
         grow_pool(self.adapter, self.structure.shape, pool_size, optimizer)
 
     def initialize_prompts(self, pixel_values: Tensor, seed: int = 0, **kwargs: Any) -> None:
@@ -129,6 +130,7 @@ class TaskLearner:
             seed: draws the patches, with replacement.
             kwargs: further inputs of the base.
         """
+        self.adapter.check_pool_learns()
         vectors = self.way.patch_embeddings(pixel_values, kwargs)
         self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
 
@@ -208,7 +210,7 @@ class TaskLearner:
         config = self.adapter.config
         if config.trained_tasks == "first" and number:
             return not config.closed_form  # the head goes on
-        return config.trains_prompts or not config.closed_form
+        return config.trains_features or not config.closed_form
 
     def record_features(self, images: Iterable[Mapping[str, Any]]) -> None:
         """See a task's images before it begins, for drift compensation.
@@ -216,7 +218,12 @@ class TaskLearner:
         Args:
             images: this process's share of all its images, not augmented: batches on the model's device with
                 `pixel_values`, `labels`, `sample_ids` and, if known, `query`.
+
+        Raises:
+            ValueError: a task is open, so that the model is no longer the one before it.
         """
+        if self.adapter.config.state.task_open:
+            raise ValueError("record_features shows the next task's images to the model before begin_task, a task is open")
         self.adapter.recorded = record(self.features_of, images)
 
     def consolidate(self, images: Iterable[Mapping[str, Any]], memory: Any = None) -> None:

@@ -38,6 +38,8 @@ def rebuilt(
     config = copy.deepcopy(adapter.config)
     config.state = AdapterState.from_dict(values["state"])
     new = PoolAdapter(config, shape, adapter.query_pooling).to(next(iter(_tensors(adapter).values())).device)
+    if new.classifier is not None and tensors.get("adapter.classifier.counted"):
+        new.classifier.make_room()
     own = {f"adapter.{name}": tensor for name, tensor in _tensors(new).items()}
     own |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(("adapter.", "base."))}

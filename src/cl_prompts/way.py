@@ -246,9 +246,10 @@ class WayOfABatch:
             loss, losses = None, None
             logits = masked(call, logits) if call.training else logits / adapter.config.logit_temperature
             if call.columns is not None:
-                parts = self._parts(call, features, chosen.scores) if call.training else {}
+                learns = call.training and not adapter.frozen
+                parts = self._parts(call, features, chosen.scores) if learns else {}
                 loss, losses = loss_of(call, logits, parts)
-        if call.training:
+        if call.training and not adapter.frozen:
             with torch.no_grad(), torch.autocast(call.counted.device.type, enabled=False):
                 fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
                 seen = Observation(chosen.ids, call.query, call.columns, fresh, chosen.scores, features, call.counted)
@@ -329,7 +330,8 @@ def answer_together(call: Call, logits: Tensor, features: Tensor, chosen: Chosen
         return None if x is None else x.unflatten(0, (images, -1)).movedim(1, -2).flatten(-2)
 
     if call.prompts.combine == "confident":
-        best = most_confident(logits, images)
+        # By the trained head, so that features are those that a classifier made from them has seen.
+        best = most_confident(call.adapter.head(features), images)
         answer, features = logits[best], features[best]
         ids, weights = (None if x is None else x[best] for x in (chosen.ids, chosen.weights))
     else:

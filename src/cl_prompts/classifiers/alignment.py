@@ -81,15 +81,14 @@ class AlignedClassifier(FeatureClassifier):
         save_statistics: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(save_statistics=save_statistics)
+        super().__init__(save_statistics=save_statistics, drift=drift)
         self.gaussians = ClassGaussians(width, kind, save=save_statistics)
-        self.drift, self.seed, self.options = drift, seed, options
+        self.seed, self.options = seed, options
         self.head: GrowingHead | None = None
 
-    @property
-    def needs_before(self) -> bool:
-        """For the map."""
-        return self.drift != "none"
+    def make_room(self) -> None:
+        """Rows of the Gaussians."""
+        self.gaussians.make_room()
 
     def begin_task(self, columns: Sequence[int]) -> None:
         """Open rows for the task's classes."""
@@ -99,10 +98,10 @@ class AlignedClassifier(FeatureClassifier):
     def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
         if head is None:
             raise ValueError("an aligned classifier starts from the trained head: pass head=")
-        if before is not None and self.drift != "none" and int(self.fitted):
+        if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(fit_map(before, features, self.drift))
         self.gaussians.add(features, columns, self.seed)
-        self.head = copy.deepcopy(head)
+        self.head = copy.deepcopy(head).to(features.device)
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ FeCAM (Goswami et al., NeurIPS 2023) proposes for frozen features, here on promp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,27 +19,27 @@ from cl_prompts.head import GrowingHead
 
 
 class DiscriminantClassifier(FeatureClassifier):
-    """log N(x; mean_c, S_c) with equal priors, as logits.
+    """log N(x; mean_c, S_c) with equal priors, up to a number that all classes share, as logits.
 
     Args:
         width: size D of the features.
         kind: of `ClassGaussians`: "full", "shared" or "diagonal".
         drift: "none", "shift" or "affine": how statistics of old classes follow the features (`fit_map`).
         own, spherical: as in `ClassGaussians.covariances`.
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(
         self, width: int, *, kind: str = "full", drift: str = "affine", own: float = 0.1, spherical: float = 0.1
     ) -> None:
-        super().__init__(save_statistics=True)  # they are what it answers from
+        super().__init__(save_statistics=True, drift=drift)  # they are what it answers from
+        if kind == "centroids":
+            raise ValueError('kind="centroids": a discriminant has one Gaussian a class; choose full, shared or diagonal')
         self.gaussians = ClassGaussians(width, kind)
-        self.drift, self.own, self.spherical = drift, own, spherical
-        self._made: tuple[object, tuple[Tensor, ...]] | None = None
-
-    @property
-    def needs_before(self) -> bool:
-        """For the map."""
-        return self.drift != "none"
+        self.own, self.spherical = own, spherical
+        self._made: tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]] | None = None
 
     def begin_task(self, columns: Sequence[int]) -> None:
         """Open rows for the task's classes."""
@@ -46,15 +47,19 @@ class DiscriminantClassifier(FeatureClassifier):
         self.gaussians.begin_task(columns)
 
     def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
-        if before is not None and self.drift != "none" and int(self.fitted):
+        if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(fit_map(before, features, self.drift))
         self.gaussians.add(features, columns)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Log densities, [B, C]."""
+        """Log densities, [B, C].
+
+        Raises:
+            ValueError: a covariance cannot be inverted.
+        """
         self.check_fitted()
-        precisions, linear, constant, columns = self._parts()
-        x = features.float()
+        centre, precisions, linear, constant, columns = self._parts()
+        x = features.float() - centre
         quadratic = torch.einsum("bd,rde,be->br", x, precisions, x) if len(precisions) > 1 else 0.0
         scores = x @ linear.T + constant - 0.5 * quadratic
         logits = scores.new_full((len(x), self.num_classes), float("-inf"))
@@ -65,25 +70,35 @@ class DiscriminantClassifier(FeatureClassifier):
         return logits.scatter_reduce(1, columns.expand(len(x), -1), scores, "amax")
 
     def _parts(self) -> tuple[Tensor, ...]:
-        """Precisions [rows, D, D] (none for one shared covariance), linear terms [rows, D], constants, head columns."""
-        g = self.gaussians
-        made_from = (g.mean._version, g.spread._version, id(g.mean), g.mean.device)
-        if self._made is None or self._made[0] != made_from:
-            self._made = (made_from, self._make())
-        return self._made[1]
+        """Made anew when the Gaussians have changed: see `_make`."""
+        tensors = (self.gaussians.mean, self.gaussians.spread)
+        versions = [tensor._version for tensor in tensors]
+        made = self._made
+        if made is None or made[1] != versions or any(old is not new for old, new in zip(made[0], tensors, strict=True)):
+            made = self._made = (tensors, versions, self._make())
+        return made[2]
 
     @torch.no_grad()
     def _make(self) -> tuple[Tensor, ...]:
-        g = self.gaussians
+        """Mean of the means [D], about which all is taken so that float32 does; precisions [rows, D, D], or one if shared;
+        linear terms [rows, D]; constants [rows]; head columns [rows].
+        """
+        home = self.gaussians.mean.device
+        g = copy.deepcopy(self.gaussians).cpu() if home.type == "mps" else self.gaussians  # which has no float64
         rows = g.seen
-        covariances = g.covariances(self.own, self.spherical)
         means = g.mean[rows, 0].double()
-        if g.kind == "shared":
-            covariances = covariances[:1]
-        factors = torch.linalg.cholesky(covariances)
+        centre = means.mean(0)
+        means = means - centre
+        factors, failed = torch.linalg.cholesky_ex(g.covariances(self.own, self.spherical))
+        if failed.any():
+            raise ValueError(
+                f"a class's covariance cannot be inverted with own={self.own}, spherical={self.spherical}: it has too few "
+                "images for that; choose a smaller own_covariance, or a larger spherical_covariance"
+            )
         precisions = torch.cholesky_inverse(factors)
         linear = torch.einsum("rde,re->rd", precisions.expand(len(rows), -1, -1), means)
         log_volume = factors.diagonal(dim1=1, dim2=2).log().sum(1)
         constant = -0.5 * (linear * means).sum(1) - log_volume
         columns = torch.tensor([g.columns[row] for row in rows], device=means.device)
-        return precisions.float(), linear.float(), constant.float(), columns
+        made = (centre.float(), precisions.float(), linear.float(), constant.float(), columns)
+        return tuple(part.to(home) for part in made)

@@ -40,7 +40,14 @@ def fit_map(before: Tensor, after: Tensor, kind: str = "affine", ridge: float = 
         before, after: features of the same images [n, D].
         kind: "affine", or "shift" for A = I.
         ridge: how much A is shrunk towards the identity.
+
+    Raises:
+        ValueError: an unknown kind, or features of other shapes.
     """
+    if kind not in KINDS[1:]:
+        raise ValueError(f"kind={kind!r}: choose one of {KINDS[1:]}")
+    if before.shape != after.shape or not len(before):
+        raise ValueError(f"features of the same images are needed, got {list(before.shape)} and {list(after.shape)}")
     before, after = before.double(), after.double()
     start, end = before.mean(0), after.mean(0)
     identity = torch.eye(before.shape[1], dtype=torch.float64, device=before.device)

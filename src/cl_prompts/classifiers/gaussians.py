@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ class ClassGaussians(nn.Module):
         kind: "full" (a covariance for each, D * D numbers), "shared" (one for all), "diagonal" (D numbers for each) or
             "centroids" (means and variances of `centroids` clusters of each).
         centroids: clusters of a class, for "centroids".
-        save: whether the numbers are saved along.
+        save: whether the numbers are saved along. If not, there are no rows until `make_room`.
+
+    Raises:
+        ValueError: an unknown kind.
+        ImportError: "centroids" without scikit-learn.
 
     Attributes:
         mean: [rows, K, D], K clusters (1 but for "centroids").
@@ -36,27 +41,34 @@ class ClassGaussians(nn.Module):
 
     def __init__(self, width: int, kind: str = "full", centroids: int = 10, *, save: bool = True) -> None:
         super().__init__()
-        self.kind, self.width = kind, width
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: choose one of {KINDS}")
+        if kind == "centroids" and find_spec("sklearn") is None:
+            raise ImportError("centroids are found by scikit-learn: pip install 'cl-prompts[train]'")
+        self.kind, self.width, self.save = kind, width, save
         self.clusters = centroids if kind == "centroids" else 1
         self.register_buffer("mean", torch.zeros(0, self.clusters, width), persistent=save)
-        self.register_buffer("spread", torch.zeros(*self._spread_size(0)), persistent=save)
+        sizes = {"shared": (width if save else 0, width), "full": (0, 1, width, width)}
+        self.register_buffer("spread", torch.zeros(*sizes.get(kind, (0, self.clusters, width))), persistent=save)
         self.register_buffer("count", torch.zeros(0, self.clusters, dtype=torch.int64), persistent=save)
         self.columns: list[int] = []
-
-    def _spread_size(self, rows: int) -> tuple[int, ...]:
-        if self.kind == "shared":
-            return (self.width, self.width)
-        return (rows, self.clusters, *([self.width] * (2 if self.kind == "full" else 1)))
+        self._newest = slice(0, 0)
 
     def begin_task(self, columns: Sequence[int]) -> None:
         """Open a row for each class of the next task."""
-        rows = len(columns)
+        self._newest = slice(len(self.columns), len(self.columns) + len(columns))
+        self.columns += list(columns)
+        if self.save or len(self.count):
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Allocate rows for all classes begun."""
+        rows = len(self.columns) - len(self.count)
         self.mean = torch.cat([self.mean, self.mean.new_zeros(rows, *self.mean.shape[1:])])
         self.count = torch.cat([self.count, self.count.new_zeros(rows, self.clusters)])
-        if self.kind != "shared":
-            self.spread = torch.cat([self.spread, self.spread.new_zeros(*self._spread_size(rows))])
-        self._newest = slice(len(self.columns), len(self.columns) + rows)
-        self.columns += list(columns)
+        if self.kind == "shared":
+            rows = self.width - len(self.spread)
+        self.spread = torch.cat([self.spread, self.spread.new_zeros(rows, *self.spread.shape[1:])])
 
     @torch.no_grad()
     def move(self, change: FeatureMap) -> None:
@@ -107,8 +119,9 @@ class ClassGaussians(nn.Module):
         return self.count.sum(1).nonzero().flatten().tolist()
 
     def covariances(self, own: float, spherical: float) -> Tensor:
-        """Regularised covariances of all rows with images [rows, D, D] in float64 (Friedman, "Regularized Discriminant
-        Analysis", JASA 1989): S_c <- own * S_c + (1 - own) * pooled, then (1 - g) S_c + g * mean variance * identity.
+        """Regularised covariances of all rows with images [rows, D, D], or [1, D, D] if shared, in float64 (Friedman,
+        "Regularized Discriminant Analysis", JASA 1989): S_c <- own * S_c + (1 - own) * pooled, then
+        (1 - g) S_c + g * mean variance * identity.
 
         Args:
             own: weight of a class's own covariance against the pooled one.
@@ -116,7 +129,7 @@ class ClassGaussians(nn.Module):
         """
         identity = torch.eye(self.width, dtype=torch.float64, device=self.mean.device)
         if self.kind == "shared":
-            mixed = self.spread.double().expand(len(self.seen), -1, -1)
+            mixed = self.spread.double()[None]
         else:
             each = self.spread[self.seen].double()
             each = each[:, 0] if self.kind == "full" else torch.diag_embed(each[:, 0])
@@ -143,8 +156,7 @@ class ClassGaussians(nn.Module):
         pick = torch.arange(len(rows), device=device)[:, None]
         means = self.mean[rows].double()[pick, which]
         if self.kind in ("full", "shared"):
-            factors = torch.linalg.cholesky(self.covariances(own, spherical))
-            drawn = means + noise @ factors.mT
+            drawn = means + noise @ torch.linalg.cholesky(self.covariances(own, spherical)).mT
         else:
             drawn = means + noise * self.spread[rows].double()[pick, which].sqrt()
         columns = torch.tensor([self.columns[row] for row in rows], device=device)

@@ -73,9 +73,14 @@ class ClassifierConfig(PeftConfig):
         return self.closed_form or self.alignment != "none"
 
     @property
+    def trains_features(self) -> bool:
+        """Whether training changes what the classifier reads: prompts, or modules of the base."""
+        return self.trains_prompts or bool(getattr(self, "modules_to_save", None))  # a field of the class below
+
+    @property
     def drift(self) -> str:
         """`drift_compensation` where features change at all."""
-        return self.drift_compensation if self.trained_tasks == "all" and self.trains_prompts else "none"
+        return self.drift_compensation if self.trained_tasks == "all" and self.trains_features else "none"
 
     @property
     def scale(self) -> float | None:
@@ -100,11 +105,13 @@ class ClassifierConfig(PeftConfig):
             positive(self, "projection_size")
         if self.ridge is not None:
             positive_number(self, "ridge")
-        if type(self.classifier_seed) is not int or self.classifier_seed < 0:
-            raise ValueError(f"classifier_seed={self.classifier_seed!r} must be an integer of at least 0")
+        if type(self.classifier_seed) is not int or not 0 <= self.classifier_seed < 2**31:
+            raise ValueError(f"classifier_seed={self.classifier_seed!r} must be an integer from 0 to 2**31 - 1")
+        if self.trained_tasks == "first" and getattr(self, "modules_to_save", None):
+            raise ValueError('trained_tasks="first" freezes prompts, but modules_to_save would go on: leave one out')
         if self.closed_form and self.alignment != "none":
             raise ValueError(f"alignment={self.alignment!r}: head={self.head!r} knows all classes anyway; leave it at none")
-        if self.consolidates and num_labels is not None and self.trains_prompts:
+        if self.consolidates and num_labels is not None and self.trains_features:
             raise ValueError(
                 f"num_labels={num_labels}: without tasks nobody says when to look at their images; use a trained head "
                 'without alignment, or method "none", whose features do not change'

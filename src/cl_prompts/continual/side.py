@@ -47,8 +47,8 @@ class SideClassifiers:
             return
         seen, head = record(self.learner.features_of, images), self.learner.head
         columns, _ = head.to_columns(seen.labels)
-        self._tasks.append(columns.unique().tolist())
-        before = None if self._recorded is None else self._recorded.features.to(seen.features)
+        self._tasks.append(head.current.nonzero().flatten().tolist())
+        before = None if self._recorded is None else self._recorded.features_of(seen)
         for classifier in self.classifiers.values():
             classifier.to(seen.features.device).begin_task(self._tasks[-1])
             classifier.fit(seen.features, columns, before if classifier.needs_before else None, head)
@@ -80,6 +80,8 @@ class SideClassifiers:
         for name, classifier in self.classifiers.items():
             for task in self._tasks:
                 classifier.begin_task(task)  # shapes only; numbers follow
+            if self._tasks:
+                classifier.make_room()
             for key, buffer in classifier.named_buffers():
                 buffer.copy_(tensors[f"{name}.{key}"])
         if "recorded.ids" in tensors:

@@ -142,7 +142,8 @@ class RidgeClassifier(FeatureClassifier):
             self._add(*self._drawn(0))
             ridge = self._choose(*self._drawn(1))
         self.chosen_ridge.fill_(ridge)
-        self.solution = self._solve(ridge).float()
+        # As it will be loaded: products of column-major matrices differ in the last bit.
+        self.solution = self._solve(ridge).float().contiguous()
         if self.drift != "none":  # drawn anew after the next task
             self.gram, self.sums = self.gram.new_zeros(0, 0), self.sums.new_zeros(0, self.num_classes)
 

@@ -127,6 +127,7 @@ class PoolAdapter(nn.Module):
             ValueError: the features before the task are missing or of other images, or these are of no class of the task.
         """
         assert self.classifier is not None
+        self.classifier.check_turn()
         before = None
         if self.classifier.needs_before and int(self.classifier.fitted):
             if self.recorded is None:
@@ -208,6 +209,13 @@ class PromptPoolLayer(nn.Module, BaseTunerLayer):
     def merged(self) -> bool:
         """Prompts cannot be merged into weights."""
         return False
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """PEFT calls it when it has switched gradients on."""
+        adapters: Any = self.prompt_pool.values()
+        for adapter in adapters:
+            if adapter.frozen:
+                adapter.pool.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """The tuner places adapters; PEFT's way needs a base layer."""

@@ -85,9 +85,7 @@ class FeatureClassifier(nn.Module, ABC):
             ValueError: an adapter that was saved without its statistics, a task that was seen before, features that are
                 not finite, images of other classes, or no `before` where drift is to be compensated.
         """
-        self.check_statistics()
-        if int(self.fitted) >= self.num_tasks:
-            raise ValueError(f"all {self.num_tasks} tasks begun are fitted already: call begin_task for the next one first")
+        self.check_turn()
         if before is None and self.needs_before and int(self.fitted):
             raise ValueError(f"drift={self.drift!r} needs the features of the task's images before the task: pass before=")
         self._check(features, columns)
@@ -131,6 +129,12 @@ class FeatureClassifier(nn.Module, ABC):
                 f"this adapter was saved without the {self.statistics} of its classifier, so it can answer but learn no "
                 "further task: save with save_statistics=True in its config"
             )
+
+    def check_turn(self) -> None:
+        """Raise ValueError if there is no task to fit, or the statistics to go on from are missing."""
+        self.check_statistics()
+        if int(self.fitted) >= self.num_tasks:
+            raise ValueError(f"all {self.num_tasks} tasks begun are fitted already: call begin_task for the next one first")
 
     def check_fitted(self) -> None:
         """Raise ValueError if there is nothing to answer from."""

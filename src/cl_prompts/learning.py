@@ -48,6 +48,11 @@ class TaskLearner:
         return self.adapter.config.class_mask
 
     @property
+    def closed_form(self) -> bool:
+        """Whether nothing can be answered before the first task is consolidated."""
+        return self.adapter.config.closed_form
+
+    @property
     def head(self) -> GrowingHead:
         """The trained head."""
         return self.adapter.head

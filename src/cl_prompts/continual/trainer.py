@@ -164,7 +164,7 @@ class ContinualTrainer:
     def _begin(self, task: Task) -> None:
         model = self.model
         if self.args.forward_transfer and task.number and set(task.classes) <= set(model.classes):
-            self.matrix.before[task.number] = self._measure(task).accuracy
+            self.matrix.before[task.number] = self._measure(task, side=False).accuracy
         if task.number:
             with self.viewer.still():
                 if model.needs_features_before:
@@ -175,9 +175,9 @@ class ContinualTrainer:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
         if model.rehearses == "only":
             self._keep(task)
-        if self.args.forward_transfer and not task.number:
+        if self.args.forward_transfer and not task.number and not getattr(model, "closed_form", False):
             known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]
-            self.matrix.baseline = {later.number: self._measure(later).accuracy for later in known}
+            self.matrix.baseline = {later.number: self._measure(later, side=False).accuracy for later in known}
         self.progress.begun = True
         self._call("on_task_begin", task)
 
@@ -333,7 +333,7 @@ class ContinualTrainer:
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
-    def _measure(self, task: Task) -> Evaluation:
+    def _measure(self, task: Task, *, side: bool = True) -> Evaluation:
         with self.viewer.still():
             return evaluate(
                 self.model,
@@ -342,7 +342,7 @@ class ContinualTrainer:
                 self.accelerator.device,
                 task=task.number,
                 tasks=[t.classes for t in self.stream.tasks],
-                classifiers=self.side.classifiers,
+                classifiers=self.side.classifiers if side else None,
             )
 
     def _evaluate(self, task: Task) -> None:

@@ -95,6 +95,7 @@ def test_a_finished_run_only_reports(tmp_path: Path) -> None:
     second = small_trainer("l2p", tmp_path, callbacks=[StopAt(first.progress.global_step)])
     second.train(resume=True)
     assert_same_run(first, second)
+    assert [m.accuracy for m in second.measured] == [m.accuracy for m in first.measured]
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ class ContinualTrainer:
         for task in self.stream.tasks[self.progress.task :]:
             self._learn(task, saved)
             saved = None
+        if not self.measured:  # killed after its last checkpoint
+            self.measured = [self._measure(task) for task in self.stream.tasks]
         self._call("on_train_end")
         self.accelerator.end_training()
         return self.matrix

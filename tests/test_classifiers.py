@@ -35,7 +35,7 @@ def ridge_oracle(classifier: RidgeClassifier, ridge: float) -> np.ndarray:
 def test_ridge_equals_the_regression_on_all_images_at_once(ridge: float) -> None:
     classifier = learnt(RidgeClassifier(WIDTH, projection_size=50, ridge=ridge, drift="none"))
     solution = classifier._solve(ridge).numpy()
-    np.testing.assert_allclose(solution, ridge_oracle(classifier, ridge), atol=1e-6)
+    np.testing.assert_allclose(solution, ridge_oracle(classifier, ridge), atol=1e-9)
     assert torch.equal(classifier.solution, torch.from_numpy(solution).float())
     seen = images(TASKS[1], seed=5)[0]
     hidden = np.maximum(seen.numpy() @ classifier.projection.numpy(), 0)
@@ -218,7 +218,7 @@ def test_what_is_made_of_the_gaussians_follows_them() -> None:
     """Two tasks between two answers, and numbers that are loaded over others."""
     classifier, again = DiscriminantClassifier(WIDTH, drift="none"), DiscriminantClassifier(WIDTH, drift="none")
     seen = images([0], 3, seed=8)[0]
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(([0, 1], [2, 3], [4, 5])):  # of one size, so that as much is written into each
         features, columns = images(task)
         for one in (classifier, again):
             one.begin_task(task)

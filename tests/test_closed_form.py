@@ -267,6 +267,23 @@ def test_alignment_changes_the_head_and_nothing_else(alignment: str) -> None:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_aligned(method: str) -> None:
+    """Head columns of the first task, which its own loss never compares with the second's, move when they meet."""
+    model = new_model(method, alignment="covariance")
+    learn_task(model, CLASSES[0])
+    images = task_images(CLASSES[1])
+    if model.needs_features_before:
+        model.record_features([images])
+    model.begin_task(CLASSES[1])
+    train_steps(model, images, steps=1)
+    before = model.head.weight.detach().clone()
+    model.consolidate([images])
+    model.end_task()
+    assert ((model.head.weight - before).abs().amax(1) > 1e-4).all()
+    assert answers(model).isfinite().all()
+
+
 # ---- answers -----------------------------------------------------------------------------------------------------------
 
 

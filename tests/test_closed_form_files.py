@@ -98,8 +98,10 @@ def test_the_file_holds_what_answers(tmp_path: Path) -> None:
 
 
 @every_classifier
-def test_a_task_can_be_saved_before_it_is_consolidated(method: str, tmp_path: Path) -> None:
-    model = learnt_model(method, CLASSES[:1])
+@pytest.mark.parametrize("save", [True, False])
+def test_a_task_can_be_saved_before_it_is_consolidated(method: str, save: bool, tmp_path: Path) -> None:
+    """An adapter's file answers; a training state goes on, whatever of the statistics a file would hold."""
+    model = learnt_model(method, CLASSES[:1], save_statistics=save)
     images = task_images(CLASSES[1])
     if model.needs_features_before:
         model.record_features([images])
@@ -107,7 +109,7 @@ def test_a_task_can_be_saved_before_it_is_consolidated(method: str, tmp_path: Pa
     model.save_pretrained(tmp_path)
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path)
     assert torch.equal(answers(loaded), answers(model))
-    twin = new_model(method)
+    twin = new_model(method, save_statistics=save)
     twin.load_training_state(*model.training_state())
     for one in (model, twin):
         one.eval().consolidate([images])

@@ -78,6 +78,16 @@ def test_a_run_does_not_depend_on_the_global_generators(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
+def test_mixed_precision_leaves_the_statistics_exact(name: str) -> None:
+    """The trainer consolidates under autocast, answers are computed without."""
+    plain = learnt(make(name, drift="affine"), head=trained_head())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = learnt(make(name, drift="affine"), head=trained_head())
+    seen = images(range(6), 4, seed=3)[0]
+    assert torch.equal(mixed(seen), plain(seen))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_not_finite_are_refused(name: str, value: float) -> None:
     classifier = make(name, drift="none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class DiscriminantClassifier(FeatureClassifier):
         self.gaussians = ClassGaussians(width, kind)
         self.own, self.spherical = own, spherical
         self._made: tuple[tuple[Tensor, ...], list[int], tuple[Tensor, ...]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made: a copy's tensors count their versions anew."""
+        return {**self.__dict__, "_made": None}
 
     def begin_task(self, columns: Sequence[int]) -> None:
         """Open rows for the task's classes."""

@@ -131,7 +131,7 @@ def test_prompts_start_as_patches_of_images(family: str) -> None:
     assert model.base_model.way.tokens.embeddings is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_methods_prompts(method: str) -> None:
     model, values = new_model(config=METHODS[method]()), inputs("vit", 2)
     model.begin_task([0, 1])
@@ -160,3 +160,8 @@ def test_bad_images_are_refused_and_nothing_stays_switched_on() -> None:
         model.initialize_prompts(torch.zeros(1, 1, 32, 32))
     assert all(torch.equal(rows, before[name]) for name, rows in rows_of(model).items())
     assert not model.base_model.way.tokens.keep_embeddings
+
+
+def test_without_prompts_there_is_nothing_to_start() -> None:
+    with pytest.raises(ValueError, match='method "none" has no prompts'):
+        new_model(config=METHODS["none"]()).initialize_prompts(**inputs("vit", 2))

@@ -123,7 +123,9 @@ def taught(method: str, **fields: Any) -> PromptPoolModel:
 IMAGES, LABELS = inputs("vit", 4)["pixel_values"], torch.tensor([2, 3, 3, 2])
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("vpt")])  # which has one prompt
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if not name.startswith(("vpt", "none"))]
+)  # one prompt, or none
 def test_they_join_the_loss_and_move_what_they_are_about(method: str) -> None:
     config = METHODS[method]()
     fields = {"diversity_weight": 0.3}

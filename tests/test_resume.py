@@ -36,7 +36,7 @@ def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: 
 def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
     whole = small_trainer(method)
     whole.train()
-    assert_same_run(whole, killed_and_resumed(method, tmp_path, [5, 8, 17]))
+    assert_same_run(whole, killed_and_resumed(method, tmp_path, [9]))
 
 
 def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:

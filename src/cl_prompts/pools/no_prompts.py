@@ -24,3 +24,7 @@ class NoPrompts(PromptPool, method="none"):
     def forward(self, batch: PoolInput) -> Prompts:
         """Nothing to put in."""
         return Prompts()
+
+    def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Raise ValueError: there is nothing to start."""
+        raise ValueError('method "none" has no prompts to start from images')

@@ -42,7 +42,7 @@ def read_whole(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
         before = _identity(folder)
         try:
             return read()
-        except ValueError:
+        except (ValueError, OSError):
             if _identity(folder) == before:
                 raise
     return read()

@@ -43,19 +43,28 @@ def rebuilt(
     own = {f"adapter.{name}": tensor for name, tensor in _tensors(new).items()}
     own |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(("adapter.", "base."))}
-    wrong = sorted(set(own) ^ set(found)) or [n for n in own if own[n].shape != found[n].shape]
-    if wrong:
-        raise ValueError(
-            f"the training state was taken from another config: {wrong} are missing, unknown or of another size"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
+    fill(own, found)
     if "recorded.ids" in tensors:
         new.recorded = Recorded(*(tensors[f"recorded.{field.name}"] for field in fields(Recorded)))
     new.ledger = ImageLedger(tensors["counted"].tolist())
     new.train(adapter.training)
     return new.requires_grad_(next(adapter.head.parameters()).requires_grad)
+
+
+@torch.no_grad()
+def fill(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into those of the same names; after an error nothing has changed.
+
+    Raises:
+        ValueError: they are not the same tensors.
+    """
+    wrong = sorted(set(own) ^ set(found)) or [name for name in own if own[name].shape != found[name].shape]
+    if wrong:
+        raise ValueError(
+            f"the training state was taken with another config or other options: {wrong} are missing, unknown or differ"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
 
 
 def _tensors(adapter: PoolAdapter) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,14 @@ import torch
 from torch import Tensor
 
 from cl_prompts.collectives import gather_over_processes, world_size
-from cl_prompts.continual.checkpoint import optimizer_state, random_state, set_optimizer_state, set_random_state
+from cl_prompts.continual.checkpoint import (
+    below,
+    optimizer_state,
+    prefixed,
+    random_state,
+    set_optimizer_state,
+    set_random_state,
+)
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.optimization import build_optimizer
 from cl_prompts.continual.progress import Progress
@@ -41,7 +47,7 @@ def identity(trainer: ContinualTrainer) -> dict[str, str]:
 def taken(trainer: ContinualTrainer) -> Saved:
     """Tensors and JSON-able values of a run as it stands; all processes must call it."""
     tensors, learner = trainer.model.training_state()
-    tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    tensors = prefixed("model.", tensors)
     values: dict[str, Any] = {
         "identity": identity(trainer),
         "learner": learner,
@@ -51,11 +57,11 @@ def taken(trainer: ContinualTrainer) -> Saved:
     }
     if trainer.optimizer is not None and (trainer.progress.begun or trainer.args.keep_optimizer):
         own, values["optimizer"] = optimizer_state(trainer.optimizer)
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in own.items()}
+        tensors |= prefixed("optimizer.", own)
     if trainer.accelerator.scaler is not None:
         values["scaler"] = trainer.accelerator.scaler.state_dict()
     own, values["side"] = trainer.side.state()
-    tensors |= {f"side.{name}": tensor for name, tensor in own.items()}
+    tensors |= prefixed("side.", own)
     if trainer.memory is not None:
         values["memory"] = trainer.memory.state()
     random_tensors, values["random"] = random_state()
@@ -85,11 +91,11 @@ def checked(saved: Saved | None, trainer: ContinualTrainer) -> Saved | None:
 def put_back(trainer: ContinualTrainer, saved: Saved) -> None:
     """Model, position, accuracies, memory, and an optimizer that is kept from task to task."""
     tensors, values = saved
-    trainer.model.load_training_state(_below("model.", tensors), values["learner"])
+    trainer.model.load_training_state(below("model.", tensors), values["learner"])
     trainer.progress = Progress(**values["progress"])
     trainer.matrix = AccuracyMatrix.from_dict(values["matrix"])
     trainer.stream.skipped = values["skipped"]
-    trainer.side.load_state(_below("side.", tensors), values["side"])
+    trainer.side.load_state(below("side.", tensors), values["side"])
     if trainer.memory is not None:
         trainer.memory.load_state(values["memory"])
     args = trainer.args
@@ -103,15 +109,11 @@ def put_back_optimizer(trainer: ContinualTrainer, optimizer: torch.optim.Optimiz
     """The state of an optimizer over the same parameters, and of fp16's gradient scaler."""
     tensors, values = saved
     if "optimizer" in values and trainer.progress.begun == values["progress"]["begun"]:
-        set_optimizer_state(optimizer, _below("optimizer.", tensors), values["optimizer"])
+        set_optimizer_state(optimizer, below("optimizer.", tensors), values["optimizer"])
     if "scaler" in values and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(values["scaler"])
 
 
 def put_back_random_state(trainer: ContinualTrainer, saved: Saved) -> None:
     """This process's random number generators."""
-    set_random_state(_below(f"random.{trainer.accelerator.process_index}.", saved[0]), saved[1]["random"])
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    set_random_state(below(f"random.{trainer.accelerator.process_index}.", saved[0]), saved[1]["random"])

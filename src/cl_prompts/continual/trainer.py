@@ -1,8 +1,8 @@
 """Learning a stream of tasks on any device or many, with Accelerate; a killed run goes on where it was.
 
 The trainer knows a learner by the public interface of `PromptPoolModel`: `begin_task`, `end_task`, `classes`,
-`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ... (`cl_prompts.continual.learner`). Comparison
-learners have the same.
+`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ... (`cl_prompts.learning.TaskLearner`). Comparison
+learners (`baselines/`) have the same.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ class ContinualTrainer:
         self.matrix.add(
             [m.accuracy for m in self.measured],
             [m.images for m in self.measured],
-            [m.task_incremental or 0.0 for m in self.measured],
+            [m.task_incremental for m in self.measured if m.task_incremental is not None],
         )
         self.side.add(self.measured)
         self.accelerator.log(

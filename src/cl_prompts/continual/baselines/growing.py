@@ -9,12 +9,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cl_prompts.continual.baselines.features import Features
+from cl_prompts.bare import BareBackbone
+from cl_prompts.continual.checkpoint import below, prefixed
 from cl_prompts.head import GrowingHead
+from cl_prompts.progress import fill
 from cl_prompts.saving import replacing
 from cl_prompts.state import AdapterState
 from cl_prompts.training import OptimizerLink
@@ -43,7 +44,7 @@ class GrowingModel(nn.Module):
             "pooling": pooling,
             "num_labels": num_labels,
         }
-        self.features = Features(backbone, pooling, frozen=freeze_backbone)
+        self.features = BareBackbone(backbone, pooling, frozen=freeze_backbone)
         self.head = GrowingHead(self.features.width)
         self.state = AdapterState(base_fingerprint=self.features.fingerprint)
         self.grown = False  # since the last training forward
@@ -132,14 +133,7 @@ class GrowingModel(nn.Module):
         own = {name: p for name, p in self.trained().items() if not name.startswith("head.")}
         own |= {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
         found = below("parameters.", tensors)
-        wrong = sorted(set(own) ^ set(found)) or [name for name in own if own[name].shape != found[name].shape]
-        if wrong:
-            raise ValueError(
-                f"the state was taken from a learner with other options: {wrong} are missing, unknown or differ"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(found[name])
+        fill(own, found)
         self.head, self.state = head, state
         self.link.detach()
         self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
@@ -158,13 +152,3 @@ class GrowingModel(nn.Module):
         with replacing(save_directory, CONFIG_FILE, WEIGHTS_FILE) as folder:
             save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, folder / WEIGHTS_FILE)
             (folder / CONFIG_FILE).write_text(json.dumps(told, indent=2))
-
-
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under longer names."""
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.continual.baselines.growing import below, prefixed
+from cl_prompts.continual.checkpoint import below, prefixed
 
 
 class QuadraticPenalty:

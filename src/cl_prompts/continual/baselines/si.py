@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.continual.baselines.base import Batch, ComparisonLearner
-from cl_prompts.continual.baselines.growing import below, prefixed
 from cl_prompts.continual.baselines.penalty import QuadraticPenalty, grown_like
+from cl_prompts.continual.checkpoint import below, prefixed
 from cl_prompts.prompts import LossPart
 from cl_prompts.training import inner_optimizer
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_prompts.bare import BareBackbone
 from cl_prompts.continual.baselines.base import ComparisonLearner
-from cl_prompts.continual.baselines.features import Features
-from cl_prompts.continual.baselines.growing import below, prefixed
+from cl_prompts.continual.checkpoint import below, prefixed
 from cl_prompts.prompts import LossPart
 
 
@@ -26,7 +26,7 @@ class Teacher(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, features: Features, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, features: BareBackbone, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.features = None if features.frozen else copy.deepcopy(features).requires_grad_(False)
         self.register_buffer("weight", weight.detach().clone())

@@ -1,4 +1,7 @@
-"""A backbone that may be trained, and the one feature per image that a classifier reads from it."""
+"""A backbone without prompts that may be trained, and the one feature per image that a classifier reads from it.
+
+Comparison learners stand on it: `continual/` itself knows nothing of how a transformer is built.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from cl_prompts.backbones.structure import find_structure, fingerprint, unread_p
 from cl_prompts.backbones.tokens import TokenInjector
 
 
-class Features(nn.Module):
+class BareBackbone(nn.Module):
     """Any supported Hugging Face vision transformer as a function from images to features.
 
     Parameters that the feature does not depend on (a bypassed classifier, a pooler, mask tokens) are never trained.

@@ -1,9 +1,50 @@
-"""Settings of all tests."""
+"""Settings of all tests: a Hub of their own on this machine in place of the one on the internet."""
 
 import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
 
 
-# Set before anything imports huggingface_hub: the tests need no network, and must not wait for one.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several workers share few cores; threads that wait for each other on tiny models made the suite four times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+RUNNING_HUB = pytest.StashKey[Hub]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the Hub and point the libraries at it: one in each process that runs tests, none in xdist's controller."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    if "huggingface_hub" in sys.modules:
+        raise pytest.UsageError("huggingface_hub was imported before tests/conftest.py: it would talk to the real Hub")
+    home = tempfile.TemporaryDirectory(prefix="cl-prompts-hf-", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    config.stash[RUNNING_HUB] = hub = Hub()
+    config.add_cleanup(hub.close)
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))]:
+        del os.environ[name]
+    os.environ |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": home.name,
+        "HF_TOKEN": hub.token,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+@pytest.fixture
+def hub(pytestconfig: pytest.Config) -> Iterator[Hub]:
+    """The Hub, empty, with the client's cache empty too."""
+    server = pytestconfig.stash[RUNNING_HUB]
+    server.empty()
+    shutil.rmtree(Path(os.environ["HF_HOME"]) / "hub", ignore_errors=True)
+    yield server
+    assert not server.errors, "\n".join(server.errors)

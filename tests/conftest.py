@@ -40,11 +40,16 @@ def pytest_configure(config: pytest.Config) -> None:
     }
 
 
+@pytest.fixture(scope="session")
+def running_hub(pytestconfig: pytest.Config) -> Hub:
+    """The Hub as it stands: for fixtures of a whole module, which call `empty()` themselves."""
+    return pytestconfig.stash[RUNNING_HUB]
+
+
 @pytest.fixture
-def hub(pytestconfig: pytest.Config) -> Iterator[Hub]:
+def hub(running_hub: Hub) -> Iterator[Hub]:
     """The Hub, empty, with the client's cache empty too."""
-    server = pytestconfig.stash[RUNNING_HUB]
-    server.empty()
+    running_hub.empty()
     shutil.rmtree(Path(os.environ["HF_HOME"]) / "hub", ignore_errors=True)
-    yield server
-    assert not server.errors, "\n".join(server.errors)
+    yield running_hub
+    assert not running_hub.errors, "\n".join(running_hub.errors)

@@ -54,14 +54,14 @@ class Request:
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         raise Refusal(404, "Repository not found", "RepoNotFound")
 
-    def writable(self, repo_id: str, as_pull_request: bool = False) -> Repo:
-        """The repository, if the caller may change it or, where that is all that is wanted, propose a change."""
+    def writable(self, repo_id: str, revision: str | None = "main") -> Repo:
+        """The repository, if the caller may change this revision of it; None stands for a new pull request."""
         repo = self.readable(repo_id)
         if self.caller.name is None:
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         if not self.caller.may_write:
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
-        if repo.owner != self.caller.name and not as_pull_request:
+        if repo.owner != self.caller.name and revision is not None and not revision.startswith("refs/pr/"):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 

@@ -58,7 +58,7 @@ def create_branch(request: Request, repo: str, revision: str) -> Answer:
 @routes.on("POST", "/api/models/{repo}/preupload/{revision}")
 def preupload(request: Request, repo: str, revision: str) -> Answer:
     """How each file is to come, and which content the repository has already at its path."""
-    files = request.writable(repo, "create_pr" in request.query).at(revision).files
+    files = request.writable(repo, None if "create_pr" in request.query else revision).at(revision).files
     modes = []
     for file in request.json()["files"]:
         large = file["size"] > request.store.lfs_threshold or file["path"].endswith(BINARY_ENDINGS)
@@ -71,7 +71,7 @@ def preupload(request: Request, repo: str, revision: str) -> Answer:
 def announce_large_files(request: Request, repo: str) -> Answer:
     """Where large files are to be uploaded; what is here needs no upload. Without `ref`, for a pull request."""
     asked = request.json()
-    kept = request.writable(repo, as_pull_request="ref" not in asked)
+    kept = request.writable(repo, asked["ref"]["name"] if "ref" in asked else None)
     verify = {"href": f"{request.store.url}/{repo}.git/info/lfs/verify"}
     size = request.store.part_size if "multipart" in asked["transfers"] else None
     objects = []
@@ -129,7 +129,7 @@ def verify_large_file(request: Request, repo: str) -> Answer:
 @routes.on("POST", "/api/models/{repo}/commit/{revision}")
 def commit(request: Request, repo: str, revision: str) -> Answer:
     as_pull_request = "create_pr" in request.query
-    kept = request.writable(repo, as_pull_request or revision.startswith("refs/pr/"))
+    kept = request.writable(repo, None if as_pull_request else revision)
     operations = [json.loads(line) for line in request.body.splitlines()]
     made, ref = kept.commit(revision, operations, as_pull_request)
     home = f"{request.store.url}/{repo}"

@@ -3,6 +3,7 @@
 Importing it registers the PEFT type `PROMPT_POOL`; do so before loading an adapter with PEFT's own classes.
 """
 
+from cl_prompts.auto import AutoPromptPoolModel
 from cl_prompts.configs import (
     CodaLayerArgmaxConfig,
     CodaPromptConfig,
@@ -19,12 +20,11 @@ from cl_prompts.configs import (
     VPTConfig,
     VQPromptConfig,
 )
-from cl_prompts.model import AutoPromptPoolModel, PromptPoolModel, extract_features, get_prompt_pool_model
+from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner import PromptPoolTuner
+from cl_prompts.version import __version__
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutoPromptPoolModel",
@@ -45,6 +45,7 @@ __all__ = [
     "SMoPEConfig",
     "VPTConfig",
     "VQPromptConfig",
+    "__version__",
     "extract_features",
     "get_prompt_pool_model",
 ]

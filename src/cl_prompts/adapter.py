@@ -47,9 +47,11 @@ class PoolAdapter(nn.Module):
         if config.num_labels is not None:
             self._declare(list(range(config.num_labels)))
         known: list[int] = []
+        self.pool.rebuilding = True
         for task in config.state.tasks:
             known = list(dict.fromkeys(known + task))
             self._declare(known, task)
+        self.pool.rebuilding = False
 
     @property
     def classes(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cl_prompts.adapter import PoolAdapter
 from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
 from cl_prompts.collectives import world_size
 from cl_prompts.configs import PromptPoolConfig
+from cl_prompts.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.prompts import BackboneShape
 
 
@@ -57,24 +59,44 @@ def check_base(config: PromptPoolConfig, found: str) -> None:
         warnings.warn(text + ", or expect worse answers", stacklevel=2)
 
 
-def refuse_large(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
-    """Raise ValueError if the adapter's tensors would exceed `max_adapter_bytes`; nothing is allocated to find out."""
-    # A head of fixed size lists its classes while it is built, so its size is looked at before.
-    size = (config.num_labels or 0) * (4 * shape.width + 4)
+def check_size(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
+    """Raise ValueError if the adapter's tensors would exceed `max_adapter_bytes`, or are not the file's.
+
+    Nothing is allocated to find out.
+    """
+    # The classes are listed while the head is built, so the head's size is looked at before.
+    classes = config.num_labels or len(config.state.classes)
+    size = classes * (4 * shape.width + 4)
     if size <= config.max_adapter_bytes:
+        if config.declared is not None:
+            _check_rows(classes, config.declared)
         try:
             with torch.device("meta"):
-                adapter = PoolAdapter(config, shape, pooling)
-            tensors = [*adapter.parameters(), *adapter.buffers()]
+                planned = PoolAdapter(config, shape, pooling)
+            tensors = [*planned.parameters(), *planned.buffers()]
             size = sum(t.numel() * t.element_size() for t in tensors)
-            if adapter.classifier is not None and not config.inference_mode:
-                size += adapter.classifier.bytes_to_learn
+            if planned.classifier is not None and not config.inference_mode:
+                size += planned.classifier.bytes_to_learn
         except (RuntimeError, OverflowError) as error:
             raise ValueError(f"the config implies tensors of impossible size ({error}): choose smaller values") from error
     if size > config.max_adapter_bytes:
         raise ValueError(
             f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "
             "raise that limit if you trust the adapter"
+        )
+    if config.declared is not None:
+        expected = {f"{SAVED_PREFIX}{name}": tensor for name, tensor in planned.state_dict().items()}
+        # Copies of the base's own modules are compared once PEFT has made them.
+        found = {n: d for n, d in config.declared.items() if n in expected or not config.modules_to_save}
+        check_shapes(found, expected)
+
+
+def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:
+    rows = max((tensor.shape[0] for tensor in declared.values() if tensor.shape), default=0)
+    if classes > rows:
+        raise ValueError(
+            f"the config has {classes} classes, but no tensor in {WEIGHTS_FILE} has more than {rows} rows: are both files "
+            "from the same save?"
         )
 
 

@@ -7,18 +7,30 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cl_prompts.saving import recover
-
 
 PEFT_TYPE = "PROMPT_POOL"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+SAVED_PREFIX = "base_model.pools.prompt_pool."  # of the adapter's own tensors in a file
+MAX_CONFIG_BYTES = 64 * 2**20
+
+
+class Declared(NamedTuple):
+    """A tensor as a safetensors header declares it: its type ("F32", ...) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def is_floating_point(self) -> bool:
+        """Whether it holds fractions, as `torch.Tensor.is_floating_point`."""
+        return self.dtype.startswith(("F", "BF"))
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -37,34 +49,44 @@ def digest_file(folder: str | os.PathLike[str]) -> str | None:
     return digest(load_file(path).items()) if path.is_file() else None
 
 
-def check_adapter_files(source: str | os.PathLike[str], subfolder: str | None = None) -> None:
-    """Refuse a local folder that holds no adapter or one in pickle; finish a save that was cut short.
+def check_adapter_files(folder: str | os.PathLike[str]) -> None:
+    """Refuse a local folder that holds no adapter or one in pickle, as far as that shows without a base model.
 
     Raises:
         ValueError: a file is missing, truncated, foreign, or a pickle.
     """
-    folder = Path(source, subfolder or "")
-    recover(folder)
+    folder = Path(folder)
     if not folder.is_dir():
-        if folder.is_file():
-            raise ValueError(f"{folder} is a file: name the folder that holds {CONFIG_FILE}")
-        return  # not a local folder: PEFT asks the Hub
+        raise ValueError(f"{folder} is a file: name the folder that holds {CONFIG_FILE}")
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"no {CONFIG_FILE} in {folder}: name a folder written by `save_pretrained`")
     _check_config_file(folder / CONFIG_FILE)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").exists():
             raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which is never loaded: save as {WEIGHTS_FILE}")
         raise ValueError(f"no {WEIGHTS_FILE} in {folder}: name a folder written by `save_pretrained`")
+    declared_tensors(folder)
+
+
+def declared_tensors(folder: str | os.PathLike[str]) -> Mapping[str, Declared]:
+    """What the header of an adapter's weights declares, by name; no tensor is read.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors file.
+    """
+    path = Path(folder, WEIGHTS_FILE)
     try:
-        with safe_open(weights, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+            return {name: Declared(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{weights} is truncated or no safetensors file ({error}): fetch or save it again") from error
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch or save it again") from error
 
 
 def _check_config_file(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, a config at most {MAX_CONFIG_BYTES:,}: it is no adapter's")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -72,6 +94,31 @@ def _check_config_file(path: Path) -> None:
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind != PEFT_TYPE:
         raise ValueError(f"{path} has peft_type {kind!r}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT")
+
+
+def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and kinds of a file's tensors with what its config implies.
+
+    Args:
+        found: tensors of the file, or what its header declares, by name.
+        expected: tensors of the adapter that the config builds, by the same names.
+
+    Raises:
+        ValueError: a tensor is missing, foreign, or of another shape or kind.
+    """
+    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or foreign:
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit its config: missing {missing}, unexpected {foreign}. "
+            "Are both files from the same save?"
+        )
+    for name, tensor in found.items():
+        like = expected[name]
+        if tuple(tensor.shape) != tuple(like.shape) or tensor.is_floating_point() != like.is_floating_point():
+            raise ValueError(
+                f"{name} is {tensor.dtype}{list(tensor.shape)} in {WEIGHTS_FILE}, the config implies "
+                f"{like.dtype}{list(like.shape)}: are both files from the same save?"
+            )
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha256: str | None) -> None:
@@ -85,19 +132,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
     Raises:
         ValueError: a tensor is missing, foreign, of another shape or type, or holds NaN or Inf, or the checksum differs.
     """
-    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or foreign:
-        raise ValueError(
-            f"{WEIGHTS_FILE} does not fit its config: missing {missing}, unexpected {foreign}. "
-            "Are both files from the same save?"
-        )
-    for name, tensor in found.items():
-        like = expected[name]
-        if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
-            raise ValueError(
-                f"{name} is {tensor.dtype}{list(tensor.shape)} in {WEIGHTS_FILE}, the config implies "
-                f"{like.dtype}{list(like.shape)}: are both files from the same save?"
-            )
+    check_shapes(found, expected)
     if sha256 is not None and digest(found.items()) != sha256:
         raise ValueError(
             f"the checksum of {WEIGHTS_FILE} does not match `weights_sha256` in {CONFIG_FILE}: the file was damaged or "

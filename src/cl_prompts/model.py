@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.auto import _BaseAutoPeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -18,7 +17,8 @@ from peft.mapping import (
 from torch import Tensor, nn
 
 from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, check_adapter_files
+from cl_prompts.fetch import WHERE, adapter_folder
+from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.saving import read_whole, replacing
 from cl_prompts.tuner import PromptPoolTuner
@@ -128,25 +128,24 @@ class PromptPoolModel(PeftModel):
 
         Raises:
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
+            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
 
+        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
+        subfolder, limit = kwargs.pop("subfolder", None), max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
+
         def load() -> PromptPoolModel:
-            check_adapter_files(model_id, kwargs.get("subfolder"))
-            chosen = config
-            if chosen is None:
-                hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
-                chosen = PromptPoolConfig.from_pretrained(model_id, **hub)
+            folder = adapter_folder(model_id, subfolder, max_bytes=limit, **where)
+            chosen = PromptPoolConfig.from_pretrained(folder) if config is None else config
             if not isinstance(chosen, PromptPoolConfig):
                 raise TypeError(f"config must be a PromptPoolConfig, got {type(chosen).__name__}")
-            chosen.strict_base, chosen.verify = strict_base, verify
-            if max_adapter_bytes is not None:
-                chosen.max_adapter_bytes = max_adapter_bytes
+            chosen.strict_base, chosen.verify, chosen.max_adapter_bytes = strict_base, verify, limit
             with _left_as_it_was(model):
                 return super(PromptPoolModel, cls).from_pretrained(
-                    model, os.fspath(model_id), adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
+                    model, str(folder), adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
                 )
 
-        return read_whole(Path(model_id, kwargs.get("subfolder") or ""), load)
+        return read_whole(Path(model_id, subfolder or ""), load)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
@@ -161,14 +160,16 @@ class PromptPoolModel(PeftModel):
 
         Raises:
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
+            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
-        check_adapter_files(model_id, kwargs.get("subfolder"))
+        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
+        limit = PromptPoolConfig.max_adapter_bytes
+        folder = adapter_folder(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **where)
         new = adapter_name not in self.peft_config
         if not new and self.peft_config[adapter_name].state.weights_sha256 is None:
             # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint. A checksum that is
             # still to be compared came with the config that was just read, and tells whether the tensors belong to it.
-            hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
-            saved, own = PromptPoolConfig.from_pretrained(model_id, **hub).state, self.peft_config[adapter_name].state
+            saved, own = PromptPoolConfig.from_pretrained(folder).state, self.peft_config[adapter_name].state
             if saved.tasks != own.tasks:
                 raise ValueError(
                     f"adapter {adapter_name!r} knows the tasks {own.tasks}, the one in {model_id} {saved.tasks}: load it "
@@ -177,7 +178,7 @@ class PromptPoolModel(PeftModel):
             own.weights_sha256 = saved.weights_sha256
         with _left_as_it_was(self.get_base_model()):
             try:
-                return super().load_adapter(os.fspath(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
+                return super().load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
             except BaseException as error:
                 if new and adapter_name in self.peft_config:
                     self.delete_adapter(adapter_name)
@@ -186,21 +187,6 @@ class PromptPoolModel(PeftModel):
                         f"{WEIGHTS_FILE} does not fit its config: missing {error}. Are both files from the same save?"
                     ) from error
                 raise
-
-
-class AutoPromptPoolModel(_BaseAutoPeftModel):
-    """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter."""
-
-    _target_class = None
-    _target_peft_class = PromptPoolModel
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> PromptPoolModel:
-        """See `PromptPoolModel.from_pretrained`; only classes of transformers are imported for the base."""
-        check_adapter_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), *args, **kwargs)
 
 
 def get_prompt_pool_model(
@@ -220,6 +206,7 @@ def get_prompt_pool_model(
     """
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision
+    config.declared = None  # a config that was read from a file: its weights are not loaded here
     with _left_as_it_was(model):
         return PromptPoolModel(model, config, adapter_name=adapter_name, **kwargs)
 

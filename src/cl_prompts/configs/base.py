@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from cl_prompts.configs.checks import choice, flag, kind, not_negative, positive, positive_number
 from cl_prompts.configs.classifier import ClassifierConfig
-from cl_prompts.integrity import PEFT_TYPE, check_adapter_files, digest_file
+from cl_prompts.fetch import WHERE, adapter_folder
+from cl_prompts.integrity import PEFT_TYPE, Declared, declared_tensors, digest_file
 from cl_prompts.state import AdapterState
 
 
@@ -49,7 +51,7 @@ def _class_of(method: Any) -> type[PromptPoolConfig]:
 
 def _runtime(default: Any, text: str) -> Any:
     """A field that is this process's business and never enters or leaves a file."""
-    return field(default=default, metadata={"help": text, "runtime": True})
+    return field(default=default, compare=False, metadata={"help": text, "runtime": True})
 
 
 @dataclass
@@ -77,6 +79,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         max_adapter_bytes: an adapter whose tensors would take more is refused before memory is allocated. Not saved.
         strict_base: a base with other weights than the adapter was made for is an error instead of a warning. Not saved.
         verify: compare the checksum of loaded tensors. Not saved.
+        declared: what the header of the weights beside a file declares, compared with what the config implies before memory
+            is allocated. Not saved.
     """
 
     method: str = ""
@@ -93,6 +97,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     max_adapter_bytes: int = _runtime(8 * 2**30, "largest adapter that is loaded")
     strict_base: bool = _runtime(False, "another base is an error")
     verify: bool = _runtime(True, "compare checksums")
+    declared: Mapping[str, Declared] | None = _runtime(None, "tensors that are going to be loaded")
 
     papers: ClassVar[tuple[str, ...]] = ()
     needs_optimizer: ClassVar[bool] = False
@@ -167,9 +172,15 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
         Raises:
             ValueError: the folder holds no adapter, or one whose weights are not safetensors.
+            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
-        check_adapter_files(pretrained_model_name_or_path, subfolder)
-        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
+        folder = adapter_folder(
+            pretrained_model_name_or_path, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **where
+        )
+        config: PromptPoolConfig = super().from_pretrained(os.fspath(folder), **kwargs)
+        config.declared = declared_tensors(folder)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that belong in a file."""

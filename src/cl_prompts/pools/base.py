@@ -66,6 +66,7 @@ class PromptPool(nn.Module, ABC):
         self.config = config
         self.shape = shape
         self.num_tasks = 0
+        self.rebuilding = False  # tasks are replayed for their shapes; values come from a file
 
     @property
     def needs_query(self) -> bool:

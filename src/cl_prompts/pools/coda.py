@@ -58,7 +58,7 @@ class CodaPool(QueriedPool, method="coda"):
         """Freeze the components in use and add orthogonal ones."""
         if self.num_tasks:
             for tensor in (self.components, self.keys, self.attention):
-                tensor.next(new_rows)
+                tensor.next(room_for_rows if self.rebuilding else new_rows)
         super().begin_task(columns)
 
     def prompt_table(self) -> Tensor:
@@ -127,9 +127,16 @@ def in_use(tensor: PerTask) -> Tensor:
     return tensor.all().transpose(0, 1).flatten(1, 2)
 
 
+def room_for_rows(earlier: Tensor) -> Tensor:
+    """Zeros of the size of a task's rows, where the values come from a file."""
+    return earlier.new_zeros(earlier.shape[1:])
+
+
 def new_rows(earlier: Tensor) -> Tensor:
     """A task's new rows [layers, c, ...], orthonormal to each other and orthogonal to `earlier` [tasks, layers, c, ...]."""
     size = earlier.shape[1:]
+    if earlier.is_meta:  # only the sizes are asked for
+        return room_for_rows(earlier)
     raw = torch.randn(*size).to(earlier.device).flatten(2)
     before = earlier.transpose(0, 1).flatten(1, 2).flatten(2)
     return torch.stack([gram_schmidt(*layer) for layer in zip(raw, before, strict=True)]).view(size)

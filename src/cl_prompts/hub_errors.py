@@ -1,0 +1,79 @@
+"""What the Hub's client raises, as one line that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+
+class HubError(OSError):
+    """The Hub cannot be reached, refuses, or does not have what was asked for; the message says what to do."""
+
+
+@contextmanager
+def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn errors of the Hub's client into a `HubError` of one line.
+
+    A file that the repository does not have stays an `EntryNotFoundError`: what it means, the caller knows.
+
+    Raises:
+        HubError: instead of every error of the client and of its connection.
+        ValueError: `repo_id` is no name a repository can have.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is neither a folder nor a Hub id like 'name/pool'") from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(_unreachable(f"{repo_id} is not in the cache")) from error
+    except (RemoteEntryNotFoundError, EntryNotFoundError):
+        raise
+    except HfHubHTTPError as error:
+        raise HubError(_refused(error, repo_id, revision)) from error
+    except LocalTokenNotFoundError as error:
+        raise HubError("no token: run `hf auth login`, or pass token=") from error
+    except (OfflineModeIsEnabled, httpx.HTTPError, ConnectionError, TimeoutError) as error:
+        raise HubError(_unreachable("nothing was changed")) from error
+
+
+def _unreachable(consequence: str) -> str:
+    if constants.is_offline_mode():
+        return f"HF_HUB_OFFLINE is set and {consequence}: unset it, or name a local folder"
+    return f"cannot reach {constants.ENDPOINT}, {consequence}: check the network, then try again"
+
+
+def _refused(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: ask for access at {constants.ENDPOINT}/{repo_id}, then run `hf auth login`"
+    if isinstance(error, DisabledRepoError):
+        return f"{repo_id} was disabled by the Hub: write to its author"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r}: see {constants.ENDPOINT}/{repo_id}/tree/main"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no {repo_id} for you: check the name; if it is private, run `hf auth login` or pass token="
+    if status == 401:
+        return "the Hub knows no such token: run `hf auth login`, or pass token="
+    if status == 403:
+        return f"the token may not do that with {repo_id}: use one with write permission, or a name that is yours"
+    if status == 409:
+        return f"{repo_id} was changed or made by somebody at the same time: look at it, then try again"
+    if status == 429 or status >= 500:
+        return f"the Hub is busy or down (status {status}), nothing was changed: try again later"
+    return f"the Hub refused {repo_id} (status {status}): {error.server_message or 'it did not say why'}"

@@ -22,6 +22,7 @@ from cl_prompts.configs import (
 )
 from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.pipeline import PromptPoolPipeline
 from cl_prompts.tuner import PromptPoolTuner
 from cl_prompts.version import __version__
 
@@ -41,6 +42,7 @@ __all__ = [
     "PromptPoolConfig",
     "PromptPoolModel",
     "PromptPoolOutput",
+    "PromptPoolPipeline",
     "PromptPoolTuner",
     "SMoPEConfig",
     "VPTConfig",

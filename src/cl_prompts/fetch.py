@@ -7,7 +7,7 @@ pickle. Here both files are of one commit, and nothing but them is asked for.
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from huggingface_hub import DryRunFileInfo, hf_hub_download
@@ -54,29 +54,70 @@ def adapter_folder(
     return folder
 
 
+def commit_of(source: str | os.PathLike[str], folder: Path, subfolder: str | None = None) -> str | None:
+    """The commit that `adapter_folder` found a folder in, for further files of the same one; None for a local folder."""
+    if Path(source).exists():
+        return None
+    # The cache keeps a commit's files under its name.
+    return (folder / CONFIG_FILE).parents[len(PurePosixPath(subfolder or "").parts)].name
+
+
+def further_file(
+    source: str | os.PathLike[str],
+    name: str,
+    subfolder: str | None = None,
+    *,
+    max_bytes: int = MAX_CONFIG_BYTES,
+    **where: Any,
+) -> Path | None:
+    """One more file of an adapter, like `results.json`; None if it has none.
+
+    Args:
+        source, subfolder, where: as in `adapter_folder`.
+        name: of the file.
+        max_bytes: refuse a larger one.
+
+    Raises:
+        ValueError: it is too large.
+        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+    """
+    if not Path(source).exists():
+        with explained(os.fspath(source), where.get("revision")):
+            return _file(os.fspath(source), name, subfolder, max_bytes, where)
+    path = Path(source, subfolder or "", name)
+    if not path.is_file():
+        return None
+    _refuse_large(path, path.stat().st_size, max_bytes)
+    return path
+
+
 def _fetch(repo_id: str, subfolder: str | None, max_bytes: int | None, where: dict[str, Any]) -> Path:
-    revision = where.get("revision")
-    with explained(repo_id, revision):
-        config = _file(repo_id, CONFIG_FILE, subfolder, MAX_CONFIG_BYTES, where)
-        folder = config.parent
-        commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name
-        _file(repo_id, WEIGHTS_FILE, subfolder, max_bytes, where | {"revision": commit})
+    with explained(repo_id, where.get("revision")):
+        for name, limit in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, max_bytes)):
+            path = _file(repo_id, name, subfolder, limit, where)
+            if path is None:
+                found = " (a pickle is never loaded)" if name == WEIGHTS_FILE else ""
+                whole = PurePosixPath(repo_id, subfolder or "")
+                raise ValueError(f"no {name} in {whole} on the Hub{found}: is it an adapter of cl_prompts?")
+            folder = path.parent
+            where = where | {"revision": commit_of(repo_id, folder, subfolder)}
     return folder
 
 
-def _file(repo_id: str, name: str, subfolder: str | None, max_bytes: int | None, where: dict[str, Any]) -> Path:
-    whole = f"{repo_id}{'/' + subfolder if subfolder else ''}"
+def _file(repo_id: str, name: str, subfolder: str | None, max_bytes: int | None, where: dict[str, Any]) -> Path | None:
+    ask = {"filename": name, "subfolder": subfolder, **where}
     try:
-        ask = {"filename": name, "subfolder": subfolder, **where}
         told: DryRunFileInfo = hf_hub_download(repo_id, dry_run=True, **ask)
-        if max_bytes is not None and (told.file_size or 0) > max_bytes:
-            raise ValueError(
-                f"{name} of {whole} has {told.file_size:,} bytes, more than the limit of {max_bytes:,}: raise "
-                "max_adapter_bytes if you trust it"
-            )
-        return Path(hf_hub_download(repo_id, **ask | {"revision": told.commit_hash}))
+        _refuse_large(PurePosixPath(repo_id, subfolder or "", name), told.file_size or 0, max_bytes)
+        # Asked for by the name of its branch, so that the cache knows the commit of that branch when offline.
+        return Path(hf_hub_download(repo_id, **ask))
     except EntryNotFoundError as error:
         if isinstance(error, FileNotFoundError):  # not in the cache, and nobody to ask
             raise
-        found = " (a pickle is never loaded)" if name == WEIGHTS_FILE else ""
-        raise ValueError(f"no {name} in {whole} on the Hub{found}: is it an adapter of cl_prompts?") from error
+        return None
+
+
+def _refuse_large(path: PurePath, size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        mend = "raise max_adapter_bytes if you trust it" if path.name == WEIGHTS_FILE else "it cannot be what it is called"
+        raise ValueError(f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}: {mend}")

@@ -1,0 +1,373 @@
+"""Images in, labels and scores out."""
+
+import http.server
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import learn
+from families import build
+from hub_server import Hub
+from huggingface_hub import HfApi
+from methods import METHODS
+from peft import PeftModel
+from PIL import Image
+from transformers import ViTImageProcessor, ViTModel
+
+from cl_prompts import PromptPoolPipeline, get_prompt_pool_model
+from cl_prompts.hub_errors import HubError
+from cl_prompts.images import rgb_image
+from cl_prompts.processors import load_processor
+
+
+NAMES = {7: "owl", 1: "jay"}
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 56)) -> Image.Image:
+    """A smooth picture, so that a JPEG of it is still it."""
+    corners = np.random.default_rng(seed).integers(0, 255, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model's folder, and that of an adapter of two tasks on it."""
+    base, adapter = (tmp_path_factory.mktemp(name) for name in ("base", "adapter"))
+    build("vit").save_pretrained(base)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base)
+    model = get_prompt_pool_model(ViTModel.from_pretrained(base), METHODS["hash"]())
+    learn(model, [7, 3])
+    learn(model, [1, 5], seed=1)
+    model.adapter.config.state.class_names = {str(c): name for c, name in NAMES.items()}
+    model.save_pretrained(adapter)
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2] * 3).save_pretrained(adapter)
+    return base, adapter
+
+
+@pytest.fixture(scope="module")
+def pipe(folders: tuple[Path, Path]) -> PromptPoolPipeline:
+    return PromptPoolPipeline.from_pretrained(folders[1], batch_size=3)
+
+
+def test_labels_and_scores(pipe: PromptPoolPipeline, tmp_path: Path) -> None:
+    """The same numbers as the model's own, by the adapter's class names, best first."""
+    picture().save(tmp_path / "picture.png")
+    answer = pipe(tmp_path / "picture.png", top_k=3)
+    pixels = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2] * 3)(picture(), return_tensors="pt")
+    with torch.no_grad():
+        scores = pipe.model.eval()(**pixels).logits.softmax(-1)[0].tolist()
+    expected = dict(zip(["owl", "3", "jay", "5"], scores, strict=True))  # columns follow model.classes: 7, 3, 1, 5
+    assert [a["score"] for a in answer] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-6)
+    assert {a["label"]: a["score"] for a in answer} == pytest.approx({a["label"]: expected[a["label"]] for a in answer})
+    everything = pipe(picture(), top_k=None)
+    assert len(everything) == len(pipe(picture())) == 4
+    assert sum(a["score"] for a in everything) == pytest.approx(1)
+    assert set(everything[0]) == {"label", "score"}
+
+
+def test_an_answer_does_not_depend_on_the_batch(pipe: PromptPoolPipeline) -> None:
+    images = [picture(seed, size) for seed, size in enumerate([(40, 56), (32, 32), (99, 20), (8, 8), (64, 48)])]
+    together = pipe(images, top_k=None)
+    for image, answer in zip(images, together, strict=True):
+        alone = pipe(image, top_k=None)
+        assert [a["label"] for a in alone] == [a["label"] for a in answer]
+        assert [a["score"] for a in alone] == pytest.approx([a["score"] for a in answer], abs=1e-5)
+    assert len({str(answer) for answer in together}) == 5
+    assert pipe([]) == []
+    assert len(pipe(tuple(images[:1]))) == 1
+
+
+def test_shapes_that_differ_within_a_batch() -> None:
+    """A base that takes any size, and a processor that keeps proportions."""
+    model = get_prompt_pool_model(build("dinov2"), METHODS["vpt"]())
+    learn(model, [0, 1, 2])
+    pipe = PromptPoolPipeline(model, ViTImageProcessor(do_resize=False))
+    images = [picture(0, (32, 32)), picture(1, (48, 32)), picture(2, (32, 32)), picture(3, (48, 32))]
+    for image, answer in zip(images, pipe(images), strict=True):
+        alone = pipe(image)
+        assert [a["label"] for a in alone] == [a["label"] for a in answer]
+        assert [a["score"] for a in alone] == pytest.approx([a["score"] for a in answer], abs=1e-5)
+
+
+def test_the_mode_of_the_model_stays(pipe: PromptPoolPipeline) -> None:
+    expected = pipe(picture())
+    pipe.model.train()
+    assert pipe(picture()) == expected
+    assert pipe.model.training
+    assert pipe.model.base_model.adapter.training
+    pipe.model.eval()
+
+
+def test_a_plain_peft_model_and_another_base(folders: tuple[Path, Path], pipe: PromptPoolPipeline) -> None:
+    base, adapter = folders
+    expected = pipe(picture())
+    plain = PeftModel.from_pretrained(ViTModel.from_pretrained(base), str(adapter))
+    assert PromptPoolPipeline(plain, pipe.image_processor)(picture()) == expected
+    moved = base.rename(base.with_name("moved"))
+    try:
+        for given in (moved, str(moved), ViTModel.from_pretrained(moved)):
+            assert PromptPoolPipeline.from_pretrained(adapter, base=given)(picture()) == expected
+    finally:
+        moved.rename(base)
+
+
+def test_the_image_processor(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The adapter's own; else the base's; a given one before both."""
+    _, adapter = folders
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    assert PromptPoolPipeline.from_pretrained(adapter).image_processor.image_mean == (0.2,) * 3
+    assert PromptPoolPipeline.from_pretrained(tmp_path).image_processor.image_mean == (0.5,) * 3
+    given = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.7] * 3)
+    assert PromptPoolPipeline.from_pretrained(adapter, image_processor=given).image_processor is given
+    with pytest.raises(ValueError, match=r"the adapter has no preprocessor_config\.json, and its base model no name: pass"):
+        PromptPoolPipeline.from_pretrained(tmp_path, base=build("vit"))
+
+
+def test_a_processor_of_another_size(pipe: PromptPoolPipeline) -> None:
+    with pytest.raises(ValueError, match=r"makes images of 24x24 pixels, the adapter was trained on 32x32: pass"):
+        PromptPoolPipeline(pipe.model, ViTImageProcessor(size={"height": 24, "width": 24}))
+    with pytest.raises(ValueError, match=r"makes images of 64x48 pixels"):
+        PromptPoolPipeline(pipe.model, ViTImageProcessor(do_resize=False))
+
+
+def test_from_the_hub(hub: Hub, folders: tuple[Path, Path], pipe: PromptPoolPipeline, tmp_path: Path) -> None:
+    """By id and revision, with everything of one commit; then without the network, from the cache."""
+    base, adapter = folders
+    api = HfApi()
+    for name, folder in (("me/vit", base), ("me/pool", adapter)):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns="README.md")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "me/vit"}
+    api.upload_file(path_or_fileobj=json.dumps(config).encode(), path_in_repo="adapter_config.json", repo_id="me/pool")
+    commit = api.model_info("me/pool").sha
+    expected = pipe(picture())
+    for options in ({}, {"base": "me/vit"}, {"base": ViTModel.from_pretrained(base)}, {"revision": commit}):
+        found = PromptPoolPipeline.from_pretrained("me/pool", **options)  # type: ignore[arg-type]
+        assert found(picture()) == expected
+        assert found.image_processor.image_mean == (0.2,) * 3
+    api.delete_file("preprocessor_config.json", "me/pool")
+    assert PromptPoolPipeline.from_pretrained("me/pool").image_processor.image_mean == (0.5,) * 3
+    assert PromptPoolPipeline.from_pretrained("me/pool", revision=commit)(picture()) == expected
+    with pytest.raises(HubError, match="there is no me/none for you"):
+        PromptPoolPipeline.from_pretrained("me/none")
+    hub.fail("GET|HEAD", 503, times=None)
+    assert PromptPoolPipeline.from_pretrained("me/pool", revision=commit, local_files_only=True)(picture()) == expected
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "not JSON": lambda good: "{",
+    "a list": lambda good: [good],
+    "no class": lambda good: {k: v for k, v in good.items() if k != "image_processor_type"},
+    "a model": lambda good: good | {"image_processor_type": "ViTModel"},
+    "itself": lambda good: good | {"image_processor_type": "AutoImageProcessor"},
+    "another library": lambda good: good | {"image_processor_type": "os.system"},
+    "remote code": lambda good: (
+        {"image_processor_type": "MineImageProcessor"} | {"auto_map": {"AutoImageProcessor": "mine.MineImageProcessor"}}
+    ),
+    "code beside": lambda good: good | {"auto_map": {"AutoImageProcessor": "mine.MineImageProcessor"}, "size": 1e9},
+    "huge": lambda good: good | {"size": {"height": 10**6, "width": 10**6}},
+    "text for numbers": lambda good: good | {"image_mean": "no number"},
+    "no size": lambda good: good | {"size": None},
+    "too many means": lambda good: good | {"image_mean": [0.5] * 4},
+    "NaN": lambda good: good | {"image_std": [0, 0, 0]},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_processor_file(
+    case: str, folders: tuple[Path, Path], pipe: PromptPoolPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = json.loads((folders[1] / "preprocessor_config.json").read_text())
+    content = HOSTILE[case](good)
+    (tmp_path / "preprocessor_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="image processor"):
+        PromptPoolPipeline(pipe.model, load_processor(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_pipeline(pipe: PromptPoolPipeline) -> None:
+    with pytest.raises(TypeError, match="ViTModel has no prompt pool: load one with"):
+        PromptPoolPipeline(build("vit"), pipe.image_processor)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        PromptPoolPipeline(pipe.model, pipe.image_processor, batch_size=0)
+    with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
+        pipe(picture(), top_k=0)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def array() -> np.ndarray:
+    return np.asarray(picture())
+
+
+def test_every_form_of_one_picture(tmp_path: Path) -> None:
+    image, pixels = picture(), array()
+    image.save(tmp_path / "a.png")
+    palette = image.quantize(256)
+    forms: dict[str, Any] = {
+        "path": tmp_path / "a.png",
+        "text": str(tmp_path / "a.png"),
+        "PIL": image,
+        "RGBA": image.convert("RGBA"),
+        "numpy": pixels,
+        "numpy RGBA": np.asarray(image.convert("RGBA")),
+        "float": pixels / 255,
+        "half": (pixels / 255).astype(np.float32),
+        "16 bits": pixels.astype(np.uint16) * 257,
+        "tensor": torch.tensor(pixels).permute(2, 0, 1),
+        "float tensor": torch.tensor(pixels / 255).permute(2, 0, 1).requires_grad_(),
+        "reversed": np.ascontiguousarray(pixels[::-1])[::-1],
+    }
+    for name, form in forms.items():
+        found = rgb_image(form)
+        assert found.mode == "RGB", name
+        assert np.array_equal(np.asarray(found), pixels), name
+    assert np.array_equal(np.asarray(rgb_image(palette)), np.asarray(palette.convert("RGB")))
+    rounded = rgb_image(torch.tensor(pixels / 255, dtype=torch.bfloat16).permute(2, 0, 1))
+    assert np.abs(np.asarray(rounded).astype(int) - pixels).max() <= 1
+    palette.save(tmp_path / "p.png", transparency=bytes(range(256)))  # PIL warns of it where it is converted in one step
+    assert np.array_equal(np.asarray(rgb_image(tmp_path / "p.png")), np.asarray(palette.convert("RGB")))
+
+
+def test_grey_images_of_8_and_16_bits(tmp_path: Path) -> None:
+    grey = np.asarray(picture().convert("L"))
+    expected = np.repeat(grey[:, :, None], 3, 2)
+    deep = grey.astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep).save(tmp_path / "deep.tiff")
+    Image.fromarray(deep).save(tmp_path / "deep.pgm", "PPM")
+    forms = [grey, grey[:, :, None], Image.fromarray(grey), deep, torch.tensor(grey), torch.tensor(grey)[None]]
+    for form in [*forms, *(tmp_path / f"deep.{kind}" for kind in ("png", "tiff", "pgm"))]:
+        assert np.array_equal(np.asarray(rgb_image(form)), expected), form
+
+
+def test_orientation_is_that_of_the_camera(tmp_path: Path) -> None:
+    image = picture()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    expected = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(np.asarray(rgb_image(tmp_path / "turned.png")), expected)
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert np.array_equal(np.asarray(rgb_image(opened)), expected)
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "missing": (lambda: "missing.png", "there is no file missing.png: check the path"),
+    "folder": (lambda: Path("."), r"\. is a folder: name the images in it"),
+    "text": (lambda: "text.png", r"text.png cannot be read as an image \(no format that PIL knows\): convert"),
+    "truncated": (lambda: "half.png", r"half.png cannot be read as an image \(.*truncated"),
+    "empty": (lambda: "empty.png", "empty.png cannot be read as an image"),
+    "NUL": (lambda: "\0", "there is no file"),
+    "base64": (lambda: "aGVsbG8=", "there is no file aGVsbG8="),
+    "32 bits": (lambda: Image.fromarray(np.full((4, 4), 70000, np.int32)), "PIL image I .*32-bit pixels"),
+    "float pixels": (lambda: Image.fromarray(np.zeros((4, 4), np.float32)), "floating pixels, whose range"),
+    "no pixels": (lambda: Image.new("RGB", (0, 3)), "0x3 pixels: there is nothing to see"),
+    "layout": (lambda: array().transpose(2, 0, 1), r"numpy array uint8\[3, 56, 40\] is no image: give \[height, width\]"),
+    "tensor's layout": (lambda: torch.zeros(56, 40, 3), r"tensor float32\[56, 40, 3\] is no image: .*\[channels, height"),
+    "batch": (lambda: array()[None], "several images as a list"),
+    "line": (lambda: np.zeros(3, np.uint8), "is no image"),
+    "no rows": (lambda: np.zeros((0, 4, 3), np.uint8), "has no pixels"),
+    "0 to 255": (lambda: array().astype(np.float32), r"outside \[0, 1\]: divide by 255, or cast to uint8"),
+    "normalised": (lambda: torch.full((3, 4, 4), -0.1), r"normalised pixels go to model\(pixel_values"),
+    "NaN": (lambda: np.full((4, 4, 3), math.nan), r"outside \[0, 1\]"),
+    "int64": (lambda: array().astype(np.int64), r"int64\[56, 40, 3\] has pixels of unknown range: cast it to uint8"),
+    "bool": (lambda: np.zeros((4, 4), bool), "unknown range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_images_that_are_none(case: str, pipe: PromptPoolPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(whole, "PNG")
+    Path("half.png").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    Path("text.png").write_text("no image")
+    Path("empty.png").touch()
+    make, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        pipe(make())
+    with pytest.raises(ValueError, match=f"image 1 of the list: .*{message}"):
+        pipe([picture(), make()])
+
+
+def test_damaged_files_of_every_kind(tmp_path: Path) -> None:
+    """Whatever PIL's readers raise becomes one error that names the file."""
+    random = np.random.default_rng(0)
+    file = tmp_path / "damaged"
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"):
+        whole = BytesIO()
+        picture().save(whole, kind)
+        for _ in range(25):
+            bytes_ = bytearray(whole.getvalue())
+            for position in random.integers(0, min(len(bytes_), 400), 6):
+                bytes_[position] = random.integers(256)
+            file.write_bytes(bytes_[: random.integers(1, len(bytes_) + 1)])
+            try:
+                assert rgb_image(file).mode == "RGB"
+            except ValueError as error:
+                assert str(file) in str(error)  # noqa: PT017 - either outcome is right
+
+
+def test_what_is_no_image_at_all(pipe: PromptPoolPipeline) -> None:
+    with pytest.raises(TypeError, match="an image is a path, a URL, a PIL image, an array or a tensor, got int"):
+        pipe(3)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"image 0 of the list: .*got bytes"):
+        pipe([b"bytes"])
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A picture, an error page, a redirect, and more bytes than anybody wants."""
+
+    def do_GET(self) -> None:
+        whole = BytesIO()
+        picture().save(whole, "PNG")
+        answers = {"/picture.png": (200, whole.getvalue()), "/page": (200, b"<html>"), "/moved": (302, b"")}
+        status, content = answers.get(self.path, (404, b"no such picture"))
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/picture.png")
+        self.send_header("Content-Length", str(2**40 if self.path == "/cut" else len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+        thread.join()
+
+
+def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert np.array_equal(np.asarray(rgb_image(f"{server}/picture.png")), array())
+    assert np.array_equal(np.asarray(rgb_image(f"{server}/moved")), array())
+    with pytest.raises(ValueError, match=re.escape(f"{server}/none cannot be fetched (Client error '404")):
+        rgb_image(f"{server}/none")
+    with pytest.raises(ValueError, match=re.escape(f"{server}/page cannot be read as an image")):
+        rgb_image(f"{server}/page")
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/a.png cannot be fetched .*check the address and the network"):
+        rgb_image("http://127.0.0.1:9/a.png")
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        rgb_image("http://[")
+    monkeypatch.setattr("cl_prompts.images.MAX_DOWNLOAD_BYTES", 100)
+    with pytest.raises(ValueError, match=r"picture\.png has more than 100 bytes"):
+        rgb_image(f"{server}/picture.png")

@@ -109,6 +109,7 @@ class Hub:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64
     hub: Hub
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -164,7 +165,8 @@ class _Connection(BaseHTTPRequestHandler):
             with hub.lock:
                 return function(Request(hub.store, caller, self.headers, dict(parse_qsl(url.query)), body))
         except Refusal as refusal:
-            headers = {"X-Error-Message": refusal.message} | refusal.headers
+            one_line = " ".join(refusal.message.encode("ascii", "backslashreplace").decode().split())
+            headers = {"X-Error-Message": one_line} | refusal.headers
             headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
             return Answer({"error": refusal.message}, refusal.status, headers)
         except Exception:

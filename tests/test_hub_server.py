@@ -1,6 +1,7 @@
 """The test Hub against the real client: what is pushed comes back, and its errors are the client's own."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
+from peft import AutoPeftModel, LoraConfig, get_peft_model
 from transformers import AutoImageProcessor, AutoModel, ViTImageProcessorPil
 
 
@@ -88,13 +90,13 @@ def test_what_has_not_changed_is_not_sent_again(hub: Hub, api: HfApi, folder: Pa
 
 @pytest.mark.parametrize("size", [100, len(WEIGHTS)])
 def test_a_large_file_in_parts(hub: Hub, api: HfApi, size: int) -> None:
-    hub.store.part_size = 1000
+    hub.store.part_size, hub.store.lfs_threshold = 1000, 99
     api.create_repo("me/pool")
-    api.create_commit("me/pool", add("a.safetensors", WEIGHTS[:size]), commit_message="parts")
+    api.create_commit("me/pool", add("a.txt", WEIGHTS[:size]), commit_message="parts")
     parts = [path for method, path in hub.log if method == "PUT"]
     assert len(parts) == -(-size // 1000)
     assert all("/part/" in path for path in parts)
-    assert read("a.safetensors") == WEIGHTS[:size]
+    assert read("a.txt") == WEIGHTS[:size]
 
 
 def test_every_commit_keeps_its_content(api: HfApi, pushed: str) -> None:
@@ -138,8 +140,9 @@ def test_names_that_are_not_there(api: HfApi, pushed: str) -> None:
         api.model_info("me/other")
     with pytest.raises(RepositoryNotFoundError):
         hf_hub_download("gpt2", "config.json")
-    with pytest.raises(RevisionNotFoundError):
-        read("config.json", revision="v9")
+    for revision in ("v9", "日本\n"):
+        with pytest.raises(RevisionNotFoundError):
+            read("config.json", revision=revision)
     with pytest.raises(RevisionNotFoundError):
         snapshot_download(pushed, revision="v9")
     with pytest.raises(RevisionNotFoundError):
@@ -227,14 +230,39 @@ def test_a_cut_commit_is_none_and_a_lost_answer_is_one(hub: Hub, api: HfApi, pus
         assert ("a" in hub.repos[pushed].files()) == done
 
 
+def test_a_client_that_goes_away_has_changed_nothing(hub: Hub, pushed: str) -> None:
+    before = hub.repos[pushed].at("main")
+    lines = b'{"key": "header", "value": {"summary": "half", "description": ""}}\n'
+    lines += b'{"key": "file", "value": {"path": "a", "content": "YQ=="}}\n'
+    head = f"POST /api/models/{pushed}/commit/main HTTP/1.1\r\nAuthorization: Bearer {hub.token}\r\n"
+    host, port = hub.url.removeprefix("http://").split(":")
+    size = len(lines)
+    sent = [
+        (f"Content-Length: {size + 1}\r\n\r\n".encode() + lines, False),
+        (f"Transfer-Encoding: chunked\r\n\r\n{size:x}\r\n".encode() + lines + b"\r\n", False),
+        (f"Content-Length: {size}\r\n\r\n".encode() + lines, True),
+    ]
+    for content, whole in sent:
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head.encode() + content)
+            client.shutdown(socket.SHUT_WR)
+            answered = bool(client.recv(1))
+        assert answered == (hub.repos[pushed].at("main") is not before) == whole
+
+
+def test_an_upload_is_what_was_announced(hub: Hub, pushed: str) -> None:
+    oid = hub.repos[pushed].at("main").files["weights.safetensors"].oid
+    for name, status in [(oid, 400), ("0" * 64, 403)]:
+        assert httpx.put(f"{hub.url}/lfs/{pushed}/{name}", content=b"other").status_code == status
+
+
 def test_the_cache_serves_a_hub_that_does_not(hub: Hub, pushed: str) -> None:
     with pytest.raises(LocalEntryNotFoundError):
         snapshot_download(pushed, local_files_only=True)
     read("config.json")
-    hub.slow("HEAD", seconds=30)
+    hub.slow("HEAD", seconds=30, times=1)
     assert read("config.json", etag_timeout=0.05) == b"{}"
     hub.fail("HEAD", status=500, times=None)
-    hub.faults.over.set()
     assert read("config.json") == read("config.json", local_files_only=True) == b"{}"
     snapshot_download(pushed, allow_patterns="*.json")
     with pytest.raises(IncompleteSnapshotError):
@@ -253,6 +281,19 @@ def test_transformers_loads_what_it_pushed(hub: Hub) -> None:
         processor = AutoImageProcessor.from_pretrained("me/vit", local_files_only=offline)
         assert dict(processor.size) == {"height": 32, "width": 32}
         assert bool(hub.log) != offline
+
+
+def test_peft_loads_what_it_pushed(hub: Hub) -> None:
+    build("vit").push_to_hub("me/vit")
+    base = AutoModel.from_pretrained("me/vit")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model.push_to_hub("me/lora", create_pr=True)
+    assert "adapter_config.json" not in hub.repos["me/lora"].files()
+    model.push_to_hub("me/lora")
+    pixels = inputs("vit")
+    for revision in ("main", "refs/pr/1"):
+        again = AutoPeftModel.from_pretrained("me/lora", revision=revision).eval()
+        torch.testing.assert_close(again(**pixels).pooler_output, model(**pixels).pooler_output, rtol=0, atol=0)
 
 
 def test_the_client_knows_no_other_hub(hub: Hub) -> None:

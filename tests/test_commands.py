@@ -53,7 +53,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     matrix = AccuracyMatrix()
     matrix.add([90.0], [10])
     matrix.add([70.0, 80.0], [10, 10])
-    (folder / "pool" / "results.json").write_text(json.dumps({"results": {"Hash": matrix.to_dict()}}))
+    state = json.loads((folder / "pool" / "adapter_config.json").read_text())["state"]
+    results = {"results": {"Hash": matrix.to_dict()}, "weights_sha256": state["weights_sha256"]}
+    (folder / "pool" / "results.json").write_text(json.dumps(results))
     return folder / "pool"
 
 
@@ -228,7 +230,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tasks": (edited(lambda c: c["state"].update(tasks=[[1, 1]])), "lists of distinct class ids"),
     "names": (edited(lambda c: c["state"].update(class_names=["owl"])), "`state.class_names` must map"),
     "format": (edited(lambda c: c["state"].update(format_version=99)), "format version 99"),
-    "results": (lambda f: (f / "results.json").write_text('{"results": {"a": {"columns": [[NaN]]}}}'), "holds no results"),
+    "results": (lambda f: (f / "results.json").write_text('{"results": {"a": {"columns": [[NaN]]}}}'), "results.json"),
 }
 
 

@@ -44,8 +44,9 @@ from cl_prompts.continual import (
 from cl_prompts.continual.baselines import BASELINES, JointStream, get_comparison_learner
 from cl_prompts.diagnostics import prompt_similarity, selection_counts, selection_summary
 from cl_prompts.plots import draw, draw_selection
+from cl_prompts.record import RunRecord
 from cl_prompts.report import Result, comparison_table, remarks, run_page
-from cl_prompts.saving import replacing, write_whole
+from cl_prompts.saving import write_whole
 
 
 def load_backbone(name: str, attention: str) -> Any:
@@ -190,23 +191,38 @@ def main() -> None:
         print(f"{skipped} images could not be read and were left out\n")
 
     settings = as_dict(args) | {"seconds": round(seconds, 1), "processes": accelerator.num_processes, "skipped": skipped}
+    command = f"accelerate launch examples/train_cil.py {shlex.join(sys.argv[1:])}".strip()
+    data = f"{', '.join(args.dataset)} ({stream.scenario})"
     matrix.to_csv(folder / "matrix.csv")
     selection, pictures = report_selection(trainer, folder)
     run_page(
         folder,
         results,
-        command=f"accelerate launch examples/train_cil.py {shlex.join(sys.argv[1:])}".strip(),
+        command=command,
         model=args.model,
-        data=f"{', '.join(args.dataset)} ({stream.scenario})",
+        data=data,
         arguments=settings,
         seconds=seconds,
         measured=trainer.measured,
         selection=selection,
         plots=[*draw(matrices, folder), *pictures],
     )
-    with replacing(folder / "adapter", "preprocessor_config.json") as adapter:
-        learner.save_pretrained(adapter)
-        processor.save_pretrained(adapter)
+    if args.method in BASELINES:
+        learner.save_pretrained(folder / "adapter")
+        processor.save_pretrained(folder / "adapter")
+    else:
+        on_the_hub = [name for name in args.dataset if "/" in name and not Path(name).exists()]
+        record = RunRecord.of(
+            trainer,
+            args.method,
+            results=matrices,
+            data=data,
+            datasets=on_the_hub,
+            command=command,
+            settings=settings,
+            seconds=seconds,
+        )
+        learner.save_pretrained(folder / "adapter", record=record, pictures=pictures, image_processor=processor)
     content = {
         "arguments": settings,
         "trainable": trainable,

@@ -50,6 +50,12 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
         raise HubError("no token: run `hf auth login`, or pass token=") from error
     except (OfflineModeIsEnabled, httpx.HTTPError, ConnectionError, TimeoutError) as error:
         raise HubError(_unreachable("nothing was changed")) from error
+    except RuntimeError as error:  # of an upload of large files; why it failed is its cause
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise HubError(_refused(error.__cause__, repo_id, revision)) from error
+        if isinstance(error.__cause__, (httpx.HTTPError, OSError)):
+            raise HubError(_unreachable("nothing was changed")) from error
+        raise
 
 
 def _unreachable(consequence: str) -> str:

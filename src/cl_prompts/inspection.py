@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.fetch import adapter_folder, commit_of, further_file
 from cl_prompts.integrity import Declared, declared_tensors
+from cl_prompts.record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
+from cl_prompts.state import AdapterState
 
 
-RESULTS_FILE = "results.json"
-MAX_RESULTS_BYTES = 4 * 2**20  # more than a thousand tasks
 # Bytes of a number by its type in a safetensors header.
 NUMBER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -74,7 +72,7 @@ def describe_adapter(source: str | os.PathLike[str], subfolder: str | None = Non
         "parts": parts,
         "numbers": sum(part["numbers"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
-        "figures": figures(results) if results is not None else {},
+        "figures": _figures(results, state),
     }
 
 
@@ -98,14 +96,10 @@ def _part_of(name: str) -> str:
     return part if part != "pool" else f"pool.{rest.partition('.')[0]}"
 
 
-def figures(path: Path) -> dict[str, dict[str, float]]:
-    """The measures of `AccuracyMatrix.summary` in percent by learner, from a `results.json`.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        matrices = json.loads(path.read_bytes())["results"]
-        return {str(name): AccuracyMatrix.from_dict(values).summary() for name, values in matrices.items()}
-    except Exception as error:  # a foreign file; what is wrong with it shows in many ways
-        raise ValueError(f"{path} holds no results ({error}): remove it, or write it again") from error
+def _figures(path: Path | None, state: AdapterState) -> dict[str, dict[str, float]]:
+    if path is None:
+        return {}
+    record = RunRecord.load(path)
+    if record.weights_sha256 != state.weights_sha256:  # it speaks of other weights
+        return {}
+    return {name: matrix.summary() for name, matrix in record.results.items()}

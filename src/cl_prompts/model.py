@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -18,11 +20,16 @@ from torch import Tensor, nn
 
 from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.fetch import WHERE, adapter_folder
-from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE
+from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.saving import read_whole, replacing
+from cl_prompts.processors import PROCESSOR_FILE
+from cl_prompts.saving import read_whole, replacing, telling_full_disk
 from cl_prompts.tuner import PromptPoolTuner
 from cl_prompts.way import ways_through
+
+
+if TYPE_CHECKING:
+    from cl_prompts.record import RunRecord
 
 
 # PEFT's own register_peft_method needs an entry in its enum; string types are supported in the mappings themselves.
@@ -73,31 +80,104 @@ class PromptPoolModel(PeftModel):
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
+        *,
+        record: RunRecord | None = None,
+        pictures: Sequence[str | os.PathLike[str]] = (),
+        image_processor: Any = None,
         **kwargs: Any,
     ) -> None:
         """Save adapters as `adapter_config.json` and `adapter_model.safetensors` ("default" at the top, others by name).
 
-        The folder is swapped in as a whole: whoever looks finds the old adapter or the new one. Its other files stay.
+        Each gets a model card, `README.md`. The folder is swapped in as a whole: whoever looks finds the old adapter or the
+        new one. Its other files stay.
 
         Args:
             save_directory: folder to write.
             safe_serialization: must be True; pickle is never written.
             selected_adapters: names of adapters; None: all.
             is_main_process: only the main process writes.
+            record: the run that trained the active adapter (`RunRecord.of`), for `results.json` and the card.
+            pictures: PNG files for the card, beside the accuracies, which are drawn from `record` if matplotlib is there.
+            image_processor: what made the images, saved as `preprocessor_config.json`.
             kwargs: passed to PEFT (`state_dict`).
 
         Raises:
             ValueError: pickle was asked for, an adapter does not exist, or the path is a file.
+            OSError: the disk is full; what was there before is still there.
         """
+        from cl_prompts.card import add_pictures, write_card  # knows results, which know the model
+
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        folders = ["" if name == "default" else f"{name}/" for name in names]
-        written = [f"{folder}{file}" for folder in folders for file in (CONFIG_FILE, WEIGHTS_FILE)]
-        with replacing(save_directory, *written, "README.md") as folder:
+        places = {name: "" if name == "default" else f"{name}/" for name in names}
+        files = (CONFIG_FILE, WEIGHTS_FILE) + ((PROCESSOR_FILE,) if image_processor is not None else ())
+        written = [f"{place}{file}" for place in places.values() for file in files]
+        with telling_full_disk(save_directory), replacing(save_directory, *written) as folder:
             super().save_pretrained(str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs)
+            for name, place in places.items():
+                if image_processor is not None:
+                    image_processor.save_pretrained(folder / place)
+                if record is not None and name in self.active_adapters:
+                    record.save(folder / place, digest_file(folder / place))
+                    add_pictures(folder / place, record, pictures)
+                write_card(folder / place, name=Path(save_directory).resolve().name)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Nothing: PEFT asks for a card before there is anything to write about. `save_pretrained` writes it."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        base_model_id: str | None = None,
+        include_base: bool = False,
+        license: str | None = None,
+        adapter_name: str | None = None,
+        record: RunRecord | None = None,
+        pictures: Sequence[str | os.PathLike[str]] = (),
+        image_processor: Any = None,
+    ) -> CommitInfo:
+        """Push an adapter to the Hub, with a model card, in one commit. The base model stays where it is.
+
+        Args:
+            repo_id: "name/pool".
+            private, revision, commit_message, create_pr, token, base_model_id, include_base, license: see
+                `cl_prompts.hub.push_folder`.
+            adapter_name: which adapter; default: the active one.
+            record, pictures, image_processor: see `save_pretrained`.
+
+        Raises:
+            ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` was given.
+            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses; nothing was changed there.
+        """
+        from cl_prompts.hub import push_folder  # knows cards
+
+        name = adapter_name or self.active_adapters[0]
+        with tempfile.TemporaryDirectory(prefix="cl_prompts-") as room:
+            folder = Path(room, repo_id.split("/")[-1])
+            self.save_pretrained(
+                folder, selected_adapters=[name], record=record, pictures=pictures, image_processor=image_processor
+            )
+            return push_folder(
+                folder if name == "default" else folder / name,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                token=token,
+                base_model_id=base_model_id,
+                include_base=include_base,
+                license=license,
+            )
 
     @classmethod
     def from_pretrained(

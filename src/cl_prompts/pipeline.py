@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cl_prompts.auto import AutoPromptPoolModel, load_base
+from cl_prompts.auto import AutoPromptPoolModel
+from cl_prompts.base_models import load_base
 from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.fetch import WHERE, adapter_folder, commit_of, further_file
 from cl_prompts.images import ImageSource, rgb_image

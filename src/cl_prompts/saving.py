@@ -7,15 +7,20 @@ every save.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from safetensors import SafetensorError
+
 
 T = TypeVar("T")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
@@ -72,6 +77,25 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     new.write_bytes(content.encode() if isinstance(content, str) else content)
     _to_disk(new)
     os.replace(new, target)
+
+
+@contextmanager
+def telling_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a full disk makes libraries raise into one line that says what to do.
+
+    Raises:
+        OSError: with the number of the error (ENOSPC, EDQUOT or EFBIG).
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors has no error of its own for it: the number stands in its text.
+        told = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in FULL:
+            raise
+        text = f"no room to save {folder} ({os.strerror(number)}): free some and save again; what was there is unharmed"
+        raise OSError(number, text) from error
 
 
 def _to_disk(path: Path) -> None:

@@ -1,0 +1,79 @@
+"""The base model that an adapter stands on: the one it brings along, or the one it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModel, PreTrainedModel
+
+from cl_prompts.configs import PromptPoolConfig
+from cl_prompts.hub_errors import explained
+
+
+BASE_FOLDER = "base"  # of a base model that an adapter brings along
+
+
+def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwargs: Any) -> PreTrainedModel:
+    """The base model of an adapter: the one it brings along in `base/`, else the one that its config names.
+
+    Args:
+        config: of the adapter.
+        folder: where its files are.
+        repo_id: the Hub repository they came from; None if they are the user's own.
+        kwargs: of transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: no base is named, or one that only its author has.
+        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+    """
+    source, revision = config.base_model_name_or_path, config.revision
+    if not source:
+        source, revision = str(_included_base(folder, repo_id, kwargs)), None
+    elif repo_id is not None:
+        _refuse_path(source, repo_id)
+    safe = {"trust_remote_code": False, "use_safetensors": True}
+    with explained(source, revision):
+        model: PreTrainedModel = _base_class(config).from_pretrained(source, revision=revision or "main", **safe | kwargs)
+    return model
+
+
+def _included_base(folder: Path, repo_id: str | None, kwargs: dict[str, Any]) -> Path:
+    base = folder / BASE_FOLDER
+    if repo_id is not None:
+        where = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        wanted = [f"{BASE_FOLDER}/*.json", f"{BASE_FOLDER}/*.safetensors"]
+        with explained(repo_id):
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted, **where)
+    if not (base / "config.json").is_file():
+        raise ValueError(
+            f"the adapter in {repo_id or folder} names no base model: load the base yourself, then "
+            "PromptPoolModel.from_pretrained(base, adapter)"
+        )
+    return base
+
+
+def _refuse_path(source: str, repo_id: str) -> None:
+    try:
+        validate_repo_id(source)
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter {repo_id} names the base {source!r}, which is no Hub id: load the base yourself, then "
+            "PromptPoolModel.from_pretrained(base, adapter)"
+        ) from error
+
+
+def _base_class(config: PromptPoolConfig) -> Any:
+    name = (config.auto_mapping or {}).get("base_model_class")
+    if name is None:
+        return AutoModel
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"the adapter names the base class {name!r}, which transformers does not have: load the base yourself, then "
+            "PromptPoolModel.from_pretrained(base, adapter)"
+        )
+    return found

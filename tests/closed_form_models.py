@@ -42,12 +42,14 @@ def train_steps(model: Any, images: dict[str, Any], steps: int = 2, lr: float = 
     model.eval()
 
 
-def learn_task(model: Any, classes: Sequence[int], *, revisit: bool = False, train: bool = True, seed: int = 1) -> None:
+def learn_task(
+    model: Any, classes: Sequence[int], *, revisit: bool = False, train: bool = True, seed: int = 1, **names: Any
+) -> None:
     """One task as the trainer takes it."""
     images = task_images(classes, seed=seed)
     if model.needs_features_before and model.classes:
         model.eval().record_features(in_batches(images, 5))
-    model.begin_task(classes, revisit=revisit)
+    model.begin_task(classes, revisit=revisit, **names)
     if train:
         train_steps(model, images)
     model.eval()

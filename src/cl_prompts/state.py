@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,7 @@ from cl_prompts.version import __version__
 
 
 FORMAT_VERSION = 1
+_VERSION = re.compile(r"\d[\w.+!]{0,40}", re.ASCII)
 _KINDS: dict[str, type] = {
     "written_by": str,
     "base_fingerprint": str,
@@ -71,7 +73,8 @@ class AdapterState:
         version = values.get("format_version", FORMAT_VERSION)
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             writer = values.get("written_by")
-            needed = f">={writer}" if isinstance(writer, str) else ""
+            # A command that is made to be copied holds nothing but a version.
+            needed = f">={writer}" if isinstance(writer, str) and _VERSION.fullmatch(writer) else ""
             raise ValueError(
                 f"the adapter has format version {version!r}, this cl_prompts {__version__} reads up to {FORMAT_VERSION}: "
                 f"upgrade with `pip install -U 'cl-prompts{needed}'`"

@@ -15,7 +15,8 @@ from cl_prompts.configs.checks import choice, flag, kind, not_negative, positive
 from cl_prompts.configs.classifier import ClassifierConfig
 from cl_prompts.fetch import WHERE, adapter_folder
 from cl_prompts.integrity import PEFT_TYPE, Declared, declared_tensors, digest_file
-from cl_prompts.state import AdapterState
+from cl_prompts.state import FORMAT_VERSION, AdapterState
+from cl_prompts.version import __version__
 
 
 METHODS: dict[str, type[PromptPoolConfig]] = {}
@@ -189,6 +190,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, with the checksum of the weights that lie beside it."""
+        self.state.format_version, self.state.written_by = FORMAT_VERSION, __version__  # not those of a file it came from
         self.state.weights_sha256 = digest_file(save_directory)
         try:
             super().save_pretrained(os.fspath(save_directory), **kwargs)

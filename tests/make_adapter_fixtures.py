@@ -37,7 +37,7 @@ def fixture_of(folder: Path, method: str) -> Path:
 
 
 def base_of(folder: Path) -> Any:
-    """The base model that a version's adapters stand on: from its file, for no generator draws the same numbers for ever."""
+    """The base model of a version's adapters: from its file, for no generator draws the same numbers for ever."""
     base = ViTModel.from_pretrained(folder / "base")
     base.name_or_path = ""  # a place on one machine
     return base.eval()

@@ -158,6 +158,13 @@ def test_inspect_for_programs(adapter: Path, capsys: Output) -> None:
     assert facts["format_version"] == 1
 
 
+def test_figures_of_other_weights_are_not_shown(copy: Path) -> None:
+    assert describe_adapter(copy)["figures"]
+    results = json.loads((copy / "results.json").read_text()) | {"weights_sha256": "of an earlier training"}
+    (copy / "results.json").write_text(json.dumps(results))
+    assert describe_adapter(copy)["figures"] == {}
+
+
 @pytest.mark.parametrize("name", ["coda", "dualprompt prototype", "none"])
 def test_sizes_are_those_of_the_tensors(name: str, tmp_path: Path, capsys: Output) -> None:
     model = get_prompt_pool_model(build("vit"), METHODS[name](modules_to_save=["layernorm"]))
@@ -305,3 +312,30 @@ def test_a_reader_that_leaves(adapter: Path, capsys: Output, monkeypatch: pytest
 def test_the_installed_command() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert pkgutil.resolve_name(project["scripts"]["cl-prompts"]) is main
+
+
+def test_push(hub: Hub, adapter: Path, images: list[str], capsys: Output) -> None:
+    assert main(["push", str(adapter), "me/pool"]) == 1
+    assert "--base-model-id" in complaint(capsys)
+    assert "me/pool" not in hub.repos
+    api = HfApi()
+    api.create_repo("me/vit")
+    api.upload_folder(repo_id="me/vit", folder_path=adapter.with_name("vit"))
+    options = ["--private", "--message", "Two tasks", "--base-model-id", "me/vit", "--license", "apache-2.0"]
+    assert main(["push", str(adapter), "me/pool", *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{hub.url}/me/pool/commit/")
+    info = api.model_info("me/pool")
+    assert (info.private, info.card_data.license) == (True, "apache-2.0")
+    assert api.list_repo_commits("me/pool")[0].title == "Two tasks"
+    for source in (str(adapter), "me/pool"):
+        assert main(["predict", *images, "--adapter", source]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert main(["push", str(adapter), "me/pool", "--base-model-id", "me/vit", "--create-pr"]) == 0
+    assert "/me/pool/discussions/" in capsys.readouterr().out
+    wrong = ["push", str(adapter), "me/pool", "--base-model-id", "me/vit", "--token", "hf_nobody"]
+    assert main(wrong) == 1
+    assert "hf auth login" in complaint(capsys)
+    assert main(["push", str(adapter.with_name("none")), "me/pool"]) == 1
+    assert "none does not exist" in complaint(capsys)

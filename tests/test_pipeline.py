@@ -29,6 +29,7 @@ from cl_prompts.processors import load_processor
 
 
 NAMES = {7: "owl", 1: "jay"}
+REMOTE = {"AutoImageProcessor": "mine.MineImageProcessor"}
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 56)) -> Image.Image:
@@ -97,13 +98,26 @@ def test_shapes_that_differ_within_a_batch() -> None:
         assert [a["score"] for a in alone] == pytest.approx([a["score"] for a in answer], abs=1e-5)
 
 
-def test_the_mode_of_the_model_stays(pipe: PromptPoolPipeline) -> None:
-    expected = pipe(picture())
-    pipe.model.train()
-    assert pipe(picture()) == expected
-    assert pipe.model.training
-    assert pipe.model.base_model.adapter.training
-    pipe.model.eval()
+@pytest.mark.parametrize("method", ["dualprompt", "layer_grouped"])
+def test_a_model_in_training_answers_as_at_test(method: str, pipe: PromptPoolPipeline) -> None:
+    model = get_prompt_pool_model(build("vit"), METHODS[method]())
+    learn(model, [7, 3])
+    learn(model, [1, 5], seed=1)
+    own = PromptPoolPipeline(model.eval(), pipe.image_processor)
+    expected = own(picture())
+    model.train()
+    assert own(picture()) == expected
+    assert model.training
+    assert model.base_model.adapter.training
+
+
+def test_a_base_in_bfloat16(folders: tuple[Path, Path], pipe: PromptPoolPipeline) -> None:
+    base, adapter = folders
+    halved = ViTModel.from_pretrained(base, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="fingerprint"):
+        found = PromptPoolPipeline.from_pretrained(adapter, base=halved)
+    scores, expected = ({a["label"]: a["score"] for a in p(picture())} for p in (found, pipe))
+    assert scores == pytest.approx(expected, abs=0.05)
 
 
 def test_a_plain_peft_model_and_another_base(folders: tuple[Path, Path], pipe: PromptPoolPipeline) -> None:
@@ -163,22 +177,23 @@ def test_from_the_hub(hub: Hub, folders: tuple[Path, Path], pipe: PromptPoolPipe
     assert PromptPoolPipeline.from_pretrained("me/pool", revision=commit, local_files_only=True)(picture()) == expected
 
 
-HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "not JSON": lambda good: "{",
-    "a list": lambda good: [good],
-    "no class": lambda good: {k: v for k, v in good.items() if k != "image_processor_type"},
-    "a model": lambda good: good | {"image_processor_type": "ViTModel"},
-    "itself": lambda good: good | {"image_processor_type": "AutoImageProcessor"},
-    "another library": lambda good: good | {"image_processor_type": "os.system"},
-    "remote code": lambda good: (
-        {"image_processor_type": "MineImageProcessor"} | {"auto_map": {"AutoImageProcessor": "mine.MineImageProcessor"}}
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "not JSON": (lambda good: "{", "no image processor in .*: pass image_processor="),
+    "a list": (lambda good: [good], "no image processor in"),
+    "no class": (lambda good: {k: v for k, v in good.items() if k != "image_processor_type"}, "no image processor in"),
+    "a model": (lambda good: good | {"image_processor_type": "ViTModel"}, "'ViTModel' is no image processor"),
+    "itself": (lambda good: good | {"image_processor_type": "AutoImageProcessor"}, "'AutoImageProcessor' is no image"),
+    "another library": (lambda good: good | {"image_processor_type": "os.system"}, "'os.system' is no image processor"),
+    "a number": (lambda good: good | {"image_processor_type": 3}, "no image processor in"),
+    "remote code": (
+        lambda good: {"image_processor_type": "MineImageProcessor", "auto_map": REMOTE},
+        "contains custom code",
     ),
-    "code beside": lambda good: good | {"auto_map": {"AutoImageProcessor": "mine.MineImageProcessor"}, "size": 1e9},
-    "huge": lambda good: good | {"size": {"height": 10**6, "width": 10**6}},
-    "text for numbers": lambda good: good | {"image_mean": "no number"},
-    "no size": lambda good: good | {"size": None},
-    "too many means": lambda good: good | {"image_mean": [0.5] * 4},
-    "NaN": lambda good: good | {"image_std": [0, 0, 0]},
+    "huge": (lambda good: good | {"size": {"height": 10**6, "width": 10**6}}, "more than 4096 pixels are refused"),
+    "text for numbers": (lambda good: good | {"image_mean": "no number"}, "the image processor fails"),
+    "no size": (lambda good: good | {"size": None}, "the image processor fails"),
+    "too many means": (lambda good: good | {"image_mean": [0.5] * 4}, "the image processor fails"),
+    "no deviation": (lambda good: good | {"image_std": [0, 0, 0]}, "the image processor"),
 }
 
 
@@ -186,13 +201,21 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_hostile_processor_file(
     case: str, folders: tuple[Path, Path], pipe: PromptPoolPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = json.loads((folders[1] / "preprocessor_config.json").read_text())
-    content = HOSTILE[case](good)
+    make, message = HOSTILE[case]
+    content = make(json.loads((folders[1] / "preprocessor_config.json").read_text()))
     (tmp_path / "preprocessor_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w').close()")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="image processor"):
+    with pytest.raises(ValueError, match=message):
         PromptPoolPipeline(pipe.model, load_processor(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_code_beside_a_known_processor_is_left_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    content = json.loads((folders[1] / "preprocessor_config.json").read_text()) | {"auto_map": REMOTE}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w').close()")
+    assert type(load_processor(tmp_path)).__module__.startswith("transformers.models.vit.")
     assert not (tmp_path / "run").exists()
 
 
@@ -237,6 +260,7 @@ def test_every_form_of_one_picture(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(rgb_image(palette)), np.asarray(palette.convert("RGB")))
     rounded = rgb_image(torch.tensor(pixels / 255, dtype=torch.bfloat16).permute(2, 0, 1))
     assert np.abs(np.asarray(rounded).astype(int) - pixels).max() <= 1
+    assert rgb_image(np.full((2, 2), 0.999)).getpixel((0, 0)) == (255, 255, 255)
     palette.save(tmp_path / "p.png", transparency=bytes(range(256)))  # PIL warns of it where it is converted in one step
     assert np.array_equal(np.asarray(rgb_image(tmp_path / "p.png")), np.asarray(palette.convert("RGB")))
 

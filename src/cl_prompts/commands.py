@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from cl_prompts.hub import push_folder
 from cl_prompts.images import rgb_image
 from cl_prompts.inspection import describe_adapter
 from cl_prompts.pipeline import PromptPoolPipeline
@@ -145,8 +146,6 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _push(given: argparse.Namespace) -> int:
-    from cl_prompts.hub import push_folder  # type: ignore[import-not-found]
-
     commit = push_folder(
         given.folder,
         given.repo_id,

@@ -28,7 +28,7 @@ class PromptPoolPipeline:
     """Classifies images as transformers' image-classification pipeline does, with an adapter's own class names.
 
     An image's answer does not depend on the images beside it: each goes through the image processor alone, and only
-    images that come out in one shape share a forward. The model answers in eval mode and is left in the mode it had.
+    images that come out in one shape share a forward. A model in training answers as at test too, and stays in training.
 
     Args:
         model: a model with a prompt pool, `PromptPoolModel` or plain `PeftModel`; its active adapter answers.
@@ -162,17 +162,13 @@ class PromptPoolPipeline:
                 answers[number] = self._best(row, top_k)
         return answers
 
-    @torch.no_grad()
+    @torch.no_grad()  # which also makes a model in training answer as at test
     def _scores(self, inputs: dict[str, Tensor]) -> Tensor:
         base = self.model.get_base_model()
         like = next(base.parameters())
         inputs = {k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            return self.model(**inputs).logits.float().softmax(-1).cpu()
-        finally:
-            self.model.train(was_training)
+        scores: Tensor = self.model(**inputs).logits.float().softmax(-1)
+        return scores.cpu()
 
     def _best(self, scores: Tensor, top_k: int | None) -> Predictions:
         names = self.model.adapter.config.state.class_names

@@ -55,6 +55,8 @@ def check_processor(processor: Any, image_size: list[int] | None) -> None:
                 raise ValueError(f"its {name} is {declared}, more than {LARGEST} pixels are refused")
         # Neither square nor of the right size, so that a processor that keeps proportions shows itself.
         made = processor(images=Image.new("RGB", (48, 64)), return_tensors="pt")["pixel_values"]
+        if not made.isfinite().all():
+            raise ValueError("it makes NaN or Inf")
     except Exception as error:
         raise ValueError(f"the image processor fails ({_first_line(error)}): pass another image_processor=") from error
     found = list(made.shape[-2:])

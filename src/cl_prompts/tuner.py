@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
-from peft.utils.other import set_additional_trainable_modules
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from cl_prompts.adapter import PoolAdapter, PromptPoolLayer
@@ -25,6 +25,9 @@ from cl_prompts.fitting import check_base, check_fits, check_size
 from cl_prompts.integrity import check_tensors
 from cl_prompts.learning import TaskLearner
 from cl_prompts.way import WayOfABatch, ways_through
+
+
+SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
 
 class PromptPoolTuner(TaskLearner, BaseTuner):
@@ -39,11 +42,20 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
     active_adapter: str | list[str]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise TypeError(f"the base is a {type(model).__name__}: pass model.get_base_model(), its LoRA stays inside")
         # A base belongs to one model. Another one that is still on it lets go; its forward then says so.
         for way in ways_through(model):
             way.uninstall()
-            vars(model).pop("peft_config", None)
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+            _forget_pools(model)
+        # Adapters of other kinds inside the base (LoRA) are part of it: what switches pools leaves them alone.
+        self._of_the_base = {id(module) for module in model.modules() if isinstance(module, SWITCHED)}
+        others = vars(model).pop("peft_config", None)
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        finally:
+            if others is not None:
+                model.peft_config = others
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
@@ -109,20 +121,31 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a prompt pool replaces no module of the base model")
 
+    def _copies(self) -> Iterator[AuxiliaryTrainingWrapper]:
+        """Copies of the base's own modules that an adapter trains along (`modules_to_save`)."""
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in self._of_the_base:
+                yield module
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the one that answers, trainable unless `inference_mode`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for copies in self._copies():
+            name = copies.check_set_adapter(adapter_name)
+            copies.set_adapter(name if name in copies._adapters else [], inference_mode=inference_mode)
         self.pools.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Switch gradients of adapters on or off."""
-        super().set_requires_grad(adapter_names, requires_grad)
+        for copies in self._copies():
+            copies.set_requires_grad(adapter_names, requires_grad)
         self.pools.set_requires_grad(adapter_names, requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        # PEFT's layers also switch gradients here, which would make a frozen adapter trainable by switching it off and on.
+        # PEFT's copies also switch gradients here, which would make a frozen adapter trainable by switching it off and on.
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        super()._enable_adapter_layers(enabled)
+        for copies in self._copies():
+            copies.enable_adapters(enabled)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         self.pools._disable_adapters = not enabled
@@ -139,12 +162,13 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         self.pools.delete_adapter(adapter_name)
         if adapter_name in self.active_adapters:
             self.active_adapter = next(iter(self.peft_config), [])
-        _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=self.active_adapters or None)
+        for copies in self._copies():
+            copies.delete_adapter(adapter_name, new_active_adapters=self.active_adapters or None)
 
     def unload(self) -> nn.Module:
         """Take every hook off the base model and give it back as it was, frozen."""
         self.way.uninstall()
-        del self.model.peft_config
+        _forget_pools(self.model)
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -208,3 +232,9 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
         check_tensors(found, expected, sha256 if config.verify else None)
         return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
+
+
+def _forget_pools(model: nn.Module) -> None:
+    """Take the note of its pools off a base; a note of other adapters inside it stays."""
+    if any(isinstance(config, PromptPoolConfig) for config in vars(model).get("peft_config", {}).values()):
+        del model.peft_config

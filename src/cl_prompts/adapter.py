@@ -45,13 +45,9 @@ class PoolAdapter(nn.Module):
         # Labels of undeclared classes seen on a device or in a compiled graph, where a step must not look at them.
         self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
         if config.num_labels is not None:
-            self._declare(list(range(config.num_labels)))
-        known: list[int] = []
-        self.pool.rebuilding = True
-        for task in config.state.tasks:
-            known = list(dict.fromkeys(known + task))
-            self._declare(known, task)
-        self.pool.rebuilding = False
+            self._declare(range(config.num_labels))
+        if config.state.tasks:
+            self._rebuild(config.state.tasks)
 
     @property
     def classes(self) -> list[int]:
@@ -79,12 +75,23 @@ class PoolAdapter(nn.Module):
 
     def _declare(self, known: Sequence[int], task: Sequence[int] | None = None) -> None:
         self.head.declare(known, task if task is not None else known)
-        columns = [known.index(c) for c in (task if task is not None else known)]
+        column_of = {c: column for column, c in enumerate(known)}
+        columns = [column_of[c] for c in (task if task is not None else known)]
         # Prompts that are frozen after the first task have no part in later ones.
         if task is not None and (self.config.trained_tasks == "all" or not self.pool.num_tasks):
             self.pool.begin_task(columns)
         if self.classifier is not None:
             self.classifier.begin_task(columns)
+
+    def _rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Make room for what these tasks left, whose values come from a file."""
+        known = self.config.state.classes
+        column_of = {c: column for column, c in enumerate(known)}
+        columns = [[column_of[c] for c in task] for task in tasks]
+        self.head.declare(known, tasks[-1])
+        self.pool.rebuild(columns if self.config.trained_tasks == "all" else columns[:1])
+        if self.classifier is not None:
+            self.classifier.rebuild(columns)
 
     def begin_task(self, classes: Sequence[int], revisit: bool, class_names: dict[int, str] | None) -> None:
         """Grow for a task; see `PromptPoolTuner.begin_task`."""

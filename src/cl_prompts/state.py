@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
@@ -147,7 +148,7 @@ def _class_ids(classes: Sequence[int]) -> list[int]:
     if not declared:
         raise ValueError("a task needs at least one class")
     ids = [int(c) for c in declared]
-    twice = sorted({c for c in ids if ids.count(c) > 1})
+    twice = sorted(c for c, times in Counter(ids).items() if times > 1)
     if twice:
         raise ValueError(f"classes {twice} are declared twice in one call")
     if min(ids) < 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.classifiers.drift import KINDS as DRIFTS
+from cl_prompts.classifiers.gaussians import ClassGaussians
 from cl_prompts.head import GrowingHead
 
 
@@ -69,6 +70,17 @@ class FeatureClassifier(nn.Module, ABC):
         self.num_classes = max(self.num_classes, max(columns) + 1)
         self.num_tasks += 1
         self._newest = list(columns)
+
+    def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
+        """As `begin_task` for each of these tasks, in time that is linear in their number; values come from a file."""
+        *earlier, newest = tasks
+        self.num_tasks = len(earlier)
+        columns = [column for task in earlier for column in task]
+        self.num_classes = max(columns, default=-1) + 1
+        for part in self.modules():
+            if isinstance(part, ClassGaussians):
+                part.columns = columns
+        self.begin_task(newest)
 
     @torch.no_grad()
     def fit(self, features: Tensor, columns: Tensor, before: Tensor | None = None, head: GrowingHead | None = None) -> None:

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.pools.history import ActivationHistory
+from cl_prompts.pools.per_task import PerTask
+from cl_prompts.pools.prototypes import ClassPrototypes
 from cl_prompts.pools.regularisers import alignment, collapse, diversity
 from cl_prompts.prompts import BackboneShape, LossPart, PoolInput, Prompts
 
@@ -81,6 +84,29 @@ class PromptPool(nn.Module, ABC):
     def begin_task(self, columns: Sequence[int]) -> None:
         """Grow for the next task, whose classes have these head columns. Also replayed to rebuild shapes for loading."""
         self.num_tasks += 1
+
+    def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Grow as `begin_task` for each of these tasks would, in time that is linear in their number; values follow."""
+        self.rebuilding = True
+        for columns in tasks[:2]:
+            self.begin_task(columns)
+        if len(tasks) > 3:
+            self.make_room(tasks[2:-1])
+        for columns in tasks[2:][-1:]:
+            self.begin_task(columns)
+        self.rebuilding = False
+
+    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Rows for tasks that are neither the first two nor the newest, all together.
+
+        A pool extends it that keeps more by task than `PerTask`, `ActivationHistory` and `ClassPrototypes` do.
+        """
+        for part in self.modules():
+            if isinstance(part, (PerTask, ActivationHistory)):
+                part.make_room(len(tasks))
+            elif isinstance(part, ClassPrototypes):
+                part.make_room(tasks, self.num_tasks)
+        self.num_tasks += len(tasks)
 
     def end_task(self) -> None:
         """Close the current task."""

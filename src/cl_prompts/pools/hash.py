@@ -119,6 +119,14 @@ class HashPool(PromptPool, method="hash"):
         if self.config.modulate == "quadratic":
             self.anchor = self.prompts.detach().clone()
 
+    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Rows of routers, too."""
+        super().make_room(tasks)
+        rows = self.router.detach().expand(len(tasks), *self.router.shape).clone()
+        if self.config.router_init == "normal":
+            rows.normal_(std=0.02)
+        self.old_routers = torch.cat([self.old_routers.to(rows.device), rows])
+
     def forward(self, batch: PoolInput) -> Prompts:
         """One prefix function per layer; in training the current router, at test the one(s) of `router_inference`."""
         rule = "last" if batch.task is not None or self.num_tasks <= 1 else self.config.router_inference

@@ -79,9 +79,17 @@ class HidePool(PromptPool, method="hide"):
             self.pending = torch.full_like(self.pending, self.config.prompt_momentum)
         super().begin_task(columns)
         self._current = set(columns)
-        rows = max(0, max(columns) + 1 - len(self.class_means))
-        self.class_means = torch.cat([self.class_means, self.class_means.new_zeros(rows, self.shape.width)])
+        self._open_means(max(columns))
         self.prototypes.begin_task(columns, self.num_tasks - 1)
+
+    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Rows of class means, too."""
+        super().make_room(tasks)
+        self._open_means(max(map(max, tasks)))
+
+    def _open_means(self, last: int) -> None:
+        rows = max(0, last + 1 - len(self.class_means))
+        self.class_means = torch.cat([self.class_means, self.class_means.new_zeros(rows, self.shape.width)])
 
     def _fresh(self, earlier: Tensor) -> Tensor:
         return initial(self.config.prompt_init, *earlier.shape[1:]).detach()

@@ -32,7 +32,11 @@ class ActivationHistory(nn.Module):
 
     def begin_task(self) -> None:
         """Open the next task's row."""
-        self.counts = torch.cat([self.counts, self.counts.new_zeros(1, *self.counts.shape[1:])])
+        self.make_room(1)
+
+    def make_room(self, tasks: int) -> None:
+        """Open the rows of so many tasks."""
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(tasks, *self.counts.shape[1:])])
 
     def add(self, ids: Tensor, counted: Tensor) -> None:
         """Count the choices ids [B, *rows, k] of the images where `counted` [B] is True, over all processes."""

@@ -38,6 +38,10 @@ class PerTask(nn.Module):
         fresh = closed.clone() if start is None else start(self.earlier)
         self.current = nn.Parameter(fresh.to(closed), requires_grad=self.current.requires_grad)
 
+    def make_room(self, tasks: int) -> None:
+        """As so many times `next`, for values that come from a file."""
+        self.earlier = torch.cat([self.earlier, self.current.detach().expand(tasks, *self.current.shape)])
+
     def all(self) -> Tensor:
         """The tensors of all tasks [tasks, *size], the current one's with gradient."""
         return torch.cat([self.earlier, self.current[None]])

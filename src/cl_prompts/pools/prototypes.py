@@ -69,10 +69,14 @@ class ClassPrototypes(nn.Module):
 
     def begin_task(self, columns: Sequence[int], task: int) -> None:
         """Open rows for the classes of task number `task`, which have these head columns."""
-        rows = len(columns)
+        self.make_room([columns], task)
+
+    def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
+        """Open rows for the classes of tasks, numbered from `first`, which have these head columns."""
+        self.of += [(number, column) for number, columns in enumerate(tasks, start=first) for column in columns]
+        rows = len(self.of) - len(self.count)
         self.sum = torch.cat([self.sum, self.sum.new_zeros(rows, self.sum.shape[1])])
         self.count = torch.cat([self.count, self.count.new_zeros(rows)])
-        self.of += [(task, column) for column in columns]
 
     def add(self, query: Tensor, columns: Tensor, counted: Tensor) -> None:
         """Add images of the newest task, over all processes.

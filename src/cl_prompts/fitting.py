@@ -15,6 +15,7 @@ from cl_prompts.collectives import world_size
 from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.prompts import BackboneShape
+from cl_prompts.shown import shown
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -26,7 +27,7 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
     asked = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
     outside = [layer for layer in asked if layer >= depth]
     if outside:
-        raise ValueError(f"layers {outside} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
+        raise ValueError(f"layers {shown(outside)} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
     if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:
         raise ValueError(
             f"add_cls_position_embedding=True, but {type(model).__name__} has no position embedding of a CLS token: "
@@ -42,8 +43,13 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
         if made_for is not None and made_for != here:
             raise ValueError(
                 f"the adapter was made for a base of {what} {made_for}, this one has {here}: load it on "
-                f"{config.base_model_name_or_path or 'the base it was trained on'}"
+                f"{_base_named(config)}"
             )
+
+
+def _base_named(config: PromptPoolConfig) -> str:
+    name = config.base_model_name_or_path
+    return shown(name) if name else "the base it was trained on"
 
 
 def check_base(config: PromptPoolConfig, found: str) -> None:
@@ -52,17 +58,18 @@ def check_base(config: PromptPoolConfig, found: str) -> None:
     if made_for is not None and found != made_for:
         text = (
             f"the adapter was trained on a base with fingerprint {made_for[:12]}, this one has {found[:12]}: same shape, "
-            f"other weights. Load {config.base_model_name_or_path or 'the base it was trained on'}"
+            f"other weights. Load {_base_named(config)}"
         )
         if config.strict_base:
             raise ValueError(text)
         warnings.warn(text + ", or expect worse answers", stacklevel=2)
 
 
-def check_size(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
-    """Raise ValueError if the adapter's tensors would exceed `max_adapter_bytes`, or are not the file's.
+def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> PoolAdapter:
+    """The adapter that a config implies, on the meta device: nothing is allocated.
 
-    Nothing is allocated to find out.
+    Raises:
+        ValueError: its tensors would exceed `max_adapter_bytes`, or are not those that the file to be loaded declares.
     """
     # The classes are listed while the head is built, so the head's size is looked at before.
     classes = config.num_labels or len(config.state.classes)
@@ -89,6 +96,7 @@ def check_size(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> 
         # Copies of the base's own modules are compared once PEFT has made them.
         found = {n: d for n, d in config.declared.items() if n in expected or not config.modules_to_save}
         check_shapes(found, expected)
+    return planned
 
 
 def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cl_prompts.shown import shown
 from cl_prompts.version import __version__
 
 
@@ -70,20 +71,20 @@ class AdapterState:
                 of another kind than its field.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {values!r}")
+            raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {shown(values)}")
         version = values.get("format_version", FORMAT_VERSION)
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             writer = values.get("written_by")
             # A command that is made to be copied holds nothing but a version.
             needed = f">={writer}" if isinstance(writer, str) and _VERSION.fullmatch(writer) else ""
             raise ValueError(
-                f"the adapter has format version {version!r}, this cl_prompts {__version__} reads up to {FORMAT_VERSION}: "
-                f"upgrade with `pip install -U 'cl-prompts{needed}'`"
+                f"the adapter has format version {shown(version)}, this cl_prompts {__version__} reads up to "
+                f"{FORMAT_VERSION}: upgrade with `pip install -U 'cl-prompts{needed}'`"
             )
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            warnings.warn(f"unknown fields {unknown} in the adapter's state are ignored", stacklevel=2)
+            warnings.warn(f"unknown fields {shown(unknown)} in the adapter's state are ignored", stacklevel=2)
         state = cls(**{k: v for k, v in values.items() if k in known})
         tasks = state.tasks
         if not isinstance(tasks, list) or not all(
@@ -93,20 +94,20 @@ class AdapterState:
             and len(set(task)) == len(task)
             for task in tasks
         ):
-            raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {tasks!r}")
+            raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {shown(tasks)}")
         names = state.class_names
         if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
-            raise ValueError(f"`state.class_names` must map str(class id) to a name, got {state.class_names!r}")
+            raise ValueError(f"`state.class_names` must map str(class id) to a name, got {shown(state.class_names)}")
         if not isinstance(state.task_open, bool) or (state.task_open and not tasks):
-            raise ValueError(f"`state.task_open` must be true or false, false without tasks, got {state.task_open!r}")
+            raise ValueError(f"`state.task_open` must be true or false, false without tasks, got {shown(state.task_open)}")
         for name, kind in _KINDS.items():
             value = getattr(state, name)
             if value is not None and type(value) is not kind:
-                raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {value!r}")
+                raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {shown(value)}")
         for name in ("image_size", "image_mean", "image_std"):
             value = getattr(state, name)
             if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
-                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {value!r}")
+                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {shown(value)}")
         return state
 
     @property
@@ -127,8 +128,8 @@ class AdapterState:
         known = sorted(set(declared) & set(self.classes), key=declared.index)
         if known and not revisit:
             raise ValueError(
-                f"classes {known} were declared in an earlier task: leave them out, or pass revisit=True if they come "
-                "back (new domain, recurring classes)"
+                f"classes {shown(known)} were declared in an earlier task: leave them out, or pass revisit=True if they "
+                "come back (new domain, recurring classes)"
             )
         return declared
 
@@ -140,7 +141,9 @@ class AdapterState:
 def _class_ids(classes: Sequence[int]) -> list[int]:
     values = classes.tolist() if isinstance(classes, Tensor) else classes
     if not isinstance(values, Iterable):
-        raise TypeError(f"classes must be a list of class ids, got {classes!r}: write [{classes!r}] for one class")
+        raise TypeError(
+            f"classes must be a list of class ids, got {shown(classes)}: write [{shown(classes)}] for one class"
+        )
     declared = list(values)
     wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
     if wrong:
@@ -150,7 +153,7 @@ def _class_ids(classes: Sequence[int]) -> list[int]:
     ids = [int(c) for c in declared]
     twice = sorted(c for c, times in Counter(ids).items() if times > 1)
     if twice:
-        raise ValueError(f"classes {twice} are declared twice in one call")
+        raise ValueError(f"classes {shown(twice)} are declared twice in one call")
     if min(ids) < 0:
         raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
     if max(ids) >= 2**63:

@@ -9,12 +9,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from cl_prompts.configs.checks import choice, flag, kind, not_negative, positive, positive_number
 from cl_prompts.configs.classifier import ClassifierConfig
 from cl_prompts.fetch import WHERE, adapter_folder
-from cl_prompts.integrity import PEFT_TYPE, Declared, declared_tensors, digest_file
+from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, declared_tensors, digest_file
+from cl_prompts.shown import shown
 from cl_prompts.state import FORMAT_VERSION, AdapterState
 from cl_prompts.version import __version__
 
@@ -46,7 +48,7 @@ class _ByMethod(type):
 
 def _class_of(method: Any) -> type[PromptPoolConfig]:
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {sorted(METHODS)}")
+        raise ValueError(f"unknown method {shown(method)}: choose one of {sorted(METHODS)}")
     return METHODS[method]
 
 
@@ -115,9 +117,9 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         self.peft_type = PEFT_TYPE
         own = type(self).__dict__["method"] if type(self) is not PromptPoolConfig else self.method
         if self.method != own:
-            raise ValueError(f"{type(self).__name__} is for method={own!r}, not {self.method!r}")
+            raise ValueError(f"{type(self).__name__} is for method={own!r}, not {shown(self.method)}")
         if self.task_type is not None:
-            raise ValueError(f"task_type={self.task_type!r}: PEFT has no image task type; leave it out")
+            raise ValueError(f"task_type={shown(self.task_type)}: PEFT has no image task type; leave it out")
         if self.state is None:
             self.state = AdapterState()
         elif not isinstance(self.state, AdapterState):
@@ -129,7 +131,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         if saved is not None and not (
             isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
         ):
-            raise ValueError(f'modules_to_save={saved!r} must be a list of names, like ["layernorm"]')
+            raise ValueError(f'modules_to_save={shown(saved)} must be a list of names, like ["layernorm"]')
         choice(self, "readout", READOUTS)
         choice(self, "query_pooling", POOLINGS)
         choice(self, "class_mask", CLASS_MASKS)
@@ -151,7 +153,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         unknown = sorted(set(kwargs) - saved)
         if unknown:
             warnings.warn(
-                f"unknown fields {unknown} in the file of a {cls.__name__} are ignored: it was written by a newer "
+                f"unknown fields {shown(unknown)} in the file of a {cls.__name__} are ignored: it was written by a newer "
                 "cl_prompts, or by hand",
                 stacklevel=3,
             )
@@ -189,10 +191,15 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         return {f.name: values[f.name] for f in fields(self) if not f.metadata.get("runtime")}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the checksum of the weights that lie beside it."""
+        """Write `adapter_config.json`, with the checksum of the weights that lie beside it.
+
+        Raises:
+            ValueError: it is larger than any that is loaded.
+        """
         self.state.format_version, self.state.written_by = FORMAT_VERSION, __version__  # not those of a file it came from
         self.state.weights_sha256 = digest_file(save_directory)
         try:
             super().save_pretrained(os.fspath(save_directory), **kwargs)
+            check_config_size(Path(save_directory, CONFIG_FILE))
         finally:
             self.state.weights_sha256 = None  # that of this one file, not of what is trained on

@@ -8,6 +8,7 @@ from typing import ClassVar
 from peft import PeftConfig
 
 from cl_prompts.configs.checks import choice, flag, not_negative, positive, positive_number
+from cl_prompts.shown import shown
 
 
 TRAINED_HEADS = ("linear", "cosine")
@@ -106,7 +107,7 @@ class ClassifierConfig(PeftConfig):
         if self.ridge is not None:
             positive_number(self, "ridge")
         if type(self.classifier_seed) is not int or not 0 <= self.classifier_seed < 2**31:
-            raise ValueError(f"classifier_seed={self.classifier_seed!r} must be an integer from 0 to 2**31 - 1")
+            raise ValueError(f"classifier_seed={shown(self.classifier_seed)} must be an integer from 0 to 2**31 - 1")
         if self.trained_tasks == "first" and getattr(self, "modules_to_save", None):
             raise ValueError('trained_tasks="first" freezes prompts, but modules_to_save would go on: leave one out')
         if self.closed_form and self.alignment != "none":

@@ -49,6 +49,17 @@ class PoolAdapter(nn.Module):
         if config.state.tasks:
             self._rebuild(config.state.tasks)
 
+    def materialised(self) -> PoolAdapter:
+        """Give every tensor on the meta device zeros to hold what a file will fill in."""
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(torch.zeros_like(parameter, device="cpu"))
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        return self
+
     @property
     def classes(self) -> list[int]:
         """Known class ids, in the order of the head's columns."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.adapter import PoolAdapter
-from cl_prompts.fitting import check_size
+from cl_prompts.fitting import planned_adapter
 from cl_prompts.pools import PromptPool
 from cl_prompts.prompts import BackboneShape
 from cl_prompts.training import inner_optimizer
@@ -30,7 +30,7 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
     try:
         config.pool_size = pool_size
         config.__post_init__()
-        check_size(config, shape, adapter.query_pooling)
+        planned_adapter(config, shape, adapter.query_pooling)
         new = PoolAdapter(config, shape, adapter.query_pooling).pool  # a new pool of this size, with all tasks begun
     except BaseException:
         config.__dict__.update(before)

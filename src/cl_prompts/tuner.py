@@ -21,7 +21,7 @@ from cl_prompts.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.backbones.query import resolve_pooling
 from cl_prompts.backbones.structure import Structure, find_structure, fingerprint
 from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.fitting import check_base, check_fits, check_size
+from cl_prompts.fitting import check_base, check_fits, planned_adapter
 from cl_prompts.integrity import check_tensors
 from cl_prompts.learning import TaskLearner
 from cl_prompts.way import WayOfABatch, ways_through
@@ -83,11 +83,12 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         pooling = resolve_pooling(config.query_pooling, structure, type(model).__name__)
         resolve_pooling(config.readout if config.readout != "prompt" else "auto", structure, type(model).__name__)
         check_fits(config, model, structure, pooling)
-        check_size(config, structure.shape, pooling)
-        config.declared = None  # compared once
+        planned = planned_adapter(config, structure.shape, pooling)
         if config.state.base_fingerprint is not None:
             check_base(config, fingerprint(model, structure, pooling))
-        adapter = PoolAdapter(config, structure.shape, pooling)
+        # Values that a file is going to give need no start.
+        loaded, config.declared = config.declared is not None, None
+        adapter = planned.materialised() if loaded else PoolAdapter(config, structure.shape, pooling)
 
         if first:
             self.structure = structure

@@ -1,0 +1,69 @@
+"""What loading a pool onto a loaded backbone costs, in units of building that backbone.
+
+    python benchmarks/load_adapter.py --repeats 5
+
+For each method: an adapter of ten tasks of ten classes on a random ViT-B/16, loaded from a local folder, checks included.
+The smallest of the repeats counts for both, taken by turns in one process.
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig, ViTModel
+
+from cl_prompts import PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.report import machine
+
+
+METHODS = ("l2p", "dualprompt", "coda", "hash", "layer_grouped", "l2p_prefix", "vq_prompt", "smope", "hide", "norga", "vpt")
+
+
+def build() -> ViTModel:
+    """A random ViT-B/16."""
+    return ViTModel(ViTConfig(), add_pooling_layer=False).eval()
+
+
+def seconds(act: Callable[[], Any]) -> float:
+    """What a call takes."""
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    vit = build()
+    print(f"{machine()}\n\n| method | adapter, MB | build, s | load, s | load / build |\n|---|---:|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as room:
+        for method in options.methods:
+            model = get_prompt_pool_model(vit, PromptPoolConfig(method=method))
+            for task in range(10):
+                model.begin_task(range(10 * task, 10 * task + 10))
+                model.end_task()
+            folder = Path(room, method)
+            model.save_pretrained(folder)
+            vit = model.unload()
+            built, loaded = [], []
+            for _ in range(options.repeats):
+                built.append(seconds(build))
+                loaded.append(seconds(partial(PromptPoolModel.from_pretrained, vit, folder, strict_base=True)))
+            size = (folder / "adapter_model.safetensors").stat().st_size / 1e6
+            ratio = 100 * min(loaded) / min(built)
+            print(f"| {method} | {size:.1f} | {min(built):.2f} | {min(loaded):.3f} | {ratio:.1f} % |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

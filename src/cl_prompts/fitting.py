@@ -84,8 +84,9 @@ def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str
             size = sum(t.numel() * t.element_size() for t in tensors)
             if planned.classifier is not None and not config.inference_mode:
                 size += planned.classifier.bytes_to_learn
-        except (RuntimeError, OverflowError) as error:
-            raise ValueError(f"the config implies tensors of impossible size ({error}): choose smaller values") from error
+        except (RuntimeError, OverflowError, TypeError) as error:  # all three are torch's for a size beyond int64
+            told = str(error).partition("\n")[0]
+            raise ValueError(f"the config implies tensors of impossible size ({told}): choose smaller values") from error
     if size > config.max_adapter_bytes:
         raise ValueError(
             f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ PEFT_TYPE = "PROMPT_POOL"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SAVED_PREFIX = "base_model.pools.prompt_pool."  # of the adapter's own tensors in a file
+MAX_HEADER_BYTES = 2**20  # of a safetensors file: some eight thousand tensors
 MAX_CONFIG_BYTES = 8 * 2**20  # a hundred thousand classes with their names
 
 
@@ -30,9 +31,9 @@ class Declared(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
-    def is_floating_point(self) -> bool:
-        """Whether it holds fractions, as `torch.Tensor.is_floating_point`."""
-        return self.dtype.startswith(("F", "BF"))
+
+# Types of fractions that are taken for one another, in a safetensors header and in torch.
+FRACTIONS = ("F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -74,9 +75,13 @@ def declared_tensors(folder: str | os.PathLike[str]) -> Mapping[str, Declared]:
     """What the header of an adapter's weights declares, by name; no tensor is read.
 
     Raises:
-        ValueError: the file is truncated or no safetensors file.
+        ValueError: the file is truncated or no safetensors file, or declares more tensors than any adapter has.
     """
     path = Path(folder, WEIGHTS_FILE)
+    with path.open("rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+    if MAX_HEADER_BYTES < length <= path.stat().st_size:
+        raise ValueError(f"{path} has a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}: it is no adapter's")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
@@ -123,7 +128,8 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
         )
     for name, tensor in found.items():
         like = expected[name]
-        if tuple(tensor.shape) != tuple(like.shape) or tensor.is_floating_point() != like.is_floating_point():
+        kinds: tuple[Any, ...] = FRACTIONS if like.is_floating_point() else ("I64", torch.int64)
+        if tuple(tensor.shape) != tuple(like.shape) or tensor.dtype not in kinds:
             raise ValueError(
                 f"{name} is {tensor.dtype}{list(tensor.shape)} in {WEIGHTS_FILE}, the config implies "
                 f"{like.dtype}{list(like.shape)}: are both files from the same save?"

@@ -323,7 +323,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
         for way, layers in ways:
-            if not way.installed:
+            if way.installed:
+                way.prefixes.uninstall(keep=layers)
+            else:
                 way.install(layers)
         for name in set(vars(model)) - set(attributes):
             delattr(model, name)

@@ -88,16 +88,15 @@ class PrefixInjector:
         self.used = {}
         self.learning = False
 
-    def uninstall(self) -> None:
-        """Take the hooks off the model and give the attentions their config back."""
-        for layer, handles in self._installed.items():
-            for handle in handles:
+    def uninstall(self, keep: Iterable[int] = ()) -> None:
+        """Take the hooks off all blocks but those to `keep`, and give their attentions their config back."""
+        for layer in set(self._installed) - set(keep):
+            for handle in self._installed.pop(layer):
                 handle.remove()
             attention: Any = self._model.get_submodule(self._structure.attentions[layer])
             attention.config = attention._cl_shared_config
             del attention._cl_shared_config, attention._cl_handed, attention._cl_norm
             del self._model.get_submodule(self._structure.blocks[layer])._cl_layer
-        self._installed = {}
 
     def _give(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = block._cl_layer

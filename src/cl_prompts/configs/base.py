@@ -113,13 +113,13 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
             METHODS[cls.__dict__["method"]] = cls
 
     def __post_init__(self) -> None:
+        if self.task_type is not None:
+            raise ValueError(f"task_type={shown(self.task_type)}: PEFT has no image task type; leave it out")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         own = type(self).__dict__["method"] if type(self) is not PromptPoolConfig else self.method
         if self.method != own:
             raise ValueError(f"{type(self).__name__} is for method={own!r}, not {shown(self.method)}")
-        if self.task_type is not None:
-            raise ValueError(f"task_type={shown(self.task_type)}: PEFT has no image task type; leave it out")
         if self.state is None:
             self.state = AdapterState()
         elif not isinstance(self.state, AdapterState):

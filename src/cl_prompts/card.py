@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from cl_prompts.configs import PromptPoolConfig
@@ -20,9 +22,12 @@ from cl_prompts.plots import draw
 from cl_prompts.record import RESULTS_FILE, RunRecord
 from cl_prompts.report import LEGEND, Result, comparison_table, matrix_table, remarks
 from cl_prompts.saving import write_whole
+from cl_prompts.shown import shown
 
 
 CARD_FILE = "README.md"
+MAX_CARD_BYTES, MAX_HEAD = 2**20, 2**16  # of a card that is kept, and of its metadata
+MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
 END = "<!-- End of what cl_prompts writes. -->"
 TAGS = ("cl_prompts", "continual-learning", "prompt-pool", "image-classification")
@@ -33,6 +38,13 @@ FIGURES = {
 }
 # Tensors of a classifier that tell nothing of features.
 NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 CLASSES_SHOWN = 12  # names in a row of the table of tasks
 
 
@@ -46,22 +58,60 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
         folder: written by `save_pretrained`.
         name: what loads it: its id on the Hub; None: the folder's name.
         license: identifier of the Hub, like "apache-2.0"; None: what the card says already.
+
+    Raises:
+        ValueError: the folder holds no adapter, no results where `results.json` is, or a card that cannot be kept.
     """
     folder = Path(folder)
     config, record = PromptPoolConfig.from_pretrained(folder), known_run(folder)
     name = name or folder.resolve().name
     text = card_text(config, record, folder, name)
     file = folder / CARD_FILE
-    old = ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else None
-    data = ModelCardData() if old is None else old.data
-    for key, value in card_metadata(config, record, name).to_dict().items():
-        data[key] = sorted({*(data.get("tags") or []), *value}) if key == "tags" else value
+    data, old = _old_card(file)
+    tags = data.get("tags")
+    own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    data |= card_metadata(config, record, name).to_dict()
+    data["tags"] = sorted({*data["tags"], *own})
     if record is None:
-        data.eval_results = None
+        data.pop("model-index", None)
     if license is not None:
-        data.license = license
-    before, after = _kept(old.text if old is not None else "")
-    write_whole(file, f"---\n{data.to_yaml()}\n---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}")
+        data["license"] = license
+    before, after = _kept(old)
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    # Names from files may hold what no text file can.
+    write_whole(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
+
+
+def _old_card(file: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text of the card that is there; its author may be a stranger."""
+    if not file.is_file():
+        return {}, ""
+    try:
+        if file.stat().st_size > MAX_CARD_BYTES:
+            raise ValueError(f"it has more than {MAX_CARD_BYTES:,} bytes")
+        text = file.read_text(encoding="utf-8-sig")
+        head = REGEX_YAML_BLOCK.search(text)
+        if head is None:
+            return {}, text
+        _check_head(head[2])
+        data = yaml.safe_load(head[2]) or {}
+        if not isinstance(data, dict):
+            raise ValueError("its metadata has no names")
+        return data, text[head.end() :]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = shown(" ".join(str(error).split()))
+        raise ValueError(f"{file} is no card that can be kept ({told}): mend its metadata, or remove it") from error
+
+
+def _check_head(head: str) -> None:
+    """Raise ValueError for metadata whose few bytes would take long to read, or stand for gigabytes."""
+    if len(head) > MAX_HEAD:
+        raise ValueError(f"its metadata has more than {MAX_HEAD:,} characters")
+    depth = 0
+    for token in yaml.scan(head):
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > MAX_DEPTH or isinstance(token, yaml.AliasToken):
+            raise ValueError("its metadata is nested too deep, or repeats itself by aliases")
 
 
 def add_pictures(folder: Path, record: RunRecord, pictures: Sequence[str | os.PathLike[str]]) -> None:
@@ -103,13 +153,13 @@ def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str)
 def hub_base(config: PromptPoolConfig) -> str | None:
     """The base model's name, if it can be one on the Hub; None for a folder of somebody's machine."""
     name = config.base_model_name_or_path
-    if not name or os.path.isabs(name) or Path(name).exists():
+    if not name:
         return None
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name
+    return None if Path(name).exists() else name
 
 
 def _eval_results(record: RunRecord) -> list[EvalResult]:

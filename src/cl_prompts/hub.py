@@ -102,7 +102,7 @@ def _stage(folder: Path, stage: Path, base: str | None) -> None:
     if base is None and (folder / BASE_FOLDER).is_dir():
         shutil.copytree(folder / BASE_FOLDER, stage / BASE_FOLDER)
     content = json.loads((stage / CONFIG_FILE).read_text())
-    if content["base_model_name_or_path"] != base:
+    if content.get("base_model_name_or_path") != base:
         content |= {"base_model_name_or_path": base, "revision": None}
     (stage / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True))
 

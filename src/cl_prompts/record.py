@@ -99,7 +99,7 @@ class RunRecord:
             content = json.loads(Path(path).read_bytes())
             results = {str(name): AccuracyMatrix.from_dict(values) for name, values in content.pop("results").items()}
             known = {name: value for name, value in content.items() if name in _KINDS and value is not None}
-            wrong = [name for name, value in known.items() if not isinstance(value, _KINDS[name])]
+            wrong = [name for name, value in known.items() if not _is_of_its_kind(name, value)]
             if wrong:
                 raise ValueError(f"{wrong} have values of another kind")
             return cls(results, **known)
@@ -119,6 +119,13 @@ _KINDS: dict[str, Any] = {
     "written": str,
     "weights_sha256": str,
 }
+_INNER_KINDS: dict[str, type] = {"datasets": str, "trainable": int}
+
+
+def _is_of_its_kind(name: str, value: Any) -> bool:
+    if name not in _INNER_KINDS or not isinstance(value, _KINDS[name]):
+        return isinstance(value, _KINDS[name])
+    return all(isinstance(part, _INNER_KINDS[name]) for part in (value.values() if isinstance(value, dict) else value))
 
 
 def without_places(value: Any) -> Any:

@@ -89,7 +89,7 @@ def insert_in_blocks(model: nn.Module, prompts: dict[int, Tensor]) -> None:
 @pytest.mark.parametrize("name", BARE)
 def test_deep_prompts_equal_inserted_tokens(name: str, attention: str) -> None:
     """Last hidden state 1e-5, and the prompts' gradients, in every family."""
-    model, values = prompted(name, deep=True), inputs(name)
+    model, values = prompted(name, deep=True, readout="mean"), inputs(name)
     model.get_base_model().set_attn_implementation(attention)
     with last_hidden(model.get_base_model()) as ours:
         model(**values, labels=LABELS)
@@ -112,7 +112,7 @@ def test_deep_prompts_equal_inserted_tokens(name: str, attention: str) -> None:
 
 
 def test_deep_prompts_of_some_layers() -> None:
-    model, values = prompted("vit", deep=True, layers=[2, 0]), inputs("vit")
+    model, values = prompted("vit", deep=True, readout="mean", layers=[2, 0]), inputs("vit")
     assert model.adapter.config.layers == [0, 2]
     prompts = model.adapter.pool.prompts.detach()
     assert prompts.shape == (2, 4, 32)
@@ -128,7 +128,8 @@ def test_deep_prompts_of_some_layers() -> None:
 def test_deep_prompts_pass_a_norm_that_is_trained_along() -> None:
     """With `modules_to_save` the block's norm is a copy: prompts go through the copy, as tokens do."""
     base = build("vit")
-    model = get_prompt_pool_model(base, VPTConfig(deep=True, prompt_length=4, modules_to_save=["layernorm_before"]))
+    config = VPTConfig(deep=True, prompt_length=4, modules_to_save=["layernorm_before"], readout="mean")
+    model = get_prompt_pool_model(base, config)
     model.begin_task([0, 1])
     oracle = build("vit")
     with torch.no_grad():
@@ -170,7 +171,7 @@ def test_a_base_in_half_precision() -> None:
     """Prompts are kept in float32 and go through the base's modules in its own type."""
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = prompted("vit", deep=True)
+        model = prompted("vit", deep=True, readout="mean")
         model.get_base_model().to(dtype)
         loss = model(inputs("vit")["pixel_values"].to(dtype), labels=LABELS).loss
         loss.backward()

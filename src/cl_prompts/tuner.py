@@ -162,7 +162,7 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         del self.peft_config[adapter_name]
         self.pools.delete_adapter(adapter_name)
         left: Any = self.pools.prompt_pool.values()
-        self.way.prefixes.uninstall(keep={layer for adapter in left for layer in adapter.pool.layers})
+        self.way.release({layer for adapter in left for layer in adapter.pool.layers})
         if adapter_name in self.active_adapters:
             self.active_adapter = next(iter(self.peft_config), [])
         for copies in self._copies():

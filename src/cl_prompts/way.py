@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_prompts.adapter import PoolAdapter
+from cl_prompts.backbones.last_block import LastBlock
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.query import in_order_noise, take_feature, whole_image
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
@@ -80,6 +81,7 @@ class WayOfABatch:
         self.structure = structure
         self.tokens = TokenInjector(model, structure)
         self.prefixes = PrefixInjector(model, structure)
+        self.last = LastBlock(model, structure, self.tokens, self.prefixes)
         self._call: Call | None = None
         self._hooks: list[Any] = []
         self.installed = False
@@ -101,11 +103,17 @@ class WayOfABatch:
         """Put the hooks back on the base model, with prefixes in these blocks."""
         self.tokens.install()
         self.prefixes.install(layers)
+        self.last.install()
         self._put_hooks()
+
+    def release(self, layers: Iterable[int]) -> None:
+        """Take the prefixes' hooks off all blocks but these, and the last one, which is always prepared."""
+        self.prefixes.uninstall(keep={*layers, len(self.structure.blocks) - 1})
 
     def uninstall(self) -> None:
         """Take every hook off the base model, and copies of its modules out of it."""
         self.tokens.uninstall()
+        self.last.uninstall()
         self.prefixes.uninstall()
         for hook in self._hooks:
             hook.remove()
@@ -135,6 +143,7 @@ class WayOfABatch:
                 "the base of this model was unloaded, or went to another prompt pool model: use that one (load_adapter "
                 "keeps several adapters on one base), or wrap the base anew"
             )
+        self.last.prove()
         try:
             with whole_image(self.model, self.structure):
                 self._call = self._prepare(adapter, args, kwargs, training)
@@ -142,6 +151,7 @@ class WayOfABatch:
                 yield
         finally:
             self._call = None
+            self.last.clear()
             self.tokens.clear()
             self.prefixes.clear()
 
@@ -149,11 +159,15 @@ class WayOfABatch:
         """The un-prompted pass: the adapter's query feature of each image, [B, D] float32, without gradient."""
         images: Any = kwargs.get("pixel_values", args[0] if args else None)
         check_images(self.model, self.structure, images, kwargs)
+        self.last.prove()
+        if adapter.query_pooling == "cls":
+            self.last.read(0)
         try:
             with torch.no_grad(), whole_image(self.model, self.structure):
                 self.model(*args, **kwargs, **in_order_noise(self.model, self.structure, kwargs, images))
                 return take_feature(self.model, self.structure, self.tokens, adapter.query_pooling)
         finally:
+            self.last.clear()
             self.tokens.clear()
 
     @torch.no_grad()
@@ -195,6 +209,7 @@ class WayOfABatch:
             prompts = adapter.pool(PoolInput(len(images), query, task, counted))
         self._set_prompts(prompts)
         self.prefixes.learning = training
+        self._read_only(adapter.readout)
         return Call(
             adapter=adapter,
             prompts=prompts,
@@ -207,6 +222,15 @@ class WayOfABatch:
             num_items=kwargs.get("num_items_in_batch"),
             noise=in_order_noise(self.model, self.structure, base_kwargs, images),
         )
+
+    def _read_only(self, readout: str) -> None:
+        """Have the last block compute no more than what a classifier reads."""
+        tokens, index = self.tokens.tokens, self.tokens.index
+        inserted = 0 if tokens is None else tokens.shape[1]
+        if readout == "cls":
+            self.last.read(inserted if index == 0 else 0)
+        elif readout == "prompt":
+            self.last.read(index, inserted)
 
     def _set_prompts(self, prompts: Prompts) -> None:
         tokens = prompts.tokens

@@ -120,6 +120,8 @@ def prefix_attention(
     """The model's own attention over [prefix keys; keys] and [prefix values; values]; query [B, H, N, d]."""
     implementation = module._cl_shared_config._attn_implementation
     attend = eager_attention(module) if implementation == "eager" else AttentionInterface()[implementation]
+    if getattr(module, "_cl_all", 0):  # the block has only the tokens that are read
+        key, value = (unfolded(x, query.shape[1], module._cl_all) for x in (key, value))
     handed: Handed | None = module._cl_handed
     if handed is not None:
         if handed.learning and not torch.is_grad_enabled():
@@ -134,6 +136,11 @@ def prefix_attention(
         value = torch.cat([v.to(value.dtype), value], dim=2)
         attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def unfolded(x: Tensor, heads: int, tokens: int) -> Tensor:
+    """Keys or values of all tokens [B, heads, tokens, d] from rows that `LastBlock` folded: [B, more heads, read, d]."""
+    return x.transpose(1, 2).flatten(1, 2).unflatten(1, (-1, heads))[:, :tokens].transpose(1, 2)
 
 
 def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -30,9 +30,11 @@ class TokenInjector:
     Attributes:
         tokens: prompt tokens [B, P, D] to insert, or None.
         index: position of the first one in the sequence.
-        hidden: output of the last block without the prompts [B, N, D], of the newest pass.
+        hidden: output of the last block without the prompts [B, N, D] (if `narrowed`, what is read), of the newest pass.
         prompt_hidden: outputs of the prompt tokens [B, P, D], or None.
         pooled: the model's own pooled feature [B, D], or None.
+        narrowed: whether the last block of this pass has only the tokens that are read (`LastBlock`).
+        length: how many tokens the model then expects behind it.
         keep_embeddings: whether to record `embeddings`, what enters block 0 without the prompts [B, N, D].
     """
 
@@ -42,6 +44,8 @@ class TokenInjector:
         self.hidden: Tensor | None = None
         self.prompt_hidden: Tensor | None = None
         self.pooled: Tensor | None = None
+        self.narrowed = False
+        self.length = 0
         self.keep_embeddings = False
         self.embeddings: Tensor | None = None
         self._model = model
@@ -91,6 +95,11 @@ class TokenInjector:
 
     def _remove(self, block: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
+        if self.narrowed:
+            self.hidden = self.prompt_hidden = hidden
+            # Heads and poolers behind, whose answers nobody reads, get their number of tokens all the same.
+            whole = hidden[:, :1].expand(-1, self.length, -1)
+            return (whole, *output[1:]) if isinstance(output, tuple) else whole
         if self.tokens is None:
             self.hidden, self.prompt_hidden = hidden, None
             return output

@@ -89,6 +89,10 @@ class Arguments:
     warmup: int = setting(0, "steps of a linear warm-up of every task")
     mixed_precision: str = setting("no", "no, bf16 or fp16")
     cache_queries: bool = setting(True, "compute un-prompted features once where images are not augmented")
+    query_cache: str | None = setting(
+        None, "folder that keeps these features for other runs; default: $CL_PROMPTS_CACHE/queries, else in memory only"
+    )
+    query_cache_bytes: int = setting(8 * 2**30, "how much that folder may take")
     memory_size: int = setting(0, "images kept for rehearsal in all")
     memory_per_class: int = setting(0, "images kept for rehearsal of every class")
     memory_batch_size: int | None = setting(None, "rehearsed images that join each batch; default: batch_size")

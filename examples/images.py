@@ -48,6 +48,11 @@ class ToTensor:
         if resample != "processor":
             self.options["resample"] = PILImage.Resampling[resample.upper()]
 
+    def settings(self) -> dict[str, Any]:
+        """All that decides what becomes of an image, for the query cache."""
+        kind = type(self.processor)
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", **self.processor.to_dict(), "options": self.options}
+
     def __call__(self, image: Any) -> torch.Tensor:
         """The tensor of an image."""
         pixels: torch.Tensor = self.processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"][0]

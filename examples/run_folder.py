@@ -28,7 +28,10 @@ FILES = (
     "adapter",
 )
 # Arguments that change nothing about the results.
-NOT_OF_THE_RUN = ("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every")
+NOT_OF_THE_RUN = (
+    *("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every"),
+    *("query_cache", "query_cache_bytes"),
+)
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
 
 

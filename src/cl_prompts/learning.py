@@ -62,6 +62,11 @@ class TaskLearner:
         """Whether the method reads the un-prompted feature; a caller who has it saves a pass with `query=`."""
         return self.adapter.pool.needs_query
 
+    @property
+    def query_pooling(self) -> str:
+        """Which feature the un-prompted pass takes: "cls", "mean", "cls_mean" or "pooler"."""
+        return self.adapter.query_pooling
+
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
         """Task whose prompts answered for each image, as far as the method chooses prompts by task.
 

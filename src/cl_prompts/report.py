@@ -18,6 +18,7 @@ import torch
 
 from cl_prompts.continual.evaluation import Evaluation
 from cl_prompts.continual.metrics import AccuracyMatrix
+from cl_prompts.machine import processor
 from cl_prompts.saving import write_whole
 
 
@@ -232,14 +233,9 @@ def run_page(
 
 def machine() -> str:
     """Processor, cores, accelerator and versions, in one line."""
-    processor = platform.processor() or platform.machine()
-    cpus = Path("/proc/cpuinfo")
-    if cpus.is_file():
-        names = [line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] or ["no GPU"]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "cl-prompts"))
-    return f"{processor}, {os.cpu_count()} cores, {', '.join(gpus)}; Python {platform.python_version()}, {libraries}"
+    return f"{processor()}, {os.cpu_count()} cores, {', '.join(gpus)}; Python {platform.python_version()}, {libraries}"
 
 
 def _by_learner(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -34,6 +34,9 @@ class ContinualArguments:
         workers: loader processes.
         cache_queries: compute un-prompted features of all images once, where the method asks for them and images are not
             augmented, instead of in every step. Takes 4 * D bytes an image.
+        query_cache: folder in which these features are kept for other runs and methods on the same images and base; None:
+            `$CL_PROMPTS_CACHE/queries` where that variable is set, else in memory only, as with "".
+        query_cache_bytes: how much the files in that folder may take; the one whose last use is longest ago goes first.
         memory_size: images kept for rehearsal in all, the same number of every class; 0: none.
         memory_per_class: images kept of every class; 0: see `memory_size`.
         memory_batch_size: rehearsed images that join each batch; None: as many as `batch_size`.
@@ -58,6 +61,8 @@ class ContinualArguments:
     seed: int = 0
     workers: int = 0
     cache_queries: bool = True
+    query_cache: str | None = None
+    query_cache_bytes: int = 8 * 2**30
     memory_size: int = 0
     memory_per_class: int = 0
     memory_batch_size: int | None = None
@@ -73,7 +78,7 @@ class ContinualArguments:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {sorted(choices)}")
-        for name in ("epochs", "batch_size", "accumulation", "log_every"):
+        for name in ("epochs", "batch_size", "accumulation", "log_every", "query_cache_bytes"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
         for name in ("warmup", "workers", "memory_size", "memory_per_class", "checkpoint_every"):

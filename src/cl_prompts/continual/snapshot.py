@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 # Settings that change nothing about the result.
-NOT_OF_THE_RUN = ("output_dir", "workers", "log_every", "checkpoint_every")
+NOT_OF_THE_RUN = ("output_dir", "workers", "log_every", "checkpoint_every", "query_cache", "query_cache_bytes")
 
 
 def identity(trainer: ContinualTrainer) -> dict[str, str]:

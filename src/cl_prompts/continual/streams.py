@@ -212,11 +212,13 @@ class Stream:
         """A task's test images in order; each process gets its share of every batch."""
         return self.images(task.test_rows, batch_size, train=False, queries=queries, workers=workers)
 
+    def all_rows(self, *, train: bool) -> Rows:
+        """Row numbers of all tasks' training or test images, ascending: whatever the order of the tasks."""
+        return np.unique(np.concatenate([task.train_rows if train else task.test_rows for task in self.tasks]))
+
     def all_images(self, *, train: bool, batch_size: int, workers: int = 0) -> Batches:
-        """All images of all tasks' training or test set, each once, not augmented; each process gets its share."""
-        rows = np.concatenate([task.train_rows if train else task.test_rows for task in self.tasks])
-        _, first = np.unique(rows, return_index=True)
-        return self.images(rows[np.sort(first)], batch_size, train=train, workers=workers)
+        """The images of `all_rows`, each once, not augmented; each process gets its share."""
+        return self.images(self.all_rows(train=train), batch_size, train=train, workers=workers)
 
     def images(
         self,

@@ -6,13 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from cl_prompts.collectives import sum_over_processes, world_size
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.batches import LookedAt
 from cl_prompts.continual.evaluation import stream_features
+from cl_prompts.continual.query_cache import QueryCache, folder_of_queries
+from cl_prompts.continual.query_key import NotTold, agreed_key, query_digest
 from cl_prompts.continual.streams import Stream, Task
+
+
+# Images of a pass over frozen images, on each process. One number for all runs: how many go through the base together
+# decides the last bits of each one's feature.
+TOGETHER = 64
 
 
 class Viewer:
@@ -21,11 +30,16 @@ class Viewer:
     Args:
         model: the learner, not wrapped.
         stream, args, accelerator: the trainer's.
+
+    Raises:
+        ValueError: `args.query_cache` is a file.
     """
 
     def __init__(self, model: Any, stream: Stream, args: ContinualArguments, accelerator: Accelerator) -> None:
         self.model, self.stream, self.args, self.accelerator = model, stream, args, accelerator
         self._features: dict[bool, Tensor] = {}
+        folder = folder_of_queries(args.query_cache)
+        self._cache = QueryCache(folder, args.query_cache_bytes, accelerator.print) if folder else None
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -38,22 +52,59 @@ class Viewer:
         finally:
             self.model.train(training)
 
+    @property
+    def base_is_frozen(self) -> bool:
+        """Whether the un-prompted feature of an image stays what it is."""
+        return not any(p.requires_grad for p in self.model.get_base_model().parameters())
+
     def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all images of the stream's tasks by row number [rows, D], computed once."""
-        if train not in self._features:
-            with self.still():
-                batches = self.stream.all_images(train=train, batch_size=self.args.batch_size, workers=self.args.workers)
-                rows = len(self.stream.train_labels if train else self.stream.test_labels)
-                self._features[train] = stream_features(self.model, batches, rows, self.accelerator.device)
+        """Un-prompted features of all images of the stream's tasks by row number [rows, D]; with a frozen base kept."""
+        if train in self._features:
+            return self._features[train]
+        with self.still():
+            if not self.base_is_frozen:
+                return self._computed(train=train)
+            self._features[train] = self._cached(train=train)
         return self._features[train]
+
+    def _cached(self, *, train: bool) -> Tensor:
+        """The features that an earlier run has kept, else those of a pass, kept for later ones."""
+        rows, device = self.stream.all_rows(train=train), self.accelerator.device
+        digest, why = None, ""
+        if self._cache is not None:
+            try:
+                digest = query_digest(self.model, self.stream, rows, train=train, together=TOGETHER, device=device)
+            except NotTold as reason:
+                why = f" only: {reason}"
+        key = agreed_key(digest, device)
+        images = f"query cache: {len(rows)} {'training' if train else 'test'} images"
+        if key is None or self._cache is None:
+            self.accelerator.print(f"{images} computed once, in memory{why}")
+            return self._computed(train=train)
+        table = self._cache.read(key)
+        found = torch.tensor(int(table is not None), device=device)
+        if int(sum_over_processes(found)) == world_size() and table is not None:
+            self.accelerator.print(f"{images} read from {self._cache.path(key)}")
+            return table
+        table = self._computed(train=train)
+        if not table[rows].isfinite().all() or not table[rows].any(1).all():
+            self.accelerator.print(f"{images} computed once, in memory only: some cannot be read, or give no numbers")
+        elif self.accelerator.is_main_process and self._cache.write(key, table):
+            self.accelerator.print(f"{images} computed once, kept in {self._cache.path(key)}")
+        return table
+
+    def _computed(self, *, train: bool) -> Tensor:
+        """The features of a pass over all images."""
+        size = TOGETHER * world_size()
+        batches = self.stream.all_images(train=train, batch_size=size, workers=self.args.workers)
+        rows = len(self.stream.train_labels if train else self.stream.test_labels)
+        return stream_features(self.model, batches, rows, self.accelerator.device)
 
     def queries(self, *, train: bool) -> Tensor | None:
         """Queries of the images by row number, where the method asks for them and the base does not change."""
         if not self.args.cache_queries or not self.model.needs_query or not self.stream.random_access:
             return None
-        if any(p.requires_grad for p in self.model.get_base_model().parameters()):
-            return None
-        return self.frozen_features(train=train)
+        return self.frozen_features(train=train) if self.base_is_frozen else None
 
     def training_queries(self) -> Tensor | None:
         """Queries of the images as training shows them; none where each epoch shows them otherwise."""

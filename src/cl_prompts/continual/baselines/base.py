@@ -265,6 +265,11 @@ class ComparisonLearner(GrowingModel):
         """Whether features that were computed once are of use."""
         return self.features.frozen
 
+    @property
+    def query_pooling(self) -> str:
+        """Which feature is taken."""
+        return self.features.pooling
+
     def get_base_model(self) -> nn.Module:
         """The backbone."""
         return self.features.base

@@ -1,0 +1,16 @@
+"""What computes here."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """The CPU's name, as far as it can be told."""
+    cpus = Path("/proc/cpuinfo")
+    if cpus.is_file():
+        names = [line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

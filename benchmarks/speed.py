@@ -1,0 +1,173 @@
+"""What a training step and an answer cost, in units of one plain forward of the same model, batch and precision.
+
+    python benchmarks/speed.py --output results/speed-tiny
+    python benchmarks/speed.py --model base --batch 16 --precision fp32
+    python benchmarks/speed.py --device cuda --batch 64 --attention sdpa
+
+For every method: the step with the query at hand and without, and inference. Each is timed by turns with the plain forward,
+several times; the smallest counts. Writes speed.json and speed.md. Sizes and weights are those of a random ViT.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig, ViTModel
+
+from cl_prompts import PromptPoolConfig, get_prompt_pool_model
+from cl_prompts.report import machine
+from cl_prompts.saving import write_whole
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(hidden_size=192, num_attention_heads=3, intermediate_size=768),
+    "small": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
+    "base": {},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "l2p": {},
+    "l2p_prefix": {},
+    "l2p_prefix one-stage": {"one_stage": True},
+    "dualprompt": {},
+    "dualprompt one-stage": {"one_stage": True},
+    "coda": {},
+    "coda one-stage": {"one_stage": True},
+    "hash": {},
+    "layer_grouped": {},
+    "vq_prompt": {},
+    "smope": {},
+    "hide": {},
+    "norga": {},
+    "vpt": {},
+    "vpt deep": {"deep": True},
+}
+
+
+def build(size: str, attention: str, device: str) -> ViTModel:
+    """A random ViT/16 for images of 224 pixels."""
+    config = ViTConfig(**SIZES[size])  # type: ignore[arg-type]
+    config._attn_implementation = attention
+    return ViTModel(config, add_pooling_layer=False).eval().to(device)
+
+
+def timed(act: Callable[[], Any], device: str) -> float:
+    """Seconds of a call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    act()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def by_turns(acts: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """The smallest time of each, after one call of each that does not count."""
+    for act in acts.values():
+        act()
+    times = {name: [timed(act, device)] for name, act in acts.items()}
+    for _ in range(repeats - 1):
+        for name, act in acts.items():
+            times[name].append(timed(act, device))
+    return {name: min(found) for name, found in times.items()}
+
+
+def measure(
+    method: str, vit: ViTModel, images: torch.Tensor, options: argparse.Namespace, tasks: int = 1
+) -> dict[str, float]:
+    """Seconds of the plain forward, of the steps, and of an answer, with so many tasks of ten classes begun."""
+
+    def precision() -> AbstractContextManager[Any]:
+        return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    model = get_prompt_pool_model(vit, PromptPoolConfig(method=method.split()[0], **METHODS[method]))
+    for task in range(tasks):
+        model.begin_task(range(10 * task, 10 * task + 10))
+        if task < tasks - 1:
+            model.end_task()
+    labels = (torch.arange(len(images)) % 10 + 10 * (tasks - 1)).to(options.device)
+    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    model.attach_optimizer(optimizer)
+    query = torch.randn(len(images), vit.config.hidden_size, device=options.device) if model.needs_query else None
+
+    def plain() -> None:
+        with torch.no_grad(), precision(), model.disable_adapter():
+            model(pixel_values=images)
+
+    def step(query: torch.Tensor | None = None) -> None:
+        model.train()
+        with precision():
+            loss = model(pixel_values=images, labels=labels, query=query).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def answer() -> None:
+        model.eval()
+        with torch.no_grad(), precision():
+            model(pixel_values=images)
+
+    acts: dict[str, Callable[[], Any]] = {"plain forward": plain, "step": step, "inference": answer}
+    if query is not None:
+        acts["step, query at hand"] = lambda: step(query)
+    found = by_turns(acts, options.repeats, options.device)
+    model.end_task()
+    model.unload()
+    return found
+
+
+def as_row(method: str, found: dict[str, float], batch: int) -> str:
+    """A line of the table."""
+    unit = found["plain forward"]
+    cells = [f"{found[name] / unit:.2f}" if name in found else "" for name in ("step, query at hand", "step", "inference")]
+    return f"| {method} | {batch} | {1e3 * unit / batch:.2f} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Time every method, print the table as it grows, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="tiny")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[32])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1], help="tasks begun: shows how cost grows")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--attention", default="eager", help="eager or sdpa; on CPUs the backward of sdpa is slow in bf16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    vit = build(options.model, options.attention, options.device)
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "methods")}
+    head = [
+        f"{datetime.now(UTC):%Y-%m-%d}, {machine()}; {torch.get_num_threads()} threads. {json.dumps(settings)}",
+        "",
+        "| method | batch | plain forward, ms an image | step, query at hand | step | inference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    print("\n".join(head), flush=True)
+    rows, numbers = [], []
+    for batch in options.batch:
+        images = torch.randn(batch, 3, 224, 224, device=options.device)
+        for tasks in options.tasks:
+            for method in options.methods:
+                found = measure(method, vit, images, options, tasks)
+                name = method if options.tasks == [1] else f"{method}, {tasks} tasks"
+                rows.append(as_row(name, found, batch))
+                numbers.append({"method": method, "batch": batch, "tasks": tasks, "seconds": found})
+                print(rows[-1], flush=True)
+    if options.output:
+        write_whole(options.output / "speed.md", "\n".join([*head, *rows]) + "\n")
+        write_whole(options.output / "speed.json", json.dumps({"settings": settings, "found": numbers}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

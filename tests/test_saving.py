@@ -353,3 +353,26 @@ def test_loading_while_another_process_saves(results: dict[str, Any]) -> None:
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     (where / "results.json").write_text(json.dumps(helper(where)))
+
+
+@pytest.mark.parametrize("size", [8, 3000])
+def test_a_full_disk_is_one_line_that_says_what_to_do(size: int, tmp_path: Path) -> None:
+    """A limit on file sizes is what a process can be given of a full disk: it cuts the card, and the weights."""
+    target, new = tmp_path / "pool", adapter(1)
+    adapter(0).save_pretrained(target)
+    before = {path: path.read_bytes() for path in target.iterdir()}
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            new.save_pretrained(target)
+        except OSError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            said = f"no room to save {target} (File too large): free some and save again; what was there is unharmed"
+            os._exit(0 if error.args[1] == said and "\n" not in str(error) else 3)
+        os._exit(4)
+
+    assert in_child(act) == 0
+    assert {path: path.read_bytes() for path in target.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [target]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from cl_prompts.adapter import PoolAdapter
 from cl_prompts.backbones.last_block import LastBlock
+from cl_prompts.backbones.lower_blocks import LowerBlocks
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.query import in_order_noise, take_feature, whole_image
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
@@ -82,6 +83,7 @@ class WayOfABatch:
         self.tokens = TokenInjector(model, structure)
         self.prefixes = PrefixInjector(model, structure)
         self.last = LastBlock(model, structure, self.tokens, self.prefixes)
+        self.lower = LowerBlocks(model, structure)
         self._call: Call | None = None
         self._hooks: list[Any] = []
         self.installed = False
@@ -151,6 +153,7 @@ class WayOfABatch:
                 yield
         finally:
             self._call = None
+            self.lower.clear()
             self.last.clear()
             self.tokens.clear()
             self.prefixes.clear()
@@ -200,7 +203,8 @@ class WayOfABatch:
         everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
         counted = everything if columns is None else columns >= 0
         if query is None and adapter.pool.needs_query:
-            query = self.query(adapter, args, base_kwargs)
+            with self.lower.keep(self._unprompted_blocks(adapter)):
+                query = self.query(adapter, args, base_kwargs)
         if query is not None:
             check_query(query, len(images), self.structure.shape.width)
             query = query.detach().float()
@@ -209,6 +213,8 @@ class WayOfABatch:
             prompts = adapter.pool(PoolInput(len(images), query, task, counted))
         self._set_prompts(prompts)
         self.prefixes.learning = training
+        if prompts.tokens is None and prompts.candidates == 1:
+            self.lower.skip()
         self._read_only(adapter.readout)
         return Call(
             adapter=adapter,
@@ -222,6 +228,11 @@ class WayOfABatch:
             num_items=kwargs.get("num_items_in_batch"),
             noise=in_order_noise(self.model, self.structure, base_kwargs, images),
         )
+
+    def _unprompted_blocks(self, adapter: PoolAdapter) -> int:
+        """How many blocks come before the first prompt, and give the same numbers in both passes."""
+        lowest = min(adapter.pool.layers, default=0)
+        return lowest if lowest and self.lower.may_skip(lowest) else 0
 
     def _read_only(self, readout: str) -> None:
         """Have the last block compute no more than what a classifier reads."""

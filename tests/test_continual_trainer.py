@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from query_images import shared_by_two, viewer_of
 from small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
 from torch.testing import assert_close
@@ -273,6 +274,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 
             assert AcceleratorState().num_processes == 2
         found[run] = results(run, Path(folder) / "two" / run)
+    found["query cache"] = shared_by_two(rank, Path(folder) / "queries")
     torch.save(found, Path(folder) / f"{rank}.pt")
 
 
@@ -300,3 +302,14 @@ def test_two_processes_equal_one(run: str, runs: tuple[dict[str, Any], list[dict
                 assert_close(found["tensors"][name], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
             else:
                 assert torch.equal(found["tensors"][name], tensor), name
+
+
+@pytest.mark.xdist_group("trainer-processes")
+def test_two_processes_share_kept_queries(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    found = [part["query cache"] for part in runs[1]]
+    alone = viewer_of("").frozen_features(train=True)
+    for name in ("cold", "warm", "half", "one without", "damaged"):
+        for part in found:
+            assert torch.equal(part[name], found[0]["cold"]), name
+            assert part[f"{name}: passes"] == (0 if name == "warm" else 1), f"{name}: all compute together, or none"
+    assert_close(found[0]["cold"], alone, atol=1e-5, rtol=0)

@@ -207,7 +207,7 @@ def _content(image: Any) -> bytes:
     elif isinstance(image, np.ndarray) and not image.dtype.hasobject:
         kind = [image.dtype.str, list(image.shape)]
     else:
-        raise NotTold(f"a {type(image).__name__} in column of images")
+        raise NotTold(f"an image given as {type(image).__name__} does not show its content")
     return json.dumps(kind).encode() + image.tobytes()
 
 

@@ -8,13 +8,16 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.hub_errors import explained
+from cl_prompts.fetch import WHERE
+from cl_prompts.hub_errors import HubError, explained
+from cl_prompts.shown import first_line, shown
 
 
 BASE_FOLDER = "base"  # of a base model that an adapter brings along
+MAX_BLOCKS = 1000
 
 
 def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwargs: Any) -> PreTrainedModel:
@@ -35,9 +38,19 @@ def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwa
         source, revision = str(_included_base(folder, repo_id, kwargs)), None
     elif repo_id is not None:
         _refuse_path(source, repo_id)
-    safe = {"trust_remote_code": False, "use_safetensors": True}
-    with explained(source, revision):
-        model: PreTrainedModel = _base_class(config).from_pretrained(source, revision=revision or "main", **safe | kwargs)
+    where = {name: kwargs[name] for name in WHERE if name in kwargs} | {"revision": revision or "main"}
+    kind, safe = _base_class(config), {"trust_remote_code": False, "use_safetensors": True}
+    try:
+        with explained(source, revision):
+            _check_base_config(kind, AutoConfig.from_pretrained(source, trust_remote_code=False, **where))
+            model: PreTrainedModel = kind.from_pretrained(source, **where | safe | kwargs)
+    except HubError:
+        raise
+    except Exception as error:  # a stranger's base goes into all kinds of code
+        raise ValueError(
+            f"the base {shown(source)} that the adapter names cannot be loaded ({first_line(error)}): load a base "
+            "yourself, then PromptPoolModel.from_pretrained(base, adapter)"
+        ) from error
     return model
 
 
@@ -61,9 +74,25 @@ def _refuse_path(source: str, repo_id: str) -> None:
         validate_repo_id(source)
     except ValueError as error:
         raise ValueError(
-            f"the adapter {repo_id} names the base {source!r}, which is no Hub id: load the base yourself, then "
+            f"the adapter {repo_id} names the base {shown(source)}, which is no Hub id: load the base yourself, then "
             "PromptPoolModel.from_pretrained(base, adapter)"
         ) from error
+
+
+def _check_base_config(kind: Any, base: PretrainedConfig) -> None:
+    """Raise ValueError for a base that transformers would build, at length, before it looked at the weights, or with code
+    from the Hub.
+    """
+    parts = (base, *(getattr(base, name, None) for name in type(base).sub_configs))
+    if kind is not AutoModel and kind.config_class not in map(type, parts):
+        raise ValueError(f"its class {kind.__name__} is not made for a {type(base).__name__}")
+    for part in parts:
+        blocks = getattr(part, "num_hidden_layers", None)
+        if isinstance(blocks, int) and blocks > MAX_BLOCKS:
+            raise ValueError(f"its config has {blocks:,} blocks, more than {MAX_BLOCKS:,}")
+        attention = getattr(part, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:  # code of a repository
+            raise ValueError(f"its config asks for the attention {shown(attention)} from the Hub")
 
 
 def _base_class(config: PromptPoolConfig) -> Any:
@@ -73,7 +102,7 @@ def _base_class(config: PromptPoolConfig) -> Any:
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"the adapter names the base class {name!r}, which transformers does not have: load the base yourself, then "
-            "PromptPoolModel.from_pretrained(base, adapter)"
+            f"the adapter names the base class {shown(name)}, which transformers does not have: load the base yourself, "
+            "then PromptPoolModel.from_pretrained(base, adapter)"
         )
     return found

@@ -22,7 +22,7 @@ from cl_prompts.plots import draw
 from cl_prompts.record import RESULTS_FILE, RunRecord
 from cl_prompts.report import LEGEND, Result, comparison_table, matrix_table, remarks
 from cl_prompts.saving import write_whole
-from cl_prompts.shown import shown
+from cl_prompts.shown import first_line
 
 
 CARD_FILE = "README.md"
@@ -99,7 +99,7 @@ def _old_card(file: Path) -> tuple[dict[str, Any], str]:
             raise ValueError("its metadata has no names")
         return data, text[head.end() :]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = shown(" ".join(str(error).split()))
+        told = first_line(error)
         raise ValueError(f"{file} is no card that can be kept ({told}): mend its metadata, or remove it") from error
 
 

@@ -15,7 +15,7 @@ from cl_prompts.collectives import world_size
 from cl_prompts.configs import PromptPoolConfig
 from cl_prompts.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.prompts import BackboneShape
-from cl_prompts.shown import shown
+from cl_prompts.shown import first_line, shown
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -85,7 +85,7 @@ def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str
             if planned.classifier is not None and not config.inference_mode:
                 size += planned.classifier.bytes_to_learn
         except (RuntimeError, OverflowError, TypeError) as error:  # all three are torch's for a size beyond int64
-            told = str(error).partition("\n")[0]
+            told = first_line(error)
             raise ValueError(f"the config implies tensors of impossible size ({told}): choose smaller values") from error
     if size > config.max_adapter_bytes:
         raise ValueError(

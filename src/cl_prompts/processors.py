@@ -9,6 +9,8 @@ from typing import Any
 from PIL import Image
 from transformers import AutoImageProcessor, ImageProcessingMixin
 
+from cl_prompts.shown import first_line
+
 
 PROCESSOR_FILE = "preprocessor_config.json"
 # transformers loads any class of its own that the file names; only these are image processors.
@@ -35,7 +37,7 @@ def load_processor(source: str | os.PathLike[str], **where: Any) -> Any:
             raise ValueError(f"{kind!r} is no image processor")
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **where)
     except Exception as error:  # values of a foreign file go into all kinds of code
-        raise ValueError(f"no image processor in {source} ({_first_line(error)}): pass image_processor=") from error
+        raise ValueError(f"no image processor in {source} ({first_line(error)}): pass image_processor=") from error
 
 
 def check_processor(processor: Any, image_size: list[int] | None) -> None:
@@ -58,14 +60,10 @@ def check_processor(processor: Any, image_size: list[int] | None) -> None:
         if not made.isfinite().all():
             raise ValueError("it makes NaN or Inf")
     except Exception as error:
-        raise ValueError(f"the image processor fails ({_first_line(error)}): pass another image_processor=") from error
+        raise ValueError(f"the image processor fails ({first_line(error)}): pass another image_processor=") from error
     found = list(made.shape[-2:])
     if image_size is not None and found != image_size:
         raise ValueError(
             f"the image processor makes images of {found[0]}x{found[1]} pixels, the adapter was trained on "
             f"{image_size[0]}x{image_size[1]}: pass the image_processor= of its training"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -15,5 +15,14 @@ LONGEST = 600  # characters
 
 def shown(value: Any) -> str:
     """The value as Python writes it, with dots for what is too much."""
-    text = _REPR.repr(value)
+    return _short(_REPR.repr(value))
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, cut to its first line."""
+    text = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return _short("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def measure(
     def precision() -> AbstractContextManager[Any]:
         return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
-    model = get_prompt_pool_model(vit, PromptPoolConfig(method=method.split()[0], **METHODS[method]))
+    fields = METHODS[method] | ({"pool_size": pool_size} if pool_size else {})
+    model = get_prompt_pool_model(vit, PromptPoolConfig(method=method.split()[0], **fields))
     for task in range(tasks):
         model.begin_task(range(10 * task, 10 * task + 10))
         if task < tasks - 1:
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1], help="tasks begun: shows how cost grows")
+    parser.add_argument("--pool_size", type=int, nargs="+", default=[0], help="for methods that have one; 0: its default")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--attention", default="eager", help="eager or sdpa; on CPUs the backward of sdpa is slow in bf16")
     parser.add_argument("--device", default="cpu")
@@ -157,13 +160,13 @@ def main() -> None:
     rows, numbers = [], []
     for batch in options.batch:
         images = torch.randn(batch, 3, 224, 224, device=options.device)
-        for tasks in options.tasks:
-            for method in options.methods:
-                found = measure(method, vit, images, options, tasks)
-                name = method if options.tasks == [1] else f"{method}, {tasks} tasks"
-                rows.append(as_row(name, found, batch))
-                numbers.append({"method": method, "batch": batch, "tasks": tasks, "seconds": found})
-                print(rows[-1], flush=True)
+        for method, tasks, pool_size in product(options.methods, options.tasks, options.pool_size):
+            found = measure(method, vit, images, options, tasks, pool_size)
+            name = method + (f", {tasks} tasks" if options.tasks != [1] else "")
+            name += f", pool of {pool_size:,}" if pool_size else ""
+            rows.append(as_row(name, found, batch))
+            numbers.append({"method": name, "batch": batch, "seconds": found})
+            print(rows[-1], flush=True)
     if options.output:
         write_whole(options.output / "speed.md", "\n".join([*head, *rows]) + "\n")
         write_whole(options.output / "speed.json", json.dumps({"settings": settings, "found": numbers}, indent=1))

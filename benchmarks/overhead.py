@@ -1,0 +1,93 @@
+"""What the library itself costs in a training step: everything that is not backbone, prompt, head and optimizer arithmetic.
+
+    python benchmarks/overhead.py --batch 16
+
+Visual prompt tuning (shallow, the CLS token read) written by hand in twenty lines against the same through PEFT, hooks,
+checks, pool and losses, on a ViT so narrow (16 wide) that its arithmetic hardly counts, with as many blocks as the real one.
+The difference is set against a step of the real one.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from speed import build, by_turns
+from torch import nn
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTModel
+
+from cl_prompts import VPTConfig, get_prompt_pool_model
+from cl_prompts.report import machine
+
+
+def by_hand(vit: Any, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """A step of prompt tuning without any library."""
+    width = vit.config.hidden_size
+    prompts = nn.Parameter(torch.zeros(1, 5, width))
+    head = nn.Linear(width, 10)
+    optimizer = torch.optim.Adam([prompts, *head.parameters()], lr=1e-3)
+
+    def step() -> None:
+        hidden = vit.embeddings(images)
+        hidden = torch.cat([hidden[:, :1], prompts.expand(len(images), -1, -1), hidden[:, 1:]], 1)
+        for block in vit.layers:
+            hidden = block(hidden)
+        loss = F.cross_entropy(head(vit.layernorm(hidden[:, 0])), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def through_the_library(vit: Any, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """The same step with an adapter."""
+    model = get_prompt_pool_model(vit, VPTConfig(prompt_length=5)).train()
+    model.begin_task(range(10))
+    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    model.attach_optimizer(optimizer)
+
+    def step() -> None:
+        model(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Print both, and the share of a real step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    labels = torch.arange(options.batch) % 10
+    small = torch.randn(options.batch, 3, 32, 32)
+    sizes: Any = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, image_size=32)
+    hand, library = (ViTModel(ViTConfig(**sizes), add_pooling_layer=False).eval().requires_grad_(False) for _ in range(2))
+    found = by_turns(
+        {"by hand": by_hand(hand, small, labels), "library": through_the_library(library, small, labels)},
+        options.repeats,
+        "cpu",
+    )
+    images = torch.randn(options.batch, 3, 224, 224)
+    step = through_the_library(build("tiny", "eager", "cpu"), images, labels)
+    step()
+    start = time.perf_counter()
+    step()
+    real = time.perf_counter() - start
+    cost = found["library"] - found["by hand"]
+    print(machine())
+    print(
+        f"12 blocks of width 16: by hand {1e3 * found['by hand']:.1f} ms, through the library {1e3 * found['library']:.1f} ms"
+    )
+    print(f"overhead {1e3 * cost:.1f} ms: {100 * cost / real:.1f} % of a step of ViT-Tiny/16, batch {options.batch}, fp32")
+
+
+if __name__ == "__main__":
+    main()

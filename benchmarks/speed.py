@@ -81,7 +81,7 @@ def by_turns(acts: dict[str, Callable[[], Any]], repeats: int, device: str) -> d
 
 
 def measure(
-    method: str, vit: ViTModel, images: torch.Tensor, options: argparse.Namespace, tasks: int = 1
+    method: str, vit: ViTModel, images: torch.Tensor, options: argparse.Namespace, tasks: int, pool_size: int
 ) -> dict[str, float]:
     """Seconds of the plain forward, of the steps, and of an answer, with so many tasks of ten classes begun."""
 

@@ -1,4 +1,7 @@
-"""Damaged, foreign and hostile files are refused; the base and the adapters it has stay as they were."""
+"""Damaged, foreign and hostile files, one by one: what each error says; base and adapters stay as they were.
+
+Thousands more: test_hostile_files.py.
+"""
 
 import json
 import pickle
@@ -14,6 +17,7 @@ import pytest
 import torch
 import transformers as T
 from families import SIZES, build
+from hostile_files import CONFIG, WEIGHTS, Bomb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,9 +25,6 @@ from test_bad_input import IMAGES, STATES, condition, learner
 from torch import Tensor
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel
-
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +92,6 @@ def flip(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content)
 
 
-class Bomb:
-    """A pickle that leaves a mark when it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     torch.save({"prompts": Bomb(folder / "mark")}, folder / "adapter_model.bin")
@@ -110,7 +101,10 @@ NO_FIT = r"adapter_model.safetensors does not fit its config: missing .*Are both
 BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{f"cut at {n}": (truncate(n), r"safetensors is truncated or no safetensors") for n in (0, 7, 8, 99, -1, -4096)},
     "text": (lambda f: (f / WEIGHTS).write_text("<html>"), r"is truncated or no safetensors file .*: fetch or save it"),
-    "foreign": (lambda f: save_file({"a": torch.zeros(1)}, f / WEIGHTS), NO_FIT + "|unexpected|has 10 classes, but no tensor in"),
+    "foreign": (
+        lambda f: save_file({"a": torch.zeros(1)}, f / WEIGHTS),
+        NO_FIT + r"|unexpected|has \d+ classes, but no tensor in",
+    ),
     "one more": (rewrite(lambda t: t.update(extra=torch.zeros(1))), r"missing \[\], unexpected \['extra'\]"),
     "one less": (rewrite(lambda t: t.popitem()), NO_FIT),
     "other shape": (
@@ -240,27 +234,6 @@ def test_the_limit_on_bytes_is_the_callers(saved: Path, tmp_path: Path) -> None:
 
 
 ANYTHING = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@ANYTHING
-@given(data=st.data())
-def test_damaged_weights_are_refused_or_change_nothing(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Flipped and cut bytes anywhere, half of them in the header, which the checksum covers by its names and shapes."""
-    folder = copied(saved, tmp_path)
-    content = bytearray((saved / WEIGHTS).read_bytes())
-    header = 8 + int.from_bytes(content[:8], "little")
-    place = data.draw(st.one_of(st.integers(0, header), st.integers(0, len(content) - 1)))
-    if data.draw(st.booleans()):
-        content[place] ^= data.draw(st.integers(1, 255))
-    else:
-        del content[place:]
-    (folder / WEIGHTS).write_bytes(content)
-    try:
-        model = PromptPoolModel.from_pretrained(build("vit"), folder)
-    except ValueError:
-        return
-    whole = PromptPoolModel.from_pretrained(build("vit"), saved).state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
 
 
 FIELDS = {"l2p": sorted(L2PConfig().to_dict()), "hash": sorted(HashPromptConfig().to_dict())}

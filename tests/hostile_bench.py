@@ -1,0 +1,86 @@
+"""Where hostile adapters are loaded: bases that are used again and again, and what must be as it was afterwards."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from closed_form_models import answers
+from hostile_files import CONFIG, WEIGHTS, Case
+from make_adapter_fixtures import NEWEST, base_of, fixture_of, images_of
+from test_bad_input import condition
+from torch import Tensor
+
+from cl_prompts import PromptPoolModel
+
+
+LONGEST = 2000  # characters of a message; paths of pytest's folders are long
+Change = Callable[[dict[str, Any]], Any]
+
+
+@cache
+def contents(method: str) -> tuple[str, bytes]:
+    folder = fixture_of(NEWEST, method)
+    return (folder / CONFIG).read_text(), (folder / WEIGHTS).read_bytes()
+
+
+class Bench:
+    """One base for all loads, and one with an adapter beside which others are loaded."""
+
+    def __init__(self) -> None:
+        self.images = images_of(NEWEST)[:2]
+        self.base, self.other = base_of(NEWEST), base_of(NEWEST)
+        self.load(fixture_of(NEWEST, "vpt"))  # freezes it
+        self.model = PromptPoolModel.from_pretrained(self.other, fixture_of(NEWEST, "vpt"))
+        self.untouched, self.answer = self.seen(), answers(self.model, self.images)
+
+    def seen(self) -> Any:
+        names = [name for name, _ in self.model.named_parameters()]
+        return condition(self.base), condition(self.other), names, list(self.model.peft_config)
+
+    def load(self, folder: Path, *, beside: bool = False, verify: bool = True) -> Tensor:
+        """What the adapter in a folder answers; base and model are given back as they were."""
+        if not beside:
+            model = PromptPoolModel.from_pretrained(self.base, folder, verify=verify)
+            try:
+                return answers(model, self.images)
+            finally:
+                model.unload()
+        self.model.load_adapter(folder, "second")
+        try:
+            self.model.set_adapter("second")
+            return answers(self.model, self.images)
+        finally:
+            self.model.delete_adapter("second")
+            self.model.set_adapter("default", inference_mode=True)
+
+
+@cache
+def original(method: str) -> Tensor:
+    return _for_originals().load(fixture_of(NEWEST, method))
+
+
+@cache
+def _for_originals() -> Bench:
+    return Bench()
+
+
+def check_told(error: Exception) -> None:
+    """One line that a person can read."""
+    text = str(error)
+    assert 10 < len(text) < LONGEST, text[:LONGEST]
+    assert "\n" not in text
+    assert text.isprintable(), ascii(text)
+
+
+def edited(method: str, room: Path, change: Change) -> Path:
+    config, weights = contents(method)
+    case = Case(json.loads(config), weights, {}, room / "mark")
+    change(case.config)
+    case.write(room / "adapter")
+    return room / "adapter"
+
+
+def in_state(**values: Any) -> Change:
+    return lambda config: config["state"].update(values)

@@ -83,6 +83,13 @@ def same_weights(**config: Any) -> Any:
     return base.eval()
 
 
+def swapped_module() -> Any:
+    base = build("vit")
+    name = next(name for name, module in base.named_modules() if "GELU" in type(module).__name__)
+    base.set_submodule(name, torch.nn.ReLU())
+    return base
+
+
 class AlsoScaled(Scaled):
     def __call__(self, image: Any) -> Tensor:
         return super().__call__(image).flip(-1)
@@ -109,12 +116,30 @@ def test_other_images_are_not_found(change: str, key: str) -> None:
     assert key_of(stream=OTHER_DATA[change]()) != key
 
 
+class Rows:
+    """Images as a list: no data set of the library."""
+
+    column_names = ("image", "label")
+
+    def __init__(self, images: Sequence[Any], labels: Sequence[int] = LABELS) -> None:
+        self.images, self.labels = list(images), list(labels)
+
+    def __getitem__(self, what: Any) -> Any:
+        return self.labels if what == "label" else {"image": self.images[what], "label": self.labels[what]}
+
+
+def test_the_same_image_in_another_row_is_not_found() -> None:
+    rows = Rows([pictures(1)[0], *pictures(3)], [0, 1, 2, 3])
+    assert key_of(stream=picture_stream(rows, tasks=[[0]])) != key_of(stream=picture_stream(rows, tasks=[[1]]))
+
+
 OTHER_MODEL: dict[str, Callable[[], Any]] = {
     "other weights": lambda: picture_model(base=build("vit", seed=1)),
     "the same weights in another precision": lambda: picture_model(base=build("vit").to(torch.bfloat16)),
     "another number of heads": lambda: picture_model(base=same_weights(num_attention_heads=2)),
     "another epsilon": lambda: picture_model(base=same_weights(layer_norm_eps=1e-3)),
     "another activation": lambda: picture_model(base=same_weights(hidden_act="relu")),
+    "a module in place of another": lambda: picture_model(base=swapped_module()),
     "another attention": lambda: picture_model(base=build("vit", attention="eager")),
     "another pooling": lambda: picture_model(query_pooling="mean"),
     "another family": lambda: picture_model(base=build("deit")),
@@ -217,18 +242,6 @@ def test_images_that_lie_in_files(tmp_path: Path, key: str) -> None:
         key_of(stream=picture_stream(rows))
 
 
-class Rows:
-    """Images as a list: no data set of the library."""
-
-    column_names = ("image", "label")
-
-    def __init__(self, images: Sequence[Any]) -> None:
-        self.images = list(images)
-
-    def __getitem__(self, what: Any) -> Any:
-        return LABELS if what == "label" else {"image": self.images[what], "label": LABELS[what]}
-
-
 def test_images_that_are_no_files() -> None:
     images = pictures(len(LABELS))
     arrays = [np.asarray(image) for image in images]
@@ -245,8 +258,12 @@ def test_images_that_are_no_files() -> None:
         found = []
         for changes in (False, False, True):
             cells = kind()
-            if changes:
-                cells[9] = cells[8]
+            if changes:  # the last pixel of an image
+                cells[9] = cells[9].copy() if hasattr(cells[9], "copy") else cells[9].clone()
+                if hasattr(cells[9], "putpixel"):
+                    cells[9].putpixel((8, 5), (1, 2, 3))
+                else:
+                    cells[9][-1, -1, -1] += 1
             found.append(key_of(stream=picture_stream(Rows(cells))))
         assert found[0] == found[1] != found[2]
     assert len({key_of(stream=picture_stream(Rows(kind()))) for kind in kinds}) == len(kinds)

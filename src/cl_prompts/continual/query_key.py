@@ -35,7 +35,10 @@ from cl_prompts.machine import processor
 LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "pillow", "numpy", "flash-attn")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 OWN_CODE = ("way.py", "bare.py", "continual/evaluation.py", "continual/loading.py", "backbones/*.py")
-NAMES = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "problem_type")
+NAMES = (  # in a config, without a part in the feature
+    *("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "problem_type"),
+    "keys_to_ignore_at_inference",
+)
 BACKENDS = (
     *("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.enabled", "cudnn.benchmark"),
     *("cudnn.deterministic", "mkldnn.enabled", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.report import machine
 from cl_prompts.saving import write_whole
+from cl_prompts.shown import first_line
 
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class RunRecord:
                 raise ValueError(f"{wrong} have values of another kind")
             return cls(results, **known)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
-            raise ValueError(f"{path} holds no results ({error}): remove it, or write it again") from error
+            raise ValueError(f"{path} holds no results ({first_line(error)}): remove it, or write it again") from error
 
 
 _KINDS: dict[str, Any] = {

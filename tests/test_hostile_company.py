@@ -160,7 +160,7 @@ def test_cards_and_results(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_thousand_cards_and_results(tmp_path: Path) -> None:
     seen = run_cards(1000, tmp_path)
-    assert min(seen["written"], seen["refused"], *(seen[damage.__name__] for damage in CARD_DAMAGES)) > 100
+    assert min(seen["written"], seen["refused"], *(seen[damage.__name__] for damage in CARD_DAMAGES)) > 50
 
 
 NESTED = "a: " + "[" * 30_000

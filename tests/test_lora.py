@@ -79,8 +79,6 @@ def test_a_pool_over_a_frozen_lora(lora: Path, way: str, tmp_path: Path) -> None
 
 def test_a_peft_model_is_no_base(lora: Path) -> None:
     wrapped = PeftModel.from_pretrained(build("vit"), lora)
-    with pytest.raises(
-        TypeError, match=r"the base is a PeftModel: pass model.get_base_model\(\), its LoRA stays inside"
-    ):
+    with pytest.raises(TypeError, match=r"the base is a PeftModel: pass model.get_base_model\(\), its LoRA stays inside"):
         get_prompt_pool_model(wrapped, L2PConfig())
     get_prompt_pool_model(wrapped.get_base_model(), L2PConfig(top_k=2))  # and PEFT warns of nothing

@@ -378,6 +378,9 @@ def test_a_table_is_mapped_from_its_file(tmp_path: Path) -> None:
     assert cache.path(KEY).name in Path("/proc/self/maps").read_text()
     cache.write(KEY, TABLE + 1)
     assert torch.equal(found, TABLE), "a reader keeps what it has mapped"
+    cache.folder.chmod(0o750)
+    cache.write(KEY, TABLE)
+    assert cache.path(KEY).stat().st_mode & 0o777 == 0o640, "who may read the folder may read it"
     assert [file.name for file in cache.folder.iterdir()] == [cache.path(KEY).name]
     assert not told
 

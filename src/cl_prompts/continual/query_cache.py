@@ -86,6 +86,7 @@ class QueryCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({FEATURES: table.contiguous()}, new, metadata={"key": key, "sha256": _sha256(table)})
+            os.chmod(new, self.folder.stat().st_mode & 0o666)  # safetensors lets nobody else read what it has written
             os.replace(new, self.path(key))
             self._make_room(self.path(key))
         except (OSError, SafetensorError) as error:

@@ -237,7 +237,9 @@ class ContinualTrainer:
         model.attach_optimizer(optimizer)
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
-        self.viewer.training_queries()  # now, so that the speed of the first steps does not tell of this pass
+        # Now, so that neither the bar nor the speed of the first steps shows these passes.
+        self.viewer.training_queries()
+        self.viewer.queries(train=False)
         self._window = (0, time.perf_counter())
         steps, per_epoch = self.steps_of(task), self._steps_per_epoch(task)
         while progress.epoch < args.epochs:

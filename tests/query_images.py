@@ -40,6 +40,13 @@ class Scaled:
         return torch.from_numpy(pixels / 255 - self.mean).permute(2, 0, 1)
 
 
+class Unsaid(Scaled):
+    """What it says cannot be written down."""
+
+    def settings(self) -> Any:
+        return {"mean": torch.zeros(3)}
+
+
 def train_images() -> Dataset:
     return birds(LABELS)
 

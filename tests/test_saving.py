@@ -355,6 +355,12 @@ if __name__ == "__main__":
     (where / "results.json").write_text(json.dumps(helper(where)))
 
 
+def test_whoever_may_look_into_the_folder_may_read_its_files(tmp_path: Path) -> None:
+    adapter(0).save_pretrained(tmp_path / "pool")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "pool").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "pool").stat().st_mode & 0o666}, modes
+
+
 @pytest.mark.parametrize("size", [8, 3000])
 def test_a_full_disk_is_one_line_that_says_what_to_do(size: int, tmp_path: Path) -> None:
     """A limit on file sizes is what a process can be given of a full disk: it cuts the card, and the weights."""

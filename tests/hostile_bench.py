@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from closed_form_models import answers
 from hostile_files import CONFIG, WEIGHTS, Case
 from make_adapter_fixtures import NEWEST, base_of, fixture_of, images_of
@@ -13,6 +14,7 @@ from test_bad_input import condition
 from torch import Tensor
 
 from cl_prompts import PromptPoolModel
+from cl_prompts.integrity import digest
 
 
 LONGEST = 2000  # characters of a message; paths of pytest's folders are long
@@ -23,6 +25,16 @@ Change = Callable[[dict[str, Any]], Any]
 def contents(method: str) -> tuple[str, bytes]:
     folder = fixture_of(NEWEST, method)
     return (folder / CONFIG).read_text(), (folder / WEIGHTS).read_bytes()
+
+
+class Loaded(NamedTuple):
+    """An adapter, told by its logits and the checksum of its tensors."""
+
+    logits: Tensor
+    sha256: str
+
+    def same_as(self, other: "Loaded") -> bool:
+        return self.sha256 == other.sha256 and torch.equal(self.logits, other.logits)
 
 
 class Bench:
@@ -39,25 +51,28 @@ class Bench:
         names = [name for name, _ in self.model.named_parameters()]
         return condition(self.base), condition(self.other), names, list(self.model.peft_config)
 
-    def load(self, folder: Path, *, beside: bool = False, verify: bool = True) -> Tensor:
-        """What the adapter in a folder answers; base and model are given back as they were."""
+    def load(self, folder: Path, *, beside: bool = False, verify: bool = True) -> Loaded:
+        """What the adapter in a folder is and answers; base and model are given back as they were."""
         if not beside:
             model = PromptPoolModel.from_pretrained(self.base, folder, verify=verify)
             try:
-                return answers(model, self.images)
+                return self._of(model)
             finally:
                 model.unload()
         self.model.load_adapter(folder, "second")
         try:
             self.model.set_adapter("second")
-            return answers(self.model, self.images)
+            return self._of(self.model)
         finally:
             self.model.delete_adapter("second")
             self.model.set_adapter("default", inference_mode=True)
 
+    def _of(self, model: Any) -> Loaded:
+        return Loaded(answers(model, self.images), digest(model.adapter.state_dict().items()))
+
 
 @cache
-def original(method: str) -> Tensor:
+def original(method: str) -> Loaded:
     return _for_originals().load(fixture_of(NEWEST, method))
 
 

@@ -74,10 +74,10 @@ class Bomb:
 
 
 def bytes_of_the_weights(draw: Any, case: Case) -> str:
-    """Cut, flipped, overwritten, put in, put behind: half of them in the header."""
+    """Cut, flipped, overwritten, put in, put behind: a third of it in the length, in the header, in the tensors."""
     content = bytearray(case.weights)
     header = 8 + int.from_bytes(content[:8], "little")
-    place = draw(st.one_of(st.integers(0, 8), st.integers(0, header), st.integers(0, len(content) - 1)))
+    place = draw(st.one_of(st.integers(0, 8), st.integers(8, header - 1), st.integers(header, len(content) - 1)))
     kind = draw(st.sampled_from(["cut", "flip", "flips", "overwrite", "insert", "append", "zero"]))
     if kind == "cut":
         del content[place:]

@@ -99,7 +99,7 @@ def test_hostile_bases(tmp_path: Path, name: str) -> None:
         shutil.copy(tmp_path / f"{PLANTED}.py", base)
         if message is None:
             model = AutoPromptPoolModel.from_pretrained(adapter)
-            assert torch.equal(answers(model, images_of(NEWEST)[:2]), original("vpt"))
+            assert torch.equal(answers(model, images_of(NEWEST)[:2]), original("vpt").logits)
         else:
             with pytest.raises((ValueError, OSError), match=message) as told:
                 AutoPromptPoolModel.from_pretrained(adapter)

@@ -63,7 +63,7 @@ def run_cases(count: int, room: Path, watch: Watch) -> Counter[str]:
             seen.update(["refused"])
         else:
             assert must != REFUSED
-            assert must != SAME or torch.equal(found, original(method))
+            assert must != SAME or found.same_as(original(method))
             seen.update(["loaded"])
         assert watch.seen == []
         assert not mark.exists()
@@ -139,7 +139,7 @@ def load_large(bench: Bench, method: str, name: str, room: Path) -> None:
     with warnings.catch_warnings(), bounded():
         warnings.simplefilter("ignore")
         if message is None or (name == "revisits" and method in NOTHING_BY_TASK):
-            assert torch.equal(bench.load(folder), original(method))
+            assert bench.load(folder).same_as(original(method))
             return
         with pytest.raises(ValueError, match=message) as told:
             bench.load(folder)

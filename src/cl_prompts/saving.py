@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 
 T = TypeVar("T")
+ATTEMPTS = 50  # a process that saves all the time leaves a third of the loads or more alone
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,7 +44,7 @@ def recover(folder: str | os.PathLike[str]) -> None:
 
 def read_whole(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
     """What `read()` returns; tried again when it fails because a save swapped `folder` between two of its files."""
-    for _ in range(9):
+    for _ in range(ATTEMPTS - 1):
         before = _identity(folder)
         try:
             return read()

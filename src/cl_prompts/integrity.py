@@ -131,7 +131,7 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
         kinds: tuple[Any, ...] = FRACTIONS if like.is_floating_point() else ("I64", torch.int64)
         if tuple(tensor.shape) != tuple(like.shape) or tensor.dtype not in kinds:
             raise ValueError(
-                f"{name} is {tensor.dtype}{list(tensor.shape)} in {WEIGHTS_FILE}, the config implies "
+                f"{name} is {tensor.dtype}{shown(list(tensor.shape))} in {WEIGHTS_FILE}, the config implies "
                 f"{like.dtype}{list(like.shape)}: are both files from the same save?"
             )
 

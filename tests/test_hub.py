@@ -14,7 +14,7 @@ import torch
 from closed_form_models import answers, learn_task, new_model
 from families import build
 from hub_server import Hub
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from methods import METHODS, WITH_CLASSIFIER
 from peft import PeftModel
 from PIL import Image
@@ -159,7 +159,14 @@ def test_what_lies_on_the_hub(hub: Hub, bases: dict[str, Path], tmp_path: Path) 
     assert data["datasets"] == ["me/birds-data"]
     assert {"cl_prompts", "continual-learning", "l2p", "base_model:adapter:google/vit-tiny"} <= set(data["tags"])
     assert [r.metric_value for r in card.data.eval_results] == [90.0, 90.0, 0.0]
-    for said in ("cat, dog", "arxiv.org/abs/2112.08654", "python train.py --dataset birds", "![selection]", "me/birds"):
+    for said in (
+        "**Licence**: cc-by-4.0",
+        "cat, dog",
+        "arxiv.org/abs/2112.08654",
+        "python train.py --dataset birds",
+        "![selection]",
+        "me/birds",
+    ):
         assert said in card.text
 
 
@@ -243,9 +250,11 @@ def test_an_adapter_of_another_name_is_pushed_as_the_repositorys_own(hub: Hub) -
     assert PromptPoolModel.from_pretrained(build("vit"), "me/default").classes == [3, 1]
 
 
-def test_peft_pulls_it_too(hub: Hub) -> None:
+def test_peft_pulls_it_too_and_a_downloaded_folder_loads(hub: Hub, tmp_path: Path) -> None:
     model = small()
     model.push_to_hub("me/birds", base_model_id="me/vit")
+    snapshot_download("me/birds", local_dir=tmp_path / "birds")  # hf download
+    assert torch.equal(answers(PromptPoolModel.from_pretrained(build("vit"), tmp_path / "birds")), answers(model))
     assert torch.equal(answers(PeftModel.from_pretrained(build("vit"), "me/birds")), answers(model))
 
 

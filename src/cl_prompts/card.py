@@ -65,9 +65,9 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
     folder = Path(folder)
     config, record = PromptPoolConfig.from_pretrained(folder), known_run(folder)
     name = name or folder.resolve().name
-    text = card_text(config, record, folder, name)
     file = folder / CARD_FILE
     data, old = _old_card(file)
+    text = card_text(config, record, folder, name, license or data.get("license"))
     tags = data.get("tags")
     own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     data |= card_metadata(config, record, name).to_dict()
@@ -164,7 +164,7 @@ def hub_base(config: PromptPoolConfig) -> str | None:
 
 def _eval_results(record: RunRecord) -> list[EvalResult]:
     summary = next(iter(record.results.values())).summary()
-    dataset = record.datasets[0] if record.datasets else (record.data or "custom").split(",")[0]
+    dataset = record.datasets[0] if record.datasets else (record.data or "custom").split()[0].rstrip(",")
     return [
         EvalResult(
             task_type="image-classification",
@@ -179,7 +179,7 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
     ]
 
 
-def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, name: str) -> str:
+def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, name: str, license: object) -> str:
     """The body of a card, in Markdown."""
     title = (type(config).__doc__ or "").splitlines()[0].rstrip(".")
     classes, tasks = config.num_labels or len(config.state.classes), len(config.state.tasks)
@@ -188,7 +188,7 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, 
         "A prompt pool for a frozen vision transformer, made with [cl_prompts](https://pypi.org/project/cl-prompts/): "
         f"{classes:,} classes, learned {f'in {tasks} tasks one after the other' if tasks else 'without tasks'}. At test "
         "nobody has to say which task an image is from.",
-        _facts(config, record, folder, title),
+        _facts(config, record, folder, title, license),
         _use(config, name),
         _figures(record, folder) if record is not None else "",
         _tasks(config),
@@ -197,7 +197,7 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, 
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, title: str) -> str:
+def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, title: str, license: object) -> str:
     state, declared = config.state, declared_tensors(folder)
     parts = sizes_of_parts(declared)
     base = hub_base(config)
@@ -220,6 +220,8 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, tit
     if statistics:
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
         facts["Statistics of the training images' features in it"] = f"{held} (means, covariances or sums; no images)"
+    known = " ".join(license.split())[:100] if isinstance(license, str) else ""
+    facts["Licence"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
 
 

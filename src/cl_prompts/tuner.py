@@ -155,6 +155,13 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         """PEFT's last step of a load with `low_cpu_mem_usage`: the tensors lie where it read them."""
         self.pools.prompt_pool[adapter_name].to(device or next(self.model.parameters()).device)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """An adapter works in float32; PEFT would look through the whole base for what to cast."""
+        adapter = self.pools.prompt_pool[adapter_name]
+        for tensor in (*adapter.parameters(), *adapter.buffers()):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it was the active one, the first of the others takes over."""
         if adapter_name not in self.peft_config:

@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def build(size: str, attention: str, device: str) -> ViTModel:
     """A random ViT/16 for images of 224 pixels."""
-    config = ViTConfig(**SIZES[size])  # type: ignore[arg-type]
+    config = ViTConfig(**SIZES[size])
     config._attn_implementation = attention
     return ViTModel(config, add_pooling_layer=False).eval().to(device)
 

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ from datasets import Dataset, Image
 from torch import Tensor
 
 import cl_prompts
-from cl_prompts.backbones.structure import find_structure, fingerprint
+from cl_prompts.base_told import NotTold, base_as_it_is
 from cl_prompts.collectives import gather_over_processes, world_size
 from cl_prompts.continual.loading import Rows, UnreadableImage, rank_and_processes, read_image
 from cl_prompts.continual.streams import Stream
@@ -33,12 +32,7 @@ from cl_prompts.machine import processor
 
 
 LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "pillow", "numpy", "flash-attn")
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 OWN_CODE = ("way.py", "bare.py", "continual/evaluation.py", "continual/loading.py", "backbones/*.py")
-NAMES = (  # in a config, without a part in the feature
-    *("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "problem_type"),
-    "keys_to_ignore_at_inference",
-)
 BACKENDS = (
     *("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.enabled", "cudnn.benchmark"),
     *("cudnn.deterministic", "mkldnn.enabled", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision"),
@@ -46,10 +40,6 @@ BACKENDS = (
 )
 SWITCHES = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE")  # of the environment, read by kernels
 READ_AT_ONCE = 64  # rows
-
-
-class NotTold(Exception):
-    """Something does not say what it does."""
 
 
 def query_digest(model: Any, stream: Stream, rows: Rows, *, train: bool, together: int, device: torch.device) -> bytes:
@@ -68,7 +58,7 @@ def query_digest(model: Any, stream: Stream, rows: Rows, *, train: bool, togethe
     Raises:
         NotTold: something does not say what it does.
     """
-    base, transform = _told("the base", _base(model)), _told("the transform", _transform(stream.transform))
+    base, transform = _told("the base", base_as_it_is(model)), _told("the transform", _transform(stream.transform))
     told = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for part in _images(stream, rows, train=train):
@@ -117,37 +107,6 @@ def _own_code() -> str:
     home = Path(cl_prompts.__file__).parent
     files = [file for pattern in OWN_CODE for file in sorted(home.glob(pattern))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-# ---- the base ------------------------------------------------------------------------------------------------------------
-
-
-def _base(model: Any) -> dict[str, Any]:
-    """The base as it is: its weights, the settings that are not in its weights, and which feature is taken."""
-    base = model.get_base_model()
-    structure = find_structure(base)
-    inner = base.get_submodule(structure.inner)
-    for name, module in base.named_modules():
-        where = f"{name or 'the base'}, a {type(module).__name__},"
-        if type(module).__module__.split(".")[0] not in ("torch", "transformers"):
-            raise NotTold(f"{where} is neither of torch nor of transformers")
-        if "forward" in vars(module) or module._compiled_call_impl is not None:
-            raise NotTold(f"{where} is compiled or wrapped")
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if str(getattr(hook, "__module__", None)).split(".")[0] not in ("cl_prompts", "transformers"):
-                raise NotTold(f"{where} has a forward hook of others")
-    attention = [part.config._attn_implementation for part in (base, inner)]
-    if not set(attention) <= set(ATTENTIONS):
-        raise NotTold(f"its attention is {attention}, none of {list(ATTENTIONS)}")
-    return {
-        "weights": fingerprint(base, structure, model.query_pooling),
-        "pooling": model.query_pooling,
-        "reader": model.base_model.extract_features.__qualname__,
-        "modules": repr(inner),
-        "inner": structure.inner,
-        "config": {name: value for name, value in base.config.to_dict().items() if name not in NAMES},
-        "attention": attention,
-    }
 
 
 # ---- the images ----------------------------------------------------------------------------------------------------------
@@ -203,7 +162,8 @@ def _file(cell: Any) -> bytes:
 def _content(image: Any) -> bytes:
     """All of a decoded image. A path or a number only stands for one, and what it stands for may change."""
     if isinstance(image, PIL.Image.Image):
-        return pickle.dumps([PIL.Image.Image.__getstate__(image), dict(image.getexif())])
+        about = [image.mode, image.size, image.getpalette(), image.info, dict(image.getexif())]
+        return json.dumps(about, default=repr).encode() + image.tobytes()
     if isinstance(image, Tensor):
         kind = [str(image.dtype), list(image.shape)]
         image = image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

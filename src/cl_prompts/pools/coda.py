@@ -71,18 +71,17 @@ class CodaPool(QueriedPool, method="coda"):
 
     def score(self, row: int, query: Tensor) -> Tensor:
         """w_m = cosine(q * A_m, K_m) for queries [B, D]: [B, tasks * c]."""
-        attention, keys = in_use(self.attention)[row], in_use(self.keys)[row]
+        attention, keys = in_layer(self.attention, row), in_layer(self.keys, row)
         # |q * A|^2 = q^2 . A^2, so no [B, M, D] tensor is needed
         length = (query.square() @ attention.square().T).clamp_min(1e-12).sqrt()
         return query @ (attention * keys).T / length / keys.norm(dim=1).clamp_min(1e-12)
 
     def forward(self, batch: PoolInput) -> Prompts:
         """One mixed prefix per layer."""
-        components = in_use(self.components)
         answer = Prompts(
             prefixes=self.per_layer(
                 list(self.layers),
-                lambda row, query: self.mix(components[row], self.score(row, query), learning=batch.task is not None),
+                lambda row, query: self.mix(row, self.score(row, query), learning=batch.task is not None),
                 batch,
             )
         )
@@ -92,9 +91,12 @@ class CodaPool(QueriedPool, method="coda"):
             answer.losses["orthogonality"] = LossPart(weight * penalty, "batch")
         return answer
 
-    def mix(self, components: Tensor, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """All components [M, Lp, D], weighted by scores [B, M]."""
-        mixed = (scores @ components.flatten(1)).unflatten(1, components.shape[1:])
+    def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
+        """All components of a layer, weighted by scores [B, M]."""
+        # Earlier tasks' components apart: joined to the current ones they would be copied, and get gradients nobody needs.
+        earlier, current = self.components.earlier[:, row].flatten(0, 1), self.components.current[row]
+        old, new = scores.split([len(earlier), len(current)], dim=1)
+        mixed = (old @ earlier.flatten(1) + new @ current.flatten(1)).unflatten(1, current.shape[1:])
         ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
         return replace(split_prefix(mixed, self.heads), ids=ids, weights=scores.detach(), scores=scores)
 
@@ -112,8 +114,9 @@ class CodaLayerArgmaxPool(CodaPool, method="coda_layer_argmax"):
         """The task that each layer's component was made in."""
         return ids[..., 0] // self.config.components_per_task if self.num_tasks else None
 
-    def mix(self, components: Tensor, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """The component with the largest score."""
+    def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
+        """The component of a layer with the largest score."""
+        components = in_layer(self.components, row)
         first = scores.shape[1] - self.config.components_per_task if learning else 0
         scores = scores[:, first:]
         best, ids = scores.max(1, keepdim=True)
@@ -125,6 +128,11 @@ class CodaLayerArgmaxPool(CodaPool, method="coda_layer_argmax"):
 def in_use(tensor: PerTask) -> Tensor:
     """All tasks' rows of a tensor [layers, c, ...]: [layers, tasks * c, ...]."""
     return tensor.all().transpose(0, 1).flatten(1, 2)
+
+
+def in_layer(tensor: PerTask, row: int) -> Tensor:
+    """All tasks' rows of one layer: [tasks * c, ...]."""
+    return torch.cat([tensor.earlier[:, row].flatten(0, 1), tensor.current[row]])
 
 
 def room_for_rows(earlier: Tensor) -> Tensor:

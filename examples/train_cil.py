@@ -46,7 +46,7 @@ from cl_prompts.diagnostics import prompt_similarity, selection_counts, selectio
 from cl_prompts.plots import draw, draw_selection
 from cl_prompts.record import RunRecord
 from cl_prompts.report import Result, comparison_table, remarks, run_page
-from cl_prompts.saving import write_whole
+from cl_prompts.saving import replacing, write_whole
 
 
 def load_backbone(name: str, attention: str) -> Any:
@@ -208,8 +208,9 @@ def main() -> None:
         plots=[*draw(matrices, folder), *pictures],
     )
     if args.method in BASELINES:
-        learner.save_pretrained(folder / "adapter")
-        processor.save_pretrained(folder / "adapter")
+        with replacing(folder / "adapter", "preprocessor_config.json") as whole:
+            learner.save_pretrained(whole)
+            processor.save_pretrained(whole)
     else:
         on_the_hub = [name for name in args.dataset if "/" in name and not Path(name).exists()]
         record = RunRecord.of(

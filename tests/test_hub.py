@@ -245,6 +245,10 @@ def test_an_adapter_of_another_name_is_pushed_as_the_repositorys_own(hub: Hub) -
     model.begin_task([8])
     model.end_task()
     model.push_to_hub("me/other", base_model_id="me/vit")
+    with pytest.raises(
+        ValueError, match=r"record= speaks of the active adapter, \['other'\]; saved are \['default'\]: set_"
+    ):
+        model.push_to_hub("me/default", base_model_id="me/vit", adapter_name="default", record=record())
     model.push_to_hub("me/default", base_model_id="me/vit", adapter_name="default")
     assert PromptPoolModel.from_pretrained(build("vit"), "me/other").classes == [8]
     assert PromptPoolModel.from_pretrained(build("vit"), "me/default").classes == [3, 1]
@@ -283,6 +287,10 @@ def test_the_cache_answers_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
         PromptPoolModel.from_pretrained(build("vit"), "me/other")
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         model.push_to_hub("me/other", base_model_id="me/vit")
+    with pytest.raises(
+        ValueError, match=r"record= speaks of the active adapter, \['other'\]; saved are \['default'\]: set_"
+    ):
+        model.push_to_hub("me/default", base_model_id="me/vit", adapter_name="default", record=record())
     assert not hub.log
 
 

@@ -31,6 +31,7 @@ MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
 END = "<!-- End of what cl_prompts writes. -->"
 TAGS = ("cl_prompts", "continual-learning", "prompt-pool", "image-classification")
+ADAPTER_TAG = "base_model:adapter:"
 FIGURES = {
     "faa": "final average accuracy",
     "caa": "mean of the average accuracy over the stages",
@@ -70,6 +71,7 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
     text = card_text(config, record, folder, name, license or data.get("license"))
     tags = data.get("tags")
     own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    own = [tag for tag in own if not tag.startswith(ADAPTER_TAG)]  # of a base that may have been another one
     data |= card_metadata(config, record, name).to_dict()
     data["tags"] = sorted({*data["tags"], *own})
     if record is None:
@@ -141,7 +143,7 @@ def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str)
         if record.datasets:
             known["datasets"] = record.datasets
         known |= {"model_name": name.split("/")[-1], "eval_results": _eval_results(record)}
-    adapter_tag = [f"base_model:adapter:{base}"] if base else []
+    adapter_tag = [f"{ADAPTER_TAG}{base}"] if base else []
     return ModelCardData(
         library_name="peft",
         pipeline_tag="image-classification",
@@ -189,7 +191,7 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, 
         f"{classes:,} classes, learned {f'in {tasks} tasks one after the other' if tasks else 'without tasks'}. At test "
         "nobody has to say which task an image is from.",
         _facts(config, record, folder, title, license),
-        _use(config, name),
+        _use(name),
         _figures(record, folder) if record is not None else "",
         _tasks(config),
         _training(record) if record is not None else "",
@@ -230,7 +232,7 @@ def in_bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
-def _use(config: PromptPoolConfig, name: str) -> str:
+def _use(name: str) -> str:
     return f"""## Use it
 
 ```sh

@@ -21,7 +21,7 @@ from cl_prompts.record import RESULTS_FILE
 from cl_prompts.saving import recover
 
 
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PROCESSOR_FILE, RESULTS_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PROCESSOR_FILE)
 PICTURES = "*.png"
 # What an earlier push may have left that this one does not bring.
 STALE = [RESULTS_FILE, PROCESSOR_FILE, PICTURES, f"{BASE_FOLDER}/*"]
@@ -56,7 +56,7 @@ def push_folder(
 
     Raises:
         ValueError: no adapter, a base that only this machine has, or a file that names a folder of this machine.
-        HubError: the Hub cannot be reached or refuses, or the repository holds something else.
+        HubError: the Hub cannot be reached or refuses, or the repository holds something else; no file there was changed.
     """
     folder = Path(folder)
     recover(folder)
@@ -93,12 +93,12 @@ def _base_to_name(folder: Path, base_model_id: str | None, include_base: bool) -
 
 
 def _stage(folder: Path, stage: Path, base: str | None) -> None:
-    pictures = folder.glob(PICTURES) if known_run(folder) else ()
-    for file in [*(folder / name for name in FILES), *pictures]:
+    files = [folder / name for name in FILES]
+    if known_run(folder) is not None:  # results and pictures of other weights stay here
+        files += [folder / RESULTS_FILE, *folder.glob(PICTURES)]
+    for file in files:
         if file.is_file():
             shutil.copy2(file, stage / file.name)
-    if known_run(folder) is None:  # it speaks of other weights
-        (stage / RESULTS_FILE).unlink(missing_ok=True)
     if base is None and (folder / BASE_FOLDER).is_dir():
         shutil.copytree(folder / BASE_FOLDER, stage / BASE_FOLDER)
     content = json.loads((stage / CONFIG_FILE).read_text())

@@ -102,7 +102,8 @@ class PromptPoolModel(PeftModel):
             kwargs: passed to PEFT (`state_dict`).
 
         Raises:
-            ValueError: pickle was asked for, an adapter does not exist, or the path is a file.
+            ValueError: pickle was asked for, an adapter does not exist, the path is a file, or `record` is of an adapter
+                that is not saved.
             OSError: the disk is full; what was there before is still there.
         """
         from cl_prompts.card import add_pictures, write_card  # knows results, which know the model
@@ -112,6 +113,10 @@ class PromptPoolModel(PeftModel):
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if record is not None and not set(names) & set(self.active_adapters):
+            raise ValueError(
+                f"record= speaks of the active adapter, {self.active_adapters}; saved are {names}: set_adapter first"
+            )
         places = {name: "" if name == "default" else f"{name}/" for name in names}
         files = (CONFIG_FILE, WEIGHTS_FILE) + ((PROCESSOR_FILE,) if image_processor is not None else ())
         written = [f"{place}{file}" for place in places.values() for file in files]
@@ -156,7 +161,7 @@ class PromptPoolModel(PeftModel):
 
         Raises:
             ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` was given.
-            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses; nothing was changed there.
+            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses; no file there was changed.
         """
         from cl_prompts.hub import push_folder  # knows cards
 

@@ -48,6 +48,8 @@ class Arguments:
     resample: str = setting("processor", "processor, bilinear or bicubic")
     augment: bool = setting(False, "random crops and flips of training images")
     crop_scale: float = setting(0.05, "smallest crop, as a share of the image's area")
+    views: int = setting(0, "crops an image has, shown in turn, so that their queries can be kept; 0: new ones each epoch")
+    augment_on_device: bool = setting(False, "crop whole batches on the model's device, out of the resized images")
     on_bad_image: str = setting("stop", "stop or skip (and count) images that cannot be read")
 
     scenario: str = setting("class", "what a task brings: " + ", ".join(SCENARIOS))

@@ -58,6 +58,11 @@ def load_backbone(name: str, attention: str) -> Any:
     return AutoModel.from_pretrained(name, config=config, attn_implementation=attention, **options)
 
 
+def augmentation(args: Arguments) -> CropAndFlip:
+    """Of training images."""
+    return CropAndFlip(scale=(args.crop_scale, 1.0), views=args.views or None, on_device=args.augment_on_device)
+
+
 def build_stream(args: Arguments, processor: Any) -> Stream:
     """The tasks."""
     stream = load_stream(
@@ -74,7 +79,7 @@ def build_stream(args: Arguments, processor: Any) -> Stream:
         common_test=args.common_test,
         width=args.width,
         held_out=args.held_out,
-        augmentation=CropAndFlip(scale=(args.crop_scale, 1.0)) if args.augment else None,
+        augmentation=augmentation(args) if args.augment else None,
         on_bad_image=args.on_bad_image,
     )
     return JointStream(stream, only_last=True) if args.joint else stream

@@ -147,10 +147,55 @@ def test_augmentation_follows_from_seed_epoch_and_image_alone() -> None:
         assert all(torch.equal(x, to_tensor(stream.train[i]["image"])) for i, x in by_number(batches).items())
 
 
+def test_views_come_again_in_turn() -> None:
+    stream = augmenting(CropAndFlip(views=3))
+    epochs = [by_number(stream.train_batches(stream.tasks[0], 4, seed=0, epoch=epoch)) for epoch in range(7)]
+    for number in epochs[0]:
+        assert all(torch.equal(epochs[e][number], epochs[e % 3][number]) for e in range(7))
+    assert all(any(not torch.equal(epochs[a][n], epochs[b][n]) for n in epochs[0]) for a, b in [(0, 1), (0, 2), (1, 2)])
+    fresh = augmenting(CropAndFlip())
+    for epoch in range(3):
+        same = by_number(fresh.train_batches(fresh.tasks[0], 4, seed=0, epoch=epoch))
+        assert all(torch.equal(x, epochs[epoch][number]) for number, x in same.items()), (
+            "views are those of the first epochs"
+        )
+
+
+def test_a_batch_is_cut_on_the_device_as_each_image_alone() -> None:
+    augmentation = CropAndFlip(scale=(0.2, 0.9), on_device=True)
+    stream = augmenting(augmentation)
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 40, 56)
+    batch = {"pixel_values": images, "sample_ids": [3, 0, 5, -1, 2, 9]}
+    cut = stream.cut_on_device(batch, (1, 4))["pixel_values"]
+    assert cut.shape == images.shape
+    for number, image, found in zip(batch["sample_ids"], images, cut, strict=True):
+        assert torch.equal(augmentation.apply_batch(image[None], 1, 4, [number])[0], found), "the company does not matter"
+        part = augmentation.apply(image, 1, 4, max(number, 0))
+        expected = F.interpolate(part[None], (40, 56), mode="bilinear", align_corners=False)[0]
+        # At its own border a part that was cut out first knows nothing of the pixels beside it.
+        edge_h, edge_w = -(-40 // part.shape[1]), -(-56 // part.shape[2])
+        inner = (slice(None), slice(edge_h, -edge_h), slice(edge_w, -edge_w))
+        torch.testing.assert_close(found[inner], expected[inner], rtol=1e-4, atol=1e-4)
+    whole = CropAndFlip(scale=(1, 1), ratio=(56 / 40, 56 / 40), flip=1, on_device=True)
+    torch.testing.assert_close(whole.apply_batch(images, 0, 0, range(6)), images.flip(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_cut_on_the_device_leaves_the_loader_as_it_was() -> None:
+    stream = augmenting(CropAndFlip(on_device=True))
+    for batch in stream.train_batches(stream.tasks[0], 4, seed=0, epoch=1):
+        plain = torch.stack([to_tensor(stream.train[i]["image"]) for i in batch["sample_ids"]])
+        assert torch.equal(batch["pixel_values"], plain)
+        assert not torch.equal(stream.cut_on_device(batch, (0, 1))["pixel_values"], plain)
+        assert stream.cut_on_device(batch, None) is batch
+
+
 def test_queries_do_not_fit_augmented_images() -> None:
     stream, queries = augmenting(), torch.zeros(len(LABELS), 4)
-    with pytest.raises(ValueError, match="this stream augments: pass queries=None"):
+    with pytest.raises(ValueError, match="this stream augments anew in every epoch: pass queries=None, or set views"):
         stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0, queries=queries)
+    views = augmenting(CropAndFlip(views=1))
+    assert "query" in next(iter(views.train_batches(views.tasks[0], 4, seed=0, epoch=0, queries=queries)))
     assert "query" in next(iter(stream.images([0], 1, queries=queries)))
     assert stream.augments
     assert not augmenting(None).augments

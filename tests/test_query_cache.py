@@ -289,3 +289,37 @@ def test_it_is_left_alone_where_it_is_not_valid(tmp_path: Path, capsys: pytest.C
     assert "query cache" not in capsys.readouterr().out
     run("l2p", tmp_path, stream={"augmentation": CropAndFlip()})
     assert len(list(tmp_path.iterdir())) == 1, "test images only"
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
+    """Each view is computed once, whatever the number of epochs; the queries are those of the images as they are shown."""
+    views: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(views=2, on_device=on_device)}, "epochs": 3}
+    plain, computed = run("l2p", "", cache_queries=False, **views)
+    cold, again = run("l2p", tmp_path, **views)
+    warm, read = run("l2p", tmp_path, **views)
+    assert_same(cold, warm, "warm")
+    assert len(read) == 3 * STEPS + TESTS, "no query pass at all"
+    assert sorted(again) == sorted([*read, 26, 26, 8]), "one pass over each view"
+    assert len(computed) == 2 * (3 * STEPS + TESTS)
+    mine, theirs = tensors(plain), tensors(cold)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    for changed in ({"seed": 1}, {"stream": {"augmentation": CropAndFlip(views=2, on_device=not on_device)}}):
+        known = len(list(tmp_path.iterdir()))
+        run("l2p", tmp_path, **views | changed)
+        assert len(list(tmp_path.iterdir())) == known + 2, "other views"
+
+
+def test_a_run_that_augments_on_the_device_is_resumed(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(on_device=True)}, "epochs": 2, "accumulation": 2}
+    whole, _ = run("l2p", "", **settings)
+    with pytest.raises(Stop):
+        picture_trainer("l2p", "", tmp_path / "run", [StopAt(5)], **settings).train()
+    resumed = picture_trainer("l2p", "", tmp_path / "run", **settings)
+    resumed.train(resume=True)
+    assert_same(whole, resumed, "resumed")
+    other, _ = run("l2p", "", epochs=2, accumulation=2)
+    assert other.measured != whole.measured or any(
+        not torch.equal(a, b) for a, b in zip(tensors(other).values(), tensors(whole).values(), strict=True)
+    ), "it augments"

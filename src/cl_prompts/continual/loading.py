@@ -54,8 +54,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = index if index >= 0 else -1 - index
         shown, image = self._readable(row)
-        if self.augmented_by is not None and self.stream.augmentation is not None:
-            image = self.stream.augmentation.apply(image, *self.augmented_by, row)
+        image = self.stream.cut(image, self.augmented_by, row)
         real = index >= 0 and shown == row
         item = {
             "pixel_values": self.stream.transform(image),

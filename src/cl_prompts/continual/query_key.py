@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
@@ -32,7 +33,14 @@ from cl_prompts.machine import processor
 
 
 LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "pillow", "numpy", "flash-attn")
-OWN_CODE = ("way.py", "bare.py", "continual/evaluation.py", "continual/loading.py", "backbones/*.py")
+OWN_CODE = (
+    "way.py",
+    "bare.py",
+    "continual/evaluation.py",
+    "continual/loading.py",
+    "continual/augmentation.py",
+    "backbones/*.py",
+)
 BACKENDS = (
     *("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.enabled", "cudnn.benchmark"),
     *("cudnn.deterministic", "mkldnn.enabled", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision"),
@@ -42,10 +50,20 @@ SWITCHES = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE")  # of
 READ_AT_ONCE = 64  # rows
 
 
-def query_digest(model: Any, stream: Stream, rows: Rows, *, train: bool, together: int, device: torch.device) -> bytes:
+def query_digest(
+    model: Any,
+    stream: Stream,
+    rows: Rows,
+    *,
+    train: bool,
+    together: int,
+    device: torch.device,
+    augmented_by: tuple[int, int] | None = None,
+) -> bytes:
     """A sha256 of what decides the features of some rows of a stream: this process's share of the images, and all the rest.
 
-    It knows nothing of tasks, labels, seeds or prompts: another method or task order finds the same features.
+    It knows nothing of tasks, labels or prompts, nor of seeds where images are not augmented: another method or task order
+    finds the same features.
 
     Args:
         model: the learner, not wrapped, in the mode and under the precision of the pass.
@@ -54,12 +72,16 @@ def query_digest(model: Any, stream: Stream, rows: Rows, *, train: bool, togethe
         train: in the training or the test set.
         together: how many go through the base at once.
         device: where the base is.
+        augmented_by: (seed, epoch) of the augmentation; None: none.
 
     Raises:
         NotTold: something does not say what it does.
     """
     base, transform = _told("the base", base_as_it_is(model)), _told("the transform", _transform(stream.transform))
     told = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
+    if augmented_by is not None and stream.augmentation is not None:
+        seed, epoch = augmented_by
+        told.append([asdict(stream.augmentation), seed, stream.augmentation.view(epoch)])
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for part in _images(stream, rows, train=train):
         digest.update(len(part).to_bytes(8, "little"))

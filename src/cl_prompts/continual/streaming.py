@@ -144,7 +144,14 @@ class IterableStream(Stream):
 
     def _streamed(self, images: StreamedImages, workers: int) -> Batches:
         # A generator of its own: see `Stream._batches`.
-        loader = DataLoader(images, batch_size=None, collate_fn=_as_it_is, num_workers=workers, generator=torch.Generator())
+        loader = DataLoader(
+            images,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
         return Batches(loader, self._noter(images.split))
 
 
@@ -235,8 +242,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
             if self.stream.on_bad_image == "stop":
                 raise bad_image(f"{self.split} file {(cell or {}).get('path')}, label {label},", error) from error
             return item | {"unreadable": number}
-        if self.augmented_by is not None and self.stream.augmentation is not None:
-            image = self.stream.augmentation.apply(image, *self.augmented_by, number)
+        image = self.stream.cut(image, self.augmented_by, number)
         item |= {"pixel_values": self.stream.transform(image), "unreadable": None}
         return item | {"labels": label, "sample_ids": number} if real else item
 

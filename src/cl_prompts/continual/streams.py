@@ -125,8 +125,26 @@ class Stream:
 
     @property
     def augments(self) -> bool:
-        """Whether training images are augmented, so that nothing computed from them can be kept."""
+        """Whether training images are augmented."""
         return self.augmentation is not None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether what is computed of a training image can be kept: it comes again as it was."""
+        return self.augmentation is None or self.augmentation.views is not None
+
+    def cut(self, image: Any, augmented_by: tuple[int, int] | None, number: int) -> Any:
+        """An image as its transform gets it; the augmentation is drawn by (seed, epoch) and the image's number."""
+        if augmented_by is None or self.augmentation is None or self.augmentation.on_device:
+            return image
+        return self.augmentation.apply(image, *augmented_by, number)
+
+    def cut_on_device(self, batch: dict[str, Any], augmented_by: tuple[int, int] | None) -> dict[str, Any]:
+        """A batch, on the model's device, as the model gets it: with what `cut` has left to do there."""
+        if augmented_by is None or self.augmentation is None or not self.augmentation.on_device:
+            return batch
+        parts = self.augmentation.apply_batch(batch["pixel_values"], *augmented_by, batch["sample_ids"])
+        return batch | {"pixel_values": parts}
 
     def class_names(self, classes: Sequence[int]) -> dict[int, str]:
         """Names of class ids, those that the data set knows."""
@@ -175,7 +193,8 @@ class Stream:
             task: which task.
             batch_size: images of a global batch.
             seed, epoch: choose the order, the augmentation and the rehearsed images.
-            queries: un-prompted features of all training images [rows, D], to be handed to the model.
+            queries: un-prompted features of all training images as this epoch shows them [rows, D], to be handed to the
+                model.
             workers: loader processes.
             rows: row numbers to take instead of the task's.
             memory_rows: row numbers of rehearsed images.
@@ -185,10 +204,13 @@ class Stream:
 
         Raises:
             ValueError: an argument is out of range, rows are of no class of the stream, or `queries` are given while images
-                are augmented: they would be those of other images.
+                are augmented anew in every epoch: they would be those of other images.
         """
-        if queries is not None and self.augments:
-            raise ValueError("queries are those of the images as they are, and this stream augments: pass queries=None")
+        if queries is not None and not self.repeats:
+            raise ValueError(
+                "queries are those of other images, for this stream augments anew in every epoch: pass queries=None, or "
+                "set views in the augmentation"
+            )
         taken = task.train_rows if rows is None else self._checked(rows)
         batches = list(shares(self._order(task, taken, seed, epoch, own=rows is None), batch_size))
         if not 0 <= start <= len(batches):
@@ -216,9 +238,12 @@ class Stream:
         """Row numbers of all tasks' training or test images, ascending: whatever the order of the tasks."""
         return np.unique(np.concatenate([task.train_rows if train else task.test_rows for task in self.tasks]))
 
-    def all_images(self, *, train: bool, batch_size: int, workers: int = 0) -> Batches:
-        """The images of `all_rows`, each once, not augmented; each process gets its share."""
-        return self.images(self.all_rows(train=train), batch_size, train=train, workers=workers)
+    def all_images(
+        self, *, train: bool, batch_size: int, workers: int = 0, augmented_by: tuple[int, int] | None = None
+    ) -> Batches:
+        """The images of `all_rows`, each once; each process gets its share. For the rest see `images`."""
+        rows = self.all_rows(train=train)
+        return self.images(rows, batch_size, train=train, workers=workers, augmented_by=augmented_by)
 
     def images(
         self,
@@ -228,8 +253,9 @@ class Stream:
         train: bool = True,
         queries: Tensor | None = None,
         workers: int = 0,
+        augmented_by: tuple[int, int] | None = None,
     ) -> Batches:
-        """Images of these rows in order, not augmented; each process gets its share of every batch.
+        """Images of these rows in order; each process gets its share of every batch.
 
         Args:
             rows: row numbers.
@@ -237,8 +263,9 @@ class Stream:
             train: in the training or the test set.
             queries: un-prompted features of all images of that set [rows, D], to be handed to the model.
             workers: loader processes.
+            augmented_by: (seed, epoch) of the augmentation (`cut`, and then `cut_on_device`); None: none.
         """
-        images = LabelledImages(self, train=train, queries=queries)
+        images = LabelledImages(self, train=train, queries=queries, augmented_by=augmented_by)
         return self._batches(images, list(shares(self._checked(rows, train=train), batch_size)), workers)
 
     def count_skipped(self) -> int:
@@ -268,7 +295,12 @@ class Stream:
     def _batches(self, images: LabelledImages, batches: list[list[int]], workers: int) -> Batches:
         # With a generator of its own a loader draws nothing from the process's, so a resumed run draws as the whole did.
         loader = DataLoader(
-            images, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator()
+            images,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
         )
         return Batches(loader, self._noter(images.split))
 

@@ -238,7 +238,8 @@ class ContinualTrainer:
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
         # Now, so that neither the bar nor the speed of the first steps shows these passes.
-        self.viewer.training_queries()
+        for epoch in range(args.epochs):
+            self.viewer.training_queries(epoch)
         self.viewer.queries(train=False)
         self._window = (0, time.perf_counter())
         steps, per_epoch = self.steps_of(task), self._steps_per_epoch(task)
@@ -277,7 +278,7 @@ class ContinualTrainer:
                 args.batch_size,
                 seed=args.seed,
                 epoch=progress.epoch,
-                queries=self.viewer.training_queries(),
+                queries=self.viewer.training_queries(progress.epoch),
                 workers=args.workers,
                 rows=self._rows(),
                 memory_rows=memory,
@@ -290,7 +291,8 @@ class ContinualTrainer:
         """One optimizer step on a batch; the parts of its loss."""
         accelerator, args = self.accelerator, self.args
         parts: dict[str, Tensor] = {}
-        pieces = micro_batches(on_device(batch, accelerator.device), args.accumulation)
+        shown = self.stream.cut_on_device(on_device(batch, accelerator.device), (args.seed, self.progress.epoch))
+        pieces = micro_batches(shown, args.accumulation)
         images = (batch["labels"] != PADDING_LABEL).sum().to(accelerator.device)
         # Pieces and processes are added up here, so each is told how many images there are in all.
         whole = {"num_items_in_batch": sum_over_processes(images)} if len(pieces) > 1 else {}

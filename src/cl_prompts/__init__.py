@@ -20,7 +20,7 @@ from cl_prompts.configs import (
     VPTConfig,
     VQPromptConfig,
 )
-from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
+from cl_prompts.model import PromptPoolModel, extract_features, extract_hidden_states, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.pipeline import PromptPoolPipeline
 from cl_prompts.tuner import PromptPoolTuner
@@ -49,5 +49,6 @@ __all__ = [
     "VQPromptConfig",
     "__version__",
     "extract_features",
+    "extract_hidden_states",
     "get_prompt_pool_model",
 ]

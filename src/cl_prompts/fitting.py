@@ -148,6 +148,14 @@ def check_query(query: Any, images: int, width: int) -> None:
         raise ValueError(f"query has shape {list(query.shape)}, expected {[images, width]}")
 
 
+def check_hidden(hidden: Any, images: int, width: int) -> None:
+    """Raise if hidden states that a caller brings are no sequence of tokens per image."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a tensor [B, N, width] from extract_hidden_states, got {type(hidden).__name__}")
+    if hidden.dim() != 3 or len(hidden) != images or hidden.shape[2] != width:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [{images}, N, {width}]")
+
+
 def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
     """Raise ValueError if an adapter cannot answer, or in training cannot learn: names the call that is missing."""
     if not adapter.classes:

@@ -52,6 +52,7 @@ class PromptPoolModel(PeftModel):
         labels: Tensor | None = None,
         *,
         query: Tensor | None = None,
+        hidden: Tensor | None = None,
         sample_ids: Any = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -62,6 +63,8 @@ class PromptPoolModel(PeftModel):
             pixel_values: images [B, 3, H, W], normalised as the base expects.
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: un-prompted features [B, D] if the caller has them (`extract_features`); spares the un-prompted pass.
+            hidden: what enters the lowest prompted block [B, N, D] if the caller has it (`extract_hidden_states`); spares
+                the blocks below it, in both passes.
             sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
                 task. Without them every training forward counts.
             num_items_in_batch: number of images of the whole accumulated batch, as `transformers.Trainer` passes it.
@@ -70,7 +73,13 @@ class PromptPoolModel(PeftModel):
         Raises:
             ValueError: wrong image size or channels, labels of undeclared classes, no class known yet.
         """
-        own = {"labels": labels, "query": query, "sample_ids": sample_ids, "num_items_in_batch": num_items_in_batch}
+        own = {
+            "labels": labels,
+            "query": query,
+            "hidden": hidden,
+            "sample_ids": sample_ids,
+            "num_items_in_batch": num_items_in_batch,
+        }
         given = {name: value for name, value in own.items() if value is not None}
         return super().forward(pixel_values=pixel_values, **given, **kwargs)
 
@@ -308,6 +317,23 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
         float32 [B, D], without gradient.
     """
     return model.base_model.extract_features(pixel_values, **kwargs)
+
+
+def extract_hidden_states(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+    """What enters the lowest prompted block of a frozen backbone: the same in every epoch, for `model(..., hidden=...)`.
+
+    Args:
+        model: a model with a prompt pool whose prompts enter above block 0 (`layers=[6, 7]`).
+        pixel_values: images [B, 3, H, W].
+        kwargs: further inputs of the base.
+
+    Returns:
+        [B, N, D] for N tokens, in the precision of the pass, without gradient.
+
+    Raises:
+        ValueError: prompts enter block 0, or what is below them is trained or compiled.
+    """
+    return model.base_model.extract_hidden_states(pixel_values, **kwargs)
 
 
 @contextmanager

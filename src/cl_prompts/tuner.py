@@ -208,6 +208,10 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         """The un-prompted feature (the query) of images [B, 3, H, W]: [B, D] float32, without gradient."""
         return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
 
+    def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """What enters the lowest prompted block for images [B, 3, H, W]: [B, N, D], without gradient."""
+        return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -6,62 +6,32 @@ While `prompted` is open, the base model's own forward is the prompted pass, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_prompts.adapter import PoolAdapter
+from cl_prompts.answering import Call, Chosen, answer_together, loss_of, masked
 from cl_prompts.backbones.last_block import LastBlock
 from cl_prompts.backbones.lower_blocks import LowerBlocks
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.query import in_order_noise, take_feature, whole_image
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.backbones.tokens import TokenInjector
-from cl_prompts.collectives import sum_over_processes
-from cl_prompts.fitting import check_images, check_labels, check_query, check_ready
-from cl_prompts.losses import add_up
+from cl_prompts.fitting import check_hidden, check_images, check_labels, check_query, check_ready
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.pools import Observation
 from cl_prompts.prompts import LossPart, PoolInput, Prompts
 
 
 # Arguments of the forward that are ours; the base model never sees them while an adapter is active.
-OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
+OWN_ARGUMENTS = ("labels", "query", "hidden", "sample_ids", "num_items_in_batch")
 # What transformers.Trainer, which asks the base's config, is not to gather in an evaluation: all but loss and logits.
 NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "scores", "query", "features")
-
-
-@dataclass
-class Chosen:
-    """Prompts that a pass used: numbers, weights, and the scores they were chosen by; None where a method has none."""
-
-    ids: Tensor | None
-    weights: Tensor | None
-    scores: Tensor | None
-
-
-@dataclass
-class Call:
-    """One forward, from the query to the answer."""
-
-    adapter: PoolAdapter
-    prompts: Prompts
-    batch_size: int
-    training: bool
-    query: Tensor | None
-    columns: Tensor | None
-    counted: Tensor
-    sample_ids: Any
-    num_items: Any
-    noise: dict[str, Tensor]
-    only_features: bool = False
 
 
 class WayOfABatch:
@@ -173,6 +143,15 @@ class WayOfABatch:
             self.last.clear()
             self.tokens.clear()
 
+    def hidden_states(self, adapter: PoolAdapter, kwargs: dict[str, Any]) -> Tensor:
+        """What enters the adapter's lowest prompted block in the un-prompted pass: [B, N, D], without gradient."""
+        try:
+            with self.lower.keep(self._lowest(adapter)):
+                self.query(adapter, (), kwargs)
+            return self.lower.states
+        finally:
+            self.lower.clear()
+
     @torch.no_grad()
     def patch_embeddings(self, images: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What enters block 0 for the patches of images, positions included: [patches of all images, D] float32."""
@@ -202,8 +181,13 @@ class WayOfABatch:
         columns = adapter.to_columns(labels) if labels is not None else None
         everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
         counted = everything if columns is None else columns >= 0
+        hidden = kwargs.get("hidden")
+        if hidden is not None:
+            check_hidden(hidden, len(images), self.structure.shape.width)
+            self.lower.take(self._lowest(adapter), hidden.detach(), lambda: self.query(adapter, args, base_kwargs))
+            self.lower.skip()
         if query is None and adapter.pool.needs_query:
-            with self.lower.keep(self._unprompted_blocks(adapter)):
+            with self.lower.keep(0 if hidden is not None else self._unprompted_blocks(adapter)):
                 query = self.query(adapter, args, base_kwargs)
         if query is not None:
             check_query(query, len(images), self.structure.shape.width)
@@ -215,6 +199,8 @@ class WayOfABatch:
         self.prefixes.learning = training
         if prompts.tokens is None and prompts.candidates == 1:
             self.lower.skip()
+        else:
+            self.lower.clear()
         self._read_only(adapter.readout)
         return Call(
             adapter=adapter,
@@ -233,6 +219,15 @@ class WayOfABatch:
         """How many blocks come before the first prompt, and give the same numbers in both passes."""
         lowest = min(adapter.pool.layers, default=0)
         return lowest if lowest and self.lower.may_skip(lowest) else 0
+
+    def _lowest(self, adapter: PoolAdapter) -> int:
+        """The lowest prompted block. Raises ValueError where the blocks below it must run."""
+        below = self._unprompted_blocks(adapter)
+        if not below:
+            raise ValueError(
+                "no hidden states can be kept: the prompts enter block 0, or what is below them is trained or compiled"
+            )
+        return below
 
     def _read_only(self, readout: str) -> None:
         """Have the last block compute no more than what a classifier reads."""
@@ -330,60 +325,6 @@ class WayOfABatch:
                 known = parts.get(name)
                 parts[name] = part if known is None else LossPart(known.value + part.value, part.reduction)
         return parts
-
-
-def masked(call: Call, logits: Tensor) -> Tensor:
-    """Training logits with -inf at the classes that the loss does not see (`class_mask`)."""
-    mask = call.adapter.config.class_mask
-    if mask == "task":
-        return logits.masked_fill(~call.adapter.head.current, float("-inf"))
-    if mask == "batch" and call.columns is not None:
-        present = torch.zeros(logits.shape[1] + 1, dtype=torch.int64, device=logits.device)
-        present[torch.where(call.counted, call.columns, logits.shape[1])] = 1
-        return logits.masked_fill(sum_over_processes(present)[:-1] == 0, float("-inf"))
-    return logits
-
-
-def loss_of(call: Call, logits: Tensor, more: dict[str, LossPart]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy plus the method's parts: total and parts."""
-    assert call.columns is not None
-    each = F.cross_entropy(logits, call.columns, reduction="none")
-    parts = {"cross_entropy": LossPart(each, "mean"), **more}
-    return add_up(parts, call.counted, call.num_items, over_processes=call.training)
-
-
-def answer_together(call: Call, logits: Tensor, features: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor, Chosen]:
-    """One answer per image from its candidates [images * candidates, ...]: logits, features, and what was chosen.
-
-    "mean" answers with the log of the mean probability, features and scores of the first candidate, and all candidates'
-    prompts.
-    """
-    images, candidates = call.batch_size, call.prompts.candidates
-
-    def joined(x: Tensor | None) -> Tensor | None:
-        """[images * candidates, ..., k] -> [images, ..., candidates * k]."""
-        return None if x is None else x.unflatten(0, (images, -1)).movedim(1, -2).flatten(-2)
-
-    if call.prompts.combine == "confident":
-        # By the trained head, so that features are those that a classifier made from them has seen.
-        best = most_confident(call.adapter.head(features), images)
-        answer, features = logits[best], features[best]
-        ids, weights = (None if x is None else x[best] for x in (chosen.ids, chosen.weights))
-    else:
-        best = torch.arange(images, device=logits.device) * candidates
-        answer = logits.log_softmax(1).unflatten(0, (images, -1)).logsumexp(1) - math.log(candidates)
-        features, ids, weights = features[best], joined(chosen.ids), joined(chosen.weights)
-    scores = chosen.scores
-    if scores is not None and len(scores) > images:  # the pool may have chosen once per image, before the passes
-        scores = scores[best]
-    return answer, features, Chosen(ids, weights, scores)
-
-
-def most_confident(logits: Tensor, images: int) -> Tensor:
-    """Row of the most confident candidate of each image, for logits [images * candidates, C]."""
-    confidence = logits.softmax(1).amax(1).view(images, -1)
-    first = torch.arange(images, device=logits.device) * confidence.shape[1]
-    return first + confidence.argmax(1)
 
 
 def ways_through(model: nn.Module) -> set[WayOfABatch]:

@@ -1,14 +1,16 @@
 """Blocks below the lowest prompt run once: the prompted pass takes their output from the un-prompted pass before it.
 
-Frozen, in eval mode and on the same images they would only compute the same numbers again.
+Frozen, in eval mode and on the same images they would only compute the same numbers again. Where a caller has kept these
+numbers, they need not run at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.structure import Structure
@@ -26,6 +28,7 @@ class LowerBlocks:
         self._model, self._structure = model, structure
         self._kept: Any = None
         self._below = 0
+        self._forms: dict[Any, tuple[bool, torch.dtype]] = {}
 
     def blocks(self, below: int) -> list[Any]:
         """The blocks below a number."""
@@ -53,6 +56,41 @@ class LowerBlocks:
             yield
         finally:
             handle.remove()
+        self._below = below
+
+    @property
+    def states(self) -> Tensor:
+        """What was kept: [B, N, D]."""
+        kept: Tensor = self._kept[0] if isinstance(self._kept, tuple) else self._kept
+        return kept
+
+    def take(self, below: int, states: Tensor, compute: Callable[[], Any]) -> None:
+        """Keep states [B, N, D] of a caller instead of those of a pass, as what enters block `below`.
+
+        Args:
+            below: number of the block.
+            states: as `states` gave them in an earlier pass over the same images.
+            compute: runs an un-prompted pass over the images; the first states of a model and precision are compared with
+                what it gives.
+
+        Raises:
+            ValueError: they are not what enters that block.
+        """
+        kind = states.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        situation = (below, next(self._model.parameters()).dtype, autocast)
+        if situation not in self._forms:
+            with self.keep(below):
+                compute()
+            own = self.states.float()
+            if own.shape != states.shape or (states.float() - own).norm() > 0.05 * own.norm():
+                raise ValueError(
+                    f"hidden, {list(states.shape)}, is not what enters block {below} for these images, {list(own.shape)}: "
+                    "take it from extract_hidden_states of this model"
+                )
+            self._forms[situation] = isinstance(self._kept, tuple), self.states.dtype
+        in_tuple, dtype = self._forms[situation]
+        self._kept = (states.to(dtype),) if in_tuple else states.to(dtype)
         self._below = below
 
     def skip(self) -> None:

@@ -1,0 +1,90 @@
+"""What people read is true: all code of README and docs/ runs, all links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from documentation_blocks import (
+    LANGUAGES,
+    ROOT,
+    Block,
+    Given,
+    anchors,
+    code_words,
+    linked_pages,
+    links,
+    name_of,
+    pages,
+    parts,
+)
+from documentation_commands import check_shell
+from documentation_givens import provide, put_base_on_the_hub
+from hub_server import Hub
+from transformers.utils import logging
+
+
+@pytest.fixture
+def quiet() -> Any:
+    """Commands and trainers talk; the command also silences transformers for the rest of its process."""
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(before)
+
+
+def with_code() -> list[Path]:
+    return [page for page in pages() if any(isinstance(part, Block) for part in parts(page))]
+
+
+@pytest.mark.parametrize("page", with_code(), ids=name_of)
+@pytest.mark.usefixtures("quiet")
+def test_code_of_a_page_runs(page: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace and one empty folder, with nothing but what the page says it presupposes."""
+    monkeypatch.chdir(tmp_path)
+    put_base_on_the_hub(hub)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    scripts: list[str] = []
+    for part in parts(page):
+        place = f"{name_of(page)}:{part.line}"
+        if isinstance(part, Given):
+            for name in part.names:
+                provide(name, namespace)
+            continue
+        assert part.language in LANGUAGES, f"{place}: {part.language!r} is none of {LANGUAGES}"
+        scripts += [part.title] if part.title else []
+        if part.language == "python":
+            # Empty lines before it, so that a traceback names the line of the page.
+            exec(compile("\n" * (part.line - 1) + part.code, str(page), "exec"), namespace)
+        elif part.language == "sh":
+            check_shell(part.code, scripts)
+        elif part.language == "json":
+            json.loads(part.code)
+        elif part.language == "yaml":
+            yaml.safe_load(part.code)
+
+
+@pytest.mark.parametrize("page", linked_pages(), ids=name_of)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    """Files and their anchors inside the repository; nothing is asked of the network."""
+    for line, target in links(page):
+        url = urlsplit(target)
+        if url.scheme:
+            assert url.scheme in ("https", "mailto"), f"{name_of(page)}:{line}: {target}"
+            continue
+        file = (page.parent / url.path).resolve() if url.path else page
+        assert file.exists(), f"{name_of(page)}:{line}: {target} does not exist"
+        assert file.is_relative_to(ROOT), f"{name_of(page)}:{line}: {target} is outside the repository"
+        if url.fragment:
+            assert url.fragment in anchors(file), f"{name_of(page)}:{line}: {target}; there are {sorted(anchors(file))}"
+
+
+@pytest.mark.parametrize("page", linked_pages(), ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """`src/cl_prompts/pools/hash.py` and the like, in prose."""
+    for line, word in code_words(page):
+        if re.fullmatch(r"(?:docs|examples|tests|src|benchmarks|\.ci|\.github)/[\w./-]*", word):
+            assert (ROOT / word).exists(), f"{name_of(page)}:{line}: there is no {word}"

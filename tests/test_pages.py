@@ -245,3 +245,14 @@ def test_numbers_in_the_matrix_while_there_is_room(tmp_path: Path) -> None:
     pixels_of_fifty = np.array(colormaps["viridis"](0.5, bytes=True)[:3]).astype(int)
     assert colours(13) == 1
     assert colours(12) > 1
+
+
+def test_many_curves_leave_room_for_the_picture(tmp_path: Path) -> None:
+    """Their names lie beside it: the longest line along the tasks is as long as with few."""
+
+    def widest(learners: int) -> int:
+        runs = {f"learner {n} + discriminant": [flat(40 + n)] for n in range(learners)}
+        pixels = pixels_of(draw_curves(runs, tmp_path / "curves.png"))
+        return int((pixels.max(2) - pixels.min(2) > 15).sum(1).max())
+
+    assert widest(60) > 0.8 * widest(3)

@@ -16,6 +16,8 @@ from cl_prompts.saving import write_whole
 
 ROWS_DRAWN = 6  # layers of a selection
 NUMBERS_DRAWN = 12  # a matrix of more tasks has no room for them
+CURVES_NAMED_INSIDE = 8  # more names go beside the picture
+NAMES_BELOW_EACH_OTHER = 28
 
 
 def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
@@ -26,20 +28,33 @@ def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
 
 
 def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> Path:
-    """Draw the mean accuracy over the tasks seen, after each task; with several runs of a learner, mean and std of them."""
-    figure = _figure(6, 4)
+    """Draw the mean accuracy over the tasks seen, after each task; with several runs of a learner, mean and std of them.
+
+    Many learners are named beside the picture, the best at the end first.
+    """
+    curves = {name: np.array([matrix.curve() for matrix in runs]) for name, runs in results.items()}
+    many = len(curves) > CURVES_NAMED_INSIDE
+    if many:
+        curves = dict(sorted(curves.items(), key=lambda item: -item[1][:, -1].mean()))
+    columns = -(-len(curves) // NAMES_BELOW_EACH_OTHER)
+    figure = _figure(6 + 3 * columns, max(4, 0.19 * min(len(curves), NAMES_BELOW_EACH_OTHER))) if many else _figure(6, 4)
     axes = figure.subplots()
-    for name, runs in results.items():
-        curves = np.array([matrix.curve() for matrix in runs])
-        tasks, mean = range(1, curves.shape[1] + 1), curves.mean(0)
-        (line,) = axes.plot(tasks, mean, marker="o", markersize=3, label=name)
-        if len(curves) > 1:
-            std = curves.std(0, ddof=1)
+    for number, (name, found) in enumerate(curves.items()):
+        tasks, mean = range(1, found.shape[1] + 1), found.mean(0)
+        style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colours
+        (line,) = axes.plot(tasks, mean, marker="o", markersize=3, linestyle=style, label=name)
+        if len(found) > 1:
+            std = found.std(0, ddof=1)
             axes.fill_between(tasks, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel="tasks learnt", ylabel="mean accuracy over them, %", ylim=(0, 100))
+    axes.set(xlabel="tasks learnt", ylabel="mean accuracy over them, %")
+    if not many:  # from 0 on, dozens of curves are one
+        axes.set(ylim=(0, 100))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if many:
+        figure.legend(loc="outside right upper", ncols=columns, fontsize="x-small")
+    else:
+        axes.legend(fontsize="small")
     return _save(figure, file)
 
 

@@ -134,8 +134,8 @@ def collect(runs: list[Run]) -> list[Result]:
     return sorted(results, key=lambda result: rank[result.learner])
 
 
-def write(runs: list[Run], output: Path, command: str) -> None:
-    """Write the table, the picture, and every run's numbers."""
+def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None = None) -> None:
+    """Write the table, the picture (of the learners in `drawn`; None: of all), and every run's numbers."""
     results = collect(runs)
     by_learner: dict[str, list[Result]] = {}
     for result in results:
@@ -156,7 +156,8 @@ def write(runs: list[Run], output: Path, command: str) -> None:
         "Not complete yet:\n\n" + "\n".join(missing) if missing else "",
     ]
     if results:
-        draw_curves({name: [r.matrix for r in found] for name, found in by_learner.items()}, output / "curves.png")
+        names = [name for name in drawn or by_learner if name in by_learner]
+        draw_curves({name: [r.matrix for r in by_learner[name]] for name in names or by_learner}, output / "curves.png")
         sections.append("![curves](curves.png)")
     sections.append(f"## Repeat it\n\n```sh\n{command}\n```\n\nA run of each row:")
     sections.append("```sh\n" + "\n".join(list(commands.values())[::-1]) + "\n```")
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("comparison", help="name in examples/recipes, or a YAML file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", help="names of the rows to run; default: all")
+    parser.add_argument("--draw", nargs="+", help="learners, as the table names them, for the picture; default: all")
     parser.add_argument("--output", type=Path, help="default: results/<comparison>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--launcher", default=sys.executable, help='like "accelerate launch --num_processes 2"')
@@ -188,8 +190,12 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(complete, runs):
-            write(runs, output, command)  # as far as it is
+            write(runs, output, command, options.draw)  # as far as it is
     print((output / PAGE).read_text())
+    learners = list(dict.fromkeys(result.learner for result in collect(runs)))
+    unknown = [name for name in options.draw or () if name not in learners]
+    if unknown:
+        sys.exit(f"--draw {unknown} are none of {learners}")
     if any(run.error for run in runs):
         sys.exit("some runs failed, see above")
 

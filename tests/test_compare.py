@@ -97,6 +97,12 @@ def test_complete_runs_are_read_and_a_failing_row_loses_no_other(
     assert set(numbers["L2P"]) == {"0", "1"}
     values = [numbers["L2P"][seed]["faa"] for seed in ("0", "1")]
     assert f"| L2P | 2 | {mean(values):.1f} ± {stdev(values):.1f} |" in page
+    # The picture shows whom one asks for.
+    drawn = (tmp_path / "out" / "curves.png").read_bytes()
+    called(monkeypatch, path, "--rows", "L2P", "--draw", "L2P + discriminant", *common)
+    assert (tmp_path / "out" / "curves.png").read_bytes() != drawn
+    with pytest.raises(SystemExit, match=r"--draw \['nobody'\] are none of \['L2P', 'L2P \+ discriminant', 'sequential"):
+        called(monkeypatch, path, "--rows", "L2P", "--draw", "L2P", "nobody", *common)
 
 
 def first_cells(page: str) -> list[str]:

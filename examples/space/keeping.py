@@ -1,0 +1,43 @@
+"""The adapter as a visitor takes it home: a zip that loads as it is."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from opening import MICRO_VIT, OpenPool
+
+from cl_prompts.base_models import BASE_FOLDER
+from cl_prompts.card import CARD_FILE, write_card
+from cl_prompts.inspection import describe_adapter
+from cl_prompts.integrity import CONFIG_FILE
+
+
+FOLDER = "taught-pool"
+
+
+def packed(pool: OpenPool, lessons: list[str], place: Path) -> Path:
+    """Write the adapter with card and image processor, and the base where it is not on the Hub, as a zip.
+
+    `pool.facts` are brought up to date. The record stays behind: it is of other weights.
+
+    Args:
+        pool: what to save.
+        lessons: a line for the card on each class taught.
+        place: folder of the zip; made if it does not exist.
+    """
+    with tempfile.TemporaryDirectory(prefix="cl-prompts-download-") as room:
+        folder = Path(room, FOLDER)
+        pool.model.save_pretrained(folder, image_processor=pool.pipe.image_processor)
+        if pool.on_micro_vit:
+            config = folder / CONFIG_FILE
+            content = json.loads(config.read_text()) | {"base_model_name_or_path": None, "revision": None}
+            config.write_text(json.dumps(content, indent=2, sort_keys=True))
+            shutil.copytree(MICRO_VIT, folder / BASE_FOLDER)
+        said = "\n".join(f"- {lesson}" for lesson in lessons)
+        (folder / CARD_FILE).write_text(f"Taught on a page of cl_prompts:\n\n{said}\n")
+        write_card(folder, name=FOLDER)
+        pool.facts = describe_adapter(folder) | {"adapter": pool.name}
+        pool.taught = True
+        place.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.make_archive(str(place / FOLDER), "zip", room, FOLDER))

@@ -1,0 +1,184 @@
+"""What a visitor has open: a pool and its base, of their own, from the Hub, from uploaded files, or the digits."""
+
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import validate_repo_id
+from uploads import MAX_ADAPTER_BYTES, take_adapter
+
+from cl_prompts import PromptPoolConfig, PromptPoolModel, PromptPoolPipeline
+from cl_prompts.base_models import BASE_FOLDER
+from cl_prompts.card import hub_base
+from cl_prompts.fetch import adapter_folder, commit_of, further_file
+from cl_prompts.hub_errors import explained
+from cl_prompts.inspection import describe_adapter
+from cl_prompts.record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
+from cl_prompts.shown import first_line
+
+
+HERE = Path(__file__).resolve().parent
+DIGITS = HERE / "digits"
+# A pushed Space brings the micro ViT along; in the repository it lies with the other examples.
+MICRO_VIT = next(folder for folder in (HERE / BASE_FOLDER, HERE.parent / "micro_vit") if folder.is_dir())
+
+MAX_BASE_BYTES = 2**30
+MAX_OPEN_BYTES = 4 * 2**30  # of all visitors together
+MIN_FREE_BYTES = 4 * 2**30  # on the disk with the Hub's cache
+PUBLIC: dict[str, Any] = {"token": False}  # the page's own token would open its owner's private repositories to anybody
+PICTURE, MAX_PICTURE_BYTES = "selection.png", 2 * 2**20
+
+
+@dataclass(eq=False)
+class OpenPool:
+    """A pool that one visitor has open.
+
+    Args:
+        name: what the page calls it.
+        pipe: model and image processor.
+        facts: of `describe_adapter`.
+        record: the run that made these weights, where it is known.
+        picture: the record's selection histogram, a PNG that nobody has looked at.
+        taught: whether it has learnt here, after the record.
+        on_micro_vit: its base is the one that lies here, not on the Hub.
+        notes: warnings of the loading.
+        lock: one thing at a time is done with the model.
+    """
+
+    name: str
+    pipe: PromptPoolPipeline
+    facts: dict[str, Any]
+    record: RunRecord | None = None
+    picture: bytes | None = None
+    on_micro_vit: bool = False
+    taught: bool = False
+    notes: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def model(self) -> PromptPoolModel:
+        """The model."""
+        return self.pipe.model
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its base and adapter."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+OPEN: weakref.WeakSet[OpenPool] = weakref.WeakSet()
+
+
+def open_digits() -> OpenPool:
+    """The embedded default."""
+    return _opened(DIGITS, "Digits 0 to 7 (built in)")
+
+
+def open_hub(repo_id: str) -> OpenPool:
+    """A public adapter of the Hub.
+
+    Raises:
+        ValueError: no such id, or the adapter or its base is damaged, foreign or too large.
+        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+    """
+    repo_id = repo_id.strip()
+    try:
+        validate_repo_id(repo_id)
+        fits = "/" in repo_id and not Path(repo_id).exists()  # folders of this machine are nobody's business
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{repo_id[:100]!r} is no Hub id: write it like name/pool")
+    return _opened(repo_id, repo_id)
+
+
+def open_files(paths: Sequence[str | Path]) -> OpenPool:
+    """An adapter from uploaded files (`take_adapter`), on the base that it names on the Hub or on the micro ViT.
+
+    Raises:
+        ValueError: the files are no adapter, or its base is neither.
+        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix="cl-prompts-upload-") as room:
+        try:
+            take_adapter(paths, Path(room))
+            return _opened(Path(room), "Uploaded adapter")
+        except (ValueError, OSError) as error:
+            raise ValueError(first_line(error).replace(f"{room}{os.sep}", "").replace(room, "the upload")) from error
+
+
+def _opened(source: str | Path, name: str) -> OpenPool:
+    _check_room()
+    folder = adapter_folder(source, max_bytes=MAX_ADAPTER_BYTES, **PUBLIC)
+    where = PUBLIC | {"revision": commit_of(source, folder)}
+    config = PromptPoolConfig.from_pretrained(folder)
+    on_micro_vit = config.state.base_fingerprint == micro_vit_fingerprint()
+    if not on_micro_vit:
+        _check_base(config, str(source) if isinstance(source, str) else None, where["revision"])
+    facts = describe_adapter(source, **where) | {"adapter": name}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        pipe = PromptPoolPipeline.from_pretrained(
+            source,
+            base=str(MICRO_VIT) if on_micro_vit else None,
+            is_trainable=True,
+            max_adapter_bytes=MAX_ADAPTER_BYTES,
+            **where,
+        )
+    results = further_file(source, RESULTS_FILE, max_bytes=MAX_RESULTS_BYTES, **where)
+    record = RunRecord.load(results) if results is not None else None
+    if record is not None and record.weights_sha256 != config.state.weights_sha256:
+        record = None  # it speaks of other weights
+    picture = further_file(source, PICTURE, max_bytes=MAX_PICTURE_BYTES, **where) if record is not None else None
+    pipe.model.eval()
+    pool = OpenPool(
+        name,
+        pipe,
+        facts,
+        record,
+        picture.read_bytes() if picture is not None else None,
+        on_micro_vit,
+        notes=[first_line(w.message) for w in caught if isinstance(w.message, UserWarning)],
+    )
+    OPEN.add(pool)
+    return pool
+
+
+def micro_vit_fingerprint() -> str | None:
+    """Which adapters stand on the micro ViT; the digits do."""
+    return PromptPoolConfig.from_pretrained(DIGITS).state.base_fingerprint
+
+
+def _check_room() -> None:
+    if sum(pool.bytes for pool in list(OPEN)) > MAX_OPEN_BYTES:
+        raise ValueError("too many pools are open on this page now: try again in some minutes")
+
+
+def _check_base(config: PromptPoolConfig, repo_id: str | None, revision: str | None) -> None:
+    """Raise ValueError for a base that is nowhere, or too large to be fetched for a visitor."""
+    base, inside = hub_base(config), ""
+    if not config.base_model_name_or_path and repo_id is not None:
+        base, inside = repo_id, f"{BASE_FOLDER}/"
+    if base is None:
+        raise ValueError("the adapter names no base model on the Hub, and it was not made on this page's own")
+    if constants.is_offline_mode():  # nothing is fetched then
+        return
+    with explained(base):
+        found = HfApi(token=False).model_info(base, revision=revision if inside else config.revision, files_metadata=True)
+    files = [file for file in found.siblings or () if file.rfilename.endswith(".safetensors")]
+    size = sum(file.size or 0 for file in files if file.rfilename.startswith(inside))
+    if size > MAX_BASE_BYTES:
+        raise ValueError(f"the base {base} has {size:,} bytes, this page takes {MAX_BASE_BYTES:,}: run it on your machine")
+    os.makedirs(constants.HF_HUB_CACHE, exist_ok=True)
+    if shutil.disk_usage(constants.HF_HUB_CACHE).free < size + MIN_FREE_BYTES:
+        raise ValueError("this page's disk is full: try again later, or run the page on your machine")

@@ -1,0 +1,61 @@
+"""Put the page together as a Space that needs nothing but its folder, and push it.
+
+    python examples/space/push.py me/my-space             # to the Hub, with the token of `hf auth login`
+    python examples/space/push.py --folder build/space    # only to a folder
+
+The repository holds the micro ViT and the library once; a Space needs them beside app.py.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+
+HERE = Path(__file__).resolve().parent
+MICRO_VIT = HERE.parent / "micro_vit"
+LIBRARY = HERE.parent.parent / "src" / "cl_prompts"
+NOT_OF_THE_SPACE = ("push.py", "make_digits.py", "__pycache__", ".*")
+
+
+def assemble(folder: Path) -> Path:
+    """Write the whole Space to a folder.
+
+    Raises:
+        FileExistsError: the folder is there already.
+    """
+    left_out = shutil.ignore_patterns(*NOT_OF_THE_SPACE)
+    shutil.copytree(HERE, folder, ignore=left_out)
+    shutil.copytree(MICRO_VIT, folder / "base", ignore=left_out)
+    shutil.copytree(LIBRARY, folder / "cl_prompts", ignore=left_out)
+    return folder
+
+
+def main() -> None:
+    """Push, or write a folder."""
+    parser = argparse.ArgumentParser(description="Push the page as a Space of the Hub.")
+    parser.add_argument("repo_id", nargs="?", help="name of the Space, like me/my-space; made if it does not exist")
+    parser.add_argument("--folder", type=Path, help="write the Space here and push nothing")
+    parser.add_argument("--private", action="store_true", help="only you and your organisation see it")
+    given = parser.parse_args()
+    if (given.repo_id is None) == (given.folder is None):
+        sys.exit("name a Space to push to, or a --folder to write")
+    if given.folder is not None:
+        if given.folder.exists():
+            sys.exit(f"{given.folder} is there already: remove it, or name another folder")
+        print(assemble(given.folder))
+        return
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as room:
+        folder = assemble(Path(room, "space"))
+        name = api.create_repo(
+            given.repo_id, repo_type="space", space_sdk="gradio", private=given.private, exist_ok=True
+        ).repo_id
+        print(api.upload_folder(repo_id=name, repo_type="space", folder_path=folder, commit_message="The page").commit_url)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Fragments of the page. Whatever a file or a visitor says enters them as text: every such value goes through `text`."""
+
+import base64
+import html
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from answering import Answer, Choice, keeps_tasks_apart, selection_counts
+from opening import OpenPool
+from PIL import Image
+from torch import Tensor
+
+from cl_prompts.card import in_bytes
+from cl_prompts.continual import AccuracyMatrix
+
+
+CLASSES_SHOWN = 12  # of a task
+LONGEST = 80  # characters of a name
+BARS = 40  # prompts in a histogram
+GROUPS = 4  # histograms
+MATRIX = 12  # tasks in a matrix with numbers
+THUMBNAIL = 96  # pixels
+SCALED_UP = 48  # smaller pictures are shown with hard edges
+
+
+def text(value: Any) -> str:
+    """A value as text in HTML, without what cannot be printed, and not too long."""
+    plain = "".join(c if c.isprintable() else " " for c in str(value))
+    return html.escape(plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 1]}…")
+
+
+def message(said: str, kind: str = "done") -> str:
+    """A line on what happened; kind "done" or "bad"."""
+    role = "alert" if kind == "bad" else "status"
+    plain = "".join(c if c.isprintable() else " " for c in said)
+    return f'<p class="message {kind}" role="{role}">{html.escape(plain)}</p>' if said else ""
+
+
+def messages(lines: Sequence[str]) -> str:
+    """Lines on what went wrong."""
+    return "".join(message(line, "bad") for line in lines)
+
+
+def colour(task: int) -> str:
+    """A task's colour: neighbours differ, and there is no last one."""
+    return f"hsl({(205 + 137.5 * task) % 360:.0f} 62% {50 if task % 2 else 42}%)"
+
+
+def task_name(pool: OpenPool, task: int) -> str:
+    """ "task 2 (2, 3)"."""
+    tasks = pool.facts["tasks"]
+    if task >= len(tasks):
+        return f"task {task + 1}"
+    return f"task {task + 1} ({_names(tasks[task])})"
+
+
+def _names(task: Sequence[dict[str, Any]]) -> str:
+    names = ", ".join(text(c["name"] or c["id"]) for c in task[:CLASSES_SHOWN])
+    return names + (f" and {len(task) - CLASSES_SHOWN} more" if len(task) > CLASSES_SHOWN else "")
+
+
+def facts(pool: OpenPool) -> str:
+    """What the pool is."""
+    found = pool.facts
+    base = found["base_model"]
+    shape = f"{text(base['class'])}, {base['blocks']} blocks, width {base['width']}"
+    rows = {
+        "Method": text(found["title"].split(":")[0].rstrip(".")),
+        "Base": f"micro ViT of the examples ({shape})"
+        if pool.on_micro_vit
+        else f"{text(base['name'] or 'its own')} ({shape})",
+        "Answers with": f"{text(found['head'])} head on the {text(found['readout'])} feature",
+        "Size": f"{found['numbers']:,} numbers, {in_bytes(found['bytes'])}",
+    }
+    for settings in [{"pool_size": "prompts", "prompt_length": "rows each", "top_k": "chosen for an image"}]:
+        said = [f"{found['settings'][key]} {words}" for key, words in settings.items() if key in found["settings"]]
+        rows |= {"Pool": text(", ".join(said))} if said else {}
+    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items())
+    tasks = "".join(
+        f'<li><i style="background:{colour(number)}"></i>{number + 1}: {_names(task)}</li>'
+        for number, task in enumerate(found["tasks"])
+    )
+    head = f'<h3>{text(pool.name)}</h3><dl class="facts">{listed}</dl>'
+    known = f'<p class="label">Tasks, in the order learnt</p><ul class="tasks">{tasks}</ul>' if tasks else ""
+    return f'<div class="card">{head}{known}</div>{messages(pool.notes)}'
+
+
+def record(pool: OpenPool) -> str:
+    """The accuracy matrix and the selection histogram, where there are any."""
+    parts = (
+        [message("The record is of the adapter before it was taught here.", "hint")] if pool.taught and pool.record else []
+    )
+    if pool.record is None:
+        parts.append("<p>No record of the training goes with these weights, so nobody knows how well they do.</p>")
+    else:
+        name, matrix = next(iter(pool.record.results.items()))
+        summary = matrix.summary()
+        parts.append(
+            f"<h4>Accuracy in percent, {text(name)}</h4>{_matrix(matrix)}"
+            f"<p>After the last task {summary['faa']:.1f} on average, forgetting {summary['forgetting']:.1f} points"
+            f"{text(', ' + pool.record.data if pool.record.data else '')}. So says the adapter's record.</p>"
+        )
+    counts = selection_counts(pool.model.adapter)
+    if counts is not None:
+        parts.append(f"<h4>How often each prompt was chosen in training</h4>{_histograms(pool, counts)}")
+    elif pool.picture is not None:
+        parts.append(_stranger_picture(pool.picture))
+    else:
+        parts.append(f"<p>{choice_rule(pool)}</p>")
+    return f'<div class="card">{"".join(parts)}</div>'
+
+
+def _matrix(matrix: AccuracyMatrix) -> str:
+    table, size = matrix.table(), min(len(matrix.columns), MATRIX)
+    head = "".join(f'<th scope="col">{j + 1}</th>' for j in range(size))
+    rows = "".join(
+        f'<tr><th scope="row">task {i + 1}</th>'
+        + "".join(
+            f'<td style="--share:{table[i, j]:.0f}%">{table[i, j]:.0f}</td>' if j >= i else "<td></td>" for j in range(size)
+        )
+        + "</tr>"
+        for i in range(size)
+    )
+    more = f"<p>The first {size} of {len(table)} tasks.</p>" if size < len(table) else ""
+    return f'<div class="scroll"><table class="matrix"><tr><th>after task</th>{head}</tr>{rows}</table></div>{more}'
+
+
+def _histograms(pool: OpenPool, counts: Tensor) -> str:
+    tasks, rows, prompts = counts.shape
+    drawn = []
+    for row in range(min(rows, GROUPS)):
+        table = counts[:, row, :BARS].tolist()
+        highest = max(1, max(sum(column) for column in zip(*table, strict=True)))
+        bars = "".join(
+            f'<span title="prompt {prompt}: {sum(column)} times">'
+            + "".join(
+                f'<i style="height:{100 * n / highest:.1f}%;background:{colour(task)}"></i>'
+                for task, n in reversed(list(enumerate(column)))
+                if n
+            )
+            + "</span>"
+            for prompt, column in enumerate(zip(*table, strict=True))
+        )
+        title = f"group {row + 1} of {rows}" if rows > 1 else "the pool"
+        drawn.append(f'<figure><figcaption>{title}</figcaption><div class="bars">{bars}</div></figure>')
+    legend = "".join(
+        f'<li><i style="background:{colour(task)}"></i>{task_name(pool, task)}</li>' for task in range(min(tasks, BARS))
+    )
+    more = f"<p>The first {min(rows, GROUPS)} of {rows} groups and {min(prompts, BARS)} of {prompts} prompts.</p>"
+    left_out = more if rows > GROUPS or prompts > BARS else ""
+    return f'<div class="histograms">{"".join(drawn)}</div>{left_out}<ul class="tasks">{legend}</ul>'
+
+
+def _stranger_picture(content: bytes) -> str:
+    try:
+        with Image.open(BytesIO(content), formats=["PNG"]) as opened:
+            if opened.width * opened.height > 4_000_000:
+                raise ValueError
+            picture = opened.convert("RGB")
+    except Exception:  # PIL's readers raise anything on damaged files
+        return "<p>The record's selection histogram cannot be read.</p>"
+    return f'<h4>Selection histogram of the record</h4><img class="wide" alt="selection histogram" src="{_data(picture)}">'
+
+
+def choice_rule(pool: OpenPool) -> str:
+    """One sentence on what this method chooses, and where its prompts come from."""
+    adapter = pool.model.adapter
+    if adapter.config.method == "none":
+        return "This method has no prompts: there is nothing to choose."
+    if adapter.config.method == "vpt":
+        return "This method chooses nothing: every picture gets the same prompts."
+    if adapter.config.method == "coda":
+        return (
+            "This method chooses nothing: every picture gets a mix of all prompts. Shown are the heaviest and their tasks."
+        )
+    if keeps_tasks_apart(adapter):
+        return "Each task has prompts of its own; the method looks for the task that a picture fits best."
+    if selection_counts(adapter) is None:
+        return "All tasks share the prompts, and this adapter does not say which task's pictures chose which."
+    return "All tasks share the prompts. Colours show for which task's pictures a prompt was chosen in training."
+
+
+def answers(pool: OpenPool, found: Sequence[tuple[str, Image.Image, Answer]]) -> str:
+    """Pictures with labels, scores, chosen prompts and their tasks."""
+    if not found:
+        return ""
+    cards = "".join(_answer(pool, name, image, given) for name, image, given in found)
+    return f'<p class="hint">{choice_rule(pool)}</p><div class="answers">{cards}</div>'
+
+
+def _answer(pool: OpenPool, name: str, image: Image.Image, given: Answer) -> str:
+    scores = "".join(
+        f'<li><b>{text(label)}</b><span class="score"><i style="width:{100 * score:.1f}%"></i></span>{score:.1%}</li>'
+        for label, score in given.labels
+    )
+    return (
+        f'<article class="answer"><header>{picture(image, name)}<div><h4>{text(given.labels[0][0])}</h4>'
+        f'<p class="file">{text(name)}</p></div></header><ul class="scores">{scores}</ul>{_prompts(pool, given)}</article>'
+    )
+
+
+def _prompts(pool: OpenPool, given: Answer) -> str:
+    if not given.rows:
+        return ""
+    said = ""
+    if given.routed is not None:
+        said = f'<p class="from">Taken for <b>{task_name(pool, given.routed)}</b></p>'
+    elif given.tasks:
+        most = max(given.tasks, key=lambda task: given.tasks[task])
+        said = f'<p class="from">Prompts most used by <b>{task_name(pool, most)}</b></p>'
+    band = "".join(
+        f'<i style="width:{100 * share:.1f}%;background:{colour(task)}" title="task {task + 1}: {share:.0%}"></i>'
+        for task, share in given.tasks.items()
+    )
+    rows = "".join(
+        f"<tr><th>{name or 'chosen'}</th><td>{''.join(_chip(choice) for choice in choices)}</td></tr>"
+        for name, choices in given.rows
+    )
+    table = f'<table class="chosen">{rows}</table>'
+    return f'{said}<div class="band">{band}</div><details><summary>Prompts chosen</summary>{table}</details>'
+
+
+def _chip(choice: Choice) -> str:
+    most = max(choice.tasks, key=lambda task: choice.tasks[task], default=None)
+    shade = f' style="border-color:{colour(most)}"' if most is not None else ""
+    origin = ", ".join(f"task {task + 1} {share:.0%}" for task, share in choice.tasks.items())
+    from_task = f"<small>task {most + 1}</small>" if most is not None else ""
+    title = f"prompt {choice.prompt}, weight {choice.weight:.2f}{'; ' + origin if origin else ''}"
+    return f'<span class="chip"{shade} title="{title}">{choice.prompt}{from_task}</span>'
+
+
+def picture(image: Image.Image, name: str) -> str:
+    """A small copy of a picture."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    tiny = " tiny" if max(image.size) < SCALED_UP else ""
+    return f'<img class="thumbnail{tiny}" alt="{text(name)}" src="{_data(small)}">'
+
+
+def waiting(images: dict[str, Image.Image]) -> str:
+    """The pictures that a lesson would use."""
+    if not images:
+        return '<p class="hint">No pictures yet.</p>'
+    shown = "".join(picture(image, name) for name, image in images.items())
+    plural = "s" if len(images) > 1 else ""
+    return f'<div class="waiting">{shown}<p>{len(images)} picture{plural}</p></div>'
+
+
+def _data(image: Image.Image) -> str:
+    content = BytesIO()
+    image.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,130 @@
+"""Files from a visitor: counted, measured and looked at before they are used, and removed at once. Nothing is executed."""
+
+import shutil
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from cl_prompts.images import rgb_image
+from cl_prompts.integrity import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from cl_prompts.processors import PROCESSOR_FILE
+from cl_prompts.record import MAX_RESULTS_BYTES, RESULTS_FILE
+from cl_prompts.shown import first_line
+
+
+MAX_IMAGES = 20
+MAX_IMAGE_BYTES = 10 * 2**20
+MAX_PIXELS = 40_000_000
+LONGEST_SIDE = 1024  # a larger picture is scaled down on arrival
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would start Ghostscript for some others
+
+MAX_ADAPTER_BYTES = 64 * 2**20
+ADAPTER_FILES = {
+    CONFIG_FILE: MAX_CONFIG_BYTES,
+    WEIGHTS_FILE: MAX_ADAPTER_BYTES,
+    PROCESSOR_FILE: MAX_CONFIG_BYTES,
+    RESULTS_FILE: MAX_RESULTS_BYTES,
+}
+NEEDED = f"give {CONFIG_FILE} and {WEIGHTS_FILE}, perhaps with {PROCESSOR_FILE} and {RESULTS_FILE}, or the zip of this page"
+
+
+def take_images(paths: Sequence[str | Path]) -> tuple[dict[str, Image.Image], list[str]]:
+    """Pictures as 8-bit RGB by their names, and a line for each file that is none.
+
+    Args:
+        paths: uploaded files.
+
+    Raises:
+        ValueError: more than `MAX_IMAGES`.
+    """
+    if len(paths) > MAX_IMAGES:
+        raise ValueError(f"{len(paths)} files are too many: at most {MAX_IMAGES} at a time")
+    images: dict[str, Image.Image] = {}
+    problems = []
+    for path in map(Path, paths):
+        try:
+            images[_free_name(path.name, images)] = _image(path)
+        except ValueError as error:
+            problems.append(first_line(error))
+    return images, problems
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    number = sum(other.partition(" (")[0] == name for other in taken)
+    return f"{name} ({number + 1})" if number else name
+
+
+def _image(path: Path) -> Image.Image:
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"{path.name} has more than {MAX_IMAGE_BYTES // 2**20} MB: scale it down")
+    try:
+        opened = Image.open(path, formats=FORMATS)
+    except Exception as error:  # PIL's readers raise anything on damaged files
+        raise ValueError(f"{path.name} is no picture that can be read here: give {', '.join(FORMATS)}") from error
+    with opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{path.name} has {opened.width}x{opened.height} pixels: scale it down")
+        opened.filename = path.name  # what a message names
+        image = rgb_image(opened)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return image
+
+
+def take_adapter(paths: Sequence[str | Path], folder: Path) -> None:
+    """Copy the files of one adapter into a folder, under the names that they must have.
+
+    Args:
+        paths: uploaded files: those of the adapter, or one zip that holds them.
+        folder: where they go.
+
+    Raises:
+        ValueError: a file is missing, unknown, too large, or no zip.
+    """
+    files = [Path(path) for path in paths]
+    if len(files) == 1 and files[0].suffix.lower() == ".zip":
+        _unpack(files[0], folder)
+    else:
+        if len(files) > len(ADAPTER_FILES):
+            raise ValueError(f"{len(files)} files are too many: {NEEDED}")
+        for file in files:
+            if file.name not in ADAPTER_FILES:
+                raise ValueError(f"{file.name} is no file of an adapter: {NEEDED}")
+            _check_size(file.name, file.stat().st_size)
+            shutil.copyfile(file, folder / file.name)
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing: {NEEDED}")
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+            root = min(
+                (path.parent for path in entries if path.name == CONFIG_FILE), key=lambda p: len(p.parts), default=None
+            )
+            for name, limit in ADAPTER_FILES.items():
+                entry = entries.get(root / name) if root is not None else None
+                if entry is not None:
+                    _check_size(name, entry.file_size)
+                    with archive.open(entry) as packed:
+                        content = packed.read(limit + 1)  # whatever the entry says of its size
+                    _check_size(name, len(content))
+                    (folder / name).write_bytes(content)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file.name} is no zip that can be read ({first_line(error)}): {NEEDED}") from error
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > ADAPTER_FILES[name]:
+        raise ValueError(f"{name} has {size:,} bytes, more than {ADAPTER_FILES[name]:,}")
+
+
+def forget(paths: Iterable[str | Path] | None) -> None:
+    """Remove uploaded files, and the folders that were made for them."""
+    for path in map(Path, paths or ()):
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()

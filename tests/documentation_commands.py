@@ -1,4 +1,4 @@
-"""Commands of the documentation: ours are run, those of the examples are read by their own parsers, others must be known."""
+"""Commands of the documentation: ours are run, the examples' are read by their own parsers, others must be known."""
 
 import argparse
 import contextlib

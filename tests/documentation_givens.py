@@ -2,7 +2,8 @@
 
 A name that is a Python name stands in the page's code from then on; one that is a file or a folder stands in the page's
 working directory, one that is a Hub id on the Hub of the tests. The base model of all pages,
-`google/vit-base-patch16-224-in21k`, is always there: 12 blocks and images of 224x224 like the real one, but 32 wide, patches of 56x56, and random.
+`google/vit-base-patch16-224-in21k`, is always there: 12 blocks and images of 224x224 like the real one, but 32 wide, with
+patches of 56x56, and random.
 """
 
 import base64

@@ -13,7 +13,11 @@ from cl_prompts.model import PromptPoolModel
 
 
 class AutoPromptPoolModel:
-    """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter."""
+    """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter.
+
+    Raises:
+        TypeError: somebody tried to make one; it only loads.
+    """
 
     def __init__(self) -> None:
         raise TypeError("AutoPromptPoolModel is not made, it makes: call AutoPromptPoolModel.from_pretrained(adapter)")
@@ -36,7 +40,11 @@ class AutoPromptPoolModel:
 
         Args:
             model_id: folder or Hub id of the adapter.
-            adapter_name, is_trainable, strict_base, verify, max_adapter_bytes: see `PromptPoolModel.from_pretrained`.
+            adapter_name: name of the adapter in the model.
+            is_trainable: whether training goes on.
+            strict_base: a base with other weights is an error instead of a warning.
+            verify: compare the checksum of the weights.
+            max_adapter_bytes: refuse larger adapters before memory is allocated (default 8 GiB).
             kwargs: `revision`, `subfolder` of the adapter; `token`, `cache_dir`, `local_files_only` of both; the rest, like
                 `dtype` or `attn_implementation`, goes to the base's `from_pretrained`.
 

@@ -54,7 +54,10 @@ def prompt_similarity(model: Any) -> Tensor:
 
 
 def selection_summary(counts: Tensor, similarity: Tensor | None = None) -> str:
-    """A few lines of Markdown on `selection_counts` [T, ..., M] and `prompt_similarity` [groups, M, M]."""
+    """A few lines of Markdown on what was chosen.
+
+    `counts` [T, ..., M] are those of `selection_counts`, `similarity` [groups, M, M] that of `prompt_similarity`.
+    """
     by_task = routing_entropy(counts).view(len(counts), -1).mean(1).tolist()
     total = counts.sum(0)
     unused = int((total == 0).sum())

@@ -48,7 +48,7 @@ def push_folder(
         private: whether a repository that is made is private.
         revision: branch; made if it does not exist.
         commit_message: default "Upload adapter".
-        create_pr: open a pull request instead of committing.
+        create_pr: open a pull request against the main branch instead of committing; not with `revision`.
         token: of the Hub; None: the one of `hf auth login`.
         base_model_id: Hub id of the base model, for an adapter whose base is a local folder.
         include_base: push the base model along, into the folder `base/`.

@@ -153,6 +153,9 @@ class TaskLearner:
 
         Returns:
             dicts with `name`, `params` and `lr`, for any torch optimizer. Build it after `begin_task`.
+
+        Raises:
+            ValueError: `lrs` names no group.
         """
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.adapter.named_parameters():
@@ -191,7 +194,7 @@ class TaskLearner:
     def load_training_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go on where `training_state` was taken, with a model made from the same config on the same base.
 
-        Parameters are replaced: build a new optimizer and attach it.
+        `tensors` and `values` are what it gave. Parameters are replaced: build a new optimizer and attach it.
 
         Raises:
             ValueError: the state was taken from another config.
@@ -271,7 +274,7 @@ class TaskLearner:
     def compile_backbone(self, **options: Any) -> None:
         """Compile the base model's forward (both passes) with `torch.compile(**options)`.
 
-        Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that growing them compiles
-        nothing again.
+        `options` are torch's. Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that
+        growing them compiles nothing again.
         """
         self.model.forward = torch.compile(self.model.forward, **options)

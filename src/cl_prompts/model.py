@@ -67,7 +67,7 @@ class PromptPoolModel(PeftModel):
                 the blocks below it, in both passes.
             sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
                 task. Without them every training forward counts.
-            num_items_in_batch: number of images of the whole accumulated batch, as `transformers.Trainer` passes it.
+            num_items_in_batch: number of images of the whole accumulated batch, a scalar; `transformers.Trainer` passes it.
             kwargs: go to the base model.
 
         Raises:
@@ -140,7 +140,7 @@ class PromptPoolModel(PeftModel):
                 write_card(folder / place, name=Path(save_directory).resolve().name)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Nothing: PEFT asks for a card before there is anything to write about. `save_pretrained` writes it."""
+        """Nothing: PEFT asks for one in `output_dir` before there is anything to tell. `save_pretrained` writes it."""
 
     def push_to_hub(
         self,
@@ -163,10 +163,18 @@ class PromptPoolModel(PeftModel):
 
         Args:
             repo_id: "name/pool".
-            private, revision, commit_message, create_pr, token, base_model_id, include_base, license: see
-                `cl_prompts.hub.push_folder`.
+            private: whether a repository that is made is private.
+            revision: branch; made if it does not exist.
+            commit_message: default "Upload adapter".
+            create_pr: open a pull request against the main branch instead of committing; not with `revision`.
+            token: of the Hub; None: the one of `hf auth login`.
+            base_model_id: Hub id of the base model, for an adapter whose base is a local folder.
+            include_base: push the base model along, into the folder `base/`.
+            license: identifier of the Hub, like "apache-2.0".
             adapter_name: which adapter; default: the active one.
-            record, pictures, image_processor: see `save_pretrained`.
+            record: the run that trained it, see `save_pretrained`.
+            pictures: PNG files for the card.
+            image_processor: what made the images.
 
         Raises:
             ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` was given.
@@ -221,6 +229,7 @@ class PromptPoolModel(PeftModel):
             kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `low_cpu_mem_usage` and the like, as in PEFT.
 
         Raises:
+            TypeError: the base is not supported, or `config` is no prompt pool's.
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
             cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
         """

@@ -21,7 +21,7 @@ NAMES_BELOW_EACH_OTHER = 28
 
 
 def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
-    """Draw the accuracy curves of all learners and the accuracy matrix of the first; returns the files."""
+    """Draw into `folder` the accuracy curves of all `results` and the accuracy matrix of the first; returns the files."""
     name, matrix = next(iter(results.items()))
     curves = {learner: [found] for learner, found in results.items()}
     return [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
@@ -30,6 +30,7 @@ def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
 def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> Path:
     """Draw the mean accuracy over the tasks seen, after each task; with several runs of a learner, mean and std of them.
 
+    `results` has the runs of each learner; the picture goes to `file`, which is returned.
     Many learners are named beside the picture, the best at the end first.
     """
     curves = {name: np.array([matrix.curve() for matrix in runs]) for name, runs in results.items()}
@@ -59,7 +60,7 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
 
 
 def draw_matrix(matrix: AccuracyMatrix, file: Path, *, title: str = "") -> Path:
-    """Draw the accuracy matrix."""
+    """Draw the accuracy `matrix` under `title` into `file`, which is returned."""
     table = matrix.table()
     figure = _figure(5, 4)
     axes = figure.subplots()

@@ -51,11 +51,11 @@ class PrefixKV:
 
     Args:
         k: keys [B, H, P, d], behind the projections; or [B, P, D], to go through the block's own key projection.
-        v: values, likewise.
+        v: values, likewise [B, H, P, d] or [B, P, D].
         logit_bias: added to the attention logits towards the prefix, [B, H, N, P]; may be -inf.
         normed: rows in the input space pass the norm in front of the block's attention first, as the block's tokens do.
         ids: chosen prompts [B, k] (or [B, H, k] where each head chooses), for the output.
-        weights: their mixing weights, likewise, for the output.
+        weights: their mixing weights, likewise [B, k] or [B, H, k], for the output.
         scores: what the choice was made by, over the whole pool, [B, M] (or [B, H, M]).
         losses: terms that join the cross entropy; those of one name are added up over the layers.
     """

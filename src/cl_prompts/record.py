@@ -41,6 +41,9 @@ class RunRecord:
         machine: what it ran on.
         written: when it ended.
         weights_sha256: checksum of the weights it speaks of; None until the record is saved with them.
+
+    Raises:
+        ValueError: `results` is empty.
     """
 
     results: dict[str, AccuracyMatrix]
@@ -81,7 +84,7 @@ class RunRecord:
         return cls(**known | facts)
 
     def save(self, folder: str | os.PathLike[str], weights_sha256: str | None) -> None:
-        """Write `results.json` into the folder of the adapter whose weights have this checksum."""
+        """Write `results.json` into the `folder` of the adapter whose weights have the checksum `weights_sha256`."""
         values = {name: value for name, value in vars(self).items() if name != "results"}
         results = {name: matrix.to_dict() for name, matrix in self.results.items()}
         content = values | {"weights_sha256": weights_sha256, "results": results}
@@ -89,7 +92,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:
-        """Read a `results.json`.
+        """Read the `results.json` at `path`.
 
         Raises:
             ValueError: it is none, is damaged, or is larger than any record.

@@ -54,13 +54,16 @@ class Result:
 
 
 def result_table(results: Mapping[str, AccuracyMatrix], trainable: Mapping[str, int] | None = None) -> str:
-    """A Markdown table of FAA, CAA, forgetting and accuracy when just learnt, a row per learner, in percent."""
+    """A Markdown table of FAA, CAA, forgetting and accuracy when just learnt, a row per learner of `results`, in percent.
+
+    `trainable` is the number of parameters by learner, where known.
+    """
     known = trainable or {}
     return comparison_table([Result(name, matrix, 0, known.get(name)) for name, matrix in results.items()])
 
 
 def comparison_table(results: Sequence[Result]) -> str:
-    """A Markdown table with a row per learner: means over its seeds ± sample standard deviation, in percent.
+    """A Markdown table with a row per learner of `results`: means over its seeds ± sample standard deviation, in percent.
 
     The number of seeds has a column unless every learner has one; a single seed shows no deviation. Parameters and seconds
     have columns where they are known (seconds: mean over seeds).
@@ -95,7 +98,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def matrix_table(matrix: AccuracyMatrix) -> str:
-    """A Markdown table of the accuracy matrix, tasks counted from 1."""
+    """A Markdown table of the accuracy `matrix`, tasks counted from 1."""
     table = matrix.table()
     rows = []
     for i, accuracies in enumerate(table):
@@ -132,6 +135,9 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
     Args:
         results: all learners, all seeds.
         floors: learners without prompts that the first must beat.
+
+    Raises:
+        ValueError: no results.
     """
     learners = _by_learner(results)
     faa = {name: mean(run.matrix.summary()["faa"] for run in runs) for name, runs in learners.items()}
@@ -184,7 +190,8 @@ def run_page(
         folder: the run's folder.
         results: all learners, all seeds; the first learner is the one the page is about.
         command: what repeats the run.
-        model, data: the backbone and the data, in words or as Hub ids.
+        model: the backbone, in words or its Hub id.
+        data: likewise.
         arguments: all settings.
         seconds: what the whole run took.
         measured: the last evaluation, one for each task, made with `task`.

@@ -31,7 +31,20 @@ SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners swit
 
 
 class PromptPoolTuner(TaskLearner, BaseTuner):
-    """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval."""
+    """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval.
+
+    `PromptPoolModel` and PEFT's `PeftModel` make it; nobody else needs to.
+
+    Args:
+        model: the base.
+        peft_config: a method's config, or one for each adapter by name.
+        adapter_name: name of the adapter to make.
+        kwargs: as in PEFT.
+
+    Raises:
+        TypeError: the base is a `PeftModel`, or no supported transformer.
+        ValueError: the config does not fit the base, or asks for too much memory.
+    """
 
     prefix = "prompt_pool"
     tuner_layer_cls = PromptPoolLayer
@@ -68,6 +81,13 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Build an adapter; the first one also puts the hooks on the base model.
+
+        Args:
+            model: the base.
+            adapter_name: name of the adapter, which has its config already.
+            autocast_adapter_dtype: as in PEFT; what is trained is float32 anyway.
+            low_cpu_mem_usage: leave the tensors on the meta device, to be filled from a file.
+            state_dict: not used; PEFT passes it.
 
         Raises:
             TypeError: the base is no supported transformer.
@@ -129,7 +149,7 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
                 yield module
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the one that answers, trainable unless `inference_mode`."""
+        """Make `adapter_name` the one that answers, trainable unless `inference_mode`."""
         for copies in self._copies():
             name = copies.check_set_adapter(adapter_name)
             copies.set_adapter(name if name in copies._adapters else [], inference_mode=inference_mode)
@@ -137,7 +157,7 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Switch gradients of adapters on or off."""
+        """Switch gradients of the adapters `adapter_names` on or off, as `requires_grad` says."""
         for copies in self._copies():
             copies.set_requires_grad(adapter_names, requires_grad)
         self.pools.set_requires_grad(adapter_names, requires_grad)
@@ -163,7 +183,11 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
                 tensor.data = tensor.data.float()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; if it was the active one, the first of the others takes over."""
+        """Forget `adapter_name`; if it was the active one, the first of the others takes over.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}")
         del self.peft_config[adapter_name]
@@ -182,7 +206,11 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Prompts depend on the image and cannot become weights."""
+        """Nothing: prompts depend on the image and cannot become weights, whatever `args` and `kwargs` say.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError("prompts cannot be merged into weights; unload() gives the base model back")
 
     def train(self, mode: bool = True) -> PromptPoolTuner:
@@ -205,11 +233,17 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
             yield
 
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The un-prompted feature (the query) of images [B, 3, H, W]: [B, D] float32, without gradient."""
+        """The un-prompted feature (the query) of images, `pixel_values` [B, 3, H, W]: [B, D] float32, without gradient.
+
+        `kwargs` are further inputs of the base.
+        """
         return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
 
     def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """What enters the lowest prompted block for images [B, 3, H, W]: [B, N, D], without gradient."""
+        """What enters the lowest prompted block for images, `pixel_values` [B, 3, H, W]: [B, N, D], without gradient.
+
+        `kwargs` are further inputs of the base.
+        """
         return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
 
     # ---- files -------------------------------------------------------------------------------------------------------

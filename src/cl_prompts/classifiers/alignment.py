@@ -36,8 +36,10 @@ def align(
     Args:
         head: the classifier, with a column for every class.
         gaussians: of the classes' features.
-        epochs, batch_size, lr: of SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
+        epochs: of SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
         samples: features of each class in an epoch.
+        batch_size: features of a step.
+        lr: learning rate at the start.
         seed: draws features and their order.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -27,6 +27,9 @@ class FeatureClassifier(nn.Module, ABC):
         num_tasks: tasks begun.
         fitted: tasks that `fit` has seen, saved along.
         counted: tasks whose statistics are at hand.
+
+    Raises:
+        ValueError: an unknown `drift`.
     """
 
     fitted: Tensor
@@ -61,7 +64,7 @@ class FeatureClassifier(nn.Module, ABC):
         """Allocate the statistics that are not saved; a classifier that only answers is spared them."""
 
     def begin_task(self, columns: Sequence[int]) -> None:
-        """Open what the next task needs, whose classes have these head columns. Replayed to rebuild shapes for loading.
+        """Open what the next task needs, whose classes have the head `columns`. Replayed to rebuild shapes for loading.
 
         Raises:
             ValueError: an adapter that was saved without its statistics.
@@ -72,7 +75,7 @@ class FeatureClassifier(nn.Module, ABC):
         self._newest = list(columns)
 
     def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
-        """As `begin_task` for each of these tasks, in time that is linear in their number; values come from a file."""
+        """As `begin_task` for the columns of each of `tasks`, in time linear in their number; values come from a file."""
         *earlier, newest = tasks
         self.num_tasks = len(earlier)
         columns = [column for task in earlier for column in task]
@@ -132,10 +135,14 @@ class FeatureClassifier(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, D] -> logits [B, C]; -inf for classes nothing is known of."""
+        """Logits [B, C] of `features` [B, D]; -inf for classes nothing is known of."""
 
     def check_statistics(self) -> None:
-        """Raise ValueError if old tasks can be answered, but not learnt on from."""
+        """See that training can go on.
+
+        Raises:
+            ValueError: old tasks can be answered, but not learnt on from: the statistics were not saved.
+        """
         if self.fitted.device.type != "meta" and int(self.fitted) != int(self.counted):
             raise ValueError(
                 f"this adapter was saved without the {self.statistics} of its classifier, so it can answer but learn no "
@@ -143,12 +150,20 @@ class FeatureClassifier(nn.Module, ABC):
             )
 
     def check_turn(self) -> None:
-        """Raise ValueError if there is no task to fit, or the statistics to go on from are missing."""
+        """See that `fit` may be called.
+
+        Raises:
+            ValueError: there is no task to fit, or the statistics to go on from are missing.
+        """
         self.check_statistics()
         if int(self.fitted) >= self.num_tasks:
             raise ValueError(f"all {self.num_tasks} tasks begun are fitted already: call begin_task for the next one first")
 
     def check_fitted(self) -> None:
-        """Raise ValueError if there is nothing to answer from."""
+        """See that there is something to answer from.
+
+        Raises:
+            ValueError: no task has been fitted.
+        """
         if not int(self.fitted):
             raise ValueError("the closed-form head has seen no task yet: call model.consolidate(images) when one is learnt")

@@ -11,7 +11,7 @@ from cl_prompts.classifiers.ridge import RidgeClassifier
 
 
 def build_classifier(config: Any, width: int) -> FeatureClassifier | None:
-    """The classifier of a config for features [B, width]; None where a trained head answers as it is."""
+    """The classifier that a `config` asks for, on features [B, `width`]; None where a trained head answers as it is."""
     if config.head == "analytic":
         return RidgeClassifier(
             width,

@@ -26,7 +26,8 @@ class DiscriminantClassifier(FeatureClassifier):
         width: size D of the features.
         kind: of `ClassGaussians`: "full", "shared" or "diagonal".
         drift: "none", "shift" or "affine": how statistics of old classes follow the features (`fit_map`).
-        own, spherical: as in `ClassGaussians.covariances`.
+        own: how far a class's covariance is its own, as in `ClassGaussians.covariances`.
+        spherical: how far it is shrunk to a multiple of the identity, likewise.
 
     Raises:
         ValueError: an unknown kind.

@@ -37,7 +37,8 @@ def fit_map(before: Tensor, after: Tensor, kind: str = "affine", ridge: float = 
     for the change, shrunk towards none. b maps mean to mean.
 
     Args:
-        before, after: features of the same images [n, D].
+        before: features of images [n, D], before the task.
+        after: features of the same images [n, D], after it.
         kind: "affine", or "shift" for A = I.
         ridge: how much A is shrunk towards the identity.
 

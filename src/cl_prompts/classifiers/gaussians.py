@@ -55,7 +55,7 @@ class ClassGaussians(nn.Module):
         self._newest = slice(0, 0)
 
     def begin_task(self, columns: Sequence[int]) -> None:
-        """Open a row for each class of the next task."""
+        """Open a row for each class of the next task, whose head columns are `columns`."""
         self._newest = slice(len(self.columns), len(self.columns) + len(columns))
         self.columns += list(columns)
         if self.save or len(self.count):
@@ -72,7 +72,7 @@ class ClassGaussians(nn.Module):
 
     @torch.no_grad()
     def move(self, change: FeatureMap) -> None:
-        """Carry all rows but the newest task's into the feature space after it: x -> x A + b, exactly for these moments."""
+        """Carry all rows but the newest task's into the feature space after it, x -> x A + b of `change`, exactly."""
         old = slice(0, self._newest.start)
         matrix = change.matrix
         self.mean[old] = (self.mean[old].double() @ matrix + change.shift).to(self.mean)
@@ -85,7 +85,10 @@ class ClassGaussians(nn.Module):
 
     @torch.no_grad()
     def add(self, features: Tensor, columns: Tensor, seed: int = 0) -> None:
-        """Fill the newest task's rows: features [n, D] and head columns [n] of its images."""
+        """Fill the newest task's rows with the `features` [n, D] and the head `columns` [n] of its images.
+
+        `seed` draws where clusters start.
+        """
         before, scatter = int(self.count.sum()), self.spread.double() * int(self.count.sum())
         for row in range(self._newest.start, self._newest.stop):
             own = features[columns == self.columns[row]].double()
@@ -145,7 +148,8 @@ class ClassGaussians(nn.Module):
         Args:
             images: of each row; clusters in proportion to their images.
             generator: on the CPU.
-            own, spherical: as for `covariances`; clusters and variances are taken as they are.
+            own: as for `covariances`; clusters and variances are taken as they are.
+            spherical: likewise.
         """
         rows = self.seen
         noise = torch.randn(len(rows), images, self.width, generator=generator, dtype=torch.float64)

@@ -61,8 +61,9 @@ def _runtime(default: Any, text: str) -> Any:
 class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     """Base of all method configs; `PromptPoolConfig(method=name, ...)` is the same as that method's own class.
 
+    Fields that choose the classifier (`head`, `alignment`, ...) are those of `ClassifierConfig`.
+
     Args:
-        head, ...: the classifier, see `ClassifierConfig`.
         method: name of the method.
         readout: what the classifier reads: "cls" (CLS after the final norm), "mean" (of the patches), "cls_mean" (both, 2 D
             numbers), "pooler" (the model's own pooled feature), "prompt" (mean of the prompt tokens' outputs) or "auto" (as
@@ -84,6 +85,10 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         verify: compare the checksum of loaded tensors. Not saved.
         declared: what the header of the weights beside a file declares, compared with what the config implies before memory
             is allocated. Not saved.
+
+    Raises:
+        ValueError: a field is out of range, or fields do not fit each other. Whether they fit the backbone is told when the
+            config is put on one.
     """
 
     method: str = ""
@@ -161,7 +166,11 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PromptPoolConfig:
-        """Build the config of the method named in `kwargs["method"]`; unknown keys of a file are dropped with a warning."""
+        """Build the config of the method that `kwargs` name as "method"; unknown keys of a file are dropped with a warning.
+
+        Raises:
+            ValueError: no method has that name, or this class is another method's.
+        """
         config = PromptPoolConfig(**{"peft_type": PEFT_TYPE, **kwargs})
         if cls is not PromptPoolConfig and not isinstance(config, cls):
             raise ValueError(f"the file holds a {type(config).__name__} (method {config.method!r}), not a {cls.__name__}")
@@ -172,6 +181,11 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PromptPoolConfig:
         """Read `adapter_config.json` from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            subfolder: folder of the adapter in it.
+            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub; the rest as in PEFT.
 
         Raises:
             ValueError: the folder holds no adapter, or one whose weights are not safetensors.
@@ -192,6 +206,10 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, with the checksum of the weights that lie beside it.
+
+        Args:
+            save_directory: folder to write to.
+            kwargs: as in PEFT.
 
         Raises:
             ValueError: it is larger than any that is loaded.

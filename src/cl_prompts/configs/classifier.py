@@ -89,7 +89,11 @@ class ClassifierConfig(PeftConfig):
         return self.head_scale if "cosine" in (self.head, self.closed_form and self.loss_head) else None
 
     def check_classifier(self, num_labels: int | None) -> None:
-        """Raise ValueError if the fields do not fit each other."""
+        """See that the fields fit each other, and the config's `num_labels`.
+
+        Raises:
+            ValueError: they do not.
+        """
         choice(self, "head", (*TRAINED_HEADS, *CLOSED_FORM))
         positive_number(self, "head_scale")
         choice(self, "loss_head", TRAINED_HEADS)

@@ -20,12 +20,15 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
     batch. E-prompts are not counted in advance: every `begin_task` adds one, so no task ever shares an earlier one's.
 
     Args:
-        g_layers, e_layers: blocks with G- and E-prompts, from 0; none may be in both.
-        g_length, e_length: keys, and as many values, of a prompt (paper: e_length 20). With `split`, rows in all.
+        g_layers: blocks with G-prompts, from 0.
+        e_layers: blocks with E-prompts, from 0; none may be in both.
+        g_length: keys, and as many values, of a G-prompt. With `split`, rows in all.
+        e_length: keys, and as many values, of an E-prompt (paper: 20). With `split`, rows in all.
         split: a prompt's rows are split along its length: first half keys, second half values (CODA-Prompt's repository,
             g_length 6, e_length 20).
         keys_per_layer: each E-layer has its own key per task (CODA-Prompt's repository) instead of one for all.
-        prompt_init, key_init: as in `L2PConfig`.
+        prompt_init: as in `L2PConfig`.
+        key_init: as in `L2PConfig`.
         task_init: a task's E-prompt starts as a copy of the "previous" one (released code) or "fresh". Keys start fresh.
         pull_coefficient: lambda, weight of the key loss.
         key_loss: "similarity" -lambda * cosine, mean over images (released), or "distance" lambda * (1 - cosine), added up

@@ -22,8 +22,9 @@ class L2PConfig(PromptPoolConfig):
         pool_size: number of prompts M.
         prompt_length: tokens of one prompt Lp.
         top_k: prompts per image N (paper) or K.
-        prompt_init, key_init: "uniform" U(-1, 1) (released PyTorch code), "unit_uniform" U[0, 1), "small_uniform"
-            U[0, 0.01) (released JAX code), "normal" (std 0.02) or "zeros".
+        prompt_init: "uniform" U(-1, 1) (released PyTorch code), "unit_uniform" U[0, 1), "small_uniform" U[0, 0.01)
+            (released JAX code), "normal" (std 0.02) or "zeros".
+        key_init: likewise.
         key_type: "learned" keys; "prompt_mean" takes a prompt's mean token as its key (ablation "w/o key"); "none" uses
             every prompt for every image, without a query (with pool_size=1: ablation "w/o pool", a single prompt).
         pull_coefficient: lambda, weight of the cosine between query and chosen keys (eq. 5).
@@ -104,8 +105,9 @@ class L2PPrefixConfig(QueriedPrefixConfig):
         prompt_length: rows of one prompt; the first half are keys, the second half values.
         top_k: prompts per image K.
         layers: blocks that get prefixes, from 0; each has its own pool. Deep: [0, 1, 2, 3, 4].
-        prompt_init, key_init: as in `L2PConfig`; "unit_uniform" in the released code. On held-out images of a short run
-            with ViT-Tiny prompt_init="normal" was better (57.5 against 54.0, docs/results.md).
+        prompt_init: as in `L2PConfig`; "unit_uniform" in the released code. On held-out images of a short run with ViT-Tiny
+            "normal" was better (57.5 against 54.0, docs/results.md).
+        key_init: as in `L2PConfig`; "unit_uniform" in the released code.
         pull_coefficient: lambda, weight of the key loss.
         key_loss: "distance" lambda * (1 - cosine) over the image's chosen keys, added up over layers and batch. "coupled":
             as released, where an index slip pulls every image to the chosen keys of all images of the batch.

@@ -22,7 +22,8 @@ class VQPromptConfig(PrefixPromptConfig):
         pool_size: prompts M of a layer, shared by all tasks; nothing is frozen.
         prompt_length: rows of one prompt; the first half are keys, the second half values.
         layers: blocks that get prefixes, from 0; each has its own pool.
-        prompt_init, key_init: as in `L2PConfig`; "unit_uniform" in the released code.
+        prompt_init: as in `L2PConfig`; "unit_uniform" in the released code.
+        key_init: likewise.
         temperature: tau; the scores are divided by it before the softmax. The query is not normalised, so tau is on the
             scale of the features.
         soft_to_hard_weight: weight of the squared distance that pulls the mixture to the prompt it is snapped to.

@@ -43,6 +43,9 @@ class ContinualArguments:
         forward_transfer: evaluate each task also before it is trained, where its classes are known already.
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints in a task, besides those at the end of every task; 0: only those.
+
+    Raises:
+        ValueError: a setting is out of range, or names nothing there is.
     """
 
     output_dir: str | None = None

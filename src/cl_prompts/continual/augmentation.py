@@ -56,11 +56,11 @@ class CropAndFlip:
             raise ValueError(f"views={self.views} must be at least 1, or None for new ones in every epoch")
 
     def view(self, epoch: int) -> int:
-        """Number of the part that an epoch shows."""
+        """Number of the part that `epoch` shows."""
         return epoch if self.views is None else epoch % self.views
 
     def apply(self, image: Any, seed: int, epoch: int, number: int) -> Any:
-        """The part of an image that belongs to (seed, epoch, number): a PIL image, or a tensor [..., H, W]."""
+        """The part of an `image` that belongs to (`seed`, `epoch`, `number`): a PIL image, or a tensor [..., H, W]."""
         height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
         (left, top, right, bottom), flipped = self._drawn(width, height, seed, epoch, number)
         if isinstance(image, Tensor):
@@ -72,7 +72,7 @@ class CropAndFlip:
         return ImageOps.mirror(part) if flipped else part
 
     def apply_batch(self, images: Tensor, seed: int, epoch: int, numbers: Sequence[int]) -> Tensor:
-        """The parts of images [B, C, H, W] that belong to (seed, epoch, number of each), stretched to [B, C, H, W]."""
+        """The parts of `images` [B, C, H, W] for (`seed`, `epoch`, each of `numbers`), stretched to [B, C, H, W]."""
         height, width = images.shape[-2:]
         maps = []
         for number in numbers:
@@ -89,7 +89,7 @@ class CropAndFlip:
         return self.box(width, height, random), bool(random.random() < self.flip)
 
     def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of a part in an image of so many pixels.
+        """(left, top, right, bottom) of a part in an image of `width` x `height` pixels, drawn from `random`.
 
         Area and logarithm of the ratio are uniform; of ten draws the first that fits is taken, else the largest part in
         the middle whose ratio is allowed.

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class TrainerCallback:
-    """Called by the trainer on every process; override what you need."""
+    """Called by the trainer on every process; override what you need.
+
+    Each method gets the `trainer`, and what it speaks of: the `task`, the number of the `epoch`, the `logs` by name, what
+    was `measured`, or the `folder` that was written.
+    """
 
     def on_train_begin(self, trainer: ContinualTrainer) -> None:
         """Before the first task, or where a resumed run goes on."""
@@ -110,7 +114,7 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Append a line."""
+        """Append a line: `step` and `values`; `kwargs` of other trackers are ignored."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -145,7 +145,10 @@ def _classified(classifier: Callable[[Tensor], Tensor], output: Any, name: str) 
 
 
 def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: Sequence[int], device: Any) -> tuple[float, int]:
-    """Accuracy in percent over all processes, and the number of images; arguments as in `evaluate`."""
+    """Accuracy in percent over all processes, and the number of images.
+
+    `model`, `batches`, `classes` and `device` are as in `evaluate`.
+    """
     found = evaluate(model, batches, classes, device)
     return found.accuracy, found.images
 

@@ -26,13 +26,16 @@ class GaussianStream(Stream):
     short episodes and passes over the images of an episode several times.)
 
     Args:
-        train, test: data sets with an image and a label column.
+        train: data set with an image and a label column.
+        test: likewise.
         transform: image -> float tensor [3, H, W], the base's image processor.
         classes: class ids in the order of their centres; None: ascending. Images of other classes are left out.
         width: standard deviation of a class's times, as a share of the stream; published: 50 of 1,000 steps.
         seed: draws the times.
-        image_column, label_column: their names.
-        augmentation, on_bad_image: see `Stream`.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+        augmentation: see `Stream`.
+        on_bad_image: see `Stream`.
 
     Raises:
         ValueError: `width` is not positive, a class comes twice or has no images; columns are missing, or labels are no

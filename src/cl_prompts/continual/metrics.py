@@ -26,7 +26,7 @@ TASK_INCREMENTAL = ("faa", "caa", "forgetting")
 
 @dataclass
 class AccuracyMatrix:
-    """Accuracies a[i][j] in percent on task i after training task j, filled a column per task.
+    """Accuracies `a[i][j]` in percent on task i after training task j, filled a column per task.
 
     Args:
         columns: column j holds the accuracies on tasks 0..j after task j.
@@ -88,7 +88,7 @@ class AccuracyMatrix:
         return table
 
     def curve(self, *, micro: bool = False) -> list[float]:
-        """Average accuracy over the tasks seen, after each task: every task alike, or (micro) every image alike."""
+        """Average accuracy over the tasks seen, after each task: every task alike, or (`micro`) every image alike."""
         weights = self.sizes if micro else [1] * len(self.columns)
         return [float(np.average(column, weights=weights[: len(column)])) for column in self.columns]
 
@@ -158,7 +158,7 @@ class AccuracyMatrix:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
-        """The matrix that `to_dict` described; its measures are computed anew.
+        """The matrix that `to_dict` described by `values`; its measures are computed anew.
 
         Raises:
             ValueError: a part is missing or is no accuracy matrix.
@@ -181,7 +181,7 @@ class AccuracyMatrix:
         return matrix
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the matrix with a row per task; empty cells where a task had not come yet. Numbers read back exactly.
+        """Write the matrix to the file `path`, a row per task; cells of tasks to come are empty. Numbers read back exactly.
 
         Columns: `task` (from 0), `images`, `after_0`, `after_1`, ..., and where there are such accuracies
         `task_incremental_after_0`, ..., `before`, `baseline`.
@@ -201,7 +201,7 @@ class AccuracyMatrix:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> AccuracyMatrix:
-        """Read what `to_csv` wrote.
+        """Read the file `path` that `to_csv` wrote.
 
         Raises:
             ValueError: the file is no such table.

@@ -21,7 +21,8 @@ class FrozenFeatures:
     """Features of a stream's images, cut by task.
 
     Args:
-        train, test: one (features [N, D], class ids [N]) per task.
+        train: one (features [N, D], class ids [N]) per task.
+        test: one (features [N, D], class ids [N]) per task.
     """
 
     def __init__(self, train: Sequence[tuple[Tensor, Tensor]], test: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -30,7 +31,10 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def accuracies(self, classifier: Callable[[Tensor], Tensor], seen: Sequence[int], tasks: int) -> list[float]:
-        """Accuracy in percent on the first `tasks` tasks; the classifier's columns are the classes `seen`."""
+        """Accuracy in percent on the first `tasks` tasks.
+
+        `classifier` makes logits of features; its columns are the classes `seen`.
+        """
         ids = torch.tensor(list(seen))
         return [
             100 * (ids[classifier(features).argmax(1)] == labels).double().mean().item()
@@ -44,7 +48,10 @@ class FrozenFeatures:
 
 
 def nearest_class_mean(data: FrozenFeatures) -> AccuracyMatrix:
-    """The class whose mean training feature, over all tasks so far, has the largest cosine; nothing is trained."""
+    """The class whose mean training feature, over all tasks so far, has the largest cosine with the image's.
+
+    Nothing is trained; `data` are the features.
+    """
     matrix = AccuracyMatrix()
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
@@ -83,7 +90,10 @@ def sequential_probe(
 
     Args:
         data: features by task.
-        epochs, batch_size, lr, seed: as for the prompts.
+        epochs: of a task, as for the prompts.
+        batch_size: features of a step.
+        lr: learning rate.
+        seed: of the order and the initial values.
         cosine_scale: None for a linear head, else the scale of a cosine head.
     """
     matrix = AccuracyMatrix()
@@ -100,7 +110,10 @@ def sequential_probe(
 
 
 def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int) -> AccuracyMatrix:
-    """A linear head trained on all tasks so far at once, anew after each task: what no continual learner may do."""
+    """A linear head trained on all tasks so far at once, anew after each task: what no continual learner may do.
+
+    `data`, `epochs`, `batch_size`, `lr` and `seed` are as in `sequential_probe`.
+    """
     matrix = AccuracyMatrix()
     seen: list[int] = []
     with torch.random.fork_rng(devices=[]):

@@ -21,12 +21,15 @@ class ClassIncrementalStream(Stream):
     Images of classes that no task names are left out.
 
     Args:
-        train, test: data sets with an image and a label column (`datasets.Dataset`, or anything that gives rows by
-            number and columns by name).
+        train: data set with an image and a label column (`datasets.Dataset`, or anything that gives rows by number and
+            columns by name).
+        test: likewise.
         tasks: class ids of each task, in order (`split_classes`).
         transform: image -> float tensor [3, H, W], the base's image processor.
-        image_column, label_column: their names.
-        augmentation, on_bad_image: see `Stream`.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+        augmentation: see `Stream`.
+        on_bad_image: see `Stream`.
 
     Raises:
         ValueError: a task has no class, a class comes twice, or has no images in `train` or `test`; columns are missing,
@@ -77,14 +80,17 @@ class DomainIncrementalStream(Stream):
     """Each task brings another domain of the same classes; at test nobody tells the domain.
 
     Args:
-        train, test: data sets with image, label and domain columns, or one data set for each domain by its name.
+        train: data set with image, label and domain columns, or one data set for each domain by its name.
+        test: likewise, or one for all domains (`common_test`).
         transform: image -> float tensor [3, H, W], the base's image processor.
         domains: names or values of the domains in order; None: the order of the data sets, of the column's names, or
             ascending. Images of domains that are not named are left out.
         domain_column: its name, where there is one.
         common_test: `test` is one data set for all domains (as CORe50's): every task is tested on all of it.
-        image_column, label_column: their names.
-        augmentation, on_bad_image: see `Stream`.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+        augmentation: see `Stream`.
+        on_bad_image: see `Stream`.
 
     Raises:
         ValueError: a domain comes twice, or lacks training or test images of a class; columns are missing, or labels are no
@@ -157,10 +163,13 @@ class DatasetSequenceStream(Stream):
     name in front.
 
     Args:
-        train, test: data sets by name, in order, with the same names in both.
+        train: data sets by name, in order.
+        test: data sets with the same names.
         transform: image -> float tensor [3, H, W], the base's image processor; it sees the images of all data sets.
-        image_column, label_column: their names, the same in all.
-        augmentation, on_bad_image: see `Stream`.
+        image_column: name of the column of images, the same in all.
+        label_column: name of the column of labels, the same in all.
+        augmentation: see `Stream`.
+        on_bad_image: see `Stream`.
 
     Raises:
         ValueError: a data set has no test set, lacks a column, or test images of a class; labels are no class ids.

@@ -25,9 +25,12 @@ class IterableClassIncrementalStream(IterableStream):
         test: the same, or a data set with rows by number.
         tasks: class ids of each task, in order. They cannot be counted here, so they must be given.
         transform: image -> float tensor [3, H, W], the base's image processor.
-        buffer_size, train_images: see `IterableStream`.
-        image_column, label_column: their names.
-        augmentation, on_bad_image: see `Stream`.
+        buffer_size: images among which each training image is drawn at random; 0: the source's order.
+        train_images: number of training images of each task, where known; without them there are no step counts.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+        augmentation: see `Stream`.
+        on_bad_image: see `Stream`.
 
     Raises:
         ValueError: a class comes twice, a task has none, or columns are missing. While it is read: a task without images.
@@ -87,9 +90,12 @@ class IterableDomainIncrementalStream(IterableStream):
         transform: image -> float tensor [3, H, W], the base's image processor.
         domains: names or values of the domains in order; None: those of the data sets given by name.
         domain_column: its name, where there is one.
-        buffer_size, train_images: see `IterableStream`.
-        image_column, label_column: their names.
-        augmentation, on_bad_image: see `Stream`.
+        buffer_size: images among which each training image is drawn at random; 0: the source's order.
+        train_images: number of training images of each task, where known; without them there are no step counts.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+        augmentation: see `Stream`.
+        on_bad_image: see `Stream`.
 
     Raises:
         ValueError: domains are not told, come twice or have no test images; columns are missing. While it is read: a domain

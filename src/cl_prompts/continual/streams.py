@@ -44,7 +44,8 @@ class Task:
     Args:
         number: from 0.
         classes: class ids, as they stand in the labels.
-        train_rows, test_rows: row numbers in the stream's data sets; empty where those can only be read in order.
+        train_rows: row numbers in the stream's training set; empty where that can only be read in order.
+        test_rows: likewise in its test set.
         name: of its domain or data set; "" where it has none.
         revisit: whether its classes were seen before.
     """
@@ -61,10 +62,12 @@ class Stream:
     """What all scenarios share.
 
     Args:
-        train, test: data sets with an image column (`datasets.Dataset`, or anything that gives rows by number).
+        train: data set with an image column (`datasets.Dataset`, or anything that gives rows by number).
+        test: likewise.
         tasks: the tasks.
         transform: image -> float tensor [3, H, W], the base's image processor.
-        train_labels, test_labels: class id of each row.
+        train_labels: class id of each row of `train`.
+        test_labels: class id of each row of `test`.
         names: class names by id, where known.
         image_column: its name.
         augmentation: of training images; None: none.
@@ -134,20 +137,23 @@ class Stream:
         return self.augmentation is None or self.augmentation.views is not None
 
     def cut(self, image: Any, augmented_by: tuple[int, int] | None, number: int) -> Any:
-        """An image as its transform gets it; the augmentation is drawn by (seed, epoch) and the image's number."""
+        """An `image` as its transform gets it: the part that `augmented_by`, (seed, epoch), and its `number` draw."""
         if augmented_by is None or self.augmentation is None or self.augmentation.on_device:
             return image
         return self.augmentation.apply(image, *augmented_by, number)
 
     def cut_on_device(self, batch: dict[str, Any], augmented_by: tuple[int, int] | None) -> dict[str, Any]:
-        """A batch, on the model's device, as the model gets it: with what `cut` has left to do there."""
+        """A `batch`, on the model's device, as the model gets it: with what `cut` has left to do there.
+
+        `augmented_by` is (seed, epoch), or None.
+        """
         if augmented_by is None or self.augmentation is None or not self.augmentation.on_device:
             return batch
         parts = self.augmentation.apply_batch(batch["pixel_values"], *augmented_by, batch["sample_ids"])
         return batch | {"pixel_values": parts}
 
     def class_names(self, classes: Sequence[int]) -> dict[int, str]:
-        """Names of class ids, those that the data set knows."""
+        """Names of the class ids `classes`, those that the data set knows."""
         return {int(c): self.names[int(c)] for c in classes if int(c) in self.names}
 
     def fingerprint(self) -> str:
@@ -192,7 +198,8 @@ class Stream:
         Args:
             task: which task.
             batch_size: images of a global batch.
-            seed, epoch: choose the order, the augmentation and the rehearsed images.
+            seed: chooses the order, the augmentation and the rehearsed images.
+            epoch: so does it.
             queries: un-prompted features of all training images as this epoch shows them [rows, D], to be handed to the
                 model.
             workers: loader processes.
@@ -227,21 +234,35 @@ class Stream:
         return self._batches(images, batches[start:], workers)
 
     def steps_per_epoch(self, task: Task, batch_size: int, rows: Sequence[int] | Rows | None = None) -> int:
-        """How many batches `train_batches` has from its start."""
+        """How many batches `train_batches` has from its start, of the same `task`, `batch_size` and `rows`."""
         return -(-len(task.train_rows if rows is None else rows) // batch_size)
 
     def test_batches(self, task: Task, batch_size: int, *, queries: Tensor | None = None, workers: int = 0) -> Batches:
-        """A task's test images in order; each process gets its share of every batch."""
+        """A task's test images in order; each process gets its share of every batch.
+
+        Args:
+            task: which task.
+            batch_size: images of a batch, over all processes.
+            queries: un-prompted features of all test images [rows, D], to be handed to the model.
+            workers: loader processes.
+        """
         return self.images(task.test_rows, batch_size, train=False, queries=queries, workers=workers)
 
     def all_rows(self, *, train: bool) -> Rows:
-        """Row numbers of all tasks' training or test images, ascending: whatever the order of the tasks."""
+        """Row numbers of all tasks' training (`train`) or test images, ascending: whatever the order of the tasks."""
         return np.unique(np.concatenate([task.train_rows if train else task.test_rows for task in self.tasks]))
 
     def all_images(
         self, *, train: bool, batch_size: int, workers: int = 0, augmented_by: tuple[int, int] | None = None
     ) -> Batches:
-        """The images of `all_rows`, each once; each process gets its share. For the rest see `images`."""
+        """The images of `all_rows(train=...)`, each once; each process gets its share.
+
+        Args:
+            train: training images instead of test images.
+            batch_size: images of a batch, over all processes.
+            workers: loader processes.
+            augmented_by: (seed, epoch) of the augmentation; None: images as they are.
+        """
         rows = self.all_rows(train=train)
         return self.images(rows, batch_size, train=train, workers=workers, augmented_by=augmented_by)
 
@@ -264,6 +285,9 @@ class Stream:
             queries: un-prompted features of all images of that set [rows, D], to be handed to the model.
             workers: loader processes.
             augmented_by: (seed, epoch) of the augmentation (`cut`, and then `cut_on_device`); None: none.
+
+        Raises:
+            ValueError: a row is not in the data set, or of no class of the stream.
         """
         images = LabelledImages(self, train=train, queries=queries, augmented_by=augmented_by)
         return self._batches(images, list(shares(self._checked(rows, train=train), batch_size)), workers)

@@ -212,18 +212,18 @@ class ContinualTrainer:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def steps_of(self, task: Task) -> int:
-        """Optimizer steps that a task takes."""
+        """Optimizer steps that a `task` takes."""
         return self.args.epochs * self._steps_per_epoch(task)
 
     def steps_done(self, task: Task) -> int:
-        """Optimizer steps of the task that is being learnt."""
+        """Optimizer steps of the `task` that is being learnt."""
         return self.progress.epoch * self._steps_per_epoch(task) + self.progress.step
 
     def _steps_per_epoch(self, task: Task) -> int:
         return self.stream.steps_per_epoch(task, self.args.batch_size, self._rows())
 
     def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all images of the stream's tasks by row number [rows, D], computed once."""
+        """Un-prompted features of all training (`train`) or test images by row number [rows, D], computed once."""
         return self.viewer.frozen_features(train=train)
 
     def _train(self, task: Task, before: dict[str, Any], saved: Saved | None) -> None:

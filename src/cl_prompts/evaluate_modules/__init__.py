@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 
 def path_of(name: str) -> str:
-    """The path of a module, for `evaluate.load`.
+    """The path of the module called `name`, for `evaluate.load`.
 
     Raises:
         ValueError: there is no such module.

@@ -82,11 +82,11 @@ class PromptPool(nn.Module, ABC):
         return ()
 
     def begin_task(self, columns: Sequence[int]) -> None:
-        """Grow for the next task, whose classes have these head columns. Also replayed to rebuild shapes for loading."""
+        """Grow for the next task, whose classes have the head `columns`. Also replayed to rebuild shapes for loading."""
         self.num_tasks += 1
 
     def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Grow as `begin_task` for each of these tasks would, in time that is linear in their number; values follow."""
+        """Grow as `begin_task` for the columns of each of `tasks` would, in time linear in their number; values follow."""
         self.rebuilding = True
         for columns in tasks[:2]:
             self.begin_task(columns)
@@ -97,7 +97,7 @@ class PromptPool(nn.Module, ABC):
         self.rebuilding = False
 
     def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Rows for tasks that are neither the first two nor the newest, all together.
+        """Rows for `tasks` that are neither the first two nor the newest, all together.
 
         A pool extends it that keeps more by task than `PerTask`, `ActivationHistory` and `ClassPrototypes` do.
         """
@@ -128,7 +128,7 @@ class PromptPool(nn.Module, ABC):
         """The config's `diversity_weight`, `alignment_weight` and `entropy_weight` as terms of the training loss.
 
         Args:
-            scores: as in `Observation`, with gradient.
+            scores: as in `Observation`, [B, M] or [B, layers, M], with gradient.
             counted: True for real images [B].
         """
         config, parts = self.config, {}
@@ -153,7 +153,7 @@ class PromptPool(nn.Module, ABC):
 
     @torch.no_grad()
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Overwrite the trainable prompts, row by row, with vectors [n, D] drawn at random (patch embeddings of images)."""
+        """Overwrite the trainable prompts, row by row, with `vectors` [n, D] (patch embeddings) that `generator` draws."""
         for name, role in self.roles.items():
             tensor = self._tensor(name)
             if role == "prompts" and name not in self.no_rows and isinstance(tensor, nn.Parameter):
@@ -166,7 +166,7 @@ class PromptPool(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: PoolInput) -> Prompts:
-        """Choose and build the prompts of a batch."""
+        """Choose and build the prompts of a `batch`."""
 
     def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
         """Task whose prompts answer most for each image of a test pass: [B], or [B, layers] where each layer chooses.
@@ -174,12 +174,14 @@ class PromptPool(nn.Module, ABC):
         None where prompts belong to no single task, or are not chosen by task.
 
         Args:
-            ids, weights, query: as in `PromptPoolOutput`.
+            ids: as `prompt_ids` of `PromptPoolOutput`, [B, k] or [B, layers, k].
+            weights: as its `prompt_weights`, likewise [B, k] or [B, layers, k].
+            query: as its `query`, [B, D].
         """
         return None
 
     def observe(self, seen: Observation) -> None:
-        """Take statistics of a training step; sums over processes are the pool's business."""
+        """Take statistics of a training step, `seen`; sums over processes are the pool's business."""
 
     def update_factors(self) -> dict[str, Tensor]:
         """Factors in [0, 1], by parameter name, that scale the steps an optimizer takes (broadcast to the parameter)."""

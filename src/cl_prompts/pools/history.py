@@ -35,11 +35,11 @@ class ActivationHistory(nn.Module):
         self.make_room(1)
 
     def make_room(self, tasks: int) -> None:
-        """Open the rows of so many tasks."""
+        """Open the rows of so many `tasks`."""
         self.counts = torch.cat([self.counts, self.counts.new_zeros(tasks, *self.counts.shape[1:])])
 
     def add(self, ids: Tensor, counted: Tensor) -> None:
-        """Count the choices ids [B, *rows, k] of the images where `counted` [B] is True, over all processes."""
+        """Count the choices `ids` [B, *rows, k] of the images where `counted` [B] is True, over all processes."""
         self.counts[-1] += sum_over_processes(histogram(ids, self.counts.shape[-1], counted))
 
     def before(self, task: int, decay: float = 1.0) -> Tensor:
@@ -53,7 +53,7 @@ class ActivationHistory(nn.Module):
         return torch.tensordot(decay**age, self.counts[:task].to(self._dtype), dims=1)
 
     def before_each(self, decay: float = 1.0) -> Tensor:
-        """`before(task)` of every task so far: float64 [tasks, *rows, M]."""
+        """`before(task, decay)` of every task so far, with the same `decay`: float64 [tasks, *rows, M]."""
         task = torch.arange(len(self.counts), dtype=self._dtype, device=self.counts.device)
         age = task[:, None] - 1 - task
         weight = torch.where(age >= 0, decay ** age.clamp_min(0), 0.0)

@@ -39,7 +39,7 @@ class PerTask(nn.Module):
         self.current = nn.Parameter(fresh.to(closed), requires_grad=self.current.requires_grad)
 
     def make_room(self, tasks: int) -> None:
-        """As so many times `next`, for values that come from a file."""
+        """As `next` for so many `tasks`, for values that come from a file."""
         self.earlier = torch.cat([self.earlier, self.current.detach().expand(tasks, *self.current.shape)])
 
     def all(self) -> Tensor:

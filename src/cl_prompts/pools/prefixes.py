@@ -14,14 +14,17 @@ from cl_prompts.prompts import PrefixKV
 
 
 def prefix_of(keys: Tensor, values: Tensor, heads: int | None) -> PrefixKV:
-    """A prefix of rows [B, P, D], cut into heads [B, H, P, d]; with heads=None they stay in the input space."""
+    """A prefix of `keys` [B, P, D] and `values` [B, P, D], cut into `heads`, [B, H, P, d]; None: in the input space."""
     if heads is None:
         return PrefixKV(keys, values)
     return PrefixKV(*(rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (keys, values)))
 
 
 def split_prefix(rows: Tensor, heads: int | None) -> PrefixKV:
-    """A prefix of prompts [B, Lp, D] or [B, k, Lp, D]: the first half of each prompt's rows are keys, the second values."""
+    """A prefix of prompts, `rows` [B, Lp, D] or [B, k, Lp, D]: the first half of each prompt are keys, the second values.
+
+    `heads` as in `prefix_of`.
+    """
     keys, values = (half.flatten(1, -2) for half in rows.chunk(2, dim=-2))
     return prefix_of(keys, values, heads)
 

@@ -68,11 +68,11 @@ class ClassPrototypes(nn.Module):
         return [(name, buffer) for name, buffer in self.named_buffers() if name != "count"]
 
     def begin_task(self, columns: Sequence[int], task: int) -> None:
-        """Open rows for the classes of task number `task`, which have these head columns."""
+        """Open rows for the classes of task number `task`, which have the head `columns`."""
         self.make_room([columns], task)
 
     def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
-        """Open rows for the classes of tasks, numbered from `first`, which have these head columns."""
+        """Open rows for the classes of `tasks`, numbered from `first`, each by its head columns."""
         self.of += [(number, column) for number, columns in enumerate(tasks, start=first) for column in columns]
         rows = len(self.of) - len(self.count)
         self.sum = torch.cat([self.sum, self.sum.new_zeros(rows, self.sum.shape[1])])
@@ -111,7 +111,11 @@ class ClassPrototypes(nn.Module):
         return torch.where(scale > 1e-12 * products.trace() / count.sum().clamp_min(1), shrunk, identity)
 
     def class_scores(self, query: Tensor) -> Tensor:
-        """How well each feature [B, D] fits each class of each task: [B, rows]; -inf where no image was seen."""
+        """How well each feature of `query` [B, D] fits each class of each task: [B, rows]; -inf where no image was seen.
+
+        Raises:
+            ValueError: the statistics give no covariance that can be inverted.
+        """
         means = self.sum / self.count.clamp_min(1)[:, None]
         if self.statistics == "mean":
             scores = normalized(query) @ normalized(means.to(query.dtype)).T
@@ -130,19 +134,22 @@ class ClassPrototypes(nn.Module):
         return scores.masked_fill(self.count == 0, -math.inf)
 
     def task_scores(self, query: Tensor) -> Tensor:
-        """Score of each feature's [B, D] best class of each task: [B, tasks]; -inf where no image was seen."""
+        """Score of each task's best class for each feature of `query` [B, D]: [B, tasks]; -inf where no image was seen."""
         scores = self.class_scores(query)
         tasks = torch.tensor([task for task, _ in self.of], device=query.device)
         best = scores.new_full((len(query), self.of[-1][0] + 1), -math.inf)
         return best.scatter_reduce(1, tasks.expand(len(query), -1), scores, "amax")
 
     def nearest_tasks(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best tasks of each feature [B, D], best first (ties: the lower number): [B, k]; and `task_scores`."""
+        """The `k` best tasks of each feature of `query` [B, D]: [B, k], best first, of equal ones the lower number.
+
+        And `task_scores`.
+        """
         scores = self.task_scores(query)
         return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
 
     def nearest_task(self, query: Tensor) -> Tensor:
-        """The best task of each feature [B, D]: [B]."""
+        """The best task of each feature of `query` [B, D]: [B]."""
         return self.nearest_tasks(query, 1)[0][:, 0]
 
 

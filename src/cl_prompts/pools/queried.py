@@ -30,7 +30,7 @@ class QueriedPool(PromptPool):
 
     @abstractmethod
     def score(self, row: int, query: Tensor) -> Tensor:
-        """What layer number `row` of the pool chooses by, for queries [B, D]: [B, M]."""
+        """What layer number `row` of the pool chooses by, for each `query` [B, D]: [B, M]."""
 
     def per_layer(
         self, layers: list[int], answer: Callable[[int, Tensor], PrefixKV], batch: PoolInput
@@ -60,7 +60,7 @@ class QueriedPool(PromptPool):
         return {layer: inside(row) for row, layer in enumerate(layers)}
 
     def pull(self, chosen_scores: Tensor) -> LossPart:
-        """The term that pulls keys to queries, for the chosen keys' cosines [B, k].
+        """The term that pulls keys to queries, from the chosen keys' cosines, `chosen_scores` [B, k].
 
         `key_loss` "similarity": -lambda * sum of the cosines, mean over images (L2P eq. 5). "distance": lambda * sum of
         1 - cosine, added up over the batch (CODA-Prompt's repository).

@@ -13,13 +13,13 @@ from cl_prompts.pools.selection import normalized
 
 
 def orthogonality(vectors: Tensor) -> Tensor:
-    """CODA-Prompt's penalty mean((X X^T - I)^2), summed over groups, for X [L, M, n]: a scalar."""
+    """CODA-Prompt's penalty mean((X X^T - I)^2), summed over groups, for X = `vectors` [L, M, n]: a scalar."""
     identity = torch.eye(vectors.shape[1], device=vectors.device, dtype=vectors.dtype)
     return (vectors @ vectors.mT - identity).square().mean((1, 2)).sum()
 
 
 def diversity(prompts: Tensor) -> Tensor:
-    """Mean squared cosine between different prompts of a group, for [L, M, n], averaged over groups: a scalar.
+    """Mean squared cosine between different prompts of a group, for `prompts` [L, M, n], averaged over groups: a scalar.
 
     0 when they are orthogonal, 1 when they have collapsed onto one direction; unlike `orthogonality`, blind to length.
     """
@@ -33,12 +33,15 @@ def diversity(prompts: Tensor) -> Tensor:
 
 
 def alignment(prompts: Tensor, keys: Tensor) -> Tensor:
-    """Mean of 1 - cosine between each prompt's mean row and its key, for prompts [L, M, rows, D], keys [L or 1, M, D]."""
+    """Mean of 1 - cosine between each prompt's mean row and its key, a scalar.
+
+    For `prompts` [L, M, rows, D] and `keys` [L or 1, M, D].
+    """
     return 1 - (normalized(prompts.mean(2)) * normalized(keys)).sum(-1).mean()
 
 
 def collapse(scores: Tensor, counted: Tensor) -> Tensor:
-    """log M - entropy of the mean selection softmax(scores) over the global batch's images: 0 when spread evenly.
+    """log M - entropy of the mean selection softmax(scores) over the global batch's images, a scalar: 0 when spread evenly.
 
     Args:
         scores: [B, ..., M]; further axes (layers, heads) are averaged over.

@@ -21,7 +21,7 @@ def normalized(vectors: Tensor) -> Tensor:
 
 
 def cosine_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """Cosine of every query [B, D] with every key [M, D]: [B, M]."""
+    """Cosine of every `query` [B, D] with each of `keys` [M, D]: [B, M]."""
     return normalized(query) @ normalized(keys).T
 
 
@@ -31,7 +31,7 @@ def cosine_of(query: Tensor, chosen: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Numbers [B, k] of the k largest of float32 scores [B, M], best first; of equal ones the lower number comes first."""
+    """Numbers [B, k] of the `k` largest of float32 `scores` [B, M], best first; of equal ones the lower number is first."""
     # torch.topk leaves open which of equal values it takes. So it gets integers in which no two are equal: the float's bits
     # in the order of their values, then the number, counted backwards. Adding 0 turns -0 into 0.
     bits = (scores + 0.0).view(torch.int32)
@@ -112,7 +112,10 @@ def majority_vote(ids: Tensor, pool_size: int, counted: Tensor | None, *, over_p
 
 
 def histogram(ids: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
-    """How often each number occurs: ids [B, ..., k] -> int64 [..., size], over images and choices."""
+    """How often each number below `size` occurs in `ids` [B, ..., k]: int64 [..., size], over images and choices.
+
+    Images where `counted` [B] is False are left out; None: all are counted.
+    """
     ones = torch.ones_like(ids)
     if counted is not None:
         ones = ones * counted.view(-1, *[1] * (ids.dim() - 1))
@@ -122,6 +125,6 @@ def histogram(ids: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
 
 
 def route(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of scores [B, M] and their softmax among themselves: ids [B, k], weights [B, k]."""
+    """The `k` best of `scores` [B, M] and their softmax among themselves: ids [B, k], weights [B, k]."""
     best, ids = scores.topk(k, dim=1)
     return ids, best.softmax(dim=1)

@@ -104,19 +104,22 @@ class ComparisonLearner(GrowingModel):
     # ---- what subclasses override ------------------------------------------------------------------------------------
 
     def teach(self, pixel_values: Tensor, features: Tensor, **kwargs: Any) -> Tensor | None:
-        """What an earlier model answers to a training batch [B, earlier classes]."""
+        """What an earlier model answers to a training batch [B, earlier classes]; None: nothing is asked of one.
+
+        It is asked with the images' `pixel_values` [B, 3, H, W], their `features` [B, D] and further inputs `kwargs`.
+        """
         return None
 
     def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
-        """The terms of the training loss."""
+        """The terms of the training loss of a `batch`."""
         return {"cross_entropy": self.cross_entropy(batch)}
 
     def answer(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Test-time logits [B, C] from features [B, D] and the head's logits [B, C]."""
+        """Test-time logits [B, C] from `features` [B, D] and the head's `logits` [B, C]."""
         return logits
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Look at the task's images and the remembered ones after its training, in eval mode, before `end_task`."""
+        """Look at the task's `images` and the remembered `memory` after its training, in eval mode, before `end_task`."""
 
     def trains_task(self, number: int) -> bool:
         """Whether task `number` is trained by gradient."""
@@ -125,7 +128,11 @@ class ComparisonLearner(GrowingModel):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def parameter_groups(self, lr: float, **lrs: float) -> list[dict[str, Any]]:
-        """Optimizer groups "base" and "head"; `lrs` gives one of them another rate than `lr`."""
+        """Optimizer groups "base" and "head"; `lrs` gives one of them another rate than `lr`.
+
+        Raises:
+            ValueError: `lrs` names no group.
+        """
         if set(lrs) - {"base", "head"}:
             raise ValueError(f"no parameter group is called {sorted(set(lrs) - {'base', 'head'})}: there are base and head")
         groups = {
@@ -135,7 +142,7 @@ class ComparisonLearner(GrowingModel):
         return [{"name": name, "params": params, "lr": lrs.get(name, lr)} for name, params in groups.items() if params]
 
     def attach_optimizer(self, optimizer: Any) -> None:
-        """Say which optimizer trains the task, after every `begin_task`.
+        """Say which `optimizer` trains the task, after every `begin_task`.
 
         Raises:
             ValueError: it lacks a trainable parameter.
@@ -144,7 +151,7 @@ class ComparisonLearner(GrowingModel):
         self.link.check_trains(self.named_parameters())
 
     def train(self, mode: bool = True) -> ComparisonLearner:
-        """Training or eval mode; a frozen backbone stays in eval mode."""
+        """Training (`mode`) or eval mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.features.frozen:
             self.features.eval()
@@ -167,7 +174,7 @@ class ComparisonLearner(GrowingModel):
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: features of a frozen backbone [B, D], if the caller has them.
             sample_ids: a number per image, the same in every epoch.
-            num_items_in_batch: number of images of the whole accumulated batch.
+            num_items_in_batch: number of images of the whole accumulated batch, a scalar.
             kwargs: go to the backbone.
 
         Raises:
@@ -200,7 +207,13 @@ class ComparisonLearner(GrowingModel):
         return PromptPoolOutput(loss=loss, logits=shown, losses=losses, features=features)
 
     def read(self, pixel_values: Tensor, query: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Features [B, D] of images; without gradient where the backbone is frozen."""
+        """Features [B, D] of images, `pixel_values` [B, 3, H, W]; without gradient where the backbone is frozen.
+
+        `query` [B, D] are those of a frozen backbone, if the caller has them; `kwargs` are further inputs of the backbone.
+
+        Raises:
+            ValueError: `query` is given, and the backbone is trained.
+        """
         if not self.features.frozen:
             if query is not None:
                 raise ValueError("query holds features of a frozen backbone, and this one is trained: leave it out")
@@ -212,21 +225,21 @@ class ComparisonLearner(GrowingModel):
             return self.features(pixel_values, **kwargs)
 
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """Features [B, D] of a batch to look at, with `query` if it has one."""
+        """Features [B, D] of a `batch` to look at, with `query` if it has one."""
         return self.read(batch["pixel_values"], batch.get("query"))
 
     def scores(self, features: Tensor) -> Tensor:
-        """The head's logits [B, C] of features [B, D], in float32 whatever precision is asked for around."""
+        """The head's logits [B, C] of `features` [B, D], in float32 whatever precision is asked for around."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features)
 
     def cross_entropy(self, batch: Batch) -> LossPart:
-        """Cross entropy of a training batch over the classes that `class_mask` leaves."""
+        """Cross entropy of a training `batch` over the classes that `class_mask` leaves."""
         each = F.cross_entropy(self.masked(batch.logits), batch.columns, reduction="none", ignore_index=IGNORED)
         return LossPart(each, "mean")
 
     def masked(self, logits: Tensor) -> Tensor:
-        """Logits [B, C] with -inf at the classes that the cross entropy does not see."""
+        """The `logits` [B, C] with -inf at the classes that the cross entropy does not see."""
         return logits.masked_fill(~self.head.current, -math.inf) if self.class_mask == "task" else logits
 
     def _columns(self, labels: Tensor, *, masked: bool) -> Tensor:
@@ -252,7 +265,11 @@ class ComparisonLearner(GrowingModel):
             self.grown = False
 
     def check_labels(self) -> None:
-        """Raise ValueError if labels of undeclared classes were seen on a device since the last call."""
+        """Report labels of undeclared classes that were seen on a device since the last call.
+
+        Raises:
+            ValueError: there were some.
+        """
         count = int(self.unknown_labels)
         self.unknown_labels.zero_()
         if count:
@@ -281,5 +298,8 @@ class ComparisonLearner(GrowingModel):
 
     @torch.no_grad()
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Features of images [B, 3, H, W] as the backbone is now: [B, D] float32, without gradient."""
+        """Features of images, `pixel_values` [B, 3, H, W], as the backbone is now: [B, D] float32, without gradient.
+
+        `kwargs` are further inputs of the backbone.
+        """
         return self.features(pixel_values, **kwargs)

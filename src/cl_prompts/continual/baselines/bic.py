@@ -53,7 +53,7 @@ class BiC(DistillingLearner):
         self.correction = torch.tensor([1.0, 0.0], device=self.correction.device)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
-        """The corrected classifier."""
+        """The corrected classifier: [C, D] and [C]."""
         weight, bias = (values.detach().clone() for values in super().weight_and_bias())
         alpha, beta = self.correction.to(weight.device)
         weight[self.taught_columns :] *= alpha
@@ -74,7 +74,11 @@ class BiC(DistillingLearner):
         return corrected(logits, self.taught_columns, self.correction.to(logits.device))
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Fit the correction on held-out remembered images, which are balanced over the classes."""
+        """Fit the correction on held-out remembered images, which are balanced over the classes.
+
+        Raises:
+            ValueError: no images are remembered.
+        """
         if memory is None:
             raise ValueError('"bic" needs remembered images: set memory_size or memory_per_class')
         old = self.taught_columns

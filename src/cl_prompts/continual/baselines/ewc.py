@@ -76,9 +76,8 @@ class OnlineEWC(EWC):
 
     Args:
         backbone: see `ComparisonLearner`.
-        strength: lambda. Ours, as in `EWC`.
         decay: gamma, what is left of the Fisher information after one more task, 0 to 1. Ours; the paper searches it.
-        options: see `ComparisonLearner`.
+        options: see `EWC`, whose `strength` is lambda here too.
     """
 
     name = "ewc_online"

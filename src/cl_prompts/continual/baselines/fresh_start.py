@@ -44,7 +44,11 @@ class JointTraining(FreshStart):
     name = "joint"
 
     def before_task(self, declared: list[int]) -> None:
-        """Back to the start, if the task is all there was so far."""
+        """Back to the start, if the task is all there was so far.
+
+        Raises:
+            ValueError: it is not: classes of earlier tasks do not come back.
+        """
         missing = sorted(set(self.classes) - set(declared))
         if missing:
             raise ValueError(f"classes {missing} do not come back in this task: train jointly on JointStream(stream)")

@@ -62,14 +62,14 @@ class GrowingModel(nn.Module):
     # ---- what subclasses override ------------------------------------------------------------------------------------
 
     def before_task(self, declared: list[int]) -> None:
-        """Before the head grows for a task of these classes."""
+        """Before the head grows for a task of the classes `declared`."""
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """What the learner keeps besides parameters."""
         return {}
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `extra_tensors` gave; parameters and classes are in place already."""
+        """Take back the `tensors` that `extra_tensors` gave; parameters and classes are in place already."""
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 

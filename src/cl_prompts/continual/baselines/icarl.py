@@ -74,7 +74,11 @@ class ICaRL(DistillingLearner):
         return np.array([place.get(int(row), np.inf) for row in rows])
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Take the means of the exemplars' features."""
+        """Take the means of the exemplars' features.
+
+        Raises:
+            ValueError: no images are remembered, or none of some class.
+        """
         if memory is None:
             raise ValueError('"icarl" needs remembered images: set memory_size or memory_per_class')
         sums, counts = class_sums(self, memory, normalized=True)

@@ -36,7 +36,8 @@ class DERPlusPlus(ComparisonLearner):
 
     Args:
         backbone: see `ComparisonLearner`.
-        alpha, beta: 0.1 and 0.5 as in the published code for split CIFAR-10 and a memory of 500 images.
+        alpha: weight of the distance; 0.1 as in the published code for split CIFAR-10 and a memory of 500 images.
+        beta: weight of the cross entropy of remembered images; 0.5, likewise.
         options: see `ComparisonLearner`.
 
     Attributes:
@@ -78,7 +79,11 @@ class DERPlusPlus(ComparisonLearner):
         return rows, self.stored_numbers[rows] == numbers
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Store the logits of images that are new in the memory, and forget those that are no longer in it."""
+        """Store the logits of images that are new in the memory, and forget those that are no longer in it.
+
+        Raises:
+            ValueError: no images are remembered.
+        """
         if memory is None:
             raise ValueError('"der++" needs remembered images: set memory_size or memory_per_class')
         seen = record(lambda batch: self.scores(self.features_of(batch)), memory)

@@ -45,7 +45,7 @@ class SI(ComparisonLearner):
         self._hooks: list[Any] = []
 
     def begin_task(self, *args: Any, **kwargs: Any) -> None:
-        """Open the next task; the ways of all parameters begin."""
+        """Open the next task; `args` and `kwargs` as in `ComparisonLearner`. The ways of all parameters begin."""
         super().begin_task(*args, **kwargs)
         self.start = {name: p.detach().clone() for name, p in self.trained().items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}

@@ -80,6 +80,8 @@ def one(config: Any) -> dict[str, Any]:
         "prompt_ids": list(output.prompt_ids.shape),
         "features": list(output.features.shape),
         "logits": list(output.logits.shape),
+        "query_is": model.query_pooling,
+        "head_reads": model.adapter.readout,
         "pool": config.pool_size,
         "prompt_length": config.prompt_length,
         "top_k": config.top_k,
@@ -107,15 +109,15 @@ class Drawing:
         self.axes.add_patch(frame)
         lines = text.split("\n")
         for number, line in enumerate(lines):
-            height_of_line = y + height / 2 + 0.16 * (number - (len(lines) - 1) / 2)
+            height_of_line = y + height / 2 + 0.175 * (number - (len(lines) - 1) / 2)
             weight = "normal" if number else "bold"
             self.axes.text(
-                x + width / 2, height_of_line, line, size=7.2, ha="center", va="center", color=INK, weight=weight
+                x + width / 2, height_of_line, line, size=8.2, ha="center", va="center", color=INK, weight=weight
             )
 
     def heading(self, y: float, text: str) -> None:
         """A heading at the left."""
-        self.axes.text(0.2, y, text, size=9.5, va="center", color=INK, weight="bold")
+        self.axes.text(0.15, y, text, size=10.5, va="center", color=INK, weight="bold")
 
     def arrow(self, *points: tuple[float, float]) -> None:
         """A line through points that ends in an arrow."""
@@ -126,8 +128,9 @@ class Drawing:
         )
 
 
-FIRST, STEP, BLOCK, TALL = 1.42, 1.02, 0.92, 0.62  # x of block 0, from block to block, width and height of a block
+FIRST, STEP, BLOCK, TALL = 1.5, 0.94, 0.83, 0.64  # x of block 0, from block to block, width and height of a block
 END = FIRST + STEP * BLOCKS
+FEATURES = {"cls": "CLS, final norm", "prompt": "mean of {} prompt outputs"}
 
 
 def shape(sizes: list[int]) -> str:
@@ -143,13 +146,20 @@ def counted(number: int, what: str) -> str:
 def draw_pass(drawing: Drawing, y: float, blocks: list[dict[str, int]], plain: int, images: list[int]) -> None:
     """A row: images, and blocks with the tokens they compute and the keys that their attention reads."""
     middle = y + TALL / 2
-    drawing.box(0.2, y, 0.95, TALL, f"images\n{shape(images)}\n{counted(plain, 'token')}", PLAIN)
+    drawing.box(0.15, y, 1.05, TALL, f"images\n{shape(images)}\n{counted(plain, 'token')}", PLAIN)
     for number, block in enumerate(blocks):
         x = FIRST + STEP * number
-        drawing.arrow((x - (0.27 if number == 0 else STEP - BLOCK), middle), (x, middle))
+        drawing.arrow((x - (0.3 if number == 0 else STEP - BLOCK), middle), (x, middle))
         text = f"block {number}\n{counted(block['queries'], 'token')}\n{counted(block['keys'], 'key')}"
         drawing.box(x, y, BLOCK, TALL, text, PROMPTED if block["keys"] > plain else PLAIN)
     drawing.arrow((END - STEP + BLOCK, middle), (END + 0.1, middle))
+
+
+def draw_head(drawing: Drawing, y: float, found: dict[str, Any]) -> None:
+    """What becomes of the last pass."""
+    feature = FEATURES[found["head_reads"]].format(found["passes"][-1][-1]["queries"])
+    text = f"what is read {shape(found['features'])}\n{feature}\nhead: logits {shape(found['logits'])}"
+    drawing.box(END + 0.1, y, 1.75, TALL, text, READ)
 
 
 def draw_l2p(drawing: Drawing, found: dict[str, Any], images: list[int]) -> None:
@@ -160,17 +170,16 @@ def draw_l2p(drawing: Drawing, found: dict[str, Any], images: list[int]) -> None
     drawing.heading(0.25, f"L2P: prompts join as tokens. {len(found['passes'])} passes")
     first, between, second = 0.5, 1.42, 2.34
     draw_pass(drawing, first, query_pass, plain, images)
-    drawing.box(END + 0.1, first, 1.75, TALL, f"query {shape(found['query'])}\nCLS behind the final norm", READ)
+    drawing.box(END + 0.1, first, 1.75, TALL, f"query {shape(found['query'])}\n{FEATURES[found['query_is']]}", READ)
     middle = between + TALL / 2
     drawing.arrow((END + 0.97, first + TALL), (END + 0.97, middle), (END - STEP - 0.1, middle))
     pool = f"pool of {found['pool']} prompts, {found['prompt_length']} tokens and a key each\n"
     pool += f"the {top_k} prompts whose keys are nearest to the query\n"
     pool += f"{top_k} × {found['prompt_length']} = {inserted} tokens join the sequence"
     drawing.box(FIRST + STEP, between, 4 * STEP - 0.1, TALL, pool, PROMPTED)
-    drawing.arrow((FIRST + STEP, middle), (1.28, middle), (1.28, second + TALL / 2))
+    drawing.arrow((FIRST + STEP, middle), (1.33, middle), (1.33, second + TALL / 2))
     draw_pass(drawing, second, prompted_pass, plain, images)
-    answer = f"mean of the {prompted_pass[-1]['queries']} outputs {shape(found['features'])}\n"
-    drawing.box(END + 0.1, second, 1.75, TALL, f"what is read\n{answer}head: logits {shape(found['logits'])}", READ)
+    draw_head(drawing, second, found)
 
 
 def draw_hash(drawing: Drawing, found: dict[str, Any], plain: int, images: list[int]) -> None:
@@ -181,27 +190,26 @@ def draw_hash(drawing: Drawing, found: dict[str, Any], plain: int, images: list[
     first, last = FIRST + STEP * prompted[0], FIRST + STEP * prompted[-1] + BLOCK
     drawing.heading(3.38, "Hash: prompts join as keys and values. 1 pass")
     above, row = 3.63, 4.55
-    pool = f"in each block a pool of {found['pool']} prompts and a router\n"
-    pool += f"the block's mean token scores them; the best {found['top_k']} are mixed\n"
+    pool = f"per block a pool of {found['pool']} prompts, a router\n"
+    pool += f"the mean token scores them, the best {found['top_k']} are mixed\n"
     pool += f"{counted(rows, 'key')} and {counted(rows, 'value')} in front of the block's own"
     drawing.box(first, above, last - first, TALL, pool, PROMPTED)
     for number in prompted:
         x = FIRST + STEP * number + BLOCK / 2
         drawing.arrow((x, above + TALL), (x, row))
     draw_pass(drawing, row, only, plain, images)
-    answer = f"CLS behind the norm {shape(found['features'])}\n"
-    drawing.box(END + 0.1, row, 1.75, TALL, f"what is read\n{answer}head: logits {shape(found['logits'])}", READ)
+    draw_head(drawing, row, found)
 
 
 def draw(found: dict[str, Any]) -> Figure:
     """The picture of a record."""
-    drawing = Drawing(9.6, 5.75)
+    drawing = Drawing(9.15, 5.75)
     draw_l2p(drawing, found["l2p"], found["images"])
     plain = found["l2p"]["passes"][0][0]["keys"]
     draw_hash(drawing, found["hash"], plain, found["images"])
     legend = "Orange: prompts at work. Tokens: what a block computes (the last one only what is read). "
     legend += "Keys: what its attention reads."
-    drawing.axes.text(0.2, 5.48, legend, size=7.5, va="center", color=INK)
+    drawing.axes.text(0.15, 5.48, legend, size=8.2, va="center", color=INK)
     return drawing.figure
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers as T
 from families import BARE, build, inputs
+from methods import METHODS as SMALL
 
-from cl_prompts import NoPromptsConfig, get_prompt_pool_model
+from cl_prompts import HashPromptConfig, NoPromptsConfig, get_prompt_pool_model
 from cl_prompts.backbones.structure import cls_position_embedding, find_structure
 from cl_prompts.configs import METHODS, PromptPoolConfig
 from cl_prompts.configs.classifier import ClassifierConfig
@@ -29,14 +30,14 @@ Row = dict[str, str]
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
+    return [cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
 
 
 def tables(text: str) -> Iterator[tuple[str, list[Row]]]:
     """The line before each Markdown table, and its rows."""
     lines = text.splitlines()
     for number, line in enumerate(lines):
-        if number and re.fullmatch(r"\|[-:| ]+\|", line):
+        if number and re.fullmatch(r"\|[-:| ]*-[-:| ]*\|", line):
             header, body = cells(lines[number - 1]), []
             for row in lines[number + 1 :]:
                 if not row.startswith("|"):
@@ -85,7 +86,7 @@ def test_every_config_is_on_one_page() -> None:
 
 def test_every_method_is_in_the_table_of_methods() -> None:
     text = (DOCS / "methods" / "index.md").read_text()
-    listed = next(rows for _, rows in tables(text) if "`method=`" in rows[0])
+    listed = next(rows for _, rows in tables(text) if rows and "`method=`" in rows[0])
     found = {re.sub(r"\[`(\w+)`\].*", r"\1", row["`method=`"]): row["config"].strip("`") for row in listed}
     assert found == {name: config.__name__ for name, config in METHODS.items() if config.__name__ in CONFIGS}
 
@@ -132,7 +133,7 @@ def test_the_table_of_all_methods_says_what_was_measured() -> None:
                 speed.setdefault(name, row)
             elif "adapter, MB" in row:
                 loading[name] = row["adapter, MB"]
-    every = [rows for _, rows in tables((DOCS / "results.md").read_text()) if "arguments" in rows[0]]
+    every = [rows for _, rows in tables((DOCS / "results.md").read_text()) if rows and "arguments" in rows[0]]
     accuracy = {row["learner"]: row["FAA"] for row in every[0]}
     for row in table_below("choosing.md", "all methods"):
         name = re.sub(r"\[(.+)\]\(.*", r"\1", row["method"])
@@ -220,3 +221,17 @@ def test_models_are_refused_with_the_words_of_the_page() -> None:
         with pytest.raises(TypeError) as caught:
             find_structure(getattr(T, name)(config))
         assert str(caught.value).startswith(f"{rows[name]}. Supported are ViT, DeiT"), name
+
+
+def test_what_runs_without_tasks() -> None:
+    """docs/choosing.md: all methods; no head in closed form on features that change."""
+    free: dict[str, Any] = {"num_labels": 4, "class_mask": "batch"}
+    for name, config in SMALL.items():
+        model = get_prompt_pool_model(build("vit"), config(**free))
+        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+        model.train()(**inputs("vit", 4), labels=torch.arange(4)).loss.backward()
+        assert model.eval()(**inputs("vit", 4)).logits.shape == (4, 4), name
+    for closed in ({"head": "discriminant"}, {"head": "analytic"}, {"alignment": "covariance"}):
+        with pytest.raises(ValueError, match="without tasks nobody says when to look at their images"):
+            HashPromptConfig(**free, **closed)
+        NoPromptsConfig(**free, **closed)

@@ -160,11 +160,12 @@ def _(_: Namespace) -> None:
         pool().push_to_hub(name, image_processor=AutoImageProcessor.from_pretrained(BASE))
 
 
-@given("results/digits-hash-seed0/adapter")
+@given("results/digits-hash-seed0/adapter", "results/shapes/adapter")
 def _(_: Namespace) -> None:
     base = Path(__file__).parent.parent / "examples" / "micro_vit"
     model = pool(AutoModel.from_pretrained(base, add_pooling_layer=False))
-    model.save_pretrained("results/digits-hash-seed0/adapter", image_processor=AutoImageProcessor.from_pretrained(base))
+    for run in ("digits-hash-seed0", "shapes"):
+        model.save_pretrained(f"results/{run}/adapter", image_processor=AutoImageProcessor.from_pretrained(base))
 
 
 @given("trainer")

@@ -88,3 +88,62 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     for line, word in code_words(page):
         if re.fullmatch(r"(?:docs|examples|tests|src|benchmarks|\.ci|\.github)/[\w./-]*", word):
             assert (ROOT / word).exists(), f"{name_of(page)}:{line}: there is no {word}"
+
+
+# ---- the tests above fail where they should ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("rm -rf results", "unknown command: rm -rf results"),
+        ("pytest tests/test_nothing.py", "tests/test_nothing.py"),
+        ("pip install -e '.[trian]' -c constraints.txt", "the extras are"),
+        ("cd examples && python nothing.py", "there is no nothing.py"),
+        ("accelerate launch examples/train_cil.py --epoch 3 --nothing 1", "no such arguments"),
+        ("OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/train_cil.py --recipe nothing", "no recipe 'nothing'"),
+        ("torchrun --nothing 2 examples/train_cil.py", "torchrun"),
+        ("python examples/compare.py compare_digits --rows Nobody", "the rows are"),
+        ("python examples/compare.py compare_digits \\\n    --epoch many", "compare.py"),
+        ("python benchmarks/memory.py --batch many", "memory.py"),
+        ("cl-prompts inspect nowhere", "cl-prompts inspect nowhere"),
+        ("cl-prompts explode", "cl-prompts explode"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_commands_that_are_none(line: str, complaint: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(complaint)):
+        check_shell(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# nothing but a comment",
+        "python examples/compare.py compare_digits --seeds 0 1  # two seeds",
+        "accelerate launch --num_processes 4 examples/train_cil.py --tasks 5",
+        "python benchmarks/memory.py --batch 4",
+        "python own.py --whatever",
+    ],
+)
+def test_commands_that_are_right(line: str) -> None:
+    check_shell(line, scripts=["own.py"])
+
+
+def test_pages_are_taken_apart(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `title`, twice: [two](b.md#x)\n<!-- given: vit, owl.jpg -->\n- item\n\n"
+        '  ```python title="own.py"\n  1 / 2\n  ```\n'
+        '````text\n```\n[no](link.md)\n````\n<a id="here"></a>![a picture](c.png) `[no](link.md)` [one `code`](<d.md>)\n'
+    )
+    assert parts(page) == [
+        Given(2, ("vit", "owl.jpg")),
+        Block(6, "python", "own.py", "1 / 2\n"),
+        Block(9, "text", "", "```\n[no](link.md)\n"),
+    ]
+    assert links(page) == [(1, "b.md#x"), (12, "c.png"), (12, "d.md")]
+    assert anchors(page) == {"a-title-twice-two", "here"}
+    page.write_text("```python\n1 / 2\n")
+    with pytest.raises(AssertionError, match="never closed"):
+        parts(page)

@@ -60,6 +60,14 @@ def test_contributing_names_files_that_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_a_folder_says_what_each_of_its_files_is_for(folder: str) -> None:
+    told = (ROOT / folder / "README.md").read_text()
+    scripts = [script.name for script in (ROOT / folder).glob("*.py")]
+    assert scripts
+    assert [name for name in scripts if name not in told] == []
+
+
 def test_commands_of_contributing_are_commands() -> None:
     blocks = [part for part in parts(ROOT / "CONTRIBUTING.md") if isinstance(part, Block)]
     assert {block.language for block in blocks} == {"sh"}

@@ -109,6 +109,8 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         attention = model.get_submodule(name)
         if "ALL_ATTENTION_FUNCTIONS" not in unwrap(type(attention).forward).__code__.co_names:
             raise _unsupported(model, f"{type(attention).__name__} does not call a registered attention function")
+        if not hasattr(attention, "head_dim"):
+            raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
     return lists[0]
 
 

@@ -289,7 +289,10 @@ def count_calls(block: nn.Module) -> list[int]:
             "2 lists of blocks",
         ),
         (lambda: T.Data2VecVisionModel(T.Data2VecVisionConfig(**SIZES)), "registered attention function"),
-        (lambda: T.YolosModel(T.YolosConfig(**SIZES)), "YolosSelfAttention does not name the width of its heads"),
+        (
+            lambda: T.YolosModel(T.YolosConfig(**SIZES | {"image_size": [32, 32]})),
+            "YolosSelfAttention does not name the width of its heads",
+        ),
         (lambda: T.BertModel(T.BertConfig(**TEXT_SIZES)), "no norm follows"),
         (lambda: nn.Linear(3, 3), "no list of transformer blocks"),
     ],

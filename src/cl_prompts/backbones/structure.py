@@ -109,8 +109,6 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         attention = model.get_submodule(name)
         if "ALL_ATTENTION_FUNCTIONS" not in unwrap(type(attention).forward).__code__.co_names:
             raise _unsupported(model, f"{type(attention).__name__} does not call a registered attention function")
-        if not hasattr(attention, "head_dim"):
-            raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
     return lists[0]
 
 
@@ -166,6 +164,8 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
     attention: Any = model.get_submodule(attentions[0])
     names = projection_names(attention)
     assert names is not None
+    if not hasattr(attention, "head_dim"):
+        raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
     key = getattr(attention, names[1])
     return BackboneShape(
         width=key.in_features,

@@ -38,8 +38,8 @@ class Given:
 
 
 def pages() -> list[Path]:
-    """README and the site's pages: whose code is run."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README, CONTRIBUTING and the site's pages: whose code is run."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def linked_pages() -> list[Path]:

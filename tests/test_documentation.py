@@ -1,4 +1,4 @@
-"""What people read is true: all code of README and docs/ runs, all links lead somewhere."""
+"""What people read is true: all code of README, CONTRIBUTING and docs/ runs, all links lead somewhere."""
 
 import json
 import re

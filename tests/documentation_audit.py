@@ -24,7 +24,8 @@ PACKAGES = (
     "cl_prompts.continual",
     "cl_prompts.continual.baselines",
 )
-PAPER = re.compile(r"et al\.,|arXiv \d{4}\.\d{4,5}")
+# "Title", VENUE 2023, or Names et al., VENUE 2023, or either with its arXiv number.
+PAPER = re.compile(r"(?:\"[^\"]{12,}\"|et al\.),?[^.]*?(?:\b(?:19|20)\d\d\b|\barXiv[ :]\d{4}\.\d{4,5}\b)")
 Docs = Sequence[str]
 
 
@@ -44,6 +45,11 @@ def found(path: str) -> Any:
     """The object at a dotted path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def names_paper(thing: Any) -> bool:
+    """Whether a docstring says where it was published."""
+    return bool(PAPER.search(_told(thing.__doc__)))
 
 
 def gaps(thing: Any) -> list[str]:
@@ -78,8 +84,6 @@ def _gaps_of_class(cls: type) -> Iterator[str]:
     elif inspect.isfunction(own := vars(cls).get("__init__")):
         yield from _gaps_of_parameters(_parameters(own), docs)
         yield from _gaps_of_errors(own, docs)
-    if "papers" in vars(cls) and cls.papers and not PAPER.search(docs[0]):
-        yield "no paper"
 
 
 def _gaps_of_member(member: Any, docs: Docs, of_class: str) -> Iterator[str]:

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from documentation_audit import exported, found, gaps, shown
+from documentation_audit import exported, found, gaps, names_paper, shown
 from torch import Tensor
 
+from cl_prompts.classifiers import AlignedClassifier, DiscriminantClassifier, RidgeClassifier, align, fit_map
 from cl_prompts.configs import METHODS
-from cl_prompts.configs.base import PromptPoolConfig
+from cl_prompts.continual import GaussianStream
+from cl_prompts.continual.baselines import BASELINES
 
 
 def by_identity(names: list[str]) -> dict[int, str]:
@@ -25,10 +27,31 @@ def test_api_reference_has_every_exported_name() -> None:
     assert not missing, f"no page in docs/api shows {sorted(missing)}"
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"none"}))
-def test_config_names_its_paper(method: str) -> None:
-    assert METHODS[method].papers
-    assert METHODS[method].papers != PromptPoolConfig.papers
+PUBLISHED = [
+    *METHODS.values(),
+    *(BASELINES[name] for name in sorted(set(BASELINES) - {"finetune", "frozen", "joint"})),
+    AlignedClassifier,
+    DiscriminantClassifier,
+    RidgeClassifier,
+    GaussianStream,
+    align,
+    fit_map,
+]
+
+
+@pytest.mark.parametrize("thing", PUBLISHED, ids=lambda thing: thing.__name__)
+def test_what_is_published_names_its_paper(thing: Any) -> None:
+    assert names_paper(thing)
+
+
+def test_names_of_papers() -> None:
+    def told(text: str) -> bool:
+        return names_paper(type("Learner", (), {"__doc__": text}))
+
+    assert told('A learner.\n\nLi & Hoiem, "Learning without\n    Forgetting", ECCV 2016: it distils.')
+    assert told("After Wang et al., NeurIPS 2023.")
+    assert not told('Wang et al. say so. It has "two" parts since 2016.')
+    assert not told("A learner.\n\nArgs:\n    x: Wang et al., NeurIPS 2023.")
 
 
 # ---- the audit itself: each of its complaints, by an example ----------------------------------------------------------

@@ -33,6 +33,8 @@ def align(
 ) -> None:
     """Train a head, in place, on features drawn anew for every epoch; all classes compete.
 
+    SLCA, Zhang et al., ICCV 2023; defaults are those of HiDe-Prompt's released code.
+
     Args:
         head: the classifier, with a column for every class.
         gaussians: of the classes' features.
@@ -62,7 +64,7 @@ def align(
 
 
 class AlignedClassifier(FeatureClassifier):
-    """A copy of the trained head, aligned after every task.
+    """A copy of the trained head, aligned (`align`) after every task: SLCA, Zhang et al., ICCV 2023.
 
     Args:
         width: size D of the features.

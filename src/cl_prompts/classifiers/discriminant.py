@@ -22,6 +22,9 @@ from cl_prompts.head import GrowingHead
 class DiscriminantClassifier(FeatureClassifier):
     """log N(x; mean_c, S_c) with equal priors, up to a number that all classes share, as logits.
 
+    Regularised discriminant analysis, Friedman, "Regularized Discriminant Analysis", JASA 1989; on features of frozen
+    backbones FeCAM, Goswami et al., NeurIPS 2023.
+
     Args:
         width: size D of the features.
         kind: of `ClassGaussians`: "full", "shared" or "diagonal".

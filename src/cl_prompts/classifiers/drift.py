@@ -31,7 +31,7 @@ class FeatureMap:
 
 
 def fit_map(before: Tensor, after: Tensor, kind: str = "affine", ridge: float = 0.1) -> FeatureMap:
-    """The map from features before a task to features after it.
+    """The map from features before a task to features after it. Ours, after Yu et al., CVPR 2020, which moves means only.
 
     With X, Y the centred features, A = I + (X'X + r I)^-1 X'(Y - X), r = `ridge` * n * mean variance of X: least squares
     for the change, shrunk towards none. b maps mean to mean.

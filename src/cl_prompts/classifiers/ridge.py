@@ -33,13 +33,17 @@ HELD_OUT_EVERY = 5
 
 
 class RidgeClassifier(FeatureClassifier):
-    """Ridge regression onto the classes.
+    """Ridge regression onto the classes, on random ReLU features.
+
+    RanPAC's head, McDonnell et al., NeurIPS 2023: h = relu(x P), logits = h (G + ridge I)^-1 B, where G is the sum of h h'
+    and B that of h y' over all images so far.
 
     Args:
         width: size D of the features.
         projection_size: M; 0: no projection, h = (x, 1).
         ridge: None: chosen on held-out training images.
-        drift: "none": exact sums, for features that do not change; "shift" or "affine": see above.
+        drift: "none": exact sums, for features that do not change. "shift" or "affine": sums over features drawn from
+            Gaussians of all classes, which follow the drift (ours).
         seed: draws the projection and, with drift, the features.
         samples: features drawn from each class, with drift.
         save_statistics: save what is needed to go on with further tasks (G alone has M * M numbers), not only to answer.

@@ -43,8 +43,8 @@ class CodaPromptConfig(QueriedPrefixConfig):
 class CodaLayerArgmaxConfig(CodaPromptConfig):
     """CODA-Prompt as some texts describe it: each layer takes the one component that suits its own CLS best.
 
-    Not the released method: its numbers are not comparable with the paper's. One pass; `entropy_weight` is the diversity
-    loss on the selection.
+    After Smith et al., CVPR 2023, but not the released method: its numbers are not comparable with the paper's. One pass;
+    `entropy_weight` is the diversity loss on the selection.
     """
 
     method: str = "coda_layer_argmax"

@@ -27,6 +27,7 @@ KNOWN = (
     "accelerate config",
     "apt install",
     "apt-get install",
+    "apt-get update",
     "bash .ci/run",
     "cd",
     "export",

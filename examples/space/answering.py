@@ -77,11 +77,18 @@ def _rows(adapter: Any, ids: Tensor | None, weights: Tensor | None) -> list[tupl
             Choice(prompt, weight, origins.of(row, prompt))
             for prompt, weight in zip(ids[row][order].tolist(), weights[row][order].tolist(), strict=True)
         ]
-        rows.append((_row_name(adapter, places, row), choices))
+        rows.append((row_name(adapter, places, row), choices))
     return rows
 
 
-def _row_name(adapter: Any, places: torch.Size, row: int) -> str:
+def row_name(adapter: Any, places: torch.Size, row: int) -> str:
+    """What chooses: "block 2, head 1"; nothing where the whole pool has one choice.
+
+    Args:
+        adapter: the model's `adapter`.
+        places: sizes of the table of what chooses: (), (layers,) or (layers, heads).
+        row: number in that table, flat.
+    """
     if not places:
         return ""
     heads = places[1] if len(places) > 1 else 1

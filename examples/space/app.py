@@ -28,6 +28,8 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# Visitors share the cores: on a busy machine two threads that wait for each other took ten times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gradio as gr  # noqa: E402
 import keeping  # noqa: E402

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
-from answering import Answer, Choice, keeps_tasks_apart, selection_counts
+from answering import Answer, Choice, keeps_tasks_apart, row_name, selection_counts
 from opening import OpenPool
 from PIL import Image
 from torch import Tensor
@@ -142,12 +142,13 @@ def _histograms(pool: OpenPool, counts: Tensor) -> str:
             + "</span>"
             for prompt, column in enumerate(zip(*table, strict=True))
         )
-        title = f"group {row + 1} of {rows}" if rows > 1 else "the pool"
+        adapter = pool.model.adapter
+        title = row_name(adapter, adapter.pool.history.counts.shape[1:-1], row) or "the pool"
         drawn.append(f'<figure><figcaption>{title}</figcaption><div class="bars">{bars}</div></figure>')
     legend = "".join(
         f'<li><i style="background:{colour(task)}"></i>{task_name(pool, task)}</li>' for task in range(min(tasks, BARS))
     )
-    more = f"<p>The first {min(rows, GROUPS)} of {rows} groups and {min(prompts, BARS)} of {prompts} prompts.</p>"
+    more = f"<p>The first {min(rows, GROUPS)} of {rows} blocks or heads and {min(prompts, BARS)} of {prompts} prompts.</p>"
     left_out = more if rows > GROUPS or prompts > BARS else ""
     return f'<div class="histograms">{"".join(drawn)}</div>{left_out}<ul class="tasks">{legend}</ul>'
 

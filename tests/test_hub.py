@@ -225,6 +225,10 @@ def test_branches_and_pull_requests(hub: Hub) -> None:
     first = answers(model)
     shaken(model.base_model.adapter.requires_grad_(True))
     model.push_to_hub("me/birds", base_model_id="me/vit", revision="shaken")
+    branches = [branch.name for branch in HfApi().list_repo_refs("me/birds").branches]
+    with pytest.raises(ValueError, match="create_pr opens a pull request against main, not against 'v2'"):
+        model.push_to_hub("me/birds", base_model_id="me/vit", create_pr=True, revision="v2")
+    assert [branch.name for branch in HfApi().list_repo_refs("me/birds").branches] == branches
     request = model.push_to_hub("me/birds", base_model_id="me/vit", create_pr=True)
     second = answers(model)
     assert not torch.equal(first, second)

@@ -55,9 +55,12 @@ def push_folder(
         license: identifier of the Hub, like "apache-2.0".
 
     Raises:
-        ValueError: no adapter, a base that only this machine has, or a file that names a folder of this machine.
+        ValueError: no adapter, a base that only this machine has, a file that names a folder of this machine, or `create_pr`
+            with `revision`.
         HubError: the Hub cannot be reached or refuses, or the repository holds something else; no file there was changed.
     """
+    if create_pr and revision is not None:
+        raise ValueError(f"create_pr opens a pull request against main, not against {revision!r}: leave one of the two out")
     folder = Path(folder)
     recover(folder)
     if not folder.exists():

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import answering
 import keeping
@@ -23,6 +22,7 @@ import yaml
 from adapters import learn
 from families import build
 from hub_server import Hub
+from huggingface_hub import HfApi
 from methods import METHODS
 from packaging.requirements import Requirement
 from PIL import Image
@@ -99,8 +99,9 @@ def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.Op
     assert page.count("<figure>") == 4
 
 
-def test_what_every_method_says_of_its_choices() -> None:
-    image = next(iter(samples("try").values()))
+def test_what_every_method_says_of_its_choices_and_that_it_learns_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teaching, "EPOCHS", 1)
+    image, lesson = next(iter(samples("try").values())), list(samples("teach-8").values())[:3]
     for name, make in METHODS.items():
         pool = tiny(make())
         found, said = answering.answer(pool, image), showing.choice_rule(pool)
@@ -109,6 +110,9 @@ def test_what_every_method_says_of_its_choices() -> None:
             output = pool.model(pixel_values=pixels)
         routed = pool.model.chosen_tasks(output)
         assert found.routed == (None if routed is None else int(routed.flatten().mode().values)), name
+        (way,) = teaching.ways(pool)[0]
+        teaching.teach(pool, "new", lesson, way)
+        assert pool.model.adapter.config.state.tasks == [[7, 3], [1, 5], [0]], name
         if output.prompt_ids is None:
             assert "chooses nothing" in said or "no prompts" in said, name
             assert not found.rows
@@ -175,6 +179,12 @@ def test_a_class_is_taught_and_taken_home(way: str, tmp_path: Path) -> None:
         assert str(tmp_path) not in written.read_text()
 
 
+def test_a_trained_head_learns_from_old_classes_as_rivals() -> None:
+    pool, lesson = tiny(L2PConfig(top_k=3)), list(samples("teach-8").values())
+    teaching.teach(pool, "new", lesson, teaching.TRAINING)
+    assert [answering.answer(pool, image).labels[0][0] for image in lesson] == ["new"] * len(lesson)
+
+
 def test_a_lesson_that_fails_leaves_the_pool_as_it_was() -> None:
     pool, images = opening.open_digits(), list(samples("teach-9").values())
     before = logits(pool)
@@ -223,17 +233,6 @@ def test_which_ways_a_pool_offers() -> None:
         assert re.search(told, why), why
     linear.model.begin_task([9])
     assert teaching.ways(linear) == ([], "This adapter was saved in the middle of a task. Finish its training first.")
-
-
-def test_every_method_learns_one_more_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teaching, "EPOCHS", 1)
-    images = list(samples("teach-8").values())[:4]
-    for name, make in METHODS.items():
-        pool = tiny(make())
-        (way,) = teaching.ways(pool)[0]
-        teaching.teach(pool, "new", images, way)
-        assert pool.model.adapter.config.state.tasks == [[7, 3], [1, 5], [0]], name
-        assert len(answering.answer(pool, images[0]).labels) == answering.TOP
 
 
 def test_two_visitors_at_once(digits: opening.OpenPool) -> None:
@@ -362,14 +361,14 @@ def test_an_uploaded_adapter_is_read_from_its_files_or_a_zip(digits: opening.Ope
 # ---- the Hub
 
 
-def push_cats(repo: str, folder: Path, **more: Any) -> None:
+def push_cats(repo: str, folder: Path) -> None:
     """An adapter of the class 3, with its base."""
     build("vit").save_pretrained(folder)
     model = get_prompt_pool_model(ViTModel.from_pretrained(folder), L2PConfig(pool_size=4, top_k=2))
     model.begin_task([3], class_names={3: "cat"})
     model.end_task()
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    model.push_to_hub(repo, include_base=True, image_processor=processor, **more)
+    model.push_to_hub(repo, include_base=True, image_processor=processor)
 
 
 def test_a_pool_of_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,11 +386,11 @@ def test_a_pool_of_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
         opening.open_hub("me/cats")
 
 
-def test_private_repositories_and_folders_of_the_machine_stay_closed(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_repositories_and_folders_of_the_machine_stay_closed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_TOKEN of this process could read the first; the page opens it for nobody."""
-    push_cats("me/secret", tmp_path, private=True)
+    api = HfApi()
+    api.create_repo("me/secret", private=True)
+    api.upload_folder(repo_id="me/secret", folder_path=opening.DIGITS)
     with pytest.raises(OSError, match="there is no me/secret for you"):
         opening.open_hub("me/secret")
     monkeypatch.chdir(opening.HERE.parent)

@@ -1,4 +1,4 @@
-"""The page of examples/space, without a browser: what it opens and refuses, what it shows as text, its folder as a Space."""
+"""The page of examples/space, without a browser: what it opens and refuses, what it shows as text, its own folder."""
 
 import json
 import tomllib

@@ -55,8 +55,8 @@ def push_folder(
         license: identifier of the Hub, like "apache-2.0".
 
     Raises:
-        ValueError: no adapter, a base that only this machine has, a file that names a folder of this machine, or `create_pr`
-            with `revision`.
+        ValueError: no adapter, a base that only this machine has, a file that names a folder of this machine, or
+            `create_pr` with `revision`.
         HubError: the Hub cannot be reached or refuses, or the repository holds something else; no file there was changed.
     """
     if create_pr and revision is not None:

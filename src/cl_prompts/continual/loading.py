@@ -128,6 +128,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def new_loader(images: Dataset[dict[str, Any]], workers: int, **options: Any) -> DataLoader[dict[str, Any]]:
+    """A loader that draws nothing from the process's generator, so that a resumed run draws as the whole did."""
+    pinned = torch.cuda.is_available()
+    return DataLoader(images, num_workers=workers, pin_memory=pinned, generator=torch.Generator(), **options)
+
+
 class Batches:
     """A pass over batches; can be taken again and again.
 

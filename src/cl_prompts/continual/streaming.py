@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Image, IterableDataset
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from cl_prompts.continual.columns import check_columns
 from cl_prompts.continual.loading import (
@@ -27,6 +27,7 @@ from cl_prompts.continual.loading import (
     UnreadableImage,
     bad_image,
     collate,
+    new_loader,
     own_share,
     rank_and_processes,
     read_image,
@@ -143,15 +144,7 @@ class IterableStream(Stream):
         return self._streamed(images, workers)
 
     def _streamed(self, images: StreamedImages, workers: int) -> Batches:
-        # A generator of its own: see `Stream._batches`.
-        loader = DataLoader(
-            images,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
+        loader = new_loader(images, workers, batch_size=None, collate_fn=_as_it_is)
         return Batches(loader, self._noter(images.split))
 
 

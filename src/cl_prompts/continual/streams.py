@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cl_prompts.collectives import gather_over_processes
 from cl_prompts.continual.augmentation import CropAndFlip
@@ -27,6 +26,7 @@ from cl_prompts.continual.loading import (
     LabelledImages,
     Rows,
     collate,
+    new_loader,
     own_share,
     rank_and_processes,
     shares,
@@ -317,15 +317,7 @@ class Stream:
         return numbers
 
     def _batches(self, images: LabelledImages, batches: list[list[int]], workers: int) -> Batches:
-        # With a generator of its own a loader draws nothing from the process's, so a resumed run draws as the whole did.
-        loader = DataLoader(
-            images,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
+        loader = new_loader(images, workers, batch_sampler=batches, collate_fn=collate)
         return Batches(loader, self._noter(images.split))
 
     def _noter(self, split: str) -> Callable[[list[int]], None]:

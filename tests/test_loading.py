@@ -181,6 +181,15 @@ def test_a_batch_is_cut_on_the_device_as_each_image_alone() -> None:
     torch.testing.assert_close(whole.apply_batch(images, 0, 0, range(6)), images.flip(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_a_batch_is_cut_does_not_depend_on_the_precision_around(dtype: torch.dtype) -> None:
+    """Queries are computed under autocast, steps cut their images outside it: they must be the same parts."""
+    augmentation, images = CropAndFlip(on_device=True), torch.rand(4, 3, 40, 56)
+    plain = augmentation.apply_batch(images, 0, 0, range(4))
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(augmentation.apply_batch(images, 0, 0, range(4)), plain)
+
+
 def test_what_is_cut_on_the_device_leaves_the_loader_as_it_was() -> None:
     stream = augmenting(CropAndFlip(on_device=True))
     for batch in stream.train_batches(stream.tasks[0], 4, seed=0, epoch=1):

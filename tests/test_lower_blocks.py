@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from families import BARE, build, inputs, with_noise
 from torch import Tensor, nn
 
@@ -108,6 +109,26 @@ def test_the_base_is_whole_afterwards_and_after_an_error() -> None:
         assert torch.equal(model(**values).last_hidden_state, expected)
 
 
+def test_blocks_with_a_forward_of_their_own_keep_it() -> None:
+    """As those of a base that Accelerate has spread over devices."""
+    model, values, counts = new_model("vit", HIGH["coda"]()).eval(), inputs("vit"), [0]
+
+    class Counting(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            counts[0] += 1
+            return args, kwargs
+
+    hidden = extract_hidden_states(model, **values)
+    for block in model.get_base_model().layers:
+        add_hook_to_module(block, Counting())
+    for number in (1, 2):
+        model(**values)
+        assert counts == [number * 6], "two passes through three blocks"
+    with pytest.raises(ValueError, match="what is below is trained, compiled or hooked"):
+        model(**values, hidden=hidden)
+    assert all("forward" in vars(block) for block in model.get_base_model().layers)
+
+
 @pytest.mark.parametrize("name", BARE)
 @pytest.mark.parametrize("method", HIGH)
 def test_kept_states_spare_them_in_both_passes(method: str, name: str) -> None:
@@ -150,6 +171,7 @@ def test_states_that_are_not_those() -> None:
         (hidden[:2], ValueError, r"hidden has shape \[2, "),
         (hidden[:, :-1], ValueError, "is not what enters block 1"),
         (hidden.flip(0), ValueError, "is not what enters block 1"),
+        (hidden * torch.nan, ValueError, "is not what enters block 1"),
     ):
         with pytest.raises(error, match=why):
             model(**values, hidden=wrong)
@@ -160,7 +182,7 @@ def test_states_that_are_not_those() -> None:
     with pytest.raises(ValueError, match="the prompts enter block 0"):
         low(**values, hidden=hidden)
     trained = new_model("vit", HIGH["l2p_prefix"](modules_to_save=["layernorm_before"]))
-    with pytest.raises(ValueError, match="what is below them is trained"):
+    with pytest.raises(ValueError, match="what is below is trained"):
         trained(**values, labels=LABELS, hidden=hidden)
 
 

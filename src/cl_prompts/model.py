@@ -340,7 +340,7 @@ def extract_hidden_states(model: PeftModel, pixel_values: Tensor, **kwargs: Any)
         [B, N, D] for N tokens, in the precision of the pass, without gradient.
 
     Raises:
-        ValueError: prompts enter block 0, or what is below them is trained or compiled.
+        ValueError: prompts enter block 0, or what is below them is trained, compiled or hooked.
     """
     return model.base_model.extract_hidden_states(pixel_values, **kwargs)
 

@@ -225,7 +225,7 @@ class WayOfABatch:
         below = self._unprompted_blocks(adapter)
         if not below:
             raise ValueError(
-                "no hidden states can be kept: the prompts enter block 0, or what is below them is trained or compiled"
+                "no hidden states can be kept: the prompts enter block 0, or what is below is trained, compiled or hooked"
             )
         return below
 

@@ -35,11 +35,11 @@ class LowerBlocks:
         return [self._model.get_submodule(name) for name in self._structure.blocks[:below]]
 
     def may_skip(self, below: int) -> bool:
-        """Whether nothing that runs before block `below` is trained or compiled."""
+        """Whether nothing that runs before block `below` is trained, compiled or hooked (as Accelerate does)."""
         behind = {id(p) for name in self._structure.blocks[below:] for p in self._model.get_submodule(name).parameters()}
         backbone = self._model.get_submodule(self._structure.inner)
         trained = any(p.requires_grad and id(p) not in behind for p in backbone.parameters())
-        return not trained and "forward" not in vars(self._model)
+        return not trained and not any("forward" in vars(module) for module in (self._model, *self.blocks(below)))
 
     @contextmanager
     def keep(self, below: int) -> Iterator[None]:
@@ -83,7 +83,7 @@ class LowerBlocks:
             with self.keep(below):
                 compute()
             own = self.states.float()
-            if own.shape != states.shape or (states.float() - own).norm() > 0.05 * own.norm():
+            if own.shape != states.shape or not (states.float() - own).norm() <= 0.05 * own.norm():
                 raise ValueError(
                     f"hidden, {list(states.shape)}, is not what enters block {below} for these images, {list(own.shape)}: "
                     "take it from extract_hidden_states of this model"

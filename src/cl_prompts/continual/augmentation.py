@@ -80,8 +80,9 @@ class CropAndFlip:
             wide, high = (right - left) / width, (bottom - top) / height
             middle = (left + right) / width - 1, (top + bottom) / height - 1
             maps.append([[-wide if flipped else wide, 0, middle[0]], [0, high, middle[1]]])
-        grid = F.affine_grid(torch.tensor(maps, device=images.device), list(images.shape), align_corners=False)
-        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).to(images.dtype)
+        with torch.autocast(images.device.type, enabled=False):  # half precision would move the parts
+            grid = F.affine_grid(torch.tensor(maps, device=images.device), list(images.shape), align_corners=False)
+            return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).to(images.dtype)
 
     def _drawn(self, width: int, height: int, seed: int, epoch: int, number: int) -> tuple[tuple[int, int, int, int], bool]:
         """The box of an image's part, and whether it is mirrored."""

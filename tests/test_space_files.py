@@ -79,6 +79,11 @@ def test_bad_pictures_are_a_line_each_and_good_ones_are_taken(tmp_path: Path, mo
     with pytest.raises(ValueError, match="21 files are too many: at most 20"):
         uploads.take_images([tmp_path / "good.png"] * 21)
     assert list(uploads.take_images([tmp_path / "good.png"] * 3)[0]) == ["good.png", "good.png (2)", "good.png (3)"]
+    (tmp_path / "a (1).png").write_bytes(png())
+    assert list(uploads.take_images([tmp_path / "a (1).png"] * 2)[0]) == ["a (1).png", "a (1).png (2)"]
+    assert list(uploads.take_images([tmp_path / "good.png"], images)[0]) == ["good.png (2)"], (
+        "phones call every photo alike"
+    )
     (tmp_path / "wide.png").write_bytes(png((2048, 512)))
     assert uploads.take_images([tmp_path / "wide.png"])[0]["wide.png"].size == (1024, 256)
 
@@ -174,6 +179,18 @@ def test_a_pool_of_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     monkeypatch.setattr(opening, "MIN_FREE_BYTES", 2**60)
     with pytest.raises(ValueError, match="disk is full"):
+        opening.open_hub("me/cats")
+
+
+def test_a_base_whose_config_would_fill_the_memory(hub: Hub, tmp_path: Path) -> None:
+    """Transformers builds what the config says before it compares the weights, which are small here."""
+    push_cats("me/cats", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 8192, "intermediate_size": 32768}))
+    HfApi().upload_file(repo_id="me/cats", path_or_fileobj=config, path_in_repo="base/config.json")
+    with pytest.raises(
+        ValueError, match=r"the base me/cats has [\d,]{13,} bytes, this page takes 1,073,741,824: run it on your"
+    ):
         opening.open_hub("me/cats")
 
 

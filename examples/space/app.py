@@ -159,7 +159,7 @@ def lay_out(paths: Sequence[str] | None, visit: Visit | None) -> list[Any]:
     if visit is None:
         return [visit, bad(ENDED), gr.skip(), None]
     try:
-        images, problems = uploads.take_images(paths or [])
+        images, problems = uploads.take_images(paths or [], visit.lesson)
         if len(visit.lesson) + len(images) > uploads.MAX_IMAGES:
             raise ValueError(f"at most {uploads.MAX_IMAGES} pictures teach a class: clear some first")
         visit.lesson = visit.lesson | images

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from uploads import MAX_ADAPTER_BYTES, take_adapter
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel, PromptPoolPipeline
-from cl_prompts.base_models import BASE_FOLDER
+from cl_prompts.base_models import BASE_FOLDER, built_bytes
 from cl_prompts.card import hub_base
 from cl_prompts.fetch import adapter_folder, commit_of, further_file
 from cl_prompts.hub_errors import explained
@@ -174,9 +174,12 @@ def _check_base(config: PromptPoolConfig, repo_id: str | None, revision: str | N
     if constants.is_offline_mode():  # nothing is fetched then
         return
     with explained(base):
-        found = HfApi(token=False).model_info(base, revision=revision if inside else config.revision, files_metadata=True)
+        commit = revision if inside else config.revision
+        found = HfApi(token=False).model_info(base, revision=commit, files_metadata=True)
     files = [file for file in found.siblings or () if file.rfilename.endswith(".safetensors")]
     size = sum(file.size or 0 for file in files if file.rfilename.startswith(inside))
+    if size <= MAX_BASE_BYTES:
+        size = max(size, built_bytes(config, base, revision=commit or "main", subfolder=inside.rstrip("/"), **PUBLIC))
     if size > MAX_BASE_BYTES:
         raise ValueError(f"the base {base} has {size:,} bytes, this page takes {MAX_BASE_BYTES:,}: run it on your machine")
     os.makedirs(constants.HF_HUB_CACHE, exist_ok=True)

@@ -2,7 +2,8 @@
 
 import shutil
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -30,11 +31,12 @@ ADAPTER_FILES = {
 NEEDED = f"give {CONFIG_FILE} and {WEIGHTS_FILE}, perhaps with {PROCESSOR_FILE} and {RESULTS_FILE}, or the zip of this page"
 
 
-def take_images(paths: Sequence[str | Path]) -> tuple[dict[str, Image.Image], list[str]]:
+def take_images(paths: Sequence[str | Path], beside: Iterable[str] = ()) -> tuple[dict[str, Image.Image], list[str]]:
     """Pictures as 8-bit RGB by their names, and a line for each file that is none.
 
     Args:
         paths: uploaded files.
+        beside: names that are taken already.
 
     Raises:
         ValueError: more than `MAX_IMAGES`.
@@ -45,15 +47,14 @@ def take_images(paths: Sequence[str | Path]) -> tuple[dict[str, Image.Image], li
     problems = []
     for path in map(Path, paths):
         try:
-            images[_free_name(path.name, images)] = _image(path)
+            images[_free_name(path.name, {*images, *beside})] = _image(path)
         except ValueError as error:
             problems.append(first_line(error))
     return images, problems
 
 
-def _free_name(name: str, taken: Iterable[str]) -> str:
-    number = sum(other.partition(" (")[0] == name for other in taken)
-    return f"{name} ({number + 1})" if number else name
+def _free_name(name: str, taken: Container[str]) -> str:
+    return next(free for free in chain([name], (f"{name} ({number})" for number in count(2))) if free not in taken)
 
 
 def _image(path: Path) -> Image.Image:

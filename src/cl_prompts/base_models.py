@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
@@ -52,6 +53,37 @@ def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwa
             "yourself, then PromptPoolModel.from_pretrained(base, adapter)"
         ) from error
     return model
+
+
+def built_bytes(config: PromptPoolConfig, source: str, **where: Any) -> int:
+    """Memory that the base of an adapter takes, as its config describes it: transformers builds that much, whatever the
+    weights hold.
+
+    Args:
+        config: of the adapter; names the base's class.
+        source: folder or Hub id of the base.
+        where: `revision`, `subfolder`, `token` and the like, for the Hub.
+
+    Raises:
+        ValueError: there is no such model.
+        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+    """
+    kind = _base_class(config)
+    try:
+        with explained(source, where.get("revision")):
+            base = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+            _check_base_config(kind, base)
+            if kind is not AutoModel and not isinstance(base, kind.config_class):  # a part of it
+                base = kind.config_class.from_pretrained(source, **where)
+            with torch.device("meta"):
+                model: PreTrainedModel = (kind.from_config if kind is AutoModel else kind._from_config)(base)
+    except HubError:
+        raise
+    except Exception as error:  # as in `load_base`
+        raise ValueError(
+            f"the base {shown(source)} that the adapter names cannot be built ({first_line(error)})"
+        ) from error
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _included_base(folder: Path, repo_id: str | None, kwargs: dict[str, Any]) -> Path:

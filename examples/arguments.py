@@ -90,7 +90,9 @@ class Arguments:
     schedule: str = setting("constant", "constant, cosine, linear or coda, anew for every task")
     warmup: int = setting(0, "steps of a linear warm-up of every task")
     mixed_precision: str = setting("no", "no, bf16 or fp16")
-    cache_queries: bool = setting(True, "compute un-prompted features once where images are not augmented")
+    cache_queries: bool = setting(
+        True, "compute un-prompted features once where images come again (no --augment, or --views)"
+    )
     query_cache: str | None = setting(
         None, "folder that keeps these features for other runs; default: $CL_PROMPTS_CACHE/queries, else in memory only"
     )
@@ -169,6 +171,11 @@ def check(arguments: Arguments) -> None:
         absent = sorted(set(given if isinstance(given, list) else [given]) - set(known))
         if absent:
             sys.exit(f"--{name} {' '.join(absent)}: there is {', '.join(known)}" + " (installed)" * (name == "trackers"))
+    crops = [name for name in ("views", "augment_on_device") if getattr(arguments, name) != getattr(Arguments, name)]
+    if crops and not arguments.augment:
+        sys.exit(
+            f"--{crops[0]} {getattr(arguments, crops[0])} says how images are cropped: add --augment True, or leave it out"
+        )
     if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not arguments.rehearses:
         sys.exit(f"{arguments.method} needs remembered images: set --memory_size or --memory_per_class")
     try:

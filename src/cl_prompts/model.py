@@ -64,7 +64,7 @@ class PromptPoolModel(PeftModel):
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: un-prompted features [B, D] if the caller has them (`extract_features`); spares the un-prompted pass.
             hidden: what enters the lowest prompted block [B, N, D] if the caller has it (`extract_hidden_states`); spares
-                the blocks below it, in both passes.
+                the blocks below it, in both passes where each image has one candidate of prompts.
             sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
                 task. Without them every training forward counts.
             num_items_in_batch: number of images of the whole accumulated batch, a scalar; `transformers.Trainer` passes it.

@@ -39,6 +39,7 @@ OWN_CODE = (
     "continual/evaluation.py",
     "continual/loading.py",
     "continual/augmentation.py",
+    "continual/streams.py",
     "backbones/*.py",
 )
 BACKENDS = (

@@ -7,7 +7,7 @@ While `prompted` is open, the base model's own forward is the prompted pass, and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from cl_prompts.backbones.last_block import LastBlock
 from cl_prompts.backbones.lower_blocks import LowerBlocks
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.query import in_order_noise, take_feature, whole_image
+from cl_prompts.backbones.shared_embeddings import SharedEmbeddings
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.backbones.tokens import TokenInjector
 from cl_prompts.fitting import check_hidden, check_images, check_labels, check_query, check_ready
@@ -54,6 +55,7 @@ class WayOfABatch:
         self.prefixes = PrefixInjector(model, structure)
         self.last = LastBlock(model, structure, self.tokens, self.prefixes)
         self.lower = LowerBlocks(model, structure)
+        self.embedded = SharedEmbeddings(model, structure)
         self._call: Call | None = None
         self._hooks: list[Any] = []
         self.installed = False
@@ -123,6 +125,7 @@ class WayOfABatch:
                 yield
         finally:
             self._call = None
+            self.embedded.clear()
             self.lower.clear()
             self.last.clear()
             self.tokens.clear()
@@ -187,7 +190,9 @@ class WayOfABatch:
             self.lower.take(self._lowest(adapter), hidden.detach(), lambda: self.query(adapter, args, base_kwargs))
             self.lower.skip()
         if query is None and adapter.pool.needs_query:
-            with self.lower.keep(0 if hidden is not None else self._unprompted_blocks(adapter)):
+            again = not images.requires_grad  # a gradient to the images goes through both passes
+            below = self._unprompted_blocks(adapter) if again and hidden is None else 0
+            with self.lower.keep(below), self.embedded.keep() if again else nullcontext():
                 query = self.query(adapter, args, base_kwargs)
         if query is not None:
             check_query(query, len(images), self.structure.shape.width)
@@ -197,6 +202,8 @@ class WayOfABatch:
             prompts = adapter.pool(PoolInput(len(images), query, task, counted))
         self._set_prompts(prompts)
         self.prefixes.learning = training
+        if prompts.candidates == 1:
+            self.embedded.reuse()
         if prompts.tokens is None and prompts.candidates == 1:
             self.lower.skip()
         else:

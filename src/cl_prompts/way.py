@@ -190,7 +190,8 @@ class WayOfABatch:
             self.lower.take(self._lowest(adapter), hidden.detach(), lambda: self.query(adapter, args, base_kwargs))
             self.lower.skip()
         if query is None and adapter.pool.needs_query:
-            again = not images.requires_grad  # a gradient to the images goes through both passes
+            # A gradient to the images goes through both passes, and a graph of the whole model cannot hold what is kept.
+            again = not images.requires_grad and not torch.compiler.is_compiling()
             below = self._unprompted_blocks(adapter) if again and hidden is None else 0
             with self.lower.keep(below), self.embedded.keep() if again else nullcontext():
                 query = self.query(adapter, args, base_kwargs)

@@ -4,21 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import BARE, build, inputs, with_noise
+from families import BARE, inputs, with_noise
 from methods import METHODS
+from test_lower_blocks import new_model
 
-from cl_prompts import CodaPromptConfig, HashPromptConfig, L2PConfig, get_prompt_pool_model
+from cl_prompts import CodaPromptConfig, HashPromptConfig, L2PConfig
 
 
 LABELS = torch.tensor([0, 1, 0])
-
-
-def new_model(name: str, config: Any) -> Any:
-    base = build(name)
-    torch.manual_seed(0)
-    model = get_prompt_pool_model(base, config)
-    model.begin_task([0, 1])
-    return model
 
 
 def embeddings_of(model: Any) -> Any:
@@ -50,7 +43,7 @@ def test_the_numbers_are_bit_equal(method: str, name: str) -> None:
 
     count, own = runs(model, numbers)
     assert count == 2, "one step and one answer"
-    model.base_model.way.embedded.may_share = lambda: False
+    model.base_model.way.lower.may_share_embeddings = lambda: False
     count, plain = runs(model, numbers)
     assert count == 4
     assert own.keys() == plain.keys()
@@ -79,7 +72,7 @@ def test_where_each_pass_needs_its_own() -> None:
     many.begin_task([2, 3])
     many.end_task()
     expected = many.eval()(**values).logits
-    many.base_model.way.embedded.may_share = lambda: False
+    many.base_model.way.lower.may_share_embeddings = lambda: False
     assert torch.equal(many(**values).logits, expected)
 
 

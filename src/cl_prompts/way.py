@@ -20,7 +20,6 @@ from cl_prompts.backbones.last_block import LastBlock
 from cl_prompts.backbones.lower_blocks import LowerBlocks
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.query import in_order_noise, take_feature, whole_image
-from cl_prompts.backbones.shared_embeddings import SharedEmbeddings
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.backbones.tokens import TokenInjector
 from cl_prompts.fitting import check_hidden, check_images, check_labels, check_query, check_ready
@@ -55,7 +54,6 @@ class WayOfABatch:
         self.prefixes = PrefixInjector(model, structure)
         self.last = LastBlock(model, structure, self.tokens, self.prefixes)
         self.lower = LowerBlocks(model, structure)
-        self.embedded = SharedEmbeddings(model, structure)
         self._call: Call | None = None
         self._hooks: list[Any] = []
         self.installed = False
@@ -125,7 +123,6 @@ class WayOfABatch:
                 yield
         finally:
             self._call = None
-            self.embedded.clear()
             self.lower.clear()
             self.last.clear()
             self.tokens.clear()
@@ -184,16 +181,18 @@ class WayOfABatch:
         columns = adapter.to_columns(labels) if labels is not None else None
         everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
         counted = everything if columns is None else columns >= 0
-        hidden = kwargs.get("hidden")
+        hidden, below = kwargs.get("hidden"), 0
         if hidden is not None:
             check_hidden(hidden, len(images), self.structure.shape.width)
-            self.lower.take(self._lowest(adapter), hidden.detach(), lambda: self.query(adapter, args, base_kwargs))
+            below = self._lowest(adapter)
+            self.lower.take(below, hidden.detach(), lambda: self.query(adapter, args, base_kwargs))
             self.lower.skip()
         if query is None and adapter.pool.needs_query:
             # A gradient to the images goes through both passes, and a graph of the whole model cannot hold what is kept.
             again = not images.requires_grad and not torch.compiler.is_compiling()
-            below = self._unprompted_blocks(adapter) if again and hidden is None else 0
-            with self.lower.keep(below), self.embedded.keep() if again else nullcontext():
+            if again and hidden is None:
+                below = self._unprompted_blocks(adapter)
+            with self.lower.keep(below) if again else nullcontext():
                 query = self.query(adapter, args, base_kwargs)
         if query is not None:
             check_query(query, len(images), self.structure.shape.width)
@@ -203,9 +202,7 @@ class WayOfABatch:
             prompts = adapter.pool(PoolInput(len(images), query, task, counted))
         self._set_prompts(prompts)
         self.prefixes.learning = training
-        if prompts.candidates == 1:
-            self.embedded.reuse()
-        if prompts.tokens is None and prompts.candidates == 1:
+        if prompts.candidates == 1 and (prompts.tokens is None or not below):
             self.lower.skip()
         else:
             self.lower.clear()

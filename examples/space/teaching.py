@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 
@@ -170,7 +171,15 @@ def _train(model: Any, lesson: Lesson, tick: Tick) -> tuple[int, float]:
     model.train()
     optimizer = torch.optim.Adam(model.parameter_groups(lr=LR))
     model.attach_optimizer(optimizer)
-    handles = [p.register_hook(_only_last_row) for p in model.head.parameters() if p.requires_grad]
+    with ExitStack() as hooks:
+        for parameter in model.head.parameters():
+            if parameter.requires_grad:
+                hooks.callback(parameter.register_hook(_only_last_row).remove)
+        return _steps(model, lesson, optimizer, tick)
+
+
+def _steps(model: Any, lesson: Lesson, optimizer: torch.optim.Optimizer, tick: Tick) -> tuple[int, float]:
+    """How many steps it took, and how many seconds."""
     generator = torch.Generator().manual_seed(0)
     steps, started = 0, time.perf_counter()
     total = EPOCHS * -(-len(lesson.pixels) // BATCH)
@@ -186,8 +195,6 @@ def _train(model: Any, lesson: Lesson, tick: Tick) -> tuple[int, float]:
             tick(0.9 * steps / total, f"step {steps} of at most {total}, loss {losses[-1]:.2f}")
         if max(losses) < LEARNT or time.perf_counter() - started > MAX_SECONDS:
             break
-    for handle in handles:
-        handle.remove()
     return steps, time.perf_counter() - started
 
 

@@ -23,6 +23,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
+from cl_prompts.continual import freed_memory_kept
 from cl_prompts.report import machine
 from cl_prompts.saving import write_whole
 
@@ -69,6 +70,7 @@ def timed(act: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+@freed_memory_kept()  # as in the trainer
 def by_turns(acts: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
     """The smallest time of each, after one call of each that does not count."""
     for act in acts.values():

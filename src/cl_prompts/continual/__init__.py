@@ -5,6 +5,7 @@ from cl_prompts.continual.augmentation import CropAndFlip
 from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCallback
 from cl_prompts.continual.evaluation import Evaluation, accuracy, evaluate, stream_features
 from cl_prompts.continual.gaussian import GaussianStream
+from cl_prompts.continual.host_memory import freed_memory_kept
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.references import (
     FrozenFeatures,
@@ -47,6 +48,7 @@ __all__ = [
     "accuracy",
     "closed_form",
     "evaluate",
+    "freed_memory_kept",
     "joint_linear_probe",
     "nearest_class_mean",
     "sequential_probe",

@@ -25,6 +25,7 @@ from cl_prompts.continual.batches import micro_batches, on_device
 from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
 from cl_prompts.continual.checkpoint import Checkpoints
 from cl_prompts.continual.evaluation import Evaluation, evaluate
+from cl_prompts.continual.host_memory import freed_memory_kept
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
@@ -115,6 +116,7 @@ class ContinualTrainer:
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
+    @freed_memory_kept()
     def train(self, *, resume: bool = False) -> AccuracyMatrix:
         """Learn all tasks and return the accuracies.
 

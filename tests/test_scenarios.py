@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,12 +78,50 @@ def test_columns_that_are_missing_or_of_another_kind() -> None:
     with pytest.raises(ValueError, match="the training set has no column 'fine'"):
         ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor, label_column="fine")
     words = Dataset.from_dict({"image": [0, 1], "label": ["owl", "jay"]})
-    with pytest.raises(ValueError, match=r"column 'label' of the training set holds \['owl'\], not class ids"):
+    with pytest.raises(ValueError, match=r"column 'label' of the training set holds 'owl' in row 0, which is no class id"):
         ClassIncrementalStream(words, words, [[0], [1]], number_to_tensor)
     with pytest.raises(ValueError, match=r"the training set is an IterableDataset.*IterableClassIncrementalStream"):
         ClassIncrementalStream(data.to_iterable_dataset(), data, [[0], [1]], number_to_tensor)
     with pytest.raises(ValueError, match=r"on_bad_image='ignore': choose one of \['stop', 'skip'\]"):
         ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor, on_bad_image="ignore")
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        ([0, 1, None, 1], "holds None in row 2, which is no class id"),
+        ([0.0, float("nan"), 1.0], "holds nan in row 1, which is no class id"),
+        ([[0], [1], [0]], r"holds lists, like \[0\]: give each row one value"),
+        ([[0, 1], [1], [0]], r"holds lists, like \[0, 1\]: give each row one value"),
+    ],
+)
+def test_a_label_that_is_no_class_id_is_named(labels: list[Any], why: str) -> None:
+    data = Dataset.from_dict({"image": list(range(len(labels))), "label": labels})
+    with pytest.raises(ValueError, match=f"column 'label' of the training set {why}"):
+        ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "why"),
+    [
+        (2, r"tasks=2: give the class ids of each task \(split_classes"),
+        ([0, 1], "task 0 is 0: give a list of class ids for each task"),
+        ([[0], ["owl"]], "task 1 names 'owl', which is no class id"),
+        (["01"], "task 0 names '0', which is no class id"),
+        ([[0, 1.5]], r"task 0 names 1\.5, which is no class id"),
+    ],
+)
+def test_tasks_that_are_no_lists_of_class_ids(tasks: Any, why: str) -> None:
+    data = row_values([0, 1])
+    with pytest.raises(ValueError, match=why):
+        ClassIncrementalStream(data, data, tasks, number_to_tensor)
+
+
+def test_tasks_as_arrays() -> None:
+    data = row_values([0, 1, 2, 3])
+    for tasks in (np.array([[0, 3], [1, 2]]), torch.tensor([[0, 3], [1, 2]])):
+        stream = ClassIncrementalStream(data, data, tasks, number_to_tensor)
+        assert [task.classes for task in stream] == [[0, 3], [1, 2]]
 
 
 def test_class_names() -> None:

@@ -1,4 +1,7 @@
-"""One task with transformers.Trainer: what it hands over, what it keeps, and that accumulating changes nothing."""
+"""One task with transformers.Trainer: what it hands over, what it keeps, and that accumulating changes nothing.
+
+Also which settings `ContinualArguments` refuses.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.continual import ContinualArguments
 
 
 methods = pytest.mark.parametrize("method", ["l2p", "hash"])
@@ -188,3 +192,27 @@ def test_resumes_from_a_checkpoint(method: str, tmp_path: Path) -> None:
         # Which images were counted is not in the files, so after a resume the open task counts them once more.
         rows = slice(-1) if name.endswith("history.counts") else slice(None)
         assert_close(tensor[rows], expected[name][rows], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"memory_batch_size": v}, f"memory_batch_size={v} must be a positive integer") for v in (-3, 0, 1.5, True)),
+        *(({"seed": v}, f"seed={v!r} must be a non-negative integer") for v in (-1, 1.5, "x")),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContinualArguments(**settings)
+
+
+def test_the_results_folder_is_no_file(tmp_path: Path) -> None:
+    """Nor below one; said before anything is trained. A folder that is there, or is still to be made, is taken."""
+    file = tmp_path / "results.txt"
+    file.write_text("mine")
+    for folder in (file, file / "run"):
+        with pytest.raises(ValueError, match=r"output_dir='.*results.txt.*' is a file, give a folder"):
+            ContinualArguments(str(folder))
+    for folder in (tmp_path, tmp_path / "new" / "run"):
+        assert ContinualArguments(str(folder)).output_dir == str(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.txt"]

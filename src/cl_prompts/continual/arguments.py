@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cl_prompts.continual.optimization import OPTIMIZERS, SCHEDULES
@@ -45,7 +46,7 @@ class ContinualArguments:
         checkpoint_every: steps between two checkpoints in a task, besides those at the end of every task; 0: only those.
 
     Raises:
-        ValueError: a setting is out of range, or names nothing there is.
+        ValueError: a setting is out of range, or names nothing there is; `output_dir` cannot be a folder.
     """
 
     output_dir: str | None = None
@@ -84,7 +85,9 @@ class ContinualArguments:
         for name in ("epochs", "batch_size", "accumulation", "log_every", "query_cache_bytes"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
-        for name in ("warmup", "workers", "memory_size", "memory_per_class", "checkpoint_every"):
+        if self.memory_batch_size is not None and (type(self.memory_batch_size) is not int or self.memory_batch_size < 1):
+            raise ValueError(f"memory_batch_size={self.memory_batch_size!r} must be a positive integer, or None")
+        for name in ("warmup", "seed", "workers", "memory_size", "memory_per_class", "checkpoint_every"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a non-negative integer")
         for name, rate in {"lr": self.lr, "clip": self.clip, **self.lrs}.items():
@@ -92,6 +95,10 @@ class ContinualArguments:
                 raise ValueError(f"{name}={rate!r} must be a non-negative number")
         if self.memory_size and self.memory_per_class:
             raise ValueError("memory_size and memory_per_class are two ways to say one thing: give one of them")
+        if self.output_dir is not None:
+            there = next((p for p in (Path(self.output_dir), *Path(self.output_dir).parents) if p.exists()), None)
+            if there is not None and not there.is_dir():
+                raise ValueError(f"output_dir={self.output_dir!r}: {str(there)!r} is a file, give a folder")
 
     @property
     def rehearses(self) -> bool:

@@ -25,7 +25,7 @@ def column(rows: Any, name: str, split: str) -> Any:
     """All values of a column as an array.
 
     Raises:
-        ValueError: the data set has no such column, or can only be read in order.
+        ValueError: the data set has no such column, or lists in it, or can only be read in order.
     """
     if isinstance(rows, IterableDataset):
         raise ValueError(
@@ -33,7 +33,13 @@ def column(rows: Any, name: str, split: str) -> Any:
             "IterableDomainIncrementalStream, or load it without streaming=True"
         )
     check_columns(rows, [name], split)
-    return np.asarray(rows[name])
+    try:
+        values = np.asarray(rows[name])
+    except ValueError:  # lists of unequal length
+        values = None
+    if values is None or values.ndim != 1:
+        raise ValueError(f"column {name!r} of the {split} set holds lists, like {rows[name][0]!r}: give each row one value")
+    return values
 
 
 def labels_of(rows: Any, label_column: str, split: str) -> Rows:
@@ -46,8 +52,11 @@ def labels_of(rows: Any, label_column: str, split: str) -> Rows:
     if not len(values):
         raise ValueError(f"the {split} set is empty")
     if values.dtype.kind not in "iu":
-        first = values[:1].tolist()
-        raise ValueError(f"column {label_column!r} of the {split} set holds {first}, not class ids: encode it first")
+        strange = [(row, value) for row, value in enumerate(values.tolist()) if type(value) is not int]
+        row, value = next(((r, v) for r, v in strange if v != v), strange[0])  # NaN makes floats of integers
+        raise ValueError(
+            f"column {label_column!r} of the {split} set holds {value!r} in row {row}, which is no class id: encode it"
+        )
     if values.min() < 0:
         row = int(np.argmax(values < 0))
         raise ValueError(

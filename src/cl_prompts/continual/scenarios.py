@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -259,20 +260,36 @@ def checked_tasks(tasks: Sequence[Sequence[int]]) -> list[list[int]]:
     """Class ids of each task, none of which comes twice.
 
     Raises:
-        ValueError: one does, or a task has none.
+        ValueError: one does, a task has none, or what is given is no class ids.
     """
+    if not isinstance(tasks, Iterable):
+        raise ValueError(f"tasks={tasks!r}: give the class ids of each task (split_classes(classes, tasks) makes them)")
+    found = [_class_ids(number, classes) for number, classes in enumerate(tasks)]
     seen: set[int] = set()
-    for number, classes in enumerate(tasks):
-        if not len(classes):
+    for number, classes in enumerate(found):
+        if not classes:
             raise ValueError(f"task {number} has no classes")
-        twice = sorted({int(c) for c in classes if list(classes).count(c) > 1})
+        twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
             raise ValueError(f"task {number} names classes {twice} twice")
         again = sorted(seen & set(classes))
         if again:
             raise ValueError(f"task {number} repeats classes {again}: in a class-incremental stream each comes once")
         seen |= set(classes)
-    return [[int(c) for c in classes] for classes in tasks]
+    return found
+
+
+def _class_ids(number: int, classes: Any) -> list[int]:
+    """The class ids of task `number`. Raises ValueError if they are none."""
+    if not isinstance(classes, Iterable):
+        raise ValueError(f"task {number} is {classes!r}: give a list of class ids for each task")
+    ids = []
+    for value in classes:
+        try:
+            ids.append(index(value))
+        except TypeError as error:
+            raise ValueError(f"task {number} names {value!r}, which is no class id: class ids are integers") from error
+    return ids
 
 
 def _joined(parts: Mapping[str, Any], image_column: str, split: str) -> Any:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from methods import METHODS, WITH_CLASSIFIER
-from small_runs import Stop, StopAt, small_trainer, tensors
+from query_images import Scaled, Unsaid, picture_stream
+from small_runs import Stop, StopAt, small_model, small_trainer, tensors
 
-from cl_prompts.continual import ContinualTrainer, TrainerCallback
+from cl_prompts.classifiers import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
 from cl_prompts.continual.checkpoint import Checkpoints
 
 
@@ -110,6 +113,90 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"another run, whose {what} differ"):
             small_trainer("l2p", tmp_path, **settings).train(resume=True)
     assert before == sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+
+
+def ridge(**settings: Any) -> FeatureClassifier:
+    return RidgeClassifier(32, **{"projection_size": 8, "ridge": 1.0, **settings})
+
+
+OTHER_CLASSIFIERS: dict[str, tuple[dict[str, FeatureClassifier], str]] = {
+    "fewer": ({}, "classifier 'r'"),
+    "more": ({"r": ridge(), "s": DiscriminantClassifier(32)}, "classifier 's'"),
+    "another name": ({"s": ridge()}, "classifier 's' and classifier 'r'"),
+    "another kind": ({"r": DiscriminantClassifier(32)}, "classifier 'r'"),
+    "another ridge": ({"r": ridge(ridge=3.0)}, "classifier 'r'"),
+    "a chosen ridge": ({"r": ridge(ridge=None)}, "classifier 'r'"),
+    "another size": ({"r": ridge(projection_size=9)}, "classifier 'r'"),
+    "another drift": ({"r": ridge(drift="shift")}, "classifier 'r'"),
+    "another seed": ({"r": ridge(seed=1)}, "classifier 'r'"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a classifier "r" beside, killed in its second task, when that has seen one."""
+    folder = tmp_path_factory.mktemp("with_ridge")
+    with pytest.raises(Stop):
+        small_trainer("l2p", folder, classifiers={"r": ridge()}, callbacks=[StopAt(8)]).train()
+    return folder
+
+
+@pytest.mark.parametrize("other", OTHER_CLASSIFIERS)
+def test_other_classifiers_beside_the_learner_are_refused(other: str, with_ridge: Path) -> None:
+    classifiers, what = OTHER_CLASSIFIERS[other]
+    with pytest.raises(ValueError, match=f"another run, whose {what} differ"):
+        small_trainer("l2p", with_ridge, classifiers=classifiers).train(resume=True)
+
+
+def test_what_a_classifier_has_in_its_parts_is_told() -> None:
+    """Settings of `ClassGaussians`, options of `align`, whose order is nothing."""
+
+    def told(classifier: FeatureClassifier) -> str:
+        return small_trainer("l2p", classifiers={"r": classifier}).side.told["r"]
+
+    assert told(DiscriminantClassifier(32)) == told(DiscriminantClassifier(32))
+    assert told(DiscriminantClassifier(32)) != told(DiscriminantClassifier(32, kind="diagonal"))
+    assert told(DiscriminantClassifier(32)) != told(DiscriminantClassifier(32, own=0.2))
+    assert told(AlignedClassifier(32, epochs=1, lr=0.1)) == told(AlignedClassifier(32, lr=0.1, epochs=1))
+    assert told(AlignedClassifier(32, epochs=1)) != told(AlignedClassifier(32, epochs=2))
+
+
+def picture_trainer(folder: Path, transform: Any, *callbacks: TrainerCallback) -> ContinualTrainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = ContinualArguments(str(folder), epochs=1, batch_size=8, checkpoint_every=1, cache_queries=False)
+    return ContinualTrainer(small_model("l2p"), picture_stream(transform=transform), args, callbacks=callbacks)
+
+
+def test_another_transform_is_refused_where_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        picture_trainer(tmp_path, Scaled(mean=0.5), StopAt(3)).train()
+    for transform in (Scaled(mean=0.4), Unsaid(mean=0.5), Scaled(mean=0.5).__call__):
+        with pytest.raises(ValueError, match="another run, whose transform differ"):
+            picture_trainer(tmp_path, transform).train(resume=True)
+    resumed = picture_trainer(tmp_path, Scaled(mean=0.5))
+    resumed.train(resume=True)
+    assert resumed.progress.task == 2
+
+
+@pytest.mark.parametrize("transform", [Unsaid(), Scaled().__call__], ids=["not as JSON", "no settings()"])
+def test_a_transform_that_says_nothing_resumes(transform: Any, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        picture_trainer(tmp_path, transform, StopAt(3)).train()
+    resumed = picture_trainer(tmp_path, transform)
+    resumed.train(resume=True)
+    assert resumed.progress.task == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[StopAt(2)]).train()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    found = Checkpoints(tmp_path / "checkpoints").latest()
+    assert found is not None
+    values = {name: value for name, value in found[1].items() if name != "format"}
+    Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found[0], values)
+    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 2\).*remove them"):
+        small_trainer("l2p", tmp_path).train(resume=True)
 
 
 def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:

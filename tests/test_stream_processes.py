@@ -1,15 +1,28 @@
-"""Two gloo processes see the batches of one, and count what they could not read together."""
+"""Two gloo processes see the batches of one, and count what they could not read together, also after a resume."""
 
+import os
 import pickle
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from query_images import Scaled
+from small_runs import Stop, StopAt, small_model
 from stream_data import birds, to_tensor
 
-from cl_prompts.continual import ClassIncrementalStream, CropAndFlip, GaussianStream, IterableClassIncrementalStream
+from cl_prompts.continual import (
+    ClassIncrementalStream,
+    ContinualArguments,
+    ContinualTrainer,
+    CropAndFlip,
+    GaussianStream,
+    IterableClassIncrementalStream,
+    TrainerCallback,
+)
 
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -40,17 +53,34 @@ def batches() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def process(rank: int, folder: str, path: list[str]) -> None:
+def process(rank: int, port: int, folder: str, path: list[str]) -> None:
     sys.path[:] = path
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
-    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(batches()))
-    torch.distributed.destroy_process_group()
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.distributed.init_process_group("gloo")
+    found = {"batches": batches(), "killed": killed_twice(folder)}
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def test_two_processes_see_the_batches_of_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of them found."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(process, (port, str(folder), sys.path), nprocs=PROCESSES)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(PROCESSES)]
+
+
+def test_two_processes_see_the_batches_of_one(two_processes: list[dict[str, Any]]) -> None:
     one = batches()
-    torch.multiprocessing.spawn(process, (str(tmp_path), sys.path), nprocs=PROCESSES)
-    parts = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(PROCESSES)]
+    parts = [found["batches"] for found in two_processes]
     for name in ("skipped", "fingerprint"):
         assert parts[0][name] == parts[1][name] == one[name]
     assert one["skipped"] == [5, 3, 2]
@@ -72,3 +102,59 @@ def images_of(batches: list[dict[str, Any]]) -> dict[int, tuple[Any, int]]:
         for i, x, label in zip(batch["sample_ids"], batch["pixel_values"], batch["labels"].tolist(), strict=True)
         if i >= 0
     }
+
+
+# ---- a run that is killed ------------------------------------------------------------------------------------------------
+
+
+UNREADABLE = (0, 4, 9, 13)  # of the first task
+
+
+class Counts(TrainerCallback):
+    """What has been skipped when a run begins or goes on, and when it ends."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[dict[str, list[int]], int]] = []
+
+    def on_train_begin(self, trainer: ContinualTrainer) -> None:
+        self.found.append(
+            ({split: list(rows) for split, rows in trainer.stream.skipped.items()}, trainer.stream.count_skipped())
+        )
+
+    on_train_end = on_train_begin
+
+
+def skipping_trainer(folder: str, *callbacks: TrainerCallback) -> ContinualTrainer:
+    """24 training images in two tasks of three steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stream = ClassIncrementalStream(
+        birds(LABELS[:24], bad=UNREADABLE), birds([0, 1, 2, 3] * 2), [[0, 1], [2, 3]], Scaled(), on_bad_image="skip"
+    )
+    args = ContinualArguments(folder, epochs=1, batch_size=4, checkpoint_every=1, cache_queries=False)
+    return ContinualTrainer(small_model("l2p"), stream, args, callbacks=callbacks)
+
+
+def killed_twice(folder: str) -> tuple[list[int], list[tuple[dict[str, list[int]], int]]]:
+    """A run that is killed in the second task, whose images can all be read, resumed, killed again, and resumed.
+
+    Returns:
+        What this process has skipped at the first kill, and what `Counts` found.
+    """
+    counts, own = Counts(), []
+    for number, step in enumerate((4, 5)):
+        trainer = skipping_trainer(folder, counts, StopAt(step))
+        with pytest.raises(Stop):
+            trainer.train(resume=number > 0)
+        own.append(trainer.stream.skipped["train"])
+    skipping_trainer(folder, counts).train(resume=True)
+    return own[0], counts.found
+
+
+def test_a_resumed_run_counts_what_every_process_has_skipped(two_processes: list[dict[str, Any]]) -> None:
+    first, counts = zip(*(found["killed"] for found in two_processes), strict=True)
+    assert all(first), "each process met some"
+    assert sorted(first[0] + first[1]) == list(UNREADABLE)
+    everything = ({"train": list(UNREADABLE), "test": []}, len(UNREADABLE))
+    for start, *later in counts:
+        assert start == ({"train": [], "test": []}, 0)
+        assert later == [everything] * 3, "at the first resume, at the second, at the end"

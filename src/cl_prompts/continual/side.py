@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_prompts.classifiers import FeatureClassifier
 from cl_prompts.continual.evaluation import Evaluation
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.features import Recorded, record
+
+
+NO_SETTINGS = frozenset(vars(nn.Module()))
 
 
 class SideClassifiers:
@@ -24,11 +30,13 @@ class SideClassifiers:
 
     Attributes:
         matrices: accuracies of each.
+        told: kind and settings of each, as it was handed over.
     """
 
     def __init__(self, learner: Any, classifiers: Mapping[str, FeatureClassifier]) -> None:
         self.learner, self.classifiers = learner, dict(classifiers)
         self.matrices = {name: AccuracyMatrix() for name in self.classifiers}
+        self.told = {name: _told(classifier) for name, classifier in self.classifiers.items()}
         self._recorded: Recorded | None = None
         self._tasks: list[list[int]] = []  # head columns of each task they have seen
 
@@ -86,3 +94,27 @@ class SideClassifiers:
                 buffer.copy_(tensors[f"{name}.{key}"])
         if "recorded.ids" in tensors:
             self._recorded = Recorded(*(tensors[f"recorded.{field.name}"] for field in fields(Recorded)))
+
+
+def _told(classifier: FeatureClassifier) -> str:
+    """Of each part of a classifier its class, its plain attributes and the shapes of its tensors, as JSON."""
+    parts = [
+        {
+            "name": name,
+            "kind": [type(part).__module__, type(part).__qualname__],
+            "settings": {key: value for key, value in vars(part).items() if key not in NO_SETTINGS},
+            "shapes": {key: list(tensor.shape) for key, tensor in _own_tensors(part).items()},
+        }
+        for name, part in classifier.named_modules()
+    ]
+    return json.dumps(parts, sort_keys=True, skipkeys=True, default=_as_text)
+
+
+def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
+    return dict(part.named_parameters(recurse=False)) | dict(part.named_buffers(recurse=False))
+
+
+def _as_text(value: Any) -> str:
+    """What JSON does not know: its text where that is all of it, else only its kind."""
+    whole = isinstance(value, np.generic | torch.dtype | torch.device | PurePath)
+    return str(value) if whole else type(value).__qualname__

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
+FORMAT = 2  # of a checkpoint's values; another number is another version's
+
 # Settings that change nothing about the result.
 NOT_OF_THE_RUN = ("output_dir", "workers", "log_every", "checkpoint_every", "query_cache", "query_cache_bytes")
 
@@ -39,9 +41,32 @@ def identity(trainer: ContinualTrainer) -> dict[str, str]:
     return {
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "stream": trainer.stream.fingerprint(),
+        "transform": _transform(trainer.stream.transform),
         "learner": trainer.model.describe(),
         "processes": str(world_size()),
+        **{f"classifier {name!r}": told for name, told in trainer.side.told.items()},
     }
+
+
+def _transform(transform: Any) -> str:
+    """Class and settings of what makes tensors of images, if it tells them; no word of one that does not."""
+    settings = getattr(transform, "settings", None)
+    if not callable(settings):
+        return ""
+    kind = type(transform)
+    try:
+        return json.dumps([kind.__module__, kind.__qualname__, settings()], sort_keys=True)
+    except (TypeError, ValueError):  # cannot be written down
+        return ""
+
+
+def _skipped(trainer: ContinualTrainer) -> dict[str, list[int]]:
+    """Numbers of the images that any process could not read; all processes must call it."""
+    found = {}
+    for split, numbers in trainer.stream.skipped.items():
+        own = torch.tensor(numbers, dtype=torch.int64, device=trainer.accelerator.device)
+        found[split] = torch.cat(gather_over_processes(own)).unique().tolist()
+    return found
 
 
 def taken(trainer: ContinualTrainer) -> Saved:
@@ -49,11 +74,12 @@ def taken(trainer: ContinualTrainer) -> Saved:
     tensors, learner = trainer.model.training_state()
     tensors = prefixed("model.", tensors)
     values: dict[str, Any] = {
+        "format": FORMAT,
         "identity": identity(trainer),
         "learner": learner,
         "progress": asdict(trainer.progress),
         "matrix": trainer.matrix.to_dict(),
-        "skipped": trainer.stream.skipped,
+        "skipped": _skipped(trainer),
     }
     if trainer.optimizer is not None and (trainer.progress.begun or trainer.args.keep_optimizer):
         own, values["optimizer"] = optimizer_state(trainer.optimizer)
@@ -75,16 +101,23 @@ def checked(saved: Saved | None, trainer: ContinualTrainer) -> Saved | None:
     """A checkpoint, if it is of this run.
 
     Raises:
-        ValueError: it is of another one.
+        ValueError: it is of another one, or of another version of this library.
     """
-    if saved is not None:
-        own, other = identity(trainer), saved[1]["identity"]
-        differing = [name for name in own if own[name] != other.get(name)]
-        if differing:
-            raise ValueError(
-                f"the checkpoints in {trainer.folder} are of another run, whose {' and '.join(differing)} differ: resume "
-                "with the same settings, data and processes, or choose another folder"
-            )
+    if saved is None:
+        return None
+    values = saved[1]
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"the checkpoints in {trainer.folder} are of another version of cl_prompts (format {values.get('format', 1)}, "
+            f"this one has {FORMAT}), which cannot be resumed: remove them, or choose another folder"
+        )
+    own, other = identity(trainer), values["identity"]
+    differing = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+    if differing:
+        raise ValueError(
+            f"the checkpoints in {trainer.folder} are of another run, whose {' and '.join(differing)} differ: resume "
+            "with the same settings, data, classifiers and processes, or choose another folder"
+        )
     return saved
 
 

@@ -71,8 +71,9 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all checkpoints, and nothing else that lies there."""
+        for folder in [*self._folders(), *self.folder.glob(".*.saving")]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Newest first."""

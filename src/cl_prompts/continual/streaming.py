@@ -8,7 +8,7 @@ other batches, and processes of unequal length.) Each epoch of each task is anot
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -103,7 +103,7 @@ class IterableStream(Stream):
         queries: Tensor | None = None,
         workers: int = 0,
         rows: Sequence[int] | Rows | None = None,
-        memory_rows: Sequence[int] | Rows | None = None,
+        memory_rows: Sequence[int] | Rows | Callable[[], Rows] | None = None,
         memory_batch_size: int = 0,
         start: int = 0,
     ) -> Batches:
@@ -113,7 +113,7 @@ class IterableStream(Stream):
             ValueError: `queries`, `rows` or `memory_rows` are given, which need rows by number.
         """
         for given in (queries, rows, memory_rows):
-            if given is not None and len(given):
+            if given is not None and (callable(given) or len(given)):
                 len(NoRows("training"))
         source = self.train_sources[task.number]
         if self.buffer_size:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,14 +28,12 @@ from cl_prompts.continual.loading import (
     Rows,
     collate,
     new_loader,
-    own_share,
-    rank_and_processes,
     shares,
 )
+from cl_prompts.continual.rehearsed_batches import RehearsedBatches
 
 
 ON_BAD_IMAGE = ("stop", "skip")
-_MEMORY = 2  # keeps the draws of rehearsed images apart from others that begin with the same numbers
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Stream:
         queries: Tensor | None = None,
         workers: int = 0,
         rows: Sequence[int] | Rows | None = None,
-        memory_rows: Sequence[int] | Rows | None = None,
+        memory_rows: Sequence[int] | Rows | Callable[[], Rows] | None = None,
         memory_batch_size: int = 0,
         start: int = 0,
     ) -> Batches:
@@ -204,14 +203,16 @@ class Stream:
                 model.
             workers: loader processes.
             rows: row numbers to take instead of the task's.
-            memory_rows: row numbers of rehearsed images.
+            memory_rows: row numbers of rehearsed images, or what gives them before each step, when the memory fills while
+                the batches pass: this process then reads the images itself, whatever `workers` is.
             memory_batch_size: how many of them join each global batch, drawn anew for every step without repetition; all
                 where there are fewer. Each process gets its share of them behind its share of the batch.
             start: steps of the epoch to leave out; none of their images is read.
 
         Raises:
             ValueError: an argument is out of range, rows are of no class of the stream, or `queries` are given while images
-                are augmented anew in every epoch: they would be those of other images.
+                are augmented anew in every epoch: they would be those of other images. While the batches pass: an image
+                cannot be read or, under `on_bad_image="skip"`, none of the rows can.
         """
         if queries is not None and not self.repeats:
             raise ValueError(
@@ -222,16 +223,23 @@ class Stream:
         batches = list(shares(self._order(task, taken, seed, epoch, own=rows is None), batch_size))
         if not 0 <= start <= len(batches):
             raise ValueError(f"start={start}: the epoch has {len(batches)} steps")
-        if memory_batch_size and memory_rows is not None and len(memory_rows):
-            memory = self._checked(memory_rows)
-            count = min(memory_batch_size, len(memory))
-            for step in range(start, len(batches)):
-                random = np.random.default_rng([seed, task.number, epoch, step, _MEMORY])
-                drawn = random.choice(memory, count, replace=False).tolist()
-                batches[step] += own_share(drawn, *rank_and_processes(), lambda row: -1 - row)
+        rehearsed: Sequence[list[int]] | RehearsedBatches = batches[start:]
+        if memory_batch_size and memory_rows is not None:
+            if callable(memory_rows):
+                remembered, workers = memory_rows, 0  # loader processes would ask ahead of the steps
+            else:
+                remembered = partial(np.asarray, self._checked(memory_rows))
+            rehearsed = RehearsedBatches(batches, remembered, memory_batch_size, (seed, task.number, epoch), start)
         augmented_by = (seed, epoch) if self.augments else None
-        images = LabelledImages(self, train=True, queries=queries, augmented_by=augmented_by)
-        return self._batches(images, batches[start:], workers)
+        images = LabelledImages(
+            self,
+            train=True,
+            queries=queries,
+            augmented_by=augmented_by,
+            among=np.sort(taken),
+            owner=f"task {task.number}" + (f" ({task.name})" if task.name else ""),
+        )
+        return self._batches(images, rehearsed, workers)
 
     def steps_per_epoch(self, task: Task, batch_size: int, rows: Sequence[int] | Rows | None = None) -> int:
         """How many batches `train_batches` has from its start, of the same `task`, `batch_size` and `rows`."""
@@ -316,7 +324,7 @@ class Stream:
             raise ValueError(f"rows are of classes {strange}, which no task of this stream has")
         return numbers
 
-    def _batches(self, images: LabelledImages, batches: list[list[int]], workers: int) -> Batches:
+    def _batches(self, images: LabelledImages, batches: Sequence[list[int]] | RehearsedBatches, workers: int) -> Batches:
         loader = new_loader(images, workers, batch_sampler=batches, collate_fn=collate)
         return Batches(loader, self._noter(images.split))
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -26,10 +27,12 @@ from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
 from cl_prompts.continual.checkpoint import Checkpoints
 from cl_prompts.continual.evaluation import Evaluation, evaluate
 from cl_prompts.continual.host_memory import freed_memory_kept
+from cl_prompts.continual.loading import Rows
 from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
+from cl_prompts.continual.run_checks import check_run
 from cl_prompts.continual.side import SideClassifiers
 from cl_prompts.continual.snapshot import Saved, checked, put_back, put_back_optimizer, put_back_random_state, taken
 from cl_prompts.continual.streams import PADDING_LABEL, Stream, Task
@@ -72,7 +75,7 @@ class ContinualTrainer:
         self.model, self.stream, self.args = model, stream, args
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.log = JsonlTracker(self.folder) if self.folder else None
-        self.accelerator = accelerator or Accelerator(mixed_precision=args.mixed_precision)
+        self.accelerator = accelerator or Accelerator(mixed_precision=args.mixed_precision, project_dir=self.folder)
         self.accelerator.log_with = [*trackers, *([self.log] if self.log else [])]
         self.callbacks = list(callbacks)
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None
@@ -86,33 +89,13 @@ class ContinualTrainer:
         self.viewer = Viewer(model, stream, args, self.accelerator)
         self._started = time.perf_counter()
         self._window = (0, self._started)  # images since the last line of the log, and when it was written
-        self._check()
+        check_run(model, stream, args, self.side.classifiers)
 
     def _new_memory(self) -> RehearsalMemory | None:
         args = self.args
         if not args.rehearses:
             return None
         return RehearsalMemory(args.memory_size or None, args.memory_per_class or None, seed=args.seed)
-
-    def _check(self) -> None:
-        """Raise ValueError if settings, learner and stream do not fit each other."""
-        args, model, stream, kept = self.args, self.model, self.stream, self.memory is not None
-        if args.rehearses and not stream.random_access:
-            raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
-        if kept and model.rehearses == "never":
-            raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
-        if args.rehearses and getattr(model, "class_mask", None) == "task":
-            raise ValueError(
-                'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
-            )
-        if stream.task_free and self.side.classifiers:
-            raise ValueError("further classifiers look at each task's images, and this stream has no tasks: leave them out")
-        if stream.task_free and args.epochs != 1:
-            raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
-        if getattr(model, "needs_memory", False) and not kept:
-            raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
-        if stream.task_free and model.rehearses == "only":
-            raise ValueError(f"{type(model).__name__} trains on the memory after each task: use a stream with tasks")
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -126,12 +109,12 @@ class ContinualTrainer:
                 processes and precision.
 
         Raises:
-            ValueError: the checkpoint is of another run.
+            ValueError: the checkpoints in the results folder are of another run, or this trainer has trained already.
             FloatingPointError: the loss is no longer finite.
         """
-        saved = self._saved() if resume else None
-        if saved is None and self.checkpoints is not None and self.accelerator.is_main_process:
-            self.checkpoints.clear()
+        if self.measured and not resume:
+            raise ValueError("this trainer has trained already: make a new one, with a new model")
+        saved = self._saved(resume)
         if saved is not None:
             put_back(self, saved)
         if self.log is not None and self.accelerator.is_main_process:
@@ -148,7 +131,8 @@ class ContinualTrainer:
         if not self.measured:  # killed after its last checkpoint
             self.measured = [self._measure(task) for task in self.stream.tasks]
         self._call("on_train_end")
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # not end_training, which takes the processes apart: others may still need them
         return self.matrix
 
     def _learn(self, task: Task, saved: Saved | None) -> None:
@@ -272,7 +256,6 @@ class ContinualTrainer:
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
         """The rest of the current epoch's global batches, this process's share of each."""
         args, progress = self.args, self.progress
-        memory = self.memory.rows if self.memory is not None and self.model.rehearses == "beside" else None
         size = args.batch_size if args.memory_batch_size is None else args.memory_batch_size
         return iter(
             self.stream.train_batches(
@@ -283,11 +266,18 @@ class ContinualTrainer:
                 queries=self.viewer.training_queries(progress.epoch),
                 workers=args.workers,
                 rows=self._rows(),
-                memory_rows=memory,
-                memory_batch_size=size if memory is not None and len(memory) else 0,
+                memory_rows=self._remembered(),
+                memory_batch_size=size,
                 start=progress.step,
             )
         )
+
+    def _remembered(self) -> Rows | Callable[[], Rows] | None:
+        """Row numbers that join the batches: those of a task's start or, without tasks, those of the moment."""
+        memory = self.memory
+        if memory is None or self.model.rehearses != "beside":
+            return None
+        return (lambda: memory.rows) if self.stream.task_free else memory.rows
 
     def _step(self, wrapped: Any, optimizer: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """One optimizer step on a batch; the parts of its loss."""
@@ -318,6 +308,7 @@ class ContinualTrainer:
         if self.memory is not None and self.stream.task_free:
             ids = torch.cat(gather_over_processes(torch.tensor(batch["sample_ids"], device=self.accelerator.device)))
             rows = ids[ids >= 0].cpu().numpy()
+            rows = rows[~np.isin(rows, self.memory.rows)]  # not those that were rehearsed
             self.memory.observe(rows, self.stream.train_labels[rows])
 
     def _log(self, parts: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
@@ -382,10 +373,19 @@ class ContinualTrainer:
                 callback.on_save(self, folder)
         self.accelerator.wait_for_everyone()
 
-    def _saved(self) -> Saved | None:
+    def _saved(self, resume: bool) -> Saved | None:
+        """What to go on from; a run that starts over removes its earlier checkpoints."""
         if self.checkpoints is None:
-            raise ValueError("resume needs the results folder of the run: set output_dir")
-        return checked(self.checkpoints.latest(), self)
+            if resume:
+                raise ValueError("resume needs the results folder of the run: set output_dir")
+            return None
+        saved = checked(self.checkpoints.latest(), self)
+        if resume:
+            return saved
+        self.accelerator.wait_for_everyone()  # all have seen whose checkpoints they are
+        if self.accelerator.is_main_process:
+            self.checkpoints.clear()
+        return None
 
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -294,8 +294,8 @@ def test_bad_images_become_padding_and_are_counted(workers: int) -> None:
         assert batch["sample_ids"] == [PADDING_ID if row in bad else row for row in rows]
         assert batch["labels"].tolist() == [PADDING_LABEL if row in bad else LABELS[row] for row in rows]
         for place, row in enumerate(rows):
-            # What fills the place is a whole image with its own query.
-            shown = row if row not in bad else {6: 7, 10: 11, 23: 0}[row]
+            # What fills the place is a whole image of the task with its own query.
+            shown = row if row not in bad else {6: 7, 10: 11, 23: 2}[row]
             assert torch.equal(batch["pixel_values"][place], to_tensor(birds(LABELS)[shown]["image"]))
             assert batch["query"][place].item() == shown
     list(stream.test_batches(stream.tasks[0], 4))

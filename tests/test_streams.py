@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import build
+from stream_data import birds, to_tensor
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -22,6 +23,7 @@ from cl_prompts.continual import (
     split_classes,
     stream_features,
 )
+from cl_prompts.continual.loading import PADDING_ID
 from cl_prompts.continual.references import _fit
 from cl_prompts.head import GrowingHead
 
@@ -122,6 +124,26 @@ def test_bad_tasks(tasks: list[list[int]], why: str) -> None:
 def test_a_class_without_test_images() -> None:
     with pytest.raises(ValueError, match=r"task 0: classes \[9\] have no test images"):
         stream_of(test=[5, 2, 7])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_without_a_readable_image_is_named(workers: int) -> None:
+    """Not trained on padding. One readable image is enough, and it takes the places of the others."""
+    labels = [0, 1, 2, 3] * 3
+    for readable in ((), (7,)):
+        bad = tuple(row for row, label in enumerate(labels) if label > 1 and row not in readable)
+        stream = ClassIncrementalStream(
+            birds(labels, bad=bad), birds(labels), [[0, 1], [2, 3]], to_tensor, on_bad_image="skip"
+        )
+        first, second = (stream.train_batches(t, 4, seed=0, epoch=0, workers=workers) for t in stream.tasks)
+        assert sorted(i for batch in first for i in batch["sample_ids"]) == [0, 1, 4, 5, 8, 9]
+        if readable:
+            assert sorted(i for batch in second for i in batch["sample_ids"]) == [PADDING_ID] * 5 + [7]
+            whole = to_tensor(birds(labels)[7]["image"])
+            assert all(torch.equal(image, whole) for batch in second for image in batch["pixel_values"])
+        else:
+            with pytest.raises(ValueError, match="none of the 6 train images of task 1 can be read"):
+                list(second)
 
 
 def test_split_classes() -> None:

@@ -29,17 +29,26 @@ class LabelledImages(Dataset[dict[str, Any]]):
     """Rows of a stream as `pixel_values`, `labels`, `sample_ids` and, where known, `query`.
 
     A row is asked for by its number, or by -1 - number when it only fills a batch up. An image that cannot be read raises
-    ValueError or, under `on_bad_image="skip"`, gives its place to the next readable one as padding.
+    ValueError or, under `on_bad_image="skip"`, gives its place to the next readable one of `among` as padding.
 
     Args:
         stream: whose images.
         train: training or test images.
         queries: un-prompted features of all images [rows, D].
         augmented_by: (seed, epoch) of the augmentation; None: none.
+        among: rows that may take an unreadable one's place, ascending; None: all.
+        owner: whose they are, for the error when none of them can be read.
     """
 
     def __init__(
-        self, stream: Stream, *, train: bool, queries: Tensor | None = None, augmented_by: tuple[int, int] | None = None
+        self,
+        stream: Stream,
+        *,
+        train: bool,
+        queries: Tensor | None = None,
+        augmented_by: tuple[int, int] | None = None,
+        among: Rows | None = None,
+        owner: str = "",
     ) -> None:
         self.stream = stream
         self.split = "train" if train else "test"
@@ -47,6 +56,8 @@ class LabelledImages(Dataset[dict[str, Any]]):
         self.labels = stream.train_labels if train else stream.test_labels
         self.queries = queries
         self.augmented_by = augmented_by
+        self.among = np.arange(len(self.labels)) if among is None else among
+        self.owner = owner
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,14 +79,21 @@ class LabelledImages(Dataset[dict[str, Any]]):
 
     def _readable(self, row: int) -> tuple[int, Any]:
         """A row and its image or, where bad images are skipped, the next row that has one."""
-        for candidate in (*range(row, len(self)), *range(row)):
+        for candidate in self._candidates(row):
             try:
                 return candidate, read_image(partial(self._cell, candidate))
             except UnreadableImage as error:
                 if self.stream.on_bad_image == "stop":
                     file = file_of(self.rows, candidate, self.stream.image_column)
                     raise bad_image(f"{self.split} row {candidate}{file}", error) from error
-        raise ValueError(f"none of the {len(self)} {self.split} images can be read")
+        owner = f" of {self.owner}" if self.owner else ""
+        raise ValueError(f"none of the {len(self.among)} {self.split} images{owner} can be read: repair some")
+
+    def _candidates(self, row: int) -> Iterator[int]:
+        yield row
+        behind = int(np.searchsorted(self.among, row, side="right"))
+        for part in (self.among[behind:], self.among[:behind]):
+            yield from map(int, part)
 
     def _cell(self, row: int) -> Any:
         return self.rows[row][self.stream.image_column]

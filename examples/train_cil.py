@@ -8,7 +8,7 @@
 
 Every task brings new classes, domains or data sets; old images are gone; at test nobody says which task an image is from.
 The results folder holds settings, log, checkpoints, the accuracy matrix, a page with table and plots, and the adapter.
-Three references on the same frozen features stand in the table: prompts that do not beat them are not worth their training.
+References on features of the untrained backbone stand in the table: what does not beat them is not worth its training.
 """
 
 import json
@@ -110,9 +110,13 @@ def side_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifi
     return found
 
 
-def references(trainer: ContinualTrainer, stream: Stream, args: Arguments) -> dict[str, AccuracyMatrix]:
+def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Un-prompted features of all training and all test images by row number, each [rows, D]; asked of all processes."""
+    return trainer.frozen_features(train=True).cpu(), trainer.frozen_features(train=False).cpu()
+
+
+def references(train: torch.Tensor, test: torch.Tensor, stream: Stream, args: Arguments) -> dict[str, AccuracyMatrix]:
     """Learners without prompts on the frozen features of the same images, with the head's own learning rate."""
-    train, test = (trainer.frozen_features(train=split).cpu() for split in (True, False))
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
@@ -177,6 +181,9 @@ def main() -> None:
     accelerator.wait_for_everyone()  # all have looked at the folder before it is written to
     if accelerator.is_main_process:
         begin(run, folder, resume=args.resume)
+    untrained = None
+    if stream.random_access and not trainer.viewer.base_is_frozen:
+        untrained = features_of(trainer)  # now: afterwards they are those of a base that has learnt
     before = time.perf_counter() - started
     matrix = trainer.train(resume=args.resume)
     trained = time.perf_counter()
@@ -184,7 +191,7 @@ def main() -> None:
     matrices = {args.method: matrix}
     matrices |= {f"{args.method} + {name}": found for name, found in trainer.side.matrices.items()}
     if stream.random_access:
-        matrices |= references(trainer, stream, args)
+        matrices |= references(*(untrained or features_of(trainer)), stream, args)
     skipped = own_stream.count_skipped()
     if not accelerator.is_main_process:
         return

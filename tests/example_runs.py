@@ -62,6 +62,6 @@ def matrices(output: Path) -> dict[str, Any]:
     return found
 
 
-def tensors(output: Path) -> dict[str, Tensor]:
-    """The saved adapter."""
-    return load_file(output / "adapter" / "adapter_model.safetensors")
+def tensors(output: Path, name: str = "adapter_model.safetensors") -> dict[str, Tensor]:
+    """The saved adapter, or the comparison learner."""
+    return load_file(output / "adapter" / name)

@@ -1,5 +1,6 @@
 """The example: where images come from, and how settings are read."""
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import train_cil
 import yaml
 from arguments import Arguments, known_recipes, pairs, read_arguments
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from example_runs import TINY, few_digits, finished, matrices, tensors
 from images import digits, load_image_data, split_by_class
 from PIL import Image as PILImage
 from transformers import AutoImageProcessor
@@ -19,6 +22,7 @@ from cl_prompts.continual import ContinualArguments
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+REFERENCES = ("sequential linear probe", "nearest class mean", "discriminant analysis", "joint linear probe")
 
 
 def pictures(count: int) -> list[PILImage.Image]:
@@ -173,3 +177,48 @@ def test_a_recipe_may_set_arguments_only(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("epoch: 3")
     with pytest.raises(SystemExit, match=r"sets \['epoch'\]"):
         read_arguments(["--recipe", str(tmp_path / "bad.yaml")])
+
+
+def references_of(output: Path) -> dict[str, Any]:
+    found = matrices(output)
+    return {name: found[name] for name in REFERENCES}
+
+
+def test_references_of_a_trained_backbone_are_those_of_the_frozen_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also in a run that goes on: its checkpoint has a backbone that has learnt."""
+    (tmp_path / "data").mkdir()
+    data = few_digits(tmp_path / "data")
+
+    def run(method: str, *line: str) -> Path:
+        output = tmp_path / method
+        words = ["--dataset", str(data), *TINY, "--method", method, "--lr", "1e-3", "--output", str(output), *line]
+        monkeypatch.setattr(sys, "argv", ["train_cil.py", *words])
+        train_cil.main()
+        return output
+
+    frozen, trained = references_of(run("frozen")), run("finetune")
+    assert references_of(trained) == frozen
+    learnt = tensors(trained, "learner.safetensors")
+    (trained / "results.json").unlink()  # as if it had been killed at its end
+    run("finetune", "--resume")
+    assert references_of(trained) == frozen
+    again = tensors(trained, "learner.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in learnt.items())
+    given = train_cil.load_backbone(str(EXAMPLES / "micro_vit"), "sdpa").state_dict()
+    assert any(not torch.equal(again[f"parameters.features.base.{name}"], tensor) for name, tensor in given.items())
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_references_of_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = few_digits(tmp_path / "data")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    line = ["--method", "finetune", "--lr", "1e-3"]
+    finished(data, tmp_path / "one", "--method", "frozen", "--lr", "1e-3")
+    finished(data, tmp_path / "two", *line, launcher=torchrun)
+    one, two = references_of(tmp_path / "one"), references_of(tmp_path / "two")
+    for name, matrix in one.items():
+        for ours, theirs in zip(matrix["columns"], two[name]["columns"], strict=True):
+            assert theirs == pytest.approx(ours, abs=100 / 8 + 1e-9), name  # one image

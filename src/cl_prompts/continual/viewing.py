@@ -72,7 +72,11 @@ class Viewer:
         return not any(p.requires_grad for p in self.model.get_base_model().parameters())
 
     def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all images of the stream's tasks by row number [rows, D]; with a frozen base kept."""
+        """Un-prompted features of all images of the stream's tasks by row number [rows, D].
+
+        `train` means the training images, else the test images. With a frozen base they are computed once and kept; those
+        of a base that is trained are of the base as it is now, computed at every call.
+        """
         return self._shown(Showing(train))
 
     def _shown(self, showing: Showing) -> Tensor:

@@ -250,6 +250,28 @@ def test_class_means_follow_the_features() -> None:
         assert_close(pool.class_means[1], means[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config", [HiDePromptConfig, NoRGaConfig])
+def test_what_parts_of_a_batch_change(config: type[HiDePromptConfig]) -> None:
+    """As docs/methods/hide.md says: means move once a part; a part's term has its own images, weighed by their number."""
+    whole = learn(new_model(config, contrastive_weight=1.0, temperature=20.0), range(1))
+    images, labels, old = images_of(1), labels_of(1), list(whole.adapter.pool.class_means.clone())
+    whole.begin_task(TASKS[1])
+    cut = copy.deepcopy(whole.train())
+    together = whole(images, labels=labels)
+    assert_close(together.losses["contrastive"], by_hand([*old, *together.features], 20.0), atol=1e-5, rtol=1e-5)
+    means: dict[int, Tensor] = {}
+    for part in (slice(4), slice(4, 6)):
+        output = cut(images[part], labels=labels[part], num_items_in_batch=6)
+        assert_close(output.features, together.features[part], atol=1e-5, rtol=1e-5)
+        term = by_hand([*old, *output.features], 20.0) * len(output.features) / 6
+        assert_close(output.losses["contrastive"], term, atol=1e-5, rtol=1e-5)
+        for c in TASKS[1]:
+            own = output.features.detach()[labels[part] == c].mean(0)
+            means[c] = 0.9 * means[c] + 0.1 * own if c in means else own
+    assert_close(cut.adapter.pool.class_means[2:], torch.stack([means[c] for c in TASKS[1]]), atol=1e-5, rtol=1e-5)
+    assert (cut.adapter.pool.class_means - whole.adapter.pool.class_means).abs().max() > 1e-2
+
+
 def test_class_means_are_exact_under_autocast() -> None:
     model = new_model()
     model.begin_task(TASKS[0])

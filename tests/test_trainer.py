@@ -1,6 +1,6 @@
 """One task with transformers.Trainer: what it hands over, what it keeps, and that accumulating changes nothing.
 
-Also which settings `ContinualArguments` refuses.
+Also `accumulation` of every method in our own trainer, and which settings `ContinualArguments` refuses.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,9 @@ import pytest
 import torch
 from datasets import Dataset
 from families import build
+from methods import METHODS
 from peft import get_peft_model
+from small_runs import small_model, small_trainer, tensors
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
@@ -96,6 +98,23 @@ def test_accumulation_changes_nothing(method: str, tmp_path: Path) -> None:
     assert_close(logs[1], logs[0], atol=1e-4, rtol=0)
     moved = {n for n, t in start.items() if (states[0][n] - t).abs().max() > 1e-3}
     assert {"head.weight", "pool.prompts"} < {n.partition(".default.")[2] for n in moved}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_of_a_batch_make_the_step_of_the_whole(method: str) -> None:
+    """Batches of 8 and 2 images in 3 parts. SGD, for Adam would hide a wrong scale.
+
+    HiDe-Prompt and NoRGa (docs/methods/hide.md): without the term that compares images and but for the class means.
+    """
+    comparing = "class_means" in small_model(method).adapter.pool.state_dict()
+    config = {"contrastive_weight": 0.0} if comparing else {}
+    settings = {"tasks": 2, "epochs": 1, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "checkpoint_every": 0}
+    runs = []
+    for parts in (1, 3):
+        run = small_trainer(method, accumulation=parts, config=config, **settings)
+        run.train()
+        runs.append({name: tensor for name, tensor in tensors(run).items() if not name.endswith("pool.class_means")})
+    assert_close(runs[1], runs[0], atol=5e-5, rtol=1e-5)
 
 
 @methods

@@ -21,7 +21,10 @@ class ContinualArguments:
         output_dir: results folder; None: nothing is written and nothing can be resumed.
         epochs: epochs of a task; a stream without tasks is passed over once.
         batch_size: images of an optimizer step, over all processes.
-        accumulation: parts that a batch is cut into, one forward and backward each: less memory, the same step.
+        accumulation: parts that a batch is cut into, one forward and backward each: less memory, the same step, but for
+            what compares or counts the images of a batch and then sees those of a part: `class_mask="batch"`,
+            `entropy_weight`, `batchwise_selection`, `key_loss="coupled"`, and HiDe-Prompt's and NoRGa's contrastive term
+            and class means, which move once for each part (docs/methods/hide.md).
         optimizer: "adam", "adamw" or "sgd".
         lr: learning rate.
         lrs: other rates by parameter group ("prompts", "keys", "routers", "head", "base").

@@ -11,6 +11,9 @@ The class means. Published: features of all training images with the finished pr
 pool has no images, so here (ours) each class keeps a running mean of the features that training shows: per batch with
 images of the class, 0.9 * mean + 0.1 * theirs. A caller who makes that pass writes its means into `class_means`.
 
+A pool is not told when the optimizer steps. Of a batch that is cut into parts (gradient accumulation) each part is a batch
+here: it moves the means of its classes once, and the M of its contrastive term has its own f only.
+
 The task. Published: a classifier of its own on un-prompted features. Here (ours) the class whose un-prompted features fit
 best (`pools.prototypes`); `task_inference` takes another way.
 """

@@ -142,10 +142,11 @@ def with_ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("other", OTHER_CLASSIFIERS)
-def test_other_classifiers_beside_the_learner_are_refused(other: str, with_ridge: Path) -> None:
+def test_other_classifiers_beside_the_learner_are_refused(other: str, with_ridge: Path, tmp_path: Path) -> None:
     classifiers, what = OTHER_CLASSIFIERS[other]
+    folder = shutil.copytree(with_ridge, tmp_path / "run")
     with pytest.raises(ValueError, match=f"another run, whose {what} differ"):
-        small_trainer("l2p", with_ridge, classifiers=classifiers).train(resume=True)
+        small_trainer("l2p", folder, classifiers=classifiers).train(resume=True)
 
 
 def test_what_a_classifier_has_in_its_parts_is_told() -> None:

@@ -6,26 +6,30 @@
 The YAML (of examples/recipes, or a file) has `settings`, arguments of all runs, and `rows`: the name of a row in the table,
 and its arguments, like `L2P: {recipe: l2p_cifar100_mini, clip: 1.0}`. Arguments that this script does not know go to every
 run and have the last word. Each run is a process and a folder of its own: one that fails is named below the table
-and loses no other; called again, complete runs are read and killed ones go on.
+and loses no other; called again, complete runs are read and killed ones go on. Rows with another number of tasks than most
+stand in tables of their own.
 """
 
 import argparse
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import HERE, RECIPES, Arguments, read_arguments
-from run_folder import described, differences, is_complete, read_results
+from arguments import HERE, PAIRS, RECIPES, Arguments, read_arguments
+from run_folder import RESULTS, described, differences, is_complete, read_results
 
 from cl_prompts.plots import draw_curves
 from cl_prompts.report import LEGEND, Result, comparison_table, machine
@@ -43,7 +47,7 @@ class Run:
         row: its name in the table.
         words: of train_cil's command line.
         arguments: the same, read.
-        error: why it failed; "" if it did not.
+        error: why it failed or cannot be read; "" if neither.
     """
 
     row: str
@@ -71,16 +75,31 @@ def read_rows(name: str) -> dict[str, dict[str, Any]]:
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or set(content) - {"rows", "settings"}:
         sys.exit(f"{path} must have `rows`, a mapping of names to arguments, and may have `settings`; nothing else")
-    return {row: {**(content.get("settings") or {}), **(own or {})} for row, own in content["rows"].items()}
+    settings = content.get("settings") or {}
+    for row, own in [("settings", settings), *content["rows"].items()]:
+        if not isinstance(row, str):
+            sys.exit(f"{path}: {row!r} is no text and names no row: put it in quotes")
+        if not isinstance(own or {}, dict):
+            sys.exit(f"{path}: {row!r} must have a mapping of arguments, not {own!r}")
+    if not content["rows"]:
+        sys.exit(f"{path} has no rows")
+    return {row: {**settings, **(own or {})} for row, own in content["rows"].items()}
 
 
 def as_line(settings: Mapping[str, Any]) -> list[str]:
-    """{"lr": 0.1, "config": {"top_k": 2}} -> ["--lr", "0.1", "--config", "top_k=2"]."""
+    """{"lr": 0.1, "config": {"top_k": 2}} -> ["--lr", "0.1", "--config", "top_k=2"]; what is empty has no words."""
     words = []
     for name, value in settings.items():
-        entries = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
-        words += [f"--{name}", *(str(entry) for entry in (entries if isinstance(entries, list) else [entries]))]
+        entries = [f"{k}={as_word(v)}" for k, v in value.items()] if isinstance(value, dict) else value
+        if entries is not None and entries != []:
+            words += [f"--{name}", *(str(entry) for entry in (entries if isinstance(entries, list) else [entries]))]
     return words
+
+
+def as_word(value: Any) -> str:
+    """None -> "null", which is read as None again; all else as Python writes it, if that reads as the same value."""
+    word = str(value)
+    return word if isinstance(value, str) or yaml.safe_load(word) == value else json.dumps(value)
 
 
 def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, further: list[str]) -> list[Run]:
@@ -90,12 +109,37 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
         for row, settings in rows.items():
             folder = output / f"{re.sub(r'[^A-Za-z0-9]+', '-', row).strip('-').lower()}-seed{seed}"
             words = [*as_line(settings), *further, "--seed", str(seed), "--output", str(folder)]
-            runs.append(Run(row, words, read_arguments(words)))
+            arguments = arguments_of(row, words)
+            given = {name: value for name, value in settings.items() if f"--{name}" not in further}
+            refuse_empty(row, given, arguments)
+            runs.append(Run(row, words, arguments))
     folders = [run.folder for run in runs]
     twice = sorted({run.row for run in runs if folders.count(run.folder) > 1})
     if twice:
         sys.exit(f"rows {twice} or their seeds would share a results folder: give them names that differ in letters")
+    taken = {f"{run.row} + {classifier}" for run in runs for classifier in run.arguments.also} & set(rows)
+    if taken:
+        sys.exit(f"rows {sorted(taken)} are named like another row with a classifier of its `also`: give them other names")
     return runs
+
+
+def arguments_of(row: str, words: list[str]) -> Arguments:
+    """What the words of a row's command line say. Exits, with the row's name, on words that say nothing."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return read_arguments(words)
+    except SystemExit as stop:
+        message = stop.code if isinstance(stop.code, str) else said.getvalue().rpartition("error: ")[2].strip()
+        sys.exit(f"row {row!r}: {message}")
+
+
+def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Arguments) -> None:
+    """Exit if something without a value would silently have one, that of its default or of the recipe."""
+    for name, value in settings.items():
+        stays_empty = name in PAIRS or getattr(arguments, name, name) in (None, [])
+        if (value in (None, [], {}) and not stays_empty) or (isinstance(value, list) and None in value):
+            sys.exit(f"row {row!r}: {name} has no value in {value!r}: give it one, or leave it out for the recipe's")
 
 
 def execute(run: Run, launcher: list[str], threads: int) -> None:
@@ -113,38 +157,69 @@ def execute(run: Run, launcher: list[str], threads: int) -> None:
         print(f"{run.folder.name} failed: {run.error}", flush=True)
 
 
-def collect(runs: list[Run]) -> list[Result]:
-    """What complete runs reached; references, which stand in many runs, are those of the first row that has them."""
-    results = []
-    owner: dict[str, str] = {}
-    rank: dict[str, int] = {}
-    order = list(dict.fromkeys(run.row for run in runs))
-    for run in runs:
-        if not run.done:
-            continue
+def read_run(run: Run) -> dict[str, Result]:
+    """What a complete run reached, by the names that results.json has; nothing, and an error, if that is damaged."""
+    try:
         content, matrices = read_results(run.folder)
-        method, seed = run.arguments.method, run.arguments.seed
-        for name, matrix in matrices.items():
-            own = name == method or name.startswith(f"{method} + ")
-            learner = run.row + name.removeprefix(method) if own else name
-            rank.setdefault(learner, order.index(run.row) if own else len(order))
-            if owner.setdefault(learner, run.row) == run.row:
-                seconds = content["arguments"]["seconds"] if name == method else None
-                results.append(Result(learner, matrix, seed, content["trainable"].get(name), seconds))
-    return sorted(results, key=lambda result: rank[result.learner])
+        seconds, trainable = float(content["arguments"]["seconds"]), dict(content["trainable"])
+        for matrix in (matrices[run.arguments.method], *matrices.values()):
+            matrix.summary()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        run.error = (
+            f"{run.folder / RESULTS} is damaged ({type(error).__name__}: {error}): remove it and call this again, "
+            "the run then goes on from its last checkpoint"
+        )
+        return {}
+    method, seed = run.arguments.method, run.arguments.seed
+    return {
+        name: Result(name, matrix, seed, trainable.get(name), seconds if name == method else None)
+        for name, matrix in matrices.items()
+    }
+
+
+def collect(runs: list[Run]) -> tuple[list[Result], list[Result]]:
+    """What complete runs reached: the table's results, and those with another number of tasks, which cannot stand in it.
+
+    The table has the number of tasks that most rows have, and at its end the references. They stand in many runs: each is
+    taken from the row that has it with most seeds.
+    """
+    order = list(dict.fromkeys(run.row for run in runs))
+    own: list[Result] = []
+    tasks_of: dict[str, int] = {}
+    references: dict[str, dict[str, list[Result]]] = {}
+    for run in sorted(runs, key=lambda run: order.index(run.row)):
+        method = run.arguments.method
+        for name, result in read_run(run).items() if run.done else ():
+            if name == method or name.startswith(f"{method} + "):
+                own.append(replace(result, learner=run.row + name.removeprefix(method)))
+                tasks_of.setdefault(run.row, len(result.matrix.columns))
+            else:
+                references.setdefault(name, {}).setdefault(run.row, []).append(result)
+    if not own:
+        return [], []
+    tasks = Counter(tasks_of.values()).most_common(1)[0][0]
+    learners = {result.learner for result in own}
+    shared: list[Result] = []
+    for name in [name for name in references if name not in learners]:
+        fitting = [[r for r in found if len(r.matrix.columns) == tasks] for found in references[name].values()]
+        shared += sorted(fitting, key=len, reverse=True)[0]
+    others = [result for result in own if len(result.matrix.columns) != tasks]
+    return [result for result in own if len(result.matrix.columns) == tasks] + shared, others
 
 
 def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None = None) -> None:
     """Write the table, the picture (of the learners in `drawn`; None: of all), and every run's numbers."""
-    results = collect(runs)
+    results, others = collect(runs)
     by_learner: dict[str, list[Result]] = {}
     for result in results:
         by_learner.setdefault(result.learner, []).append(result)
-    numbers = {name: {str(r.seed): r.matrix.to_dict() for r in found} for name, found in by_learner.items()}
+    numbers: dict[str, dict[str, Any]] = {}
+    for result in [*results, *others]:
+        numbers.setdefault(result.learner, {})[str(result.seed)] = result.matrix.to_dict()
     write_whole(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
     failed = [f"- {run.row}, seed {run.arguments.seed}: {run.error}" for run in runs if run.error]
     missing = [f"- {run.row}, seed {run.arguments.seed}" for run in runs if not run.done and not run.error]
-    seconds = sum(result.seconds or 0 for result in results)
+    seconds = sum(result.seconds or 0 for result in [*results, *others])
     commands = {
         run.row: shlex.join(["accelerate", "launch", "examples/train_cil.py", *run.words]) for run in reversed(runs)
     }
@@ -152,6 +227,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {machine()}. {seconds:,.0f} seconds for all runs.",
         LEGEND,
         comparison_table(results) if results else "No run is complete.",
+        *other_tables(others),
         "Failed:\n\n" + "\n".join(failed) if failed else "",
         "Not complete yet:\n\n" + "\n".join(missing) if missing else "",
     ]
@@ -162,6 +238,17 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
     sections.append(f"## Repeat it\n\n```sh\n{command}\n```\n\nA run of each row:")
     sections.append("```sh\n" + "\n".join(list(commands.values())[::-1]) + "\n```")
     write_whole(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+
+
+def other_tables(others: list[Result]) -> list[str]:
+    """A table for each number of tasks that the large one does not have."""
+    groups: dict[int, list[Result]] = {}
+    for result in others:
+        groups.setdefault(len(result.matrix.columns), []).append(result)
+    return [
+        f"With {number} task{'s' * (number > 1)}, so not in the table above:\n\n{comparison_table(found)}"
+        for number, found in sorted(groups.items())
+    ]
 
 
 def main() -> None:
@@ -192,7 +279,7 @@ def main() -> None:
         for _ in pool.map(complete, runs):
             write(runs, output, command, options.draw)  # as far as it is
     print((output / PAGE).read_text())
-    learners = list(dict.fromkeys(result.learner for result in collect(runs)))
+    learners = list(dict.fromkeys(result.learner for result in collect(runs)[0]))
     unknown = [name for name in options.draw or () if name not in learners]
     if unknown:
         sys.exit(f"--draw {unknown} are none of {learners}")

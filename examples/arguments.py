@@ -78,7 +78,7 @@ class Arguments:
 
     epochs: int = setting(5, "epochs per task")
     batch_size: int = setting(64, "images of an optimizer step, over all processes")
-    accumulation: int = setting(1, "parts that a batch is cut into: less memory, the same step")
+    accumulation: int = setting(1, "parts that a batch is cut into: less memory, for most methods the same step")
     optimizer: str = setting("adam", "adam, adamw or sgd, anew for every task")
     optimizer_options: list[str] = field(
         default_factory=list, metadata={"help": "further options of torch's optimizer: weight_decay=0.01"}

@@ -193,6 +193,7 @@ def main() -> None:
     if stream.random_access:
         matrices |= references(*(untrained or features_of(trainer)), stream, args)
     skipped = own_stream.count_skipped()
+    accelerator.state.destroy_process_group()  # what follows is for one
     if not accelerator.is_main_process:
         return
     seconds = before + trainer.progress.seconds + time.perf_counter() - trained

@@ -75,7 +75,8 @@ class Stream:
     Attributes:
         task_free: whether the learner is told nothing of tasks.
         random_access: whether images can be had by row number.
-        skipped: numbers of the images that this process could not read, ascending, under "train" and "test".
+        skipped: numbers of the images that this process could not read (after a resume: any process), ascending, under
+            "train" and "test".
 
     Raises:
         ValueError: a task is empty, or labels are not what they should be.

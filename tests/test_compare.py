@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_file(folder: Path, rows: Mapping[Any, Any], **settings: Any) -> str:
     path = folder / "rows.yaml"
-    path.write_text(yaml.safe_dump({"settings": settings, "rows": dict(rows)}))
+    path.write_text(yaml.safe_dump({"settings": settings, "rows": dict(rows)}, sort_keys=False))
     return str(path)
 
 

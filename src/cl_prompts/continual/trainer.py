@@ -209,7 +209,10 @@ class ContinualTrainer:
         return self.stream.steps_per_epoch(task, self.args.batch_size, self._rows())
 
     def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all training (`train`) or test images by row number [rows, D], computed once."""
+        """Un-prompted features of all training (`train`) or test images by row number [rows, D].
+
+        Where the base is frozen they are computed once.
+        """
         return self.viewer.frozen_features(train=train)
 
     def _train(self, task: Task, before: dict[str, Any], saved: Saved | None) -> None:

@@ -59,21 +59,10 @@ def test_callbacks_come_in_order(tmp_path: Path) -> None:
         setattr(Diary, event, lambda self, trainer, *_, event=event: self.events.append(event.removeprefix("on_")))
     diary = Diary()
     small_trainer("l2p", tmp_path, tasks=2, epochs=1, callbacks=[diary], log_every=2, checkpoint_every=3).train()
-    a_task = [
-        "task_begin",
-        "epoch_begin",
-        "step_end",
-        "step_end",
-        "log",
-        "step_end",
-        "save",
-        "save",
-        "evaluate",
-        "task_end",
-        "save",
-    ]
-    the_next = ["task_begin", "epoch_begin", "step_end", "log", "step_end", "step_end", "log", "save", "save"]
-    assert diary.events == ["train_begin", *a_task, *the_next, "evaluate", "task_end", "save", "train_end"]
+    step, end = ["step_begin", "step_end"], ["epoch_end", "save", "evaluate", "task_end", "save"]
+    one = ["task_begin", "epoch_begin", *step, *step, "log", *step, "save", *end]
+    two = ["task_begin", "epoch_begin", *step, "log", *step, *step, "log", "save", *end]
+    assert diary.events == ["train_begin", *one, *two, "train_end"]
 
 
 def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:

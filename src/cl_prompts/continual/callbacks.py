@@ -35,8 +35,14 @@ class TrainerCallback:
     def on_epoch_begin(self, trainer: ContinualTrainer, task: Task, epoch: int) -> None:
         """Before an epoch, or where a resumed run goes on in it."""
 
+    def on_step_begin(self, trainer: ContinualTrainer, task: Task) -> None:
+        """Before an optimizer step, its batch at hand."""
+
     def on_step_end(self, trainer: ContinualTrainer, task: Task) -> None:
         """After an optimizer step; `trainer.progress` says which."""
+
+    def on_epoch_end(self, trainer: ContinualTrainer, task: Task, epoch: int) -> None:
+        """After an epoch's last step."""
 
     def on_log(self, trainer: ContinualTrainer, logs: dict[str, float]) -> None:
         """Every `log_every` steps, with loss, its parts, learning rate and images per second."""

@@ -235,6 +235,7 @@ class ContinualTrainer:
         while progress.epoch < args.epochs:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
+                self._call("on_step_begin", task)
                 step = progress.epoch * per_epoch + progress.step
                 set_rates(optimizer, rate_factor(args.schedule, step, steps, args.warmup, progress.epoch, args.epochs))
                 parts = self._step(wrapped, prepared, batch)
@@ -246,6 +247,7 @@ class ContinualTrainer:
                     self._log(parts, optimizer, task)
                 if args.checkpoint_every and progress.global_step % args.checkpoint_every == 0:
                     self._save()
+            self._call("on_epoch_end", task, progress.epoch)
             progress.epoch, progress.step = progress.epoch + 1, 0
         model.check_labels()
         if args.checkpoint_every:

@@ -46,6 +46,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def any_precision() -> Iterator[None]:
+    """A process is made for one precision: a test that asked for another gives it back to the tests after it."""
+    yield
+    if "accelerate.state" in sys.modules:  # which must not be imported before the Hub runs
+        from accelerate.state import AcceleratorState
+
+        if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def running_hub(pytestconfig: pytest.Config) -> Hub:
     """The Hub as it stands: for fixtures of a whole module, which call `empty()` themselves."""

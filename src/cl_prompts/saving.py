@@ -48,7 +48,7 @@ def read_whole(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
         before = _identity(folder)
         try:
             return read()
-        except (ValueError, OSError):
+        except (ValueError, OSError, RuntimeError):  # the last is what torch raises when it maps a file that is gone
             if _identity(folder) == before:
                 raise
     return read()

@@ -1,7 +1,5 @@
 """Classifiers made from features over two gloo processes, and beside a learner in the trainer, killed and resumed."""
 
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from closed_form_models import in_batches, new_model, task_images
+from meeting import become, free_port
 from small_runs import Stop, StopAt, small_model, small_stream, small_trainer, tensors
 from torch import Tensor
 from torch.testing import assert_close
@@ -62,11 +61,7 @@ def records() -> dict[str, Tensor]:
 
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    become(rank, port)
     found: dict[str, Any] = {run: result(run) for run in RUNS}
     found["records"] = records()
     try:
@@ -80,10 +75,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(one_of_two, (port, str(folder)), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(one_of_two, (free_port(), str(folder)), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

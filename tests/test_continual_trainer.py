@@ -1,14 +1,13 @@
 """ContinualTrainer on tiny models: what it trains, what it tells, what it refuses, and that two processes equal one."""
 
 import gc
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build
+from meeting import become, free_port
 from query_images import shared_by_two, viewer_of
 from small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
@@ -251,11 +250,7 @@ def results(run: str, folder: Path) -> dict[str, Any]:
 
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    become(rank, port)
     found = {}
     for number, run in enumerate(RUNS):
         if number:
@@ -270,10 +265,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(one_of_two, (port, str(folder)), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(one_of_two, (free_port(), str(folder)), nprocs=2, start_method="spawn")
     two = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return {run: results(run, folder / "one" / run) for run in RUNS}, two
 

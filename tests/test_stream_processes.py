@@ -1,8 +1,6 @@
 """Two gloo processes see the batches of one, and count what they could not read together, also after a resume."""
 
-import os
 import pickle
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from meeting import become, free_port
 from query_images import Scaled
 from small_runs import Stop, StopAt, small_model
 from stream_data import birds, to_tensor
@@ -55,11 +54,7 @@ def batches() -> dict[str, list[dict[str, Any]]]:
 
 def process(rank: int, port: int, folder: str, path: list[str]) -> None:
     sys.path[:] = path
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    become(rank, port)
     torch.distributed.init_process_group("gloo")
     found = {"batches": batches(), "killed": killed_twice(folder)}
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))
@@ -71,10 +66,7 @@ def process(rank: int, port: int, folder: str, path: list[str]) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of them found."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(folder), sys.path), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(process, (free_port(), str(folder), sys.path), nprocs=PROCESSES)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(PROCESSES)]
 
 

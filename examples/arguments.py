@@ -1,5 +1,6 @@
 """The settings of a run: a flag for each, recipes that set some of them, the command line with the last word."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -192,9 +193,15 @@ def known_recipes() -> list[str]:
 def as_words(name: str, value: Any) -> Any:
     """A recipe's value as the command line would give it: lists where flags take several words."""
     if name in PAIRS and isinstance(value, dict):
-        return [f"{key}={entry}" for key, entry in value.items()]
+        return [f"{key}={as_word(entry)}" for key, entry in value.items()]
     several = isinstance(getattr(Arguments(), name), list)
     return [value] if several and not isinstance(value, list) else value
+
+
+def as_word(value: Any) -> str:
+    """None -> "null", which is read as None again; all else as Python writes it, if that reads as the same value."""
+    word = str(value)
+    return word if isinstance(value, str) or yaml.safe_load(word) == value else json.dumps(value)
 
 
 def merged(items: Sequence[str], more: Sequence[str]) -> list[str]:

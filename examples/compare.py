@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import HERE, PAIRS, RECIPES, Arguments, read_arguments
-from run_folder import RESULTS, described, differences, is_complete, read_results
+from arguments import HERE, PAIRS, RECIPES, Arguments, as_word, read_arguments
+from run_folder import described, differences, is_complete, read_results
 
 from cl_prompts.plots import draw_curves
 from cl_prompts.report import LEGEND, Result, comparison_table, machine
@@ -96,12 +96,6 @@ def as_line(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def as_word(value: Any) -> str:
-    """None -> "null", which is read as None again; all else as Python writes it, if that reads as the same value."""
-    word = str(value)
-    return word if isinstance(value, str) or yaml.safe_load(word) == value else json.dumps(value)
-
-
 def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, further: list[str]) -> list[Run]:
     """All runs, seed after seed, so that a comparison that is cut short has all rows. Exits on arguments that are none."""
     runs = []
@@ -161,15 +155,10 @@ def read_run(run: Run) -> dict[str, Result]:
     """What a complete run reached, by the names that results.json has; nothing, and an error, if that is damaged."""
     try:
         content, matrices = read_results(run.folder)
-        seconds, trainable = float(content["arguments"]["seconds"]), dict(content["trainable"])
-        for matrix in (matrices[run.arguments.method], *matrices.values()):
-            matrix.summary()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        run.error = (
-            f"{run.folder / RESULTS} is damaged ({type(error).__name__}: {error}): remove it and call this again, "
-            "the run then goes on from its last checkpoint"
-        )
+    except ValueError as error:
+        run.error = str(error)
         return {}
+    seconds, trainable = float(content["arguments"]["seconds"]), content["trainable"]
     method, seed = run.arguments.method, run.arguments.seed
     return {
         name: Result(name, matrix, seed, trainable.get(name), seconds if name == method else None)

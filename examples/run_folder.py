@@ -58,8 +58,10 @@ def differences(run: dict[str, Any], folder: Path) -> list[str]:
     except FileNotFoundError:
         return [f"there is no {RUN} beside {name}" for name in FILES if (folder / name).exists()]
     except ValueError:
+        known = None
+    if not isinstance(known, dict) or not isinstance(known.get("arguments"), dict):
         return [f"{RUN} cannot be read"]
-    mine, theirs = run["arguments"], known.get("arguments", {})
+    mine, theirs = run["arguments"], known["arguments"]
     found = [
         f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
         for name in sorted({*mine, *theirs} - set(NOT_OF_THE_RUN))
@@ -84,7 +86,7 @@ def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:
     if (folder / RESULTS).exists() and not resume:
         (folder / RESULTS).unlink()
     if resume and (folder / RUN).exists():
-        then, now = json.loads((folder / RUN).read_text())["versions"], run["versions"]
+        then, now = json.loads((folder / RUN).read_text()).get("versions", {}), run["versions"]
         changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
         if changed:
             print(f"resumed under other versions ({', '.join(changed)}): results may differ from an uninterrupted run's")
@@ -100,7 +102,20 @@ def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, AccuracyMatrix
     """results.json as it is, and its accuracy matrices by learner.
 
     Raises:
-        ValueError: the file is none, or is damaged.
+        ValueError: the file is damaged.
     """
-    content = json.loads((folder / RESULTS).read_text())
-    return content, {name: AccuracyMatrix.from_dict(values) for name, values in content["results"].items()}
+    file = folder / RESULTS
+    try:
+        content = json.loads(file.read_text())
+        matrices = {name: AccuracyMatrix.from_dict(values) for name, values in content["results"].items()}
+        own = content["arguments"]["method"]
+        for matrix in (matrices[own], *matrices.values()):
+            matrix.summary()
+        for number in (content["arguments"]["seconds"], *content["trainable"].values()):
+            float(number)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): remove it, the run then goes on from its last "
+            "checkpoint when it is resumed"
+        ) from error
+    return content, matrices

@@ -154,7 +154,10 @@ def main() -> None:
     folder = args.folder
     refuse_another_run(described(args), folder)
     if args.resume and is_complete(folder):
-        content, matrices = read_results(folder)
+        try:
+            content, matrices = read_results(folder)
+        except ValueError as error:
+            sys.exit(str(error))
         print(comparison_table([Result(name, matrix, args.seed) for name, matrix in matrices.items()]))
         print(
             f"the run in {folder} was complete ({content['arguments']['seconds']:.0f} s); without --resume it starts over"

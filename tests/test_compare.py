@@ -11,7 +11,7 @@ import compare
 import pytest
 import train_cil
 import yaml
-from arguments import pairs
+from arguments import pairs, read_arguments
 from example_runs import EXAMPLES, few_digits
 from run_folder import described
 
@@ -60,6 +60,13 @@ def test_a_line_from_settings() -> None:
     line = compare.as_line({"config": config})
     assert pairs(line[1:]) == config
     assert "on=True" in line, "written as before: run.json of complete runs has it"
+
+
+def test_a_recipe_sets_its_methods_settings_to_none(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{method: l2p, config: {num_labels: null, layers: [0, null], top_k: 2, flag: true}}")
+    read = read_arguments(["--recipe", str(recipe)])
+    assert pairs(read.config) == {"num_labels": None, "layers": [0, None], "top_k": 2, "flag": True}
 
 
 def test_what_is_empty_is_left_out_or_refused(tmp_path: Path) -> None:
@@ -148,7 +155,11 @@ def complete(run: compare.Run, *columns: list[float], references: tuple[str, ...
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text(json.dumps(described(run.arguments)))
     results = {name: matrix.to_dict() for name, matrix in matrices.items()}
-    content = {"arguments": {"seconds": 7.0}, "trainable": {run.arguments.method: 5}, "results": results}
+    content = {
+        "arguments": {"method": run.arguments.method, "seconds": 7.0},
+        "trainable": {run.arguments.method: 5},
+        "results": results,
+    }
     (run.folder / "results.json").write_text(json.dumps(content))
 
 
@@ -191,6 +202,7 @@ def test_a_damaged_results_file_is_told_with_its_mend(monkeypatch: pytest.Monkey
         json.dumps({**whole, "results": {}}),
         json.dumps({**whole, "results": {"l2p": {"columns": [], "sizes": []}}}),
         json.dumps({**whole, "arguments": {}}),
+        json.dumps({**whole, "trainable": None}),
         text[:40],
     ):
         file.write_text(damaged)
@@ -201,7 +213,7 @@ def test_a_damaged_results_file_is_told_with_its_mend(monkeypatch: pytest.Monkey
         called(monkeypatch, *line)
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert f"- L2P, seed 0: {runs[0].error}" in page
-    assert "): remove it and call this again, the run then goes on from its last checkpoint\n" in page
+    assert "): remove it, the run then goes on from its last checkpoint when it is resumed\n" in page
     assert "Not complete" not in page
     assert "| L2P | 1 | 75.0 |" in page
     assert "| nearest class mean | 2 | 65.0 ± 0.0 |" in page, "the references of the row that has both seeds"

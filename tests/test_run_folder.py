@@ -101,9 +101,24 @@ def test_another_run_is_refused_and_nothing_is_touched(run: Run, tmp_path: Path)
 
 
 def test_a_foreign_run_file_is_no_free_folder(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"run\.json cannot be read"):
-        run(tmp_path)
+    for text in ("{", "[]", "{}", '{"arguments": null}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"run\.json cannot be read"):
+            run(tmp_path)
+
+
+def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> None:
+    folder = run(tmp_path / "one", "--method", "l2p")
+    before = matrices(folder)
+    (folder / "results.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"results\.json is damaged \(JSON.*: remove it, the run then goes on"):
+        run(folder, "--method", "l2p", "--resume")
+    (folder / "results.json").unlink()
+    told = json.loads((folder / "run.json").read_text())
+    told.pop("versions")
+    (folder / "run.json").write_text(json.dumps(told))
+    run(folder, "--method", "l2p", "--resume")
+    assert matrices(folder) == before
 
 
 @pytest.mark.parametrize(

@@ -230,11 +230,37 @@ def test_bad_images(workers: int) -> None:
 
 
 def test_a_batch_of_bad_images_alone() -> None:
-    data = birds([0, 3, 2], bad=(0, 1))
-    stream = IterableClassIncrementalStream(in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip")
-    (batch,) = stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0)
+    data = birds([0, 3, 0, 2], bad=(0, 1))
+    stream = IterableClassIncrementalStream(
+        in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
+    )
+    batch, last = stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0)
     assert batch["labels"].tolist() == [-100, -100]
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert last["labels"].tolist() == [0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_task_without_a_readable_image_is_not_trained_silently(workers: int) -> None:
+    data = birds([0, 3, 0, 2], bad=(0, 1, 2))
+    stream = IterableClassIncrementalStream(in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip")
+    with pytest.raises(ValueError, match="none of the 3 train images of this task can be read: repair some"):
+        list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, workers=workers))
+    list(stream.train_batches(stream.tasks[1], 2, seed=0, epoch=0, workers=workers))
+
+
+def test_a_share_without_a_readable_image_is_no_error() -> None:
+    """As the loader process has it that gets the first batch alone, and a resumed run whose last batch is bad."""
+    data = birds([0, 3, 0, 2], bad=(0, 1))
+    stream = IterableClassIncrementalStream(
+        in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
+    )
+    assert len(list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, workers=2))) == 2
+    turned = IterableClassIncrementalStream(
+        in_order(data.select([2, 0, 1, 3]), 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
+    )
+    (left,) = turned.train_batches(turned.tasks[0], 1, seed=0, epoch=0, start=2)
+    assert left["labels"].tolist() == [-100]
 
 
 def test_fingerprint_and_fresh_processes() -> None:

@@ -161,7 +161,8 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         augmented_by: (seed, epoch) of the augmentation; None: none.
 
     Raises:
-        ValueError: while it is read, there are no images or not as many as expected, or a label is outside the classes.
+        ValueError: while it is read, there are no images or not as many as expected, none can be read, or a label is
+            outside the classes.
     """
 
     def __init__(
@@ -186,11 +187,26 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        readable = False
         for step, batch in enumerate(self._global_batches()):
             if step >= self.start and (step - self.start) % workers == worker:
                 pairs = [(example, True) for example in batch]
                 share = own_share(pairs, self.rank, self.processes, lambda pair: (pair[0], False))
-                yield self._batch(share)
+                items = [self._item(example, real) for example, real in share]
+                readable = readable or any(item["unreadable"] is None for item in items)
+                yield self._batch(items)
+        if not readable:  # nothing of this share: perhaps of another's
+            self._require_readable()
+
+    def _require_readable(self) -> None:
+        """Raise if no image of the source can be read."""
+        unreadable = 0
+        for batch in self._global_batches():
+            for example in batch:
+                if self._item(example, True)["unreadable"] is None:
+                    return
+                unreadable += 1
+        raise ValueError(f"none of the {unreadable} {self.split} images of this task can be read: repair some")
 
     def _global_batches(self) -> Iterator[list[dict[str, Any]]]:
         count, batch = 0, []
@@ -208,8 +224,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
             wanted = "" if self.expected is None else f", not the {self.expected} of train_images"
             raise ValueError(f"the pass over the {self.split} set gave {count} images{wanted}")
 
-    def _batch(self, share: list[tuple[dict[str, Any], bool]]) -> dict[str, Any]:
-        items = [self._item(example, real) for example, real in share]
+    def _batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         shown = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
         if len(shown) < len(items):
             stand_in = shown[0] if shown else self.stream.transform(_black())

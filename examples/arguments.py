@@ -38,6 +38,7 @@ class Arguments:
 
     model: str = setting(str(HERE / "micro_vit"), "Hub id or folder of a vision transformer")
     attention: str = setting("sdpa", "sdpa or eager; eager trains faster on CPUs in bf16, whose fused backward is slow")
+    shard_backbone: bool = setting(False, "share the memory of the frozen backbone's blocks among the processes")
     dataset: list[str] = field(
         default_factory=lambda: ["digits"],
         metadata={"help": "digits, Hub ids, folders of parquet files or of image folders; several for domains or datasets"},
@@ -177,6 +178,8 @@ def check(arguments: Arguments) -> None:
         sys.exit(
             f"--{crops[0]} {getattr(arguments, crops[0])} says how images are cropped: add --augment True, or leave it out"
         )
+    if arguments.method in BASELINES and arguments.shard_backbone:
+        sys.exit(f"--shard_backbone is for backbones that stay frozen under prompts: leave it out for {arguments.method}")
     if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not arguments.rehearses:
         sys.exit(f"{arguments.method} needs remembered images: set --memory_size or --memory_per_class")
     try:

@@ -30,7 +30,7 @@ FILES = (
 # Arguments that change nothing about the results.
 NOT_OF_THE_RUN = (
     *("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every"),
-    *("query_cache", "query_cache_bytes"),
+    *("query_cache", "query_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
 

@@ -47,6 +47,7 @@ from cl_prompts.plots import draw, draw_selection
 from cl_prompts.record import RunRecord
 from cl_prompts.report import Result, comparison_table, remarks, run_page
 from cl_prompts.saving import replacing, write_whole
+from cl_prompts.sharding import shard_frozen_blocks
 
 
 def load_backbone(name: str, attention: str) -> Any:
@@ -169,6 +170,8 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(args.model)
     stream = build_stream(args, processor)
     learner = build_learner(args, stream)
+    if args.shard_backbone:
+        shard_frozen_blocks(learner.to(accelerator.device))
     run = described(args, stream=stream.fingerprint(), learner=learner.describe(), processes=accelerator.num_processes)
     refuse_another_run(run, folder)
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream

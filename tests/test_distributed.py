@@ -24,6 +24,7 @@ from torch.testing import assert_close
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, evaluate, stream_features
 from cl_prompts.continual.streams import shares
+from cl_prompts.sharding import shard_frozen_blocks
 
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -40,6 +41,7 @@ class Case:
     family: str
     config: Callable[[], PromptPoolConfig]
     cached_queries: bool = False
+    sharded: bool = False
 
 
 def l2p(**fields: Any) -> Callable[[], PromptPoolConfig]:
@@ -65,6 +67,8 @@ CASES = {
     "l2p_prefix-coupled": Case("vit", lambda: METHODS["l2p_prefix"](key_loss="coupled")),
     "l2p-vote": Case("vit", l2p(batchwise_selection=True, diversified_selection=True)),
     **{name: Case("vit", make) for name, make in METHODS.items()},
+    **{f"{name}-sharded": Case("vit", METHODS[name], sharded=True) for name in ("l2p", "coda", "hash", "hide", "vpt")},
+    **{f"l2p-{family}-sharded": Case(family, l2p(), sharded=True) for family in ("dinov2", "siglip")},
 }
 
 
@@ -103,6 +107,8 @@ def learn(case: Case) -> dict[str, Any]:
     stream, model = make_stream(), make_model(case)
     task_free = model.adapter.config.num_labels is not None
     found: dict[str, Any] = {"losses": [], "accuracies": [], "measured": []}
+    if case.sharded and dist.is_initialized():
+        shard_frozen_blocks(model)
     images = stream.all_images(train=True, batch_size=BATCH)
     found["features"] = stream_features(model, images, len(TRAIN_LABELS), "cpu")
     queries = found["features"] if case.cached_queries else None

@@ -222,7 +222,9 @@ def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
         if name.split(".")[0] in unused or ".modules_to_save." in name:
             continue
         sha.update(f"{name.replace('.original_module.', '.')} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for part in _summed(tensor.detach()):
+        # Of sharded blocks (cl_prompts.sharding) this process has a part; all processes ask for the whole together.
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for part in _summed(whole.detach()):
             sha.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import Any
 
+from accelerate import DistributedType
+
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.streams import Stream
 
@@ -39,3 +41,12 @@ def check_run(model: Any, stream: Stream, args: ContinualArguments, classifiers:
         raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
     if stream.task_free and model.rehearses == "only":
         raise ValueError(f"{type(model).__name__} trains on the memory after each task: use a stream with tasks")
+
+
+def check_engine(engine: DistributedType) -> None:
+    """Raise ValueError if Accelerate is set to wrap the model with an `engine` that cuts up what grows with the tasks."""
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Accelerate is set to {engine.value}, which shards the whole model, also prompts and heads that grow with the "
+            "tasks: leave it out of `accelerate config`; cl_prompts.sharding.shard_frozen_blocks shards the backbone"
+        )

@@ -32,7 +32,7 @@ from cl_prompts.continual.metrics import AccuracyMatrix
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
-from cl_prompts.continual.run_checks import check_run
+from cl_prompts.continual.run_checks import check_engine, check_run
 from cl_prompts.continual.side import SideClassifiers
 from cl_prompts.continual.snapshot import Saved, checked, put_back, put_back_optimizer, put_back_random_state, taken
 from cl_prompts.continual.streams import PADDING_LABEL, Stream, Task
@@ -76,6 +76,7 @@ class ContinualTrainer:
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.log = JsonlTracker(self.folder) if self.folder else None
         self.accelerator = accelerator or Accelerator(mixed_precision=args.mixed_precision, project_dir=self.folder)
+        check_engine(self.accelerator.distributed_type)
         self.accelerator.log_with = [*trackers, *([self.log] if self.log else [])]
         self.callbacks = list(callbacks)
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None

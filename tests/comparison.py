@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from families import build
 from small_runs import pictures, small_stream
 from torch import Tensor
+from torch.testing import assert_close
 
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
 from cl_prompts.continual.baselines import BASELINES, ComparisonLearner, JointStream, get_comparison_learner
@@ -53,6 +54,27 @@ def train_steps(learner: ComparisonLearner, batch: dict[str, Any], steps: int = 
         learner(**batch).loss.backward()
         optimizer.step()
     learner.eval()
+
+
+def parts_of(learner: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The parts of the loss of a batch, which are its sum."""
+    learner.train()
+    output = learner(**batch)
+    assert_close(output.loss, torch.stack(list(output.losses.values())).sum())
+    return {name: part.detach() for name, part in output.losses.items()}
+
+
+def after_a_task(name: str, **options: Any) -> Any:
+    """A learner that has learnt classes 4 and 1 and now learns 0, 3, a little changed since."""
+    learner = small_learner(name, **options)
+    learner.begin_task([4, 1])
+    train_steps(learner, batch_of([4, 1, 4, 1]))
+    task, memory = [batch_of([4, 1, 4])], [batch_of([4, 1, 1, 4], ids=[50, 51, 52, 53])]
+    learner.consolidate(task, memory if learner.needs_memory else None)
+    learner.end_task()
+    learner.begin_task([0, 3])
+    train_steps(learner, batch_of([0, 3, 0]), steps=1)
+    return learner
 
 
 def comparison_trainer(

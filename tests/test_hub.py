@@ -1,11 +1,9 @@
-"""Push and pull: the real client against the Hub on loopback, every method, another process, and what goes wrong."""
+"""Push and pull: the real client against the Hub on loopback, every method, another process."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,17 @@ import pytest
 import torch
 from closed_form_models import answers, learn_task, new_model
 from families import build
+from hub_pools import shaken, small
 from hub_server import Hub
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from methods import METHODS, WITH_CLASSIFIER
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
 
-from cl_prompts import AutoPromptPoolModel, L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts import AutoPromptPoolModel, L2PConfig, PromptPoolModel
 from cl_prompts.continual import AccuracyMatrix
-from cl_prompts.hub import push_folder
 from cl_prompts.hub_errors import HubError
 from cl_prompts.record import RunRecord
 
@@ -38,14 +35,6 @@ def repo_of(method: str, tasks: int) -> str:
     return f"me/{method.replace(' ', '-')}-{tasks}"
 
 
-def shaken(model: nn.Module) -> None:
-    """Every tensor that is trained gets other values."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base model in a folder, as it would lie in a clone, and its image processor."""
@@ -53,15 +42,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     build("vit").save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return {"vit": folder}
-
-
-def small(base: Any = None, **more: Any) -> PromptPoolModel:
-    torch.manual_seed(0)
-    model = get_prompt_pool_model(base if base is not None else build("vit"), L2PConfig(pool_size=4, top_k=2, **more))
-    model.begin_task([3, 1], class_names={3: "cat", 1: "dog"})
-    shaken(model)
-    model.end_task()
-    return model.eval()
 
 
 @pytest.fixture
@@ -328,109 +308,3 @@ def test_names_that_are_none(hub: Hub) -> None:
         PromptPoolModel.from_pretrained(build("vit"), "me/empty")
     with pytest.raises(TypeError, match=r"call AutoPromptPoolModel.from_pretrained"):
         AutoPromptPoolModel()
-
-
-# ---- refused and interrupted -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(hub: Hub, tmp_path: Path) -> Iterator[Path]:
-    """An adapter in a folder, which stays as it is whatever happens to its pushes."""
-    folder = tmp_path / "pool"
-    small().save_pretrained(folder)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    yield folder
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def no_wait(seconds: float) -> None:
-    """In place of the client's pauses before it tries again, half a minute in all."""
-
-
-def push(folder: Path, repo: str = "me/birds", **more: Any) -> Any:
-    return push_folder(folder, repo, base_model_id="me/vit", **more)
-
-
-def test_who_may_push_what(hub: Hub, saved: Path) -> None:
-    with pytest.raises(HubError, match=r"the token may not do that with stranger/birds: use one with write permission"):
-        push(saved, "stranger/birds")
-    with pytest.raises(HubError, match="the token may not do that with me/birds"):
-        push(saved, token=hub.read_token)
-    with pytest.raises(HubError, match=r"the Hub knows no such token: run `hf auth login`, or pass token="):
-        push(saved, token="hf_unknown")
-    with pytest.raises(HubError, match=r"token.*run `hf auth login`, or pass token="):
-        push(saved, token=False)
-    assert not hub.repos
-    push(saved, private=True)
-    with pytest.raises(HubError, match="there is no me/birds for you: check the name; if it is private, run"):
-        PromptPoolModel.from_pretrained(build("vit"), "me/birds", token=hub.stranger_token)
-
-
-def test_a_name_that_is_taken(hub: Hub, saved: Path, bases: dict[str, Path]) -> None:
-    HfApi().create_repo("me/vit")
-    HfApi().upload_folder(repo_id="me/vit", folder_path=bases["vit"])
-    before = hub.repos["me/vit"].files("main")
-    with pytest.raises(HubError, match=r"me/vit holds something else \(config.json, ...\): choose another name"):
-        push(saved, "me/vit")
-    assert hub.repos["me/vit"].files("main") == before
-
-
-def test_a_hub_that_is_down(hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", no_wait)
-    hub.fail("/api/repos/create", status=503, times=None)
-    with pytest.raises(HubError, match=r"the Hub is busy or down \(status 503\), nothing was changed: try again later"):
-        push(saved)
-
-
-@pytest.mark.parametrize("large", [False, True])
-def test_an_interrupted_push_changes_nothing(hub: Hub, saved: Path, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", no_wait)
-    push(saved)
-    commit, before = hub.repos["me/birds"].refs["main"], hub.repos["me/birds"].files("main")
-    monkeypatch.setattr(hub.store, "lfs_threshold", 0 if large else 10**9)
-    hub.cut("PUT .*" if large else "POST .*/commit/", after_bytes=100, times=None)
-    with pytest.raises(HubError, match=r"cannot reach http://127.0.0.1:\d+, nothing was changed: check the network, then"):
-        push(saved, license="mit")
-    assert hub.repos["me/birds"].files("main") == before
-    assert hub.repos["me/birds"].refs["main"] == commit
-    hub.faults.waiting.clear()
-    push(saved, license="mit")
-    assert hub.repos["me/birds"].refs["main"] != commit
-    assert torch.equal(answers(PromptPoolModel.from_pretrained(build("vit"), "me/birds")), answers(small()))
-
-
-def test_an_interrupted_pull_leaves_a_cache_that_works(hub: Hub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", no_wait)
-    push(saved)
-    hub.cut(f"GET .*{WEIGHTS}", after_bytes=1000, times=None)
-    base = build("vit")
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    with pytest.raises(HubError, match=r"cannot reach http://127.0.0.1:\d+"):
-        PromptPoolModel.from_pretrained(base, "me/birds")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
-    hub.faults.waiting.clear()
-    assert torch.equal(answers(PromptPoolModel.from_pretrained(base, "me/birds")), answers(small()))
-
-
-def test_files_that_were_changed_on_the_way_are_refused(hub: Hub, saved: Path) -> None:
-    tensors = load_file(saved / WEIGHTS)
-    push(saved)
-    other = {name: tensor + 1 for name, tensor in tensors.items()}
-    room = saved.parent / "other"
-    room.mkdir()
-    save_file(other, room / WEIGHTS)
-    HfApi().upload_file(repo_id="me/birds", path_or_fileobj=room / WEIGHTS, path_in_repo=WEIGHTS)
-    with pytest.raises(ValueError, match=r"the checksum of adapter_model.safetensors does not match"):
-        PromptPoolModel.from_pretrained(build("vit"), "me/birds")
-
-
-def test_a_card_that_names_a_home_folder_is_not_pushed(hub: Hub, saved: Path) -> None:
-    folder = saved.parent / "copy"
-    folder.mkdir()
-    for file in saved.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    with (folder / "README.md").open("a") as card:
-        card.write(f"\nMy images are in {Path.home()}{os.sep}birds.\n")
-    with pytest.raises(ValueError, match=r"README.md names a folder below .*: take it out, it would be published"):
-        push(folder)
-    assert not hub.repos

@@ -43,6 +43,10 @@ class Arguments:
         default_factory=lambda: ["digits"],
         metadata={"help": "digits, Hub ids, folders of parquet files or of image folders; several for domains or datasets"},
     )
+    streaming: bool = setting(False, "read the data set in order instead of loading it whole; for scenarios class, domain")
+    train_images: list[int] = field(
+        default_factory=list, metadata={"help": "training images of each task, which cannot be counted while streaming"}
+    )
     image_column: str | None = setting(None, "default: the data set's image column")
     label_column: str | None = setting(None, "default: the data set's label column")
     held_out: float = setting(0.0, "test on this share of the training images instead: for choosing settings")

@@ -82,6 +82,8 @@ def build_stream(args: Arguments, processor: Any) -> Stream:
         held_out=args.held_out,
         augmentation=augmentation(args) if args.augment else None,
         on_bad_image=args.on_bad_image,
+        streaming=args.streaming,
+        train_images=args.train_images or None,
     )
     return JointStream(stream, only_last=True) if args.joint else stream
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import ClassLabel
 from images import digits
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,7 +38,8 @@ def few_digits(folder: Path) -> Path:
         rows = digits()[split]
         labels = np.asarray(rows["label"])
         chosen = np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(CLASSES)])
-        rows.select(chosen).to_parquet(str(folder / f"{split}.parquet"))
+        few = rows.select(chosen).cast_column("label", ClassLabel(names=[str(c) for c in range(CLASSES)]))
+        few.to_parquet(str(folder / f"{split}.parquet"))
     return folder
 
 

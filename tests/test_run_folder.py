@@ -129,6 +129,7 @@ def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> No
         ["--method", "joint", "--config", "freeze_backbone=true"],
         ["--method", "l2p", "--joint"],
         ["--method", "l2p", "--scenario", "gaussian", "--epochs", "1"],
+        ["--method", "l2p", "--streaming", "--train_images", "16", "16"],
         ["--method", "coda", "--augment", "--schedule", "coda", "--accumulation", "2", "--optimizer", "adamw"],
     ],
     ids=lambda line: " ".join(line[1:4]),

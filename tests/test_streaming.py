@@ -206,6 +206,8 @@ def test_bad_sources() -> None:
         list(few.train_batches(few.tasks[0], 8, seed=0, epoch=0))
     with pytest.raises(ValueError, match=r"domain 'photo': test images are of classes \[2, 3\], which the stream has not"):
         IterableDomainIncrementalStream(in_order(domains), domains, [0, 1], to_tensor, domains=["photo"])
+    with pytest.raises(ValueError, match="the training set is a Dataset, which need not be streamed: use the stream for"):
+        IterableClassIncrementalStream(birds(LABELS), birds(LABELS), [[0, 3], [2]], to_tensor)  # type: ignore[arg-type]
     for size in (0, -2):
         with pytest.raises(ValueError, match=f"a global batch of {size} images"):
             stream_of().train_batches(stream_of().tasks[0], size, seed=0, epoch=0)

@@ -264,8 +264,13 @@ def undecoded(source: IterableDataset, columns: Sequence[str], split: str) -> It
         split: "training" or "test", for messages.
 
     Raises:
-        ValueError: a column is missing, or the first is no image column.
+        ValueError: it is none, a column is missing, or the first is no image column.
     """
+    if not isinstance(source, IterableDataset):
+        raise ValueError(
+            f"the {split} set is a {type(source).__name__}, which need not be streamed: use the stream for data sets that "
+            "are loaded whole, or its to_iterable_dataset()"
+        )
     check_columns(source, columns, split)
     name = columns[0]
     if not isinstance((source.features or {}).get(name), Image):

@@ -52,6 +52,8 @@ def process(rank: int, port: int, folder: str, path: list[str]) -> None:
     shard_frozen_blocks(trainer.model)
     found["matrix"] = trainer.train(resume=True).to_dict()
     found["learnt"] = tensors(trainer)
+    logits(trainer.model.eval(), torch.zeros(1, 3, 32, 32))
+    found["in the end"] = [weights(block) for block in trainer.model.get_base_model().layers]
     learning = small_model("l2p")
     next(learning.get_base_model().layers[0].parameters()).requires_grad_()
     found["learning"] = refused(learning)
@@ -70,6 +72,7 @@ def test_two_processes_share_the_blocks(tmp_path: Path) -> None:
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found["after"] == found["before"] / 2
+        assert set(found["in the end"]) == {found["after"]}, "also once the blocks have computed"
         assert found["again"] == "the blocks of this base are sharded already"
         assert "only what stays frozen can be sharded, and [" in found["learning"]
         assert found["matrix"] == matrix

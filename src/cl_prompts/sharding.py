@@ -42,7 +42,10 @@ def shard_frozen_blocks(model: PromptPoolModel) -> None:
         raise ValueError(f"only what stays frozen can be sharded, and {trained[:3]} in the blocks are to be trained")
     mesh = init_device_mesh(inside[0][1].device.type, (dist.get_world_size(),))
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        # Said explicitly: by default a block without a sharded parent would stay whole once it has computed.
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # FSDP gathers a block for its backward when the gradient of what it has seen leave the block arrives.
+    tuner.way.move_behind()
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     # DDP would hand every frozen weight to all processes as it was on the first; these are not whole on any.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)

@@ -78,6 +78,15 @@ class WayOfABatch:
         self.last.install()
         self._put_hooks()
 
+    def move_behind(self) -> None:
+        """Take the hooks off the blocks and put them back, behind those that others have put there."""
+        layers = self.prefixes.layers
+        for part in (self.last, self.prefixes, self.tokens):
+            part.uninstall()
+        self.tokens.install()
+        self.prefixes.install(layers)
+        self.last.install()
+
     def release(self, layers: Iterable[int]) -> None:
         """Take the prefixes' hooks off all blocks but these, and the last one, which is always prepared."""
         self.prefixes.uninstall(keep={*layers, len(self.structure.blocks) - 1})

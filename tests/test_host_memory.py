@@ -45,7 +45,8 @@ class Look(TrainerCallback):
 def told() -> dict[str, int]:
     """Faults outside, inside, in the steps of a training and after it; pages that were given back.
 
-    Several times where there should be none: a busy kernel may take a page back unasked.
+    Several times where there should be none: a small block may take a piece of the one that was freed, and the next is then
+    taken beside it, once. Without the keeping every block faults.
     """
     found = {"outside": min(faults(), faults())}
     with freed_memory_kept():

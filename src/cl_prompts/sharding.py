@@ -7,7 +7,6 @@ process keeps its share of their weights and the whole block only while it compu
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -40,7 +39,7 @@ def shard_frozen_blocks(model: PromptPoolModel) -> None:
     trained = [name for name, p in inside if p.requires_grad]
     if trained:
         raise ValueError(f"only what stays frozen can be sharded, and {trained[:3]} in the blocks are to be trained")
-    mesh = init_device_mesh(inside[0][1].device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(inside[0][1].device.type, (world_size(),))
     for block in blocks:
         # Said explicitly: by default a block without a sharded parent would stay whole once it has computed.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)

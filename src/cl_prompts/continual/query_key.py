@@ -126,9 +126,18 @@ def _version(library: str) -> str | None:
 
 @cache
 def _own_code() -> str:
-    """Sha256 of our files that a pass runs through: a change in them may change last bits."""
+    """Sha256 of our files that a pass runs through: a change in them may change last bits.
+
+    Raises:
+        FileNotFoundError: a name in `OWN_CODE` matches no file, so that a change in what it stood for would go unseen.
+    """
     home = Path(cl_prompts.__file__).parent
-    files = [file for pattern in OWN_CODE for file in sorted(home.glob(pattern))]
+    files: list[Path] = []
+    for pattern in OWN_CODE:
+        found = sorted(home.glob(pattern))
+        if not found:
+            raise FileNotFoundError(f"no file of cl_prompts matches {pattern!r}: name in OWN_CODE where it is now")
+        files += found
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -12,7 +12,7 @@ from speed import by_turns
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.report import machine
+from cl_prompts.evaluation.report import machine
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

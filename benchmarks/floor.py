@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from speed import SIZES, build, by_turns
 
-from cl_prompts.report import machine
+from cl_prompts.evaluation.report import machine
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.report import machine
+from cl_prompts.evaluation.report import machine
 
 
 METHODS = ("l2p", "dualprompt", "coda", "hash", "layer_grouped", "l2p_prefix", "vq_prompt", "smope", "hide", "norga", "vpt")

@@ -17,7 +17,7 @@ import torch
 from speed import METHODS, SIZES, build
 
 from cl_prompts import PromptPoolConfig, extract_features, get_prompt_pool_model
-from cl_prompts.report import machine
+from cl_prompts.evaluation.report import machine
 
 
 VARIANTS = ("two backbones", "one backbone", "one, bf16 weights", "one, checkpointed", "one, bf16 and checkpointed")

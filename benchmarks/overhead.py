@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
 from cl_prompts import VPTConfig, get_prompt_pool_model
-from cl_prompts.report import machine
+from cl_prompts.evaluation.report import machine
 
 
 def by_hand(vit: Any, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:

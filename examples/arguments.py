@@ -12,10 +12,10 @@ from accelerate.tracking import get_available_trackers
 from images import SCENARIOS
 from transformers import HfArgumentParser
 
-from cl_prompts.classifiers import CLASSIFIERS
-from cl_prompts.configs import METHODS
+from cl_prompts.baselines import BASELINES
 from cl_prompts.continual import ContinualArguments
-from cl_prompts.continual.baselines import BASELINES
+from cl_prompts.heads import CLASSIFIERS
+from cl_prompts.methods import METHODS
 
 
 HERE = Path(__file__).parent

@@ -31,9 +31,9 @@ import yaml
 from arguments import HERE, PAIRS, RECIPES, Arguments, as_word, read_arguments
 from run_folder import described, differences, is_complete, read_results
 
-from cl_prompts.plots import draw_curves
-from cl_prompts.report import LEGEND, Result, comparison_table, machine
-from cl_prompts.saving import write_whole
+from cl_prompts.evaluation.plots import draw_curves
+from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
+from cl_prompts.storage.atomic import write_whole
 
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"

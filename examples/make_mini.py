@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, Features, Image
 from images import load_image_data
 
-from cl_prompts.saving import replacing
+from cl_prompts.storage.atomic import replacing
 
 
 def first_of_each(rows: Dataset, label_column: str, count: int) -> Dataset:

@@ -9,8 +9,8 @@ from typing import Any
 from arguments import Arguments, as_dict
 
 from cl_prompts.continual import AccuracyMatrix
-from cl_prompts.report import PAGE, machine
-from cl_prompts.saving import write_whole
+from cl_prompts.evaluation.report import PAGE, machine
+from cl_prompts.storage.atomic import write_whole
 
 
 RUN, RESULTS = "run.json", "results.json"

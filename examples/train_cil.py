@@ -28,7 +28,7 @@ from run_folder import RESULTS, begin, described, is_complete, read_results, ref
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.classifiers import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
+from cl_prompts.baselines import BASELINES, JointStream, get_comparison_learner
 from cl_prompts.continual import (
     AccuracyMatrix,
     ContinualTrainer,
@@ -41,13 +41,13 @@ from cl_prompts.continual import (
     nearest_class_mean,
     sequential_probe,
 )
-from cl_prompts.continual.baselines import BASELINES, JointStream, get_comparison_learner
-from cl_prompts.diagnostics import prompt_similarity, selection_counts, selection_summary
-from cl_prompts.plots import draw, draw_selection
-from cl_prompts.record import RunRecord
-from cl_prompts.report import Result, comparison_table, remarks, run_page
-from cl_prompts.saving import replacing, write_whole
-from cl_prompts.sharding import shard_frozen_blocks
+from cl_prompts.evaluation.diagnostics import prompt_similarity, selection_counts, selection_summary
+from cl_prompts.evaluation.plots import draw, draw_selection
+from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
+from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
+from cl_prompts.sharing.run_record import RunRecord
+from cl_prompts.storage.atomic import replacing, write_whole
+from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
 def load_backbone(name: str, attention: str) -> Any:

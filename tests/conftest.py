@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from support.hub_server import Hub
 
 
 # Several workers share few cores; threads that wait for each other on tiny models made the suite four times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Scripts that tests start as processes of their own import `support`, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 RUNNING_HUB = pytest.StashKey[Hub]()
 

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import learn
-from families import build
-from hub_server import Hub
 from huggingface_hub import HfApi
-from methods import METHODS
 from peft import PeftModel
 from PIL import Image
+from support.adapters import learn
+from support.families import build
+from support.hub_server import Hub
+from support.methods import METHODS
 from transformers import ViTImageProcessor, ViTModel
 
 from cl_prompts import PromptPoolPipeline, get_prompt_pool_model
-from cl_prompts.hub_errors import HubError
-from cl_prompts.images import rgb_image
-from cl_prompts.processors import load_processor
+from cl_prompts.sharing.image_processor import load_processor
+from cl_prompts.sharing.images import rgb_image
+from cl_prompts.storage.hub_errors import HubError
 
 
 NAMES = {7: "owl", 1: "jay"}
@@ -392,6 +392,6 @@ def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rgb_image("http://127.0.0.1:9/a.png")
     with pytest.raises(ValueError, match="cannot be fetched"):
         rgb_image("http://[")
-    monkeypatch.setattr("cl_prompts.images.MAX_DOWNLOAD_BYTES", 100)
+    monkeypatch.setattr("cl_prompts.sharing.images.MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match=r"picture\.png has more than 100 bytes"):
         rgb_image(f"{server}/picture.png")

@@ -2,8 +2,8 @@
 
     python docs/figures/batch_path.py
 
-The numbers in the picture are those of the record, which stands in the file's metadata; tests/test_figures.py makes both
-again and compares.
+The numbers in the picture are those of the record, which stands in the file's metadata;
+tests/docs/test_figures.py makes both again and compares.
 """
 
 import json

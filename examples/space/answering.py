@@ -8,7 +8,7 @@ from opening import OpenPool
 from PIL import Image
 from torch import Tensor
 
-from cl_prompts.pools.per_task import PerTask
+from cl_prompts.methods.shared.per_task import PerTask
 
 
 TOP = 3  # classes

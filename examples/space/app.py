@@ -41,8 +41,8 @@ from answering import answer  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from cl_prompts.commands import EXPECTED  # noqa: E402
-from cl_prompts.shown import first_line  # noqa: E402
+from cl_prompts.cli import EXPECTED  # noqa: E402
+from cl_prompts.runtime.text import first_line  # noqa: E402
 
 
 HERE = Path(__file__).resolve().parent

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from opening import MICRO_VIT, OpenPool
 
-from cl_prompts.base_models import BASE_FOLDER
-from cl_prompts.card import CARD_FILE, write_card
-from cl_prompts.inspection import describe_adapter
-from cl_prompts.integrity import CONFIG_FILE
+from cl_prompts.sharing.base_models import BASE_FOLDER
+from cl_prompts.sharing.card import CARD_FILE, write_card
+from cl_prompts.sharing.inspect import describe_adapter
+from cl_prompts.storage.integrity import CONFIG_FILE
 
 
 FOLDER = "taught-pool"

@@ -44,7 +44,7 @@ def main() -> None:
 
 def take_over(made: Path, folder: Path) -> None:
     """Copy an adapter's files, with no path of this machine in them, and write its card."""
-    from cl_prompts.card import write_card
+    from cl_prompts.sharing.card import write_card
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -16,13 +16,13 @@ from huggingface_hub.utils import validate_repo_id
 from uploads import MAX_ADAPTER_BYTES, take_adapter
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel, PromptPoolPipeline
-from cl_prompts.base_models import BASE_FOLDER, built_bytes
-from cl_prompts.card import hub_base
-from cl_prompts.fetch import adapter_folder, commit_of, further_file
-from cl_prompts.hub_errors import explained
-from cl_prompts.inspection import describe_adapter
-from cl_prompts.record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
-from cl_prompts.shown import first_line
+from cl_prompts.runtime.text import first_line
+from cl_prompts.sharing.base_models import BASE_FOLDER, built_bytes
+from cl_prompts.sharing.card import hub_base
+from cl_prompts.sharing.inspect import describe_adapter
+from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
+from cl_prompts.storage.adapter_files import adapter_folder, commit_of, further_file
+from cl_prompts.storage.hub_errors import explained
 
 
 HERE = Path(__file__).resolve().parent
@@ -88,7 +88,7 @@ def open_hub(repo_id: str) -> OpenPool:
 
     Raises:
         ValueError: no such id, or the adapter or its base is damaged, foreign or too large.
-        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+        cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
     repo_id = repo_id.strip()
     try:
@@ -106,7 +106,7 @@ def open_files(paths: Sequence[str | Path]) -> OpenPool:
 
     Raises:
         ValueError: the files are no adapter, or its base is neither.
-        cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+        cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory(prefix="cl-prompts-upload-") as room:
         try:

@@ -11,8 +11,8 @@ from opening import OpenPool
 from PIL import Image
 from torch import Tensor
 
-from cl_prompts.card import in_bytes
 from cl_prompts.continual import AccuracyMatrix
+from cl_prompts.sharing.card import in_bytes
 
 
 CLASSES_SHOWN = 12  # of a task

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from cl_prompts.images import rgb_image
-from cl_prompts.integrity import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
-from cl_prompts.processors import PROCESSOR_FILE
-from cl_prompts.record import MAX_RESULTS_BYTES, RESULTS_FILE
-from cl_prompts.shown import first_line
+from cl_prompts.runtime.text import first_line
+from cl_prompts.sharing.image_processor import PROCESSOR_FILE
+from cl_prompts.sharing.images import rgb_image
+from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE
+from cl_prompts.storage.integrity import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
 
 
 MAX_IMAGES = 20

@@ -4,7 +4,7 @@ Importing it registers the PEFT type `PROMPT_POOL`; do so before loading an adap
 """
 
 from cl_prompts.auto import AutoPromptPoolModel
-from cl_prompts.configs import (
+from cl_prompts.methods import (
     CodaLayerArgmaxConfig,
     CodaPromptConfig,
     DualPromptConfig,
@@ -23,7 +23,7 @@ from cl_prompts.configs import (
 from cl_prompts.model import PromptPoolModel, extract_features, extract_hidden_states, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.pipeline import PromptPoolPipeline
-from cl_prompts.tuner import PromptPoolTuner
+from cl_prompts.tuner.tuner import PromptPoolTuner
 from cl_prompts.version import __version__
 
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cl_prompts.base_models import load_base
-from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.fetch import WHERE, adapter_folder
+from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.model import PromptPoolModel
+from cl_prompts.sharing.base_models import load_base
+from cl_prompts.storage.adapter_files import WHERE, adapter_folder
 
 
 class AutoPromptPoolModel:
@@ -50,7 +50,7 @@ class AutoPromptPoolModel:
 
         Raises:
             ValueError: the adapter is damaged, or names no base that can be loaded here.
-            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
         where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
         subfolder = kwargs.pop("subfolder", None)

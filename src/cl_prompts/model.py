@@ -18,18 +18,18 @@ from peft.mapping import (
 )
 from torch import Tensor, nn
 
-from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.fetch import WHERE, adapter_folder
-from cl_prompts.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, digest_file
+from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.processors import PROCESSOR_FILE
-from cl_prompts.saving import read_whole, replacing, telling_full_disk
-from cl_prompts.tuner import PromptPoolTuner
-from cl_prompts.way import ways_through
+from cl_prompts.sharing.image_processor import PROCESSOR_FILE
+from cl_prompts.storage.adapter_files import WHERE, adapter_folder
+from cl_prompts.storage.atomic import read_whole, replacing, telling_full_disk
+from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, digest_file
+from cl_prompts.tuner.forward import ways_through
+from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
 if TYPE_CHECKING:
-    from cl_prompts.record import RunRecord
+    from cl_prompts.sharing.run_record import RunRecord
 
 
 # PEFT's own register_peft_method needs an entry in its enum; string types are supported in the mappings themselves.
@@ -115,7 +115,7 @@ class PromptPoolModel(PeftModel):
                 that is not saved.
             OSError: the disk is full; what was there before is still there.
         """
-        from cl_prompts.card import add_pictures, write_card  # knows results, which know the model
+        from cl_prompts.sharing.card import add_pictures, write_card  # knows results, which know the model
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
@@ -178,9 +178,9 @@ class PromptPoolModel(PeftModel):
 
         Raises:
             ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` was given.
-            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses; no file there was changed.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses; no file there was changed.
         """
-        from cl_prompts.hub import push_folder  # knows cards
+        from cl_prompts.sharing.push import push_folder  # knows cards
 
         name = adapter_name or self.active_adapters[0]
         with tempfile.TemporaryDirectory(prefix="cl_prompts-") as room:
@@ -231,7 +231,7 @@ class PromptPoolModel(PeftModel):
         Raises:
             TypeError: the base is not supported, or `config` is no prompt pool's.
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
-            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
 
         where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
@@ -263,7 +263,7 @@ class PromptPoolModel(PeftModel):
 
         Raises:
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
-            cl_prompts.hub_errors.HubError: the Hub cannot be reached or refuses.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
         where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
         limit = PromptPoolConfig.max_adapter_bytes

@@ -12,13 +12,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from cl_prompts.auto import AutoPromptPoolModel
-from cl_prompts.base_models import load_base
-from cl_prompts.configs import PromptPoolConfig
-from cl_prompts.fetch import WHERE, adapter_folder, commit_of, further_file
-from cl_prompts.images import ImageSource, rgb_image
+from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.model import PromptPoolModel
-from cl_prompts.processors import PROCESSOR_FILE, check_processor, load_processor
-from cl_prompts.tuner import PromptPoolTuner
+from cl_prompts.sharing.base_models import load_base
+from cl_prompts.sharing.image_processor import PROCESSOR_FILE, check_processor, load_processor
+from cl_prompts.sharing.images import ImageSource, rgb_image
+from cl_prompts.storage.adapter_files import WHERE, adapter_folder, commit_of, further_file
+from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
 Predictions: TypeAlias = list[dict[str, Any]]
@@ -123,7 +123,7 @@ class PromptPoolPipeline:
         """The most likely classes of images.
 
         Args:
-            images: a path, URL, PIL image, array or tensor (`cl_prompts.images.rgb_image` says which), or a list of them.
+            images: a path, URL, PIL image, array or tensor (see `cl_prompts.sharing.images.rgb_image`), or a list of them.
             top_k: how many classes, best first; None: all. More than the adapter knows are all.
 
         Returns:

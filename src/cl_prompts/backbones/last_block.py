@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.structure import Structure, attention_norm, projection_names
 from cl_prompts.backbones.tokens import TokenInjector
-from cl_prompts.prompts import PrefixKV
+from cl_prompts.interfaces import PrefixKV
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the trial; half precisions:

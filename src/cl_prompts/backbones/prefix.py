@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cl_prompts.backbones.structure import Structure, attention_norm, eager_attention, projection_names
-from cl_prompts.prompts import Prefix, PrefixKV
+from cl_prompts.interfaces import Prefix, PrefixKV
 
 
 ATTENTION = "cl_prompts"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.prompts import BackboneShape
+from cl_prompts.interfaces import BackboneShape
 
 
 SUPPORTED = (
@@ -222,7 +222,7 @@ def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
         if name.split(".")[0] in unused or ".modules_to_save." in name:
             continue
         sha.update(f"{name.replace('.original_module.', '.')} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # Of sharded blocks (cl_prompts.sharding) this process has a part; all processes ask for the whole together.
+        # Of sharded blocks (cl_prompts.tuner.sharding) this process has a part; all processes ask for the whole together.
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         for part in _summed(whole.detach()):
             sha.update(part.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -1,29 +1,29 @@
 """Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
 
 from cl_prompts.continual.arguments import ContinualArguments
-from cl_prompts.continual.augmentation import CropAndFlip
 from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCallback
-from cl_prompts.continual.evaluation import Evaluation, accuracy, evaluate, stream_features
-from cl_prompts.continual.gaussian import GaussianStream
-from cl_prompts.continual.host_memory import freed_memory_kept
-from cl_prompts.continual.metrics import AccuracyMatrix
-from cl_prompts.continual.references import (
+from cl_prompts.continual.rehearsal import RehearsalMemory
+from cl_prompts.continual.streams.augmentation import CropAndFlip
+from cl_prompts.continual.streams.gaussian import GaussianStream
+from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
+from cl_prompts.continual.streams.scenarios import (
+    ClassIncrementalStream,
+    DatasetSequenceStream,
+    DomainIncrementalStream,
+    split_classes,
+)
+from cl_prompts.continual.streams.stream import Stream, Task
+from cl_prompts.continual.trainer import ContinualTrainer
+from cl_prompts.evaluation.evaluate import Evaluation, accuracy, evaluate, stream_features
+from cl_prompts.evaluation.metrics import AccuracyMatrix
+from cl_prompts.evaluation.probes import (
     FrozenFeatures,
     closed_form,
     joint_linear_probe,
     nearest_class_mean,
     sequential_probe,
 )
-from cl_prompts.continual.rehearsal import RehearsalMemory
-from cl_prompts.continual.scenarios import (
-    ClassIncrementalStream,
-    DatasetSequenceStream,
-    DomainIncrementalStream,
-    split_classes,
-)
-from cl_prompts.continual.streaming_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
-from cl_prompts.continual.streams import Stream, Task
-from cl_prompts.continual.trainer import ContinualTrainer
+from cl_prompts.runtime.memory import freed_memory_kept
 
 
 __all__ = [

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import GeneralTracker, on_main_process
 from tqdm.auto import tqdm
 
-from cl_prompts.saving import write_whole
+from cl_prompts.storage.atomic import write_whole
 
 
 if TYPE_CHECKING:
-    from cl_prompts.continual.evaluation import Evaluation
-    from cl_prompts.continual.streams import Task
+    from cl_prompts.continual.streams.stream import Task
     from cl_prompts.continual.trainer import ContinualTrainer
+    from cl_prompts.evaluation.evaluate import Evaluation
 
 
 class TrainerCallback:

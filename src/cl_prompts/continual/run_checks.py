@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import DistributedType
 
 from cl_prompts.continual.arguments import ContinualArguments
-from cl_prompts.continual.streams import Stream
+from cl_prompts.continual.streams.stream import Stream
 
 
 def check_run(model: Any, stream: Stream, args: ContinualArguments, classifiers: Sized) -> None:
@@ -48,5 +48,5 @@ def check_engine(engine: DistributedType) -> None:
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"Accelerate is set to {engine.value}, which shards the whole model, also prompts and heads that grow with the "
-            "tasks: leave it out of `accelerate config`; cl_prompts.sharding.shard_frozen_blocks shards the backbone"
+            "tasks: leave it out of `accelerate config`; cl_prompts.tuner.sharding.shard_frozen_blocks shards the backbone"
         )

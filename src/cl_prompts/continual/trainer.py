@@ -1,8 +1,8 @@
 """Learning a stream of tasks on any device or many, with Accelerate; a killed run goes on where it was.
 
 The trainer knows a learner by the public interface of `PromptPoolModel`: `begin_task`, `end_task`, `classes`,
-`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ... (`cl_prompts.learning.TaskLearner`). Comparison
-learners (`baselines/`) have the same.
+`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ...
+(`cl_prompts.tuner.task_api.TaskLearner`). Comparison learners (`baselines/`) have the same.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cl_prompts.classifiers import FeatureClassifier
-from cl_prompts.collectives import gather_over_processes, sum_over_processes, world_size
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.batches import micro_batches, on_device
 from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
-from cl_prompts.continual.checkpoint import Checkpoints
-from cl_prompts.continual.evaluation import Evaluation, evaluate
-from cl_prompts.continual.host_memory import freed_memory_kept
-from cl_prompts.continual.loading import Rows
-from cl_prompts.continual.metrics import AccuracyMatrix
+from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
+from cl_prompts.continual.checkpointing.snapshot import (
+    Saved,
+    checked,
+    put_back,
+    put_back_optimizer,
+    put_back_random_state,
+    taken,
+)
+from cl_prompts.continual.extra_classifiers import SideClassifiers
+from cl_prompts.continual.feature_cache.provider import Viewer
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.run_checks import check_engine, check_run
-from cl_prompts.continual.side import SideClassifiers
-from cl_prompts.continual.snapshot import Saved, checked, put_back, put_back_optimizer, put_back_random_state, taken
-from cl_prompts.continual.streams import PADDING_LABEL, Stream, Task
-from cl_prompts.continual.viewing import Viewer
+from cl_prompts.continual.streams.loading import Rows
+from cl_prompts.continual.streams.stream import PADDING_LABEL, Stream, Task
+from cl_prompts.evaluation.evaluate import Evaluation, evaluate
+from cl_prompts.evaluation.metrics import AccuracyMatrix
+from cl_prompts.heads import FeatureClassifier
+from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes, world_size
+from cl_prompts.runtime.memory import freed_memory_kept
 
 
 class ContinualTrainer:

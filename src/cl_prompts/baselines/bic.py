@@ -1,0 +1,142 @@
+"""Bias correction."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_prompts.baselines.base import Batch, Images
+from cl_prompts.baselines.teacher import DistillingLearner, distillation
+from cl_prompts.interfaces import LossPart
+from cl_prompts.learner.features import record
+
+
+class BiC(DistillingLearner):
+    """Rehearsal and distillation, then two numbers that take the head's preference for new classes away.
+
+    Wu et al., "Large Scale Incremental Learning", CVPR 2019. With n old and m new classes the loss is (1 - lambda) * cross
+    entropy over all classes + lambda * distillation from the earlier, corrected model, lambda = n / (n + m) (equations 1
+    to 3). Then the logits of the new classes become alpha * logit + beta (equation 4), fitted on images held out of
+    training (equation 5); those of earlier classes stay. Here held-out images are chosen by their number, which is the same
+    in all tasks. The fit is convex and solved to the end, with a little weight decay towards (1, 0): held-out images that
+    are all classified rightly would call for an infinite alpha.
+
+    Args:
+        backbone: see `ComparisonLearner`.
+        temperature: of the distillation, 2 in the paper.
+        held_out: share of images that are not trained on, 0.1 as in the paper. They count in means with a loss of 0.
+        options: see `ComparisonLearner`.
+
+    Attributes:
+        correction: (alpha, beta) of the newest classes [2].
+    """
+
+    name = "bic"
+    rehearses = "beside"
+    needs_memory = True
+    needs_consolidation = True
+
+    def __init__(self, backbone: nn.Module, *, temperature: float = 2.0, held_out: float = 0.1, **options: Any) -> None:
+        super().__init__(backbone, **options)
+        self.temperature, self.held_out = self.number("temperature", temperature), self.number("held_out", held_out)
+        if temperature == 0 or not 0 < held_out < 1:
+            raise ValueError(f"temperature={temperature} must be positive, held_out={held_out} between 0 and 1")
+        self.correction = torch.tensor([1.0, 0.0])
+
+    def before_task(self, declared: list[int]) -> None:
+        """Keep the corrected model."""
+        super().before_task(declared)
+        self.correction = torch.tensor([1.0, 0.0], device=self.correction.device)
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor]:
+        """The corrected classifier: [C, D] and [C]."""
+        weight, bias = (values.detach().clone() for values in super().weight_and_bias())
+        alpha, beta = self.correction.to(weight.device)
+        weight[self.taught_columns :] *= alpha
+        bias[self.taught_columns :] = alpha * bias[self.taught_columns :] + beta
+        return weight, bias
+
+    def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
+        """Cross entropy and, from the second task on, distillation, of the images that are trained on."""
+        trained = ~is_held_out(batch.numbers, self.held_out)
+        old = self.taught_columns / batch.logits.shape[1]
+        parts = {"cross_entropy": LossPart((1 - old) * self.cross_entropy(batch).value, "mean")}
+        if batch.taught is not None:
+            parts["distillation"] = distillation(batch.taught, batch.logits, self.temperature, old)
+        return {name: LossPart(torch.where(trained, part.value, 0.0), "mean") for name, part in parts.items()}
+
+    def answer(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Corrected logits."""
+        return corrected(logits, self.taught_columns, self.correction.to(logits.device))
+
+    def consolidate(self, images: Images, memory: Images | None = None) -> None:
+        """Fit the correction on held-out remembered images, which are balanced over the classes.
+
+        Raises:
+            ValueError: no images are remembered.
+        """
+        if memory is None:
+            raise ValueError('"bic" needs remembered images: set memory_size or memory_per_class')
+        old = self.taught_columns
+        if not 0 < old < len(self.classes):
+            return
+        seen = record(lambda batch: self.scores(self.features_of(batch)), memory)
+        taken = is_held_out(seen.ids, self.held_out)
+        logits, (columns, _) = seen.features[taken], self.head.to_columns(seen.labels[taken])
+        if not (columns < old).any() or not (columns >= old).any():
+            warnings.warn(
+                f"the {len(columns)} remembered images that are held out are not of both old and new classes, so nothing "
+                "is corrected after this task: keep more images, or raise held_out",
+                stacklevel=2,
+            )
+            return
+        self.correction = fit_correction(logits, columns, old)
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Teacher and correction."""
+        return super().extra_tensors() | {"correction": self.correction}
+
+    def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take them back."""
+        super().load_extra_tensors(tensors)
+        self.correction = tensors["correction"]
+
+
+def is_held_out(numbers: Tensor, share: float) -> Tensor:
+    """Which images [B] are held out: of any run of consecutive numbers, `share` of them (golden ratio sequence)."""
+    return (numbers % 2**31) * 2654435761 % 2**32 < share * 2**32
+
+
+def corrected(logits: Tensor, old: int, correction: Tensor) -> Tensor:
+    """Logits [B, C] with alpha * logit + beta in the columns from `old` on."""
+    alpha, beta = correction
+    return torch.cat([logits[:, :old], alpha * logits[:, old:] + beta], dim=1)
+
+
+def fit_correction(logits: Tensor, columns: Tensor, old: int, decay: float = 1e-3) -> Tensor:
+    """The (alpha, beta) [2] that make the cross entropy smallest.
+
+    Args:
+        logits: [n, C].
+        columns: right columns [n].
+        old: number of old classes.
+        decay: times the squared distance from (1, 0) joins the mean cross entropy.
+    """
+    neutral = torch.tensor([1.0, 0.0], dtype=torch.float64, device=logits.device)
+    found = neutral.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([found], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(corrected(logits.double(), old, found), columns)
+        loss = loss + decay * (found - neutral).square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return found.detach().float()

@@ -1,0 +1,118 @@
+"""Elastic weight consolidation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.baselines.base import Batch, ComparisonLearner, Images
+from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
+from cl_prompts.interfaces import LossPart
+from cl_prompts.runtime.distributed import sum_over_processes
+
+
+class EWC(ComparisonLearner):
+    """Parameters that earlier tasks' answers depend on are held near their values after those tasks.
+
+    Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3: the loss takes
+    strength / 2 * sum of F_t (theta - theta_t)^2 for every earlier task t. The sum over tasks is kept as one quadratic
+    around the weighted mean of the theta_t, which differs from it by a constant.
+
+    F_t is the diagonal of the empirical Fisher information: the mean over the task's training images of the squared
+    gradient of log p(own label), one image at a time, un-augmented, in eval mode, p over the classes that `class_mask`
+    leaves.
+
+    Args:
+        backbone: see `ComparisonLearner`.
+        strength: lambda. Ours; the paper chooses it by task.
+        options: see `ComparisonLearner`.
+    """
+
+    name = "ewc"
+    needs_consolidation = True
+
+    def __init__(self, backbone: nn.Module, *, strength: float = 1000.0, **options: Any) -> None:
+        super().__init__(backbone, **options)
+        self.penalty = QuadraticPenalty(self.number("strength", strength) / 2)
+
+    def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
+        """Cross entropy and, from the second task on, the penalty."""
+        parts = super().loss_parts(batch)
+        if self.penalty.importance:
+            parts["penalty"] = LossPart(self.penalty.value(self.trained()), "batch")
+        return parts
+
+    def consolidate(self, images: Images, memory: Images | None = None) -> None:
+        """Add the task's Fisher information to the penalty."""
+        fisher = fisher_information(self, images)
+        for name, parameter in self.trained().items():
+            self._take(name, parameter.detach(), fisher[name])
+
+    def _take(self, name: str, theta: Tensor, fisher: Tensor) -> None:
+        penalty = self.penalty
+        total = grown_like(penalty.importance.get(name), theta) + fisher
+        centre = grown_like(penalty.centre.get(name), theta)
+        # The mean of all theta_t, weighted by F_t; without any weight the place does not matter.
+        penalty.centre[name] = centre + torch.where(total > 0, fisher / total, 1.0) * (theta - centre)
+        penalty.importance[name] = total
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The penalty."""
+        return self.penalty.tensors()
+
+    def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take it back."""
+        self.penalty.load(tensors)
+
+
+class OnlineEWC(EWC):
+    """EWC with one penalty around the newest parameters and Fisher information that fades.
+
+    Schwarz et al., "Progress & Compress: A scalable framework for continual learning", ICML 2018: after a task
+    F <- decay * F + F_t, and the loss takes strength / 2 * sum of F (theta - theta_newest)^2. (They also normalise each
+    F_t; we do not.)
+
+    Args:
+        backbone: see `ComparisonLearner`.
+        decay: gamma, what is left of the Fisher information after one more task, 0 to 1. Ours; the paper searches it.
+        options: see `EWC`, whose `strength` is lambda here too.
+    """
+
+    name = "ewc_online"
+
+    def __init__(self, backbone: nn.Module, *, decay: float = 0.9, **options: Any) -> None:
+        super().__init__(backbone, **options)
+        self.decay = self.number("decay", decay)
+        if decay > 1:
+            raise ValueError(f"decay={decay} must be between 0 and 1: more would let the Fisher information grow for ever")
+
+    def _take(self, name: str, theta: Tensor, fisher: Tensor) -> None:
+        penalty = self.penalty
+        penalty.importance[name] = self.decay * grown_like(penalty.importance.get(name), theta) + fisher
+        penalty.centre[name] = theta.clone()
+
+
+def fisher_information(learner: ComparisonLearner, images: Images) -> dict[str, Tensor]:
+    """Mean squared gradient of log p(label) of each trained parameter, over the images of all processes.
+
+    Args:
+        learner: in eval mode.
+        images: this process's share.
+    """
+    parameters = learner.trained()
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    count = torch.zeros((), device=learner.head.weight.device)
+    for batch in images:
+        columns, _ = learner.head.to_columns(batch["labels"])
+        for i in torch.nonzero(columns >= 0).flatten().tolist():
+            query = batch["query"][i : i + 1] if "query" in batch else None
+            with torch.enable_grad():
+                logits = learner.masked(learner.scores(learner.read(batch["pixel_values"][i : i + 1], query)))
+                gradients = torch.autograd.grad(logits.log_softmax(1)[0, columns[i]], list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                sums[name] += gradient.square()
+            count += 1
+    whole = sum_over_processes(count).clamp_min(1)
+    return {name: sum_over_processes(total) / whole for name, total in sums.items()}

@@ -1,0 +1,42 @@
+"""Learning without forgetting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from cl_prompts.baselines.base import Batch
+from cl_prompts.baselines.teacher import DistillingLearner, distillation
+from cl_prompts.interfaces import LossPart
+
+
+class LwF(DistillingLearner):
+    """On new images, the earlier model's answers for the earlier classes are part of what is learnt.
+
+    Li & Hoiem, "Learning without Forgetting", ECCV 2016, section 3: strength times the distillation loss joins the
+    cross entropy over the new classes. The paper distils each task's head by itself, and warms the new head up first; here
+    all earlier classes are one softmax (as for class-incremental learning in the iCaRL paper), and there is no warm-up.
+
+    Args:
+        backbone: see `ComparisonLearner`.
+        strength: lambda_o, 1 in the paper.
+        temperature: 2 in the paper.
+        options: see `ComparisonLearner`.
+    """
+
+    name = "lwf"
+
+    def __init__(self, backbone: nn.Module, *, strength: float = 1.0, temperature: float = 2.0, **options: Any) -> None:
+        super().__init__(backbone, **options)
+        self.strength = self.number("strength", strength)
+        self.temperature = self.number("temperature", temperature)
+        if temperature == 0:
+            raise ValueError("temperature=0 would divide by zero: choose a positive number")
+
+    def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
+        """Cross entropy and, from the second task on, distillation."""
+        parts = super().loss_parts(batch)
+        if batch.taught is not None:
+            parts["distillation"] = distillation(batch.taught, batch.logits, self.temperature, self.strength)
+        return parts

@@ -1,0 +1,107 @@
+"""Synaptic intelligence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.baselines.base import Batch, ComparisonLearner
+from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
+from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
+from cl_prompts.interfaces import LossPart
+from cl_prompts.learner.optimizer_hook import inner_optimizer
+
+
+class SI(ComparisonLearner):
+    """Parameters are held by how much their way through earlier tasks lowered the loss.
+
+    Zenke, Poole & Ganguli, "Continual Learning Through Synaptic Intelligence", ICML 2017. While a task is trained, every
+    optimizer step adds -gradient * step to a parameter's path integral omega (equation 3; the gradient is that of the
+    task's loss without the penalty, unless it was clipped). After the task, omega / ((way from its start)^2 + xi) joins the
+    importance (equation 5), which stays non-negative as in the published code. The loss takes
+    strength * sum of importance * (theta - theta after the newest task)^2 (equation 4).
+
+    Args:
+        backbone: see `ComparisonLearner`.
+        strength: c; 0.1 as for split CIFAR in the paper.
+        damping: xi, as in the paper.
+        options: see `ComparisonLearner`.
+    """
+
+    name = "si"
+
+    def __init__(self, backbone: nn.Module, *, strength: float = 0.1, damping: float = 1e-3, **options: Any) -> None:
+        super().__init__(backbone, **options)
+        self.penalty = QuadraticPenalty(self.number("strength", strength))
+        self.damping = self.number("damping", damping)
+        if damping == 0:
+            raise ValueError(
+                "damping=0 would divide by zero where a parameter did not move: choose a small positive number"
+            )
+        self.path: dict[str, Tensor] = {}  # omega of the current task
+        self.start: dict[str, Tensor] = {}  # where it began
+        self._hooks: list[Any] = []
+
+    def begin_task(self, *args: Any, **kwargs: Any) -> None:
+        """Open the next task; `args` and `kwargs` as in `ComparisonLearner`. The ways of all parameters begin."""
+        super().begin_task(*args, **kwargs)
+        self.start = {name: p.detach().clone() for name, p in self.trained().items()}
+        self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}
+        self._unhook()
+
+    def attach_optimizer(self, optimizer: Any) -> None:
+        """Follow the steps of this optimizer."""
+        super().attach_optimizer(optimizer)
+        self._unhook()
+        parameters = self.trained()
+        before: dict[str, tuple[Tensor, Tensor]] = {}
+
+        @torch.no_grad()
+        def remember(*_: Any) -> None:
+            for name, p in parameters.items():
+                if p.grad is not None:
+                    before[name] = p.detach().clone(), p.grad - self.penalty.gradient(name, p)
+
+        @torch.no_grad()
+        def follow(*_: Any) -> None:
+            for name, (place, gradient) in before.items():
+                self.path[name] -= gradient * (parameters[name] - place)
+            before.clear()
+
+        inner = inner_optimizer(optimizer)
+        self._hooks = [inner.register_step_pre_hook(remember), inner.register_step_post_hook(follow)]
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
+        """Cross entropy and, from the second task on, the penalty."""
+        parts = super().loss_parts(batch)
+        if self.penalty.importance:
+            parts["penalty"] = LossPart(self.penalty.value(self.trained()), "batch")
+        return parts
+
+    def end_task(self) -> None:
+        """Close the task; what mattered in it joins the importance."""
+        super().end_task()
+        self._unhook()
+        penalty = self.penalty
+        for name, parameter in self.trained().items():
+            theta = parameter.detach()
+            gained = self.path[name] / ((theta - self.start[name]).square() + self.damping)
+            penalty.importance[name] = (grown_like(penalty.importance.get(name), theta) + gained).clamp_min(0)
+            penalty.centre[name] = theta.clone()
+        self.path, self.start = {}, {}
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Penalty, path integrals and where they began."""
+        return self.penalty.tensors() | prefixed("path.", self.path) | prefixed("start.", self.start)
+
+    def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take them back."""
+        self.penalty.load(tensors)
+        self.path, self.start = below("path.", tensors), below("start.", tensors)

@@ -1,0 +1,182 @@
+"""The command `cl-prompts`: predict, inspect, push. An error is one line on stderr that says what to do, exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import logging
+
+from cl_prompts.pipeline import PromptPoolPipeline
+from cl_prompts.sharing.images import rgb_image
+from cl_prompts.sharing.inspect import describe_adapter
+from cl_prompts.sharing.push import push_folder
+
+
+# What our code and the libraries below it raise for files, networks, devices and memory. Anything else is a bug of ours,
+# whose traceback somebody will need.
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: those of the command line; None: this process's.
+
+    Returns:
+        The exit code: 0, or 1 after an error. Wrong arguments exit with 2.
+    """
+    given = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = given.run
+    try:
+        with _told_on_stderr():
+            code = run(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `cl-prompts ... | head`: nobody listens any more, at the exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except EXPECTED as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cl-prompts", description="Prompt pools for frozen vision transformers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="the most likely classes of images")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="file or URL")
+    predict.add_argument("--adapter", required=True, metavar="ID", help="folder or Hub id")
+    predict.add_argument("--base", metavar="ID", help="base model instead of the one the adapter names: folder or Hub id")
+    predict.add_argument("--top-k", type=int, default=5, metavar="N", help="classes for each image (default: %(default)s)")
+    predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
+    predict.add_argument("--device", metavar="D", help="like cpu, cuda or mps (default: cpu)")
+
+    inspect = commands.add_parser("inspect", help="method, tasks, classes, sizes and figures; no base model is loaded")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("adapter", metavar="ID", help="folder or Hub id")
+    for command in (predict, inspect):
+        command.add_argument("--revision", metavar="R", help="branch, tag or commit of the adapter on the Hub")
+        command.add_argument("--json", action="store_true", help="for programs: one JSON object for each image or adapter")
+
+    push = commands.add_parser("push", help="put an adapter's folder on the Hub")
+    push.set_defaults(run=_push)
+    push.add_argument("folder", metavar="DIR", help="folder written by save_pretrained or by a training run")
+    push.add_argument("repo_id", metavar="ID", help="name on the Hub, like me/birds")
+    push.add_argument("--private", action="store_true", default=None, help="only you and your organisation see it")
+    push.add_argument("--revision", metavar="R", help="branch to push to (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing to the branch")
+    push.add_argument("--message", metavar="M", help="of the commit")
+    push.add_argument(
+        "--base-model-id", metavar="ID", help="the base model on the Hub, if the adapter names a local folder"
+    )
+    push.add_argument("--include-base", action="store_true", help="push the base model along")
+    push.add_argument("--license", metavar="L", help="for the card, like apache-2.0")
+    push.add_argument("--token", metavar="T", help="instead of that of `hf auth login`")
+    return parser
+
+
+def _predict(given: argparse.Namespace) -> int:
+    if given.batch_size < 1 or given.top_k < 1:
+        raise ValueError(f"--batch-size {given.batch_size} and --top-k {given.top_k} must be at least 1")
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    pipe = PromptPoolPipeline.from_pretrained(
+        given.adapter, base=given.base, revision=given.revision, batch_size=given.batch_size, device=given.device
+    )
+    failed = False
+    for start in range(0, len(given.images), given.batch_size):
+        names, images = [], []
+        for name in given.images[start : start + given.batch_size]:
+            try:
+                images.append(rgb_image(name))
+                names.append(name)
+            except ValueError as error:
+                _complain(error)
+                failed = True
+        for name, answer in zip(names, pipe(images, top_k=given.top_k), strict=True):
+            if given.json:
+                print(json.dumps({"image": name, "predictions": answer}))
+            else:
+                print(*(_plain(f"{name}  {a['score']:6.1%}  {a['label']}") for a in answer), sep="\n")
+    return int(failed)
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    facts = describe_adapter(given.adapter, revision=given.revision)
+    print(json.dumps(facts, indent=1) if given.json else "\n".join(_plain(line) for line in _lines(facts)))
+    return 0
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    base = facts["base_model"]
+    images = "x".join(map(str, base["image_size"])) if base["image_size"] else "of any size"
+    yield f"method    {facts['title']}"
+    yield from (f"paper     {paper}" for paper in facts["papers"])
+    yield f"base      {base['name'] or 'not named'}" + (f" at {base['revision']}" if base["revision"] else "")
+    kind = f"{base['class']}, {base['blocks']} blocks of width {base['width']}, {base['heads']} heads"
+    yield f"          {kind}; images {images}"
+    yield f"head      {facts['head']}, reads {facts['readout']}"
+    yield f"format    {facts['format_version']}, written by cl_prompts {facts['written_by'] or 'unknown'}"
+    yield f"tasks     {len(facts['tasks'])}" + (", the last still open" if facts["task_open"] else "")
+    for number, task in enumerate(facts["tasks"], 1):
+        yield f"  {number}: " + ", ".join(c["name"] or str(c["id"]) for c in task)
+    if facts["num_labels"] is not None:
+        yield f"  task-free, {facts['num_labels']} classes"
+    yield "settings"
+    yield from (f"  {name} = {value}" for name, value in facts["settings"].items())
+    yield f"size      {facts['numbers']:,} numbers, {facts['bytes']:,} bytes"
+    for name, part in facts["parts"].items():
+        yield f"  {name}: {part['numbers']:,} numbers, {part['bytes']:,} bytes"
+    for name, figures in facts["figures"].items():
+        told = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
+        yield f"figures   {name}: " + ", ".join(f"{words} {figures[key]:.1f}" for key, words in told.items())
+
+
+def _push(given: argparse.Namespace) -> int:
+    commit = push_folder(
+        given.folder,
+        given.repo_id,
+        private=given.private,
+        revision=given.revision,
+        commit_message=given.message,
+        create_pr=given.create_pr,
+        token=given.token,
+        base_model_id=given.base_model_id,
+        include_base=given.include_base,
+        license=given.license,
+    )
+    print(commit.pr_url or commit.commit_url)
+    return 0
+
+
+@contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """Warnings, of another base for example, as lines like those of errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries tell those who program with them
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: _complain(message, "warning: ")
+        yield
+
+
+def _complain(what: Warning | str | Exception, kind: str = "") -> None:
+    text = str(what) or type(what).__name__
+    print(_plain(f"cl-prompts: {kind}{' '.join(text.split())}"), file=sys.stderr)
+
+
+def _plain(text: str) -> str:
+    """Without what steers a terminal: names in an adapter's files are a stranger's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,1 @@
+"""Un-prompted features computed once and kept."""

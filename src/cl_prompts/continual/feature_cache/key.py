@@ -1,0 +1,212 @@
+"""All that decides the numbers of un-prompted features: images, what makes tensors of them, the base, what computes.
+
+Nothing is guessed. What cannot be told (a transform that does not say what it does, a base with code of others in it) has
+no key, and its features are kept in memory only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset, Image
+from torch import Tensor
+
+import cl_prompts
+from cl_prompts.backbones.cache_key import NotTold, base_as_it_is
+from cl_prompts.continual.streams.loading import Rows, UnreadableImage, rank_and_processes, read_image
+from cl_prompts.continual.streams.stream import Stream
+from cl_prompts.runtime.cpu import processor
+from cl_prompts.runtime.distributed import gather_over_processes, world_size
+
+
+LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "pillow", "numpy", "flash-attn")
+OWN_CODE = (
+    "tuner/forward.py",
+    "evaluation/evaluate.py",
+    "continual/streams/loading.py",
+    "continual/streams/augmentation.py",
+    "continual/streams/stream.py",
+    "backbones/*.py",
+)
+BACKENDS = (
+    *("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.enabled", "cudnn.benchmark"),
+    *("cudnn.deterministic", "mkldnn.enabled", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision"),
+    *("cuda.matmul.allow_bf16_reduced_precision_reduction", "cuda.matmul.allow_fp16_reduced_precision_reduction"),
+)
+SWITCHES = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE")  # of the environment, read by kernels
+READ_AT_ONCE = 64  # rows
+
+
+def query_digest(
+    model: Any,
+    stream: Stream,
+    rows: Rows,
+    *,
+    train: bool,
+    together: int,
+    device: torch.device,
+    augmented_by: tuple[int, int] | None = None,
+) -> bytes:
+    """A sha256 of what decides the features of some rows of a stream: this process's share of the images, and all the rest.
+
+    It knows nothing of tasks, labels or prompts, nor of seeds where images are not augmented: another method or task order
+    finds the same features.
+
+    Args:
+        model: the learner, not wrapped, in the mode and under the precision of the pass.
+        stream: whose images.
+        rows: their row numbers.
+        train: in the training or the test set.
+        together: how many go through the base at once.
+        device: where the base is.
+        augmented_by: (seed, epoch) of the augmentation; None: none.
+
+    Raises:
+        NotTold: something does not say what it does.
+    """
+    base, transform = _told("the base", base_as_it_is(model)), _told("the transform", _transform(stream.transform))
+    told = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
+    if augmented_by is not None and stream.augmentation is not None:
+        seed, epoch = augmented_by
+        told.append([asdict(stream.augmentation), seed, stream.augmentation.view(epoch)])
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for part in _images(stream, rows, train=train):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def agreed_key(digest: bytes | None, device: torch.device) -> str | None:
+    """One key [64 hexadecimal digits] for all processes, which must all call it; None if one of them has no digest."""
+    parts = gather_over_processes(torch.tensor([list(digest or bytes(32))], dtype=torch.uint8, device=device))
+    if not all(part.any() for part in parts):
+        return None
+    return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()
+
+
+# ---- what computes -------------------------------------------------------------------------------------------------------
+
+
+def _numerics(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, precision: the same on one machine, another one's last bits may differ."""
+    backends = torch.backends
+    return {
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "code": _own_code(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": [processor(), backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "backends": [attrgetter(name)(backends) for name in BACKENDS],
+        "kernels": [kernel() for kernel in (backends.cuda.flash_sdp_enabled, backends.cuda.mem_efficient_sdp_enabled)],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(SWITCHES)},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _own_code() -> str:
+    """Sha256 of our files that a pass runs through: a change in them may change last bits.
+
+    Raises:
+        FileNotFoundError: a name in `OWN_CODE` matches no file, so that a change in what it stood for would go unseen.
+    """
+    home = Path(cl_prompts.__file__).parent
+    files: list[Path] = []
+    for pattern in OWN_CODE:
+        found = sorted(home.glob(pattern))
+        if not found:
+            raise FileNotFoundError(f"no file of cl_prompts matches {pattern!r}: name in OWN_CODE where it is now")
+        files += found
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+# ---- the images ----------------------------------------------------------------------------------------------------------
+
+
+def _transform(transform: Any) -> list[Any]:
+    """Class, source and settings of what makes tensors of images."""
+    kind, settings = type(transform), getattr(transform, "settings", None)
+    if not callable(settings):
+        name = getattr(transform, "__qualname__", kind.__qualname__)
+        raise NotTold(f"the transform {name} does not say what it does: give it a settings() that returns it, as JSON")
+    try:
+        sources = [inspect.getsource(part) for part in kind.__mro__ if part is not object]
+    except (OSError, TypeError) as error:
+        raise NotTold(f"the source of the transform {kind.__qualname__} is not at hand") from error
+    return [kind.__module__, kind.__qualname__, sources, settings()]
+
+
+def _images(stream: Stream, rows: Rows, *, train: bool) -> Iterator[bytes]:
+    """This process's share of the images, byte by byte, and where they stand."""
+    data, column = (stream.train if train else stream.test), stream.image_column
+    own = np.array_split(rows, world_size())[rank_and_processes()[0]]
+    yield np.ascontiguousarray(own, dtype="<i8").tobytes()
+    yield str(len(stream.train_labels if train else stream.test_labels)).encode()
+    if isinstance(data, Dataset) and data.format["type"] is None and isinstance(data.features[column], Image):
+        yield repr(data.features[column]).encode()
+        files = data.select_columns([column]).cast_column(column, Image(decode=False))
+        for start in range(0, len(own), READ_AT_ONCE):
+            for cell in files[own[start : start + READ_AT_ONCE].tolist()][column]:
+                yield _file(cell)
+        return
+    for row in own.tolist():
+        try:
+            yield _content(read_image(partial(_cell, data, row, column)))
+        except UnreadableImage as error:
+            raise NotTold(f"row {row} cannot be read ({error})") from error
+
+
+def _cell(data: Any, row: int, column: str) -> Any:
+    return data[row][column]
+
+
+def _file(cell: Any) -> bytes:
+    """An encoded image: the bytes that lie in the data set, else those of the file that it names."""
+    if cell is None:
+        return b""
+    try:
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    except (OSError, TypeError) as error:
+        raise NotTold(f"the file of an image cannot be read ({error})") from error
+
+
+def _content(image: Any) -> bytes:
+    """All of a decoded image. A path or a number only stands for one, and what it stands for may change."""
+    if isinstance(image, PIL.Image.Image):
+        about = [image.mode, image.size, image.getpalette(), image.info, dict(image.getexif())]
+        return json.dumps(about, default=repr).encode() + image.tobytes()
+    if isinstance(image, Tensor):
+        kind = [str(image.dtype), list(image.shape)]
+        image = image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    elif isinstance(image, np.ndarray) and not image.dtype.hasobject:
+        kind = [image.dtype.str, list(image.shape)]
+    else:
+        raise NotTold(f"an image given as {type(image).__name__} does not show its content")
+    return json.dumps(kind).encode() + image.tobytes()
+
+
+def _told(whose: str, settings: Any) -> str:
+    try:
+        return json.dumps(settings, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise NotTold(f"settings of {whose} cannot be written as JSON ({error})") from error

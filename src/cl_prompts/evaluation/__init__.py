@@ -1,0 +1,1 @@
+"""Metrics, evaluation, reference probes, reports and plots."""

@@ -1,0 +1,73 @@
+"""What a pool is used for: which prompts are chosen for which task, how evenly, and how alike prompts are.
+
+Letters in shapes: T tasks, M prompts of a pool; `...` stands for the layers (and heads) that choose by themselves, if any.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_prompts.methods.shared.selection import histogram, normalized
+
+
+def selection_counts(ids: Tensor, tasks: Tensor, pool_size: int) -> Tensor:
+    """How often each prompt was chosen for the images of each task.
+
+    Args:
+        ids: `prompt_ids` of the outputs, [images, ..., k].
+        tasks: number of each image's task, from 0 [images]; known to who evaluates, never to the model.
+        pool_size: M.
+
+    Returns:
+        int64 [T, ..., M].
+    """
+    return torch.stack([histogram(ids, pool_size, tasks == task) for task in range(int(tasks.max()) + 1)])
+
+
+def routing_entropy(counts: Tensor) -> Tensor:
+    """Entropy of how often prompts are chosen, divided by log M: 1 if all alike, 0 if always the same one.
+
+    Args:
+        counts: [..., M]; all zeros count as 0.
+
+    Returns:
+        float64 [...].
+    """
+    share = counts.double() / counts.sum(-1, keepdim=True).clamp_min(1)
+    entropy = -torch.special.xlogy(share, share).sum(-1)
+    return entropy / math.log(max(counts.shape[-1], 2))
+
+
+@torch.no_grad()
+def prompt_similarity(model: Any) -> Tensor:
+    """Cosine of every two prompts of a group (layer, or head of a layer) that are in use now: [groups, M, M].
+
+    Args:
+        model: a model with a prompt pool, not wrapped.
+    """
+    unit = normalized(model.adapter.pool.prompt_table().flatten(2))
+    return unit @ unit.mT
+
+
+def selection_summary(counts: Tensor, similarity: Tensor | None = None) -> str:
+    """A few lines of Markdown on what was chosen.
+
+    `counts` [T, ..., M] are those of `selection_counts`, `similarity` [groups, M, M] that of `prompt_similarity`.
+    """
+    by_task = routing_entropy(counts).view(len(counts), -1).mean(1).tolist()
+    total = counts.sum(0)
+    unused = int((total == 0).sum())
+    lines = [
+        f"- routing entropy by task: {' '.join(f'{e:.2f}' for e in by_task)} (1: prompts are chosen alike, 0: always the "
+        "same one; mean over layers)",
+        f"- routing entropy over all tasks: {routing_entropy(total).mean():.2f}",
+        f"- prompts chosen for no image: {unused} of {total.numel()}",
+    ]
+    if similarity is not None and similarity.shape[-1] > 1:
+        other = similarity[:, ~torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)]
+        lines.append(f"- cosine of two prompts: mean {other.mean():.2f}, largest {other.max():.2f}")
+    return "\n".join(lines)

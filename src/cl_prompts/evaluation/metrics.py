@@ -1,0 +1,267 @@
+"""Accuracy over tasks and what the field makes of it; four numbers are called "forgetting", and all are here.
+
+`tests/golden/metrics.json` holds what l2p-pytorch, mammoth, CODA-Prompt and SMoPE compute for one matrix.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cl_prompts.storage.atomic import write_whole
+
+
+# Measures that are also taken of task-incremental accuracies, where there are any.
+TASK_INCREMENTAL = ("faa", "caa", "forgetting")
+
+
+@dataclass
+class AccuracyMatrix:
+    """Accuracies `a[i][j]` in percent on task i after training task j, filled a column per task.
+
+    Args:
+        columns: column j holds the accuracies on tasks 0..j after task j.
+        sizes: number of test images of each task, for micro averages.
+        task_incremental: the same columns for logits masked to the task's own classes (the task is known), or empty.
+        before: accuracy on task i just before it was trained, by task. Only where its classes were known by then, so in
+            domain-incremental streams and not in class-incremental ones.
+        baseline: accuracy on task i of the untrained model, by task.
+    """
+
+    columns: list[list[float]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    task_incremental: list[list[float]] = field(default_factory=list)
+    before: dict[int, float] = field(default_factory=dict)
+    baseline: dict[int, float] = field(default_factory=dict)
+
+    def add(
+        self, accuracies: Sequence[float], sizes: Sequence[int], task_incremental: Sequence[float] | None = None
+    ) -> None:
+        """Add the column of a task: accuracies in percent and numbers of test images of all tasks so far.
+
+        Args:
+            accuracies: on tasks 0..j, in percent.
+            sizes: test images of each; those of earlier tasks as before.
+            task_incremental: accuracies with the task known, for every column or for none.
+
+        Raises:
+            ValueError: there is not one number for every task so far, or it is none that an accuracy or a size can have.
+        """
+        tasks = len(self.columns) + 1
+        if len(accuracies) != tasks or len(sizes) != tasks:
+            raise ValueError(
+                f"column {tasks - 1} needs {tasks} accuracies and sizes, got {len(accuracies)} and {len(sizes)}"
+            )
+        if (task_incremental is not None) != bool(self.task_incremental) and self.columns:
+            raise ValueError(f"column {tasks - 1}: give task_incremental accuracies for every column or for none")
+        if task_incremental is not None and len(task_incremental) != tasks:
+            raise ValueError(f"column {tasks - 1} needs {tasks} task_incremental accuracies, got {len(task_incremental)}")
+        for value in (*accuracies, *(task_incremental or ())):
+            _check_percent(value, f"column {tasks - 1}")
+        if any(n != int(n) or n < 1 for n in sizes):
+            raise ValueError(f"column {tasks - 1}: sizes {list(sizes)} must be numbers of test images, of at least 1")
+        if self.sizes != [int(n) for n in sizes[:-1]]:
+            raise ValueError(
+                f"column {tasks - 1}: earlier tasks had {self.sizes} test images, now {list(sizes[:-1])}: accuracies on "
+                "other images cannot be compared"
+            )
+        self.columns.append([float(a) for a in accuracies])
+        self.sizes = [int(n) for n in sizes]
+        if task_incremental is not None:
+            self.task_incremental.append([float(a) for a in task_incremental])
+
+    def table(self) -> NDArray[np.float64]:
+        """a[i, j] as an array; NaN where task i had not come yet."""
+        tasks = len(self.columns)
+        table = np.full((tasks, tasks), np.nan)
+        for j, column in enumerate(self.columns):
+            table[: j + 1, j] = column
+        return table
+
+    def curve(self, *, micro: bool = False) -> list[float]:
+        """Average accuracy over the tasks seen, after each task: every task alike, or (`micro`) every image alike."""
+        weights = self.sizes if micro else [1] * len(self.columns)
+        return [float(np.average(column, weights=weights[: len(column)])) for column in self.columns]
+
+    def summary(self) -> dict[str, float]:
+        """All measures, in percent. Those that compare with earlier tasks are 0 after a single task.
+
+        FAA: last point of the curve. CAA: mean of the curve. `forgetting`: best accuracy ever minus final, mean over
+        earlier tasks (L2P, DualPrompt, HiDe, mammoth; never negative). `forgetting_before_final`: the same without the
+        final column among the best. `forgetting_step`: mean drop per step (CODA-Prompt's). `forgetting_first`: accuracy
+        when just learnt minus final (avalanche's), the negative of `bwt`. `learning_accuracy`: accuracy when just learnt.
+
+        Only with `task_incremental`: `faa_task_incremental` and so on. Only with `before` for every later task:
+        `accuracy_before`, its mean over them, and with `baseline` too `fwt`, the mean of before - baseline (Lopez-Paz &
+        Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017).
+
+        Raises:
+            ValueError: no task was added yet.
+        """
+        if not self.columns:
+            raise ValueError("no task was evaluated yet: add a column first")
+        table, last = self.table(), len(self.columns) - 1
+        macro, micro = self.curve(), self.curve(micro=True)
+        old = table[:last]
+        final, just_learnt = old[:, last], np.diag(table)
+        measures = {
+            "faa": macro[-1],
+            "caa": float(np.mean(macro)),
+            "faa_micro": micro[-1],
+            "caa_micro": float(np.mean(micro)),
+            "learning_accuracy": float(np.mean(just_learnt)),
+        }
+        drops = [np.mean(table[:t, t - 1] - table[:t, t]) for t in range(1, last + 1)]
+        compared = {
+            "forgetting": np.nanmax(old, axis=1) - final if last else [],
+            "forgetting_before_final": np.nanmax(old[:, :last], axis=1) - final if last else [],
+            "forgetting_step": drops,
+            "forgetting_first": just_learnt[:last] - final,
+            "bwt": final - just_learnt[:last],
+        }
+        measures |= {name: float(np.mean(values)) if last else 0.0 for name, values in compared.items()}
+        return measures | self._task_incremental_measures() | self._forward_measures()
+
+    def _task_incremental_measures(self) -> dict[str, float]:
+        if not self.task_incremental:
+            return {}
+        known = AccuracyMatrix(self.task_incremental, self.sizes).summary()
+        return {f"{name}_task_incremental": known[name] for name in TASK_INCREMENTAL}
+
+    def _forward_measures(self) -> dict[str, float]:
+        later = range(1, len(self.columns))
+        if not later or not set(later) <= self.before.keys():
+            return {}
+        measures = {"accuracy_before": float(np.mean([self.before[task] for task in later]))}
+        if set(later) <= self.baseline.keys():
+            measures["fwt"] = float(np.mean([self.before[task] - self.baseline[task] for task in later]))
+        return measures
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy with the measures, once there are any."""
+        copy: dict[str, Any] = {"columns": [list(c) for c in self.columns], "sizes": list(self.sizes)}
+        if self.task_incremental:
+            copy["task_incremental"] = [list(c) for c in self.task_incremental]
+        for name, given in (("before", self.before), ("baseline", self.baseline)):
+            if given:
+                copy[name] = {str(task): value for task, value in given.items()}
+        return copy | (self.summary() if self.columns else {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
+        """The matrix that `to_dict` described by `values`; its measures are computed anew.
+
+        Raises:
+            ValueError: a part is missing or is no accuracy matrix.
+        """
+        try:
+            columns, sizes = list(values["columns"]), list(values["sizes"])
+            known = list(values.get("task_incremental", ()))
+            aside = {name: dict(values.get(name, {})) for name in ("before", "baseline")}
+            if (known and len(known) != len(columns)) or len(sizes) != len(columns):
+                raise ValueError(f"{len(columns)} columns, {len(known)} task-incremental ones, {len(sizes)} sizes")
+            matrix = cls()
+            for j, column in enumerate(columns):
+                matrix.add(column, sizes[: j + 1], known[j] if known else None)
+            for name, given in aside.items():
+                for task, value in given.items():
+                    _check_percent(value, f"{name} of task {task}")
+                    getattr(matrix, name)[int(task)] = float(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no accuracy matrix as `to_dict` writes it: {error}") from error
+        return matrix
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the matrix to the file `path`, a row per task; cells of tasks to come are empty. Numbers read back exactly.
+
+        Columns: `task` (from 0), `images`, `after_0`, `after_1`, ..., and where there are such accuracies
+        `task_incremental_after_0`, ..., `before`, `baseline`.
+        """
+        tasks = len(self.columns)
+        parts = [("after", self.columns), ("task_incremental_after", self.task_incremental)]
+        aside = {name: given for name, given in (("before", self.before), ("baseline", self.baseline)) if given}
+        header = ["task", "images", *(f"{name}_{j}" for name, columns in parts for j in range(len(columns))), *aside]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        for i in range(tasks):
+            cells = [repr(column[i]) if i < len(column) else "" for _, columns in parts for column in columns]
+            ends = [repr(given[i]) if i in given else "" for given in aside.values()]
+            writer.writerow([i, self.sizes[i], *cells, *ends])
+        write_whole(path, text.getvalue())
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str]) -> AccuracyMatrix:
+        """Read the file `path` that `to_csv` wrote.
+
+        Raises:
+            ValueError: the file is no such table.
+        """
+        with Path(path).open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows, header = list(reader), reader.fieldnames or []
+
+        def column(name: str) -> list[float]:
+            return [float(row[name]) for row in rows if row[name]]
+
+        try:
+            if header[:2] != ["task", "images"]:
+                raise ValueError(f"its header is {header}")
+            values: dict[str, Any] = {"columns": [column(f"after_{j}") for j in range(len(rows))]}
+            values["sizes"] = [int(row["images"]) for row in rows]
+            if "task_incremental_after_0" in header:
+                values["task_incremental"] = [column(f"task_incremental_after_{j}") for j in range(len(rows))]
+            for name in ("before", "baseline"):
+                values[name] = {row["task"]: float(row[name]) for row in rows if row.get(name)}
+            return cls.from_dict(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no accuracy matrix as `to_csv` writes it: {error}") from error
+
+
+def matrix_from_predictions(
+    predictions: Sequence[int], references: Sequence[int], task_ids: Sequence[int], after_task: Sequence[int]
+) -> AccuracyMatrix:
+    """The matrix of single answers, in any order.
+
+    Args:
+        predictions: predicted class of each image.
+        references: its class; negative: padding, which counts nowhere.
+        task_ids: number of its task, from 0.
+        after_task: number of the task after whose training it was asked.
+
+    Raises:
+        ValueError: the lengths differ, a number is negative, or a task i was not asked after some task j >= i.
+    """
+    answers = [np.asarray(part, dtype=np.int64) for part in (predictions, references, task_ids, after_task)]
+    if len({part.shape for part in answers}) > 1:
+        lengths = [len(part) for part in answers]
+        raise ValueError(f"predictions, references, task_ids and after_task must be alike in length, got {lengths}")
+    predicted, wanted, task, after = (part[answers[1] >= 0] for part in answers)
+    if not len(wanted):
+        raise ValueError("there are no answers to measure")
+    if min(task.min(), after.min()) < 0 or (task > after).any():
+        raise ValueError("task_ids must be numbers of tasks from 0 that are at most after_task: later tasks are unseen")
+    matrix = AccuracyMatrix()
+    for j in range(int(after.max()) + 1):
+        asked = [(after == j) & (task == i) for i in range(j + 1)]
+        missing = [i for i, mask in enumerate(asked) if not mask.any()]
+        if missing:
+            raise ValueError(f"after task {j} nobody asked about tasks {missing}: ask all tasks so far after each task")
+        hits = predicted == wanted
+        matrix.add([100 * float(hits[mask].mean()) for mask in asked], [int(mask.sum()) for mask in asked])
+    return matrix
+
+
+def _check_percent(value: Any, where: str) -> None:
+    number = float(value)
+    if not math.isfinite(number) or not 0 <= number <= 100:
+        raise ValueError(f"{where}: {value!r} is no accuracy in percent, from 0 to 100")

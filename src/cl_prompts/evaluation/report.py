@@ -1,0 +1,271 @@
+"""Result tables, and one Markdown page per run that says what was run, what came out and what it is worth."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from cl_prompts.evaluation.evaluate import Evaluation
+from cl_prompts.evaluation.metrics import AccuracyMatrix
+from cl_prompts.runtime.cpu import processor
+from cl_prompts.storage.atomic import write_whole
+
+
+# Headings of the measures of `AccuracyMatrix.summary` in tables; the others only where some learner has them.
+ALWAYS = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
+WHERE_KNOWN = {"faa_task_incremental": "FAA, task known", "fwt": "FWT"}
+# Learners without prompts on the same frozen features: what prompts must beat to be worth their training.
+FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean", "discriminant analysis")
+PAGE = "results.md"
+LEGEND = (
+    "In percent; over several seeds mean ± sample standard deviation. FAA: mean accuracy over all tasks after the last. "
+    "CAA: mean of that average over the stages. Forgetting: best accuracy ever minus final, mean over earlier tasks."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one learner reached in one run.
+
+    Args:
+        learner: its name, the same for all seeds.
+        matrix: accuracies.
+        seed: seed of the run.
+        trainable: number of parameters it trained in the last task.
+        seconds: what it took.
+    """
+
+    learner: str
+    matrix: AccuracyMatrix
+    seed: int
+    trainable: int | None = None
+    seconds: float | None = None
+
+
+def result_table(results: Mapping[str, AccuracyMatrix], trainable: Mapping[str, int] | None = None) -> str:
+    """A Markdown table of FAA, CAA, forgetting and accuracy when just learnt, a row per learner of `results`, in percent.
+
+    `trainable` is the number of parameters by learner, where known.
+    """
+    known = trainable or {}
+    return comparison_table([Result(name, matrix, 0, known.get(name)) for name, matrix in results.items()])
+
+
+def comparison_table(results: Sequence[Result]) -> str:
+    """A Markdown table with a row per learner of `results`: means over its seeds ± sample standard deviation, in percent.
+
+    The number of seeds has a column unless every learner has one; a single seed shows no deviation. Parameters and seconds
+    have columns where they are known (seconds: mean over seeds).
+
+    Raises:
+        ValueError: no results, a learner has a seed twice, or the runs have different numbers of tasks.
+    """
+    learners = _by_learner(results)
+    summaries = {name: [result.matrix.summary() for result in runs] for name, runs in learners.items()}
+    known = [key for key in WHERE_KNOWN if any(key in summary for runs in summaries.values() for summary in runs)]
+    columns = {**ALWAYS, **{key: WHERE_KNOWN[key] for key in known}}
+    rows = []
+    for name, runs in learners.items():
+        row = {"learner": name, "seeds": str(len(runs))}
+        for key, heading in columns.items():
+            values = [summary[key] for summary in summaries[name] if key in summary]
+            row[heading] = mean_and_deviation(values) if len(values) == len(runs) else ""
+        sizes = sorted({run.trainable for run in runs if run.trainable is not None})
+        row["trainable"] = " to ".join(f"{size:,}" for size in sizes[:: max(len(sizes) - 1, 1)])
+        seconds = [run.seconds for run in runs if run.seconds is not None]
+        row["seconds"] = f"{mean(seconds):,.0f}" if seconds else ""
+        rows.append(row)
+    left_out = [heading for heading in ("trainable", "seconds") if not any(row[heading] for row in rows)]
+    if all(len(runs) == 1 for runs in learners.values()):
+        left_out.append("seeds")
+    return _table([{heading: cell for heading, cell in row.items() if heading not in left_out} for row in rows])
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """ "57.3 ± 0.7": mean and sample standard deviation; a single value has none."""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def matrix_table(matrix: AccuracyMatrix) -> str:
+    """A Markdown table of the accuracy `matrix`, tasks counted from 1."""
+    table = matrix.table()
+    rows = []
+    for i, accuracies in enumerate(table):
+        cells = {f"after {j + 1}": "" if math.isnan(a) else f"{a:.1f}" for j, a in enumerate(accuracies)}
+        rows.append({"task": str(i + 1), "images": f"{matrix.sizes[i]:,}", **cells})
+    return _table(rows)
+
+
+def task_table(measured: Sequence[Evaluation]) -> str:
+    """A Markdown table of the newest evaluation, a row per task: whose class and whose prompts each image was given.
+
+    Args:
+        measured: one evaluation for each task, made with `task`.
+    """
+    rows = []
+    for number, found in enumerate(measured, start=1):
+        shares = {
+            "accuracy": found.accuracy,
+            "task known": found.task_incremental,
+            "class of the right task": found.task_of_class,
+            "prompts of the right task": found.task_identity,
+            **found.by_classifier,
+        }
+        rows.append({"task": str(number), **{name: "" if s is None else f"{s:.1f}" for name, s in shares.items()}})
+    average = {heading: [float(row[heading]) for row in rows if row[heading]] for heading in list(rows[0])[1:]}
+    rows.append({"task": "mean", **{name: f"{mean(shares):.1f}" if shares else "" for name, shares in average.items()}})
+    empty = {heading for heading, shares in average.items() if not shares}
+    return _table([{heading: cell for heading, cell in row.items() if heading not in empty} for row in rows])
+
+
+def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
+    """What a reader should know before believing the table, as Markdown lines; the first learner is spoken of.
+
+    Args:
+        results: all learners, all seeds.
+        floors: learners without prompts that the first must beat.
+
+    Raises:
+        ValueError: no results.
+    """
+    learners = _by_learner(results)
+    faa = {name: mean(run.matrix.summary()["faa"] for run in runs) for name, runs in learners.items()}
+    first, runs = next(iter(learners.items()))
+    images = sum(runs[0].matrix.sizes)
+    interval = half_width(faa[first] / 100, images)
+    lines = [
+        f"- {images:,} test images: an accuracy of {faa[first]:.1f} is known to about ± {interval:.1f} points (95 %); "
+        "smaller differences say little."
+    ]
+    for floor in floors:
+        if floor in faa and floor != first:
+            lead = faa[first] - faa[floor]
+            numbers = f"{faa[first]:.1f} against {faa[floor]:.1f}"
+            if lead <= 0:
+                lines.append(f"- {first} does not beat the {floor} here ({numbers}): what it trains does not pay.")
+            elif lead <= interval:
+                lines.append(f"- {first} beats the {floor} by no more than that ({numbers}).")
+    if not set(floors) & faa.keys():
+        lines.append(f"- None of {', '.join(floors)} was run beside it, so nothing says whether its training pays.")
+    if len(runs) == 1:
+        lines.append("- One seed: how much another one would change is not known.")
+    return "\n".join(lines)
+
+
+def half_width(share: float, images: int) -> float:
+    """Half of Wilson's 95 % interval of an accuracy (a share) measured on so many images, in percent."""
+    z = 1.96
+    spread = math.sqrt(share * (1 - share) / images + (z / images) ** 2 / 4)
+    return 100 * z * spread / (1 + z * z / images)
+
+
+def run_page(
+    folder: str | os.PathLike[str],
+    results: Sequence[Result],
+    *,
+    command: str,
+    model: str,
+    data: str,
+    arguments: Mapping[str, Any],
+    seconds: float,
+    measured: Sequence[Evaluation] = (),
+    selection: str = "",
+    plots: Sequence[Path] = (),
+    floors: Sequence[str] = FLOORS,
+) -> Path:
+    """Write `results.md` into a run's folder, whole or not at all; returns the file.
+
+    Args:
+        folder: the run's folder.
+        results: all learners, all seeds; the first learner is the one the page is about.
+        command: what repeats the run.
+        model: the backbone, in words or its Hub id.
+        data: likewise.
+        arguments: all settings.
+        seconds: what the whole run took.
+        measured: the last evaluation, one for each task, made with `task`.
+        selection: `selection_summary`.
+        plots: pictures in the folder.
+        floors: as in `remarks`.
+
+    Raises:
+        ValueError: no results, or a plot that is not in the folder.
+    """
+    home = Path(folder)
+    for plot in plots:
+        if not plot.is_file() or not plot.resolve().is_relative_to(home.resolve()):
+            raise ValueError(f"{plot} is no picture in {home}: draw it there first, the page links to it")
+    learners = _by_learner(results)
+    first, runs = next(iter(learners.items()))
+    seeds = ", ".join(str(run.seed) for run in runs)
+    facts = {
+        "model": model,
+        "data": data,
+        "tasks": str(len(runs[0].matrix.columns)),
+        "seeds": seeds,
+        "seconds": f"{seconds:,.0f}",
+        "machine": machine(),
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+    settings = [{"argument": f"`{name}`", "value": json.dumps(value, default=str)} for name, value in arguments.items()]
+    links = [f"![{plot.stem}]({plot.resolve().relative_to(home.resolve()).as_posix()})" for plot in plots]
+    of_seed = f", seed {runs[0].seed}" if len(runs) > 1 else ""
+    sections = [
+        f"# {first}",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        LEGEND,
+        comparison_table(results),
+        remarks(results, floors),
+        f"## Accuracy on each task{of_seed}\n\n{matrix_table(runs[0].matrix)}",
+        f"## After the last task{of_seed}\n\n{task_table(measured)}" if measured else "",
+        f"## What was selected{of_seed}\n\n{selection}" if selection else "",
+        "\n".join(links),
+        f"## Repeat it\n\n```sh\n{command}\n```",
+        _table(settings) if settings else "",
+    ]
+    write_whole(home / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+    return home / PAGE
+
+
+def machine() -> str:
+    """Processor, cores, accelerator and versions, in one line."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] or ["no GPU"]
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "cl-prompts"))
+    return f"{processor()}, {os.cpu_count()} cores, {', '.join(gpus)}; Python {platform.python_version()}, {libraries}"
+
+
+def _by_learner(results: Sequence[Result]) -> dict[str, list[Result]]:
+    if not results:
+        raise ValueError("there are no results to report")
+    learners: dict[str, list[Result]] = {}
+    for result in results:
+        known = learners.setdefault(result.learner, [])
+        if result.seed in [other.seed for other in known]:
+            raise ValueError(f"{result.learner!r} has seed {result.seed} twice: a mean over seeds counts each once")
+        known.append(result)
+    tasks = {name: sorted({len(run.matrix.columns) for run in runs}) for name, runs in learners.items()}
+    if len({number for numbers in tasks.values() for number in numbers}) > 1:
+        raise ValueError(f"runs with different numbers of tasks cannot stand in one table: {tasks}")
+    return learners
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown: the first column is text, the others are aligned to the right."""
+    headings = list(rows[0])
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|---|" + "---:|" * (len(headings) - 1)
+    return "\n".join([line(headings), rule, *(line([row[heading] for heading in headings]) for row in rows)])

@@ -1,0 +1,29 @@
+"""Classifiers made from features once a task is learnt; torch only. No image is kept."""
+
+from cl_prompts.heads.aligned import AlignedClassifier, align
+from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.build import build_classifier
+from cl_prompts.heads.discriminant import DiscriminantClassifier
+from cl_prompts.heads.drift import FeatureMap, fit_map
+from cl_prompts.heads.gaussians import ClassGaussians
+from cl_prompts.heads.ridge import RidgeClassifier
+
+
+CLASSIFIERS: dict[str, type[FeatureClassifier]] = {
+    "aligned": AlignedClassifier,
+    "discriminant": DiscriminantClassifier,
+    "ridge": RidgeClassifier,
+}
+
+__all__ = [
+    "CLASSIFIERS",
+    "AlignedClassifier",
+    "ClassGaussians",
+    "DiscriminantClassifier",
+    "FeatureClassifier",
+    "FeatureMap",
+    "RidgeClassifier",
+    "align",
+    "build_classifier",
+    "fit_map",
+]

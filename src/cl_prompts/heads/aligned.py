@@ -1,0 +1,123 @@
+"""Classifier alignment: a trained head is trained again on features drawn from Gaussians of every class seen.
+
+SLCA (Zhang et al., ICCV 2023); HiDe-Prompt's and NoRGa's task-adaptive prediction; released: SGD, lr 0.005, momentum 0.9,
+weight decay 5e-4, cosine schedule, 30 epochs. No image is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.drift import fit_map
+from cl_prompts.heads.gaussians import ClassGaussians
+from cl_prompts.heads.incremental import GrowingHead
+
+
+def align(
+    head: GrowingHead,
+    gaussians: ClassGaussians,
+    *,
+    epochs: int = 30,
+    samples: int = 100,
+    batch_size: int = 256,
+    lr: float = 5e-3,
+    seed: int = 0,
+) -> None:
+    """Train a head, in place, on features drawn anew for every epoch; all classes compete.
+
+    SLCA, Zhang et al., ICCV 2023; defaults are those of HiDe-Prompt's released code.
+
+    Args:
+        head: the classifier, with a column for every class.
+        gaussians: of the classes' features.
+        epochs: of SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
+        samples: features of each class in an epoch.
+        batch_size: features of a step.
+        lr: learning rate at the start.
+        seed: draws features and their order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flags = [p.requires_grad for p in head.parameters()]
+    head.requires_grad_(True)
+    optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    with torch.enable_grad():
+        for epoch in range(epochs):
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+            features, columns = gaussians.sample(samples, generator, own=0.5, spherical=1e-4)
+            order = torch.randperm(len(features), generator=generator).to(features.device)
+            for rows in order.split(batch_size):
+                loss = F.cross_entropy(head(features[rows]), columns[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    optimizer.zero_grad()
+    for parameter, flag in zip(head.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+
+
+class AlignedClassifier(FeatureClassifier):
+    """A copy of the trained head, aligned (`align`) after every task: SLCA, Zhang et al., ICCV 2023.
+
+    Args:
+        width: size D of the features.
+        kind: of `ClassGaussians`.
+        drift: "none", "shift" or "affine": how statistics of old classes follow the features.
+        seed: draws the features.
+        save_statistics: save what is needed to go on with further tasks.
+        options: of `align`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        kind: str = "full",
+        drift: str = "affine",
+        seed: int = 0,
+        save_statistics: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(save_statistics=save_statistics, drift=drift)
+        self.gaussians = ClassGaussians(width, kind, save=save_statistics)
+        self.seed, self.options = seed, options
+        self.head: GrowingHead | None = None
+
+    def make_room(self) -> None:
+        """Rows of the Gaussians."""
+        self.gaussians.make_room()
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Open rows for the task's classes."""
+        super().begin_task(columns)
+        self.gaussians.begin_task(columns)
+
+    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+        if head is None:
+            raise ValueError("an aligned classifier starts from the trained head: pass head=")
+        if before is not None and self.needs_before and int(self.fitted):
+            self.gaussians.move(fit_map(before, features, self.drift))
+        self.gaussians.add(features, columns, self.seed)
+        self.head = copy.deepcopy(head).to(features.device)
+        align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
+
+    @torch.no_grad()
+    def hand_over(self, head: GrowingHead) -> None:
+        """Put the aligned head's values into `head`, and forget the copy."""
+        assert self.head is not None
+        for old, new in zip(head.parameters(), self.head.parameters(), strict=True):
+            old.copy_(new)
+        self.head = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The aligned head's logits, [B, C]."""
+        self.check_fitted()
+        assert self.head is not None
+        return self.head(features)

@@ -1,0 +1,195 @@
+"""RanPAC's closed-form head (McDonnell et al., NeurIPS 2023): ridge regression on random ReLU features.
+
+    h = relu(x P),  P [D, M] random and fixed;   G = sum of h h',  B = sum of h y' over all images so far
+    logits = h W,   W = (G + ridge * I)^-1 B
+
+G and B are sums, so W does not depend on the order of tasks, and no image is kept. The ridge is the one with the smallest
+squared error on every fifth image of the newest task, when fitted to all sums so far without them; with fewer than five
+images it is the largest candidate.
+
+Where features change from task to task, sums of old features are of no use. Then each class keeps its Gaussian, which
+follows the drift, G and B are sums over features drawn from the Gaussians of all classes, and so are the features that the
+ridge is chosen on (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.drift import fit_map
+from cl_prompts.heads.gaussians import ClassGaussians
+from cl_prompts.heads.incremental import GrowingHead
+
+
+# Candidates for the ridge, in mean squares of a random feature summed over the images.
+RELATIVE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+HELD_OUT_EVERY = 5
+
+
+class RidgeClassifier(FeatureClassifier):
+    """Ridge regression onto the classes, on random ReLU features.
+
+    RanPAC's head, McDonnell et al., NeurIPS 2023: h = relu(x P), logits = h (G + ridge I)^-1 B, where G is the sum of h h'
+    and B that of h y' over all images so far.
+
+    Args:
+        width: size D of the features.
+        projection_size: M; 0: no projection, h = (x, 1).
+        ridge: None: chosen on held-out training images.
+        drift: "none": exact sums, for features that do not change. "shift" or "affine": sums over features drawn from
+            Gaussians of all classes, which follow the drift (ours).
+        seed: draws the projection and, with drift, the features.
+        samples: features drawn from each class, with drift.
+        save_statistics: save what is needed to go on with further tasks (G alone has M * M numbers), not only to answer.
+
+    Attributes:
+        projection: P [D, M].
+        solution: W [M, C].
+        gram, sums: G [M, M] and B [M, C] in float64 (float32 on Apple's devices); without rows where they are not at hand.
+        chosen_ridge: the ridge of the solution.
+    """
+
+    projection: Tensor
+    solution: Tensor
+    gram: Tensor
+    sums: Tensor
+    chosen_ridge: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        projection_size: int = 5000,
+        ridge: float | None = None,
+        drift: str = "affine",
+        seed: int = 0,
+        samples: int = 100,
+        save_statistics: bool = False,
+    ) -> None:
+        super().__init__(save_statistics=save_statistics, drift=drift)
+        self.width, self.size, self.ridge = width, projection_size or width + 1, ridge
+        self.seed, self.samples = seed, samples
+        projection = torch.empty(width, projection_size)
+        if projection.device.type != "meta":  # where only sizes are asked for
+            generator = torch.Generator().manual_seed(seed)
+            projection.copy_(torch.randn(width, projection_size, generator=generator, device="cpu"))
+        self.register_buffer("projection", projection)
+        self.register_buffer("solution", torch.zeros(self.size, 0))
+        self.register_buffer("chosen_ridge", torch.zeros((), dtype=torch.float64))
+        saved = save_statistics and drift == "none"
+        rows = self.size if saved else 0
+        self.register_buffer("gram", torch.zeros(rows, rows, dtype=torch.float64), persistent=saved)
+        self.register_buffer("sums", torch.zeros(rows, 0, dtype=torch.float64), persistent=saved)
+        if drift != "none":
+            self.gaussians = ClassGaussians(width, save=save_statistics)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Sums stay in float64 whatever else is cast; Apple's devices have none."""
+        sums = ("gram", "sums", "chosen_ridge")
+        if fn(self.fitted).device.type == "mps":
+            for name in sums:
+                setattr(self, name, getattr(self, name).float())
+            return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        for name in sums:
+            setattr(self, name, getattr(self, name).double())
+        return self
+
+    @property
+    def statistics(self) -> str:  # type: ignore[override]
+        """What `save_statistics` saves."""
+        return "Gram matrix and class sums" if self.drift == "none" else "class means and covariances"
+
+    @property
+    def bytes_to_learn(self) -> int:
+        """G, with the ridge on its diagonal, and the Cholesky factor of that."""
+        return 8 * (3 * self.size**2 - self.gram.numel())
+
+    def make_room(self) -> None:
+        """G and B, or rows of the Gaussians."""
+        if self.drift != "none":
+            self.gaussians.make_room()
+        elif not len(self.gram):
+            self._new_sums()
+
+    def _new_sums(self) -> None:
+        self.gram, self.sums = self.gram.new_zeros(self.size, self.size), self.sums.new_zeros(self.size, self.num_classes)
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Open columns for the task's classes."""
+        super().begin_task(columns)
+        added = self.num_classes - self.solution.shape[1]
+        self.solution = F.pad(self.solution, (0, added))
+        self.sums = F.pad(self.sums, (0, added))
+        if self.drift != "none":
+            self.gaussians.begin_task(columns)
+
+    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+        if self.drift == "none":
+            held = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+            if self.ridge is None:
+                held[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
+            self._add(features[~held], columns[~held])
+            ridge = self._choose(features[held], columns[held])
+            self._add(features[held], columns[held])
+        else:
+            if before is not None and int(self.fitted):
+                self.gaussians.move(fit_map(before, features, self.drift))
+            self.gaussians.add(features, columns)
+            self._new_sums()
+            self._add(*self._drawn(0))
+            ridge = self._choose(*self._drawn(1))
+        self.chosen_ridge.fill_(ridge)
+        # As it will be loaded: products of column-major matrices differ in the last bit.
+        self.solution = self._solve(ridge).float().contiguous()
+        if self.drift != "none":  # drawn anew after the next task
+            self.gram, self.sums = self.gram.new_zeros(0, 0), self.sums.new_zeros(0, self.num_classes)
+
+    def _drawn(self, stream: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + self.num_tasks) + stream)
+        return self.gaussians.sample(self.samples, generator, own=0.5, spherical=1e-4)
+
+    def _hidden(self, features: Tensor) -> Tensor:
+        """h [n, M] in the features' type."""
+        if self.projection.shape[1]:
+            return (features @ self.projection.to(features.dtype)).relu()
+        return F.pad(features, (0, 1), value=1.0)
+
+    def _add(self, features: Tensor, columns: Tensor) -> None:
+        for part, own in zip(features.split(1024), columns.split(1024), strict=True):
+            hidden = self._hidden(part.double())
+            self.gram += hidden.T @ hidden
+            self.sums.index_add_(1, own, hidden.T)
+
+    def _scale(self) -> float:
+        return float(self.gram.diagonal().mean())
+
+    def _choose(self, features: Tensor, columns: Tensor) -> float:
+        if self.ridge is not None:
+            return self.ridge
+        if not len(features):
+            return RELATIVE_RIDGES[-1] * self._scale()
+        hidden, target = self._hidden(features.double()), F.one_hot(columns, self.num_classes).double()
+        candidates = [relative * self._scale() for relative in RELATIVE_RIDGES]
+        errors = [float((hidden @ self._solve(ridge) - target).square().mean()) for ridge in candidates]
+        return candidates[errors.index(min(errors))]
+
+    def _solve(self, ridge: float) -> Tensor:
+        regularised = self.gram.clone()
+        regularised.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(regularised)
+        if failed:
+            raise ValueError(f"ridge={ridge:g} is too small to solve for {self.size} random features: choose a larger one")
+        return torch.cholesky_solve(self.sums, factor)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """h W, [B, C]."""
+        self.check_fitted()
+        # No image of a class, no weight.
+        return (self._hidden(features.float()) @ self.solution).masked_fill((self.solution == 0).all(0), float("-inf"))

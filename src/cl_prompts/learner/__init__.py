@@ -1,0 +1,1 @@
+"""What prompt learners and baselines share: losses, tasks, optimizer hooks."""

@@ -1,0 +1,75 @@
+"""Features of a task's images, seen in one pass outside training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_prompts.runtime.distributed import gather_over_processes, world_size
+
+
+@dataclass
+class Recorded:
+    """What was seen, in the order of `ids` and the same on every process.
+
+    Args:
+        features: what the classifier reads [n, D], float32.
+        labels: class ids [n].
+        ids: numbers of the images [n].
+    """
+
+    features: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def features_of(self, seen: Recorded) -> Tensor:
+        """Features of the images that were `seen` later, on their device.
+
+        Raises:
+            ValueError: they are other images.
+        """
+        known = self.ids.to(seen.ids), self.labels.to(seen.labels)
+        if not (torch.equal(known[0], seen.ids) and torch.equal(known[1], seen.labels)):
+            raise ValueError(
+                f"drift compensation needs the same images before and after the task: {len(self.ids)} were recorded, "
+                f"{len(seen.ids)} are shown after, with other sample_ids or labels"
+            )
+        return self.features.to(seen.features)
+
+
+@torch.no_grad()
+def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping[str, Any]]) -> Recorded:
+    """Features of images, gathered over processes; padding and repeated images are left out.
+
+    Args:
+        read: a batch -> features [B, D].
+        images: this process's share, with `pixel_values`, `labels` and, for more than one pass or process, `sample_ids`.
+
+    Raises:
+        ValueError: there are no images, or no numbers where several processes share them.
+    """
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    passed = 0
+    for batch in images:
+        labels = batch["labels"]
+        ids = batch.get("sample_ids")
+        if ids is None and world_size() > 1:
+            raise ValueError("several processes share the images: pass sample_ids, a number for each, as the streams do")
+        numbers = torch.arange(passed, passed + len(labels)) if ids is None else torch.as_tensor(ids)
+        passed += len(labels)
+        real = labels >= 0
+        found.append((read(batch)[real].float(), labels[real], numbers.to(labels.device)[real]))
+    if not found:
+        raise ValueError("there are no images to look at")
+    features, labels, numbers = (torch.cat(gather_over_processes(torch.cat([part[i] for part in found]))) for i in range(3))
+    order = numbers.argsort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = numbers[order][1:] != numbers[order][:-1]
+    order = order[first]
+    if not len(order):
+        raise ValueError("there are no images to look at: all are padding")
+    return Recorded(features[order], labels[order], numbers[order])

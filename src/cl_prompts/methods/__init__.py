@@ -1,0 +1,51 @@
+"""Prompt methods, one folder each. Importing this package registers all of them."""
+
+from cl_prompts.methods.coda import CodaLayerArgmaxConfig, CodaLayerArgmaxPool, CodaPool, CodaPromptConfig
+from cl_prompts.methods.config import METHODS, PromptPoolConfig
+from cl_prompts.methods.dualprompt import DualPromptConfig, DualPromptPool
+from cl_prompts.methods.hash import HashPool, HashPromptConfig
+from cl_prompts.methods.hide import HidePool, HiDePromptConfig
+from cl_prompts.methods.l2p import L2PConfig, L2PPool
+from cl_prompts.methods.l2p_prefix import L2PPrefixConfig, L2PPrefixPool
+from cl_prompts.methods.layer_grouped import LayerGroupedPool, LayerGroupedPromptConfig
+from cl_prompts.methods.no_prompts import NoPrompts, NoPromptsConfig
+from cl_prompts.methods.norga import NoRGaConfig, NorgaPool
+from cl_prompts.methods.pool import POOLS, Observation, PromptPool
+from cl_prompts.methods.smope import SMoPEConfig, SMoPEPool
+from cl_prompts.methods.vpt import VPTConfig, VPTPool
+from cl_prompts.methods.vq_prompt import VQPromptConfig, VQPromptPool
+
+
+__all__ = [
+    "METHODS",
+    "POOLS",
+    "CodaLayerArgmaxConfig",
+    "CodaLayerArgmaxPool",
+    "CodaPool",
+    "CodaPromptConfig",
+    "DualPromptConfig",
+    "DualPromptPool",
+    "HashPool",
+    "HashPromptConfig",
+    "HiDePromptConfig",
+    "HidePool",
+    "L2PConfig",
+    "L2PPool",
+    "L2PPrefixConfig",
+    "L2PPrefixPool",
+    "LayerGroupedPool",
+    "LayerGroupedPromptConfig",
+    "NoPrompts",
+    "NoPromptsConfig",
+    "NoRGaConfig",
+    "NorgaPool",
+    "Observation",
+    "PromptPool",
+    "PromptPoolConfig",
+    "SMoPEConfig",
+    "SMoPEPool",
+    "VPTConfig",
+    "VPTPool",
+    "VQPromptConfig",
+    "VQPromptPool",
+]

@@ -1,0 +1,57 @@
+"""The configs of CODA-Prompt and its one-prompt-per-layer form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from cl_prompts.methods.shared.field_checks import check_layers, not_negative, positive, splits_in_two
+from cl_prompts.methods.shared.prefix_config import QueriedPrefixConfig
+
+
+@dataclass
+class CodaPromptConfig(QueriedPrefixConfig):
+    """CODA-Prompt: every prompt component, weighted by the query's attention to it.
+
+    Smith et al., "CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual Learning", CVPR
+    2023. Defaults are those of the released scripts: 100 components over ten tasks are 10 per task, length 8, blocks 0-4.
+
+    Args:
+        components_per_task: components that each task adds, per layer (M / T in the released code).
+        prompt_length: rows of a component; the first half are keys, the second half values.
+        layers: blocks that get prefixes, from 0.
+        orthogonality_weight: mu (paper 0.1; 0 in the released scripts, where Gram-Schmidt starts new components).
+    """
+
+    method: str = "coda"
+    components_per_task: int = 10
+    prompt_length: int = 8
+    layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    orthogonality_weight: float = 0.0
+
+    papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2211.13218",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "components_per_task", "prompt_length")
+        splits_in_two(self, "prompt_length")
+        check_layers(self)
+        not_negative(self, "orthogonality_weight")
+
+
+@dataclass
+class CodaLayerArgmaxConfig(CodaPromptConfig):
+    """CODA-Prompt as some texts describe it: each layer takes the one component that suits its own CLS best.
+
+    After Smith et al., CVPR 2023, but not the released method: its numbers are not comparable with the paper's. One pass;
+    `entropy_weight` is the diversity loss on the selection.
+    """
+
+    method: str = "coda_layer_argmax"
+    one_stage: bool = True
+    entropy_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.one_stage:
+            raise ValueError('one_stage=False: coda_layer_argmax asks with each layer\'s own CLS; use method="coda"')

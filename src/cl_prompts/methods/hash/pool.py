@@ -1,0 +1,200 @@
+"""Hash: History-Aware prompt-SHaring (Li et al., CVPR 2026, arXiv 2601.20894). No code is public: our reading.
+
+Per layer one pool of M prompts p_m [Lp, D] shared by all tasks, and per task t one router W_t [M, D]. With x [N, D] the
+block's input before its norm:
+
+    s      = mean over tokens of x W_t^T / sqrt(D) - phi(H)          routing, with the HDR penalty
+    chosen = the k largest of s,  w = softmax(s_chosen)
+    p      = sum_chosen w_m p_m;  first half -> keys, second half -> values, in front of the block's own
+    update of p_m in training is scaled by psi(H_m)                  HGM
+
+H counts how many images of earlier tasks used a prompt. Each router keeps the penalty it was trained with, so that an
+image routed by it at test chooses what it would have chosen in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
+from cl_prompts.methods.pool import Observation, PromptPool
+from cl_prompts.methods.shared.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
+from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.prefixes import split_prefix
+from cl_prompts.methods.shared.prototypes import ClassPrototypes
+from cl_prompts.methods.shared.selection import route
+
+
+@dataclass
+class TokenRouter:
+    """Chooses and mixes one layer's prompts by what enters the block; called inside the attention.
+
+    Args:
+        prompts: that layer's prompts [M, Lp, D].
+        routers: router weights [R, M, D].
+        penalties: their routing penalties [R, M].
+        which: the router of each image [B]; None when there is one.
+        top_k: prompts per image.
+        heads: attention heads, or None to leave the prefix in the input space.
+    """
+
+    prompts: Tensor
+    routers: Tensor
+    penalties: Tensor
+    which: Tensor | None
+    top_k: int
+    heads: int | None
+
+    def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
+        """The prefix of each image for a block input [B, N, D]; scores and mixing run in float32."""
+        with torch.autocast(block_input.device.type, enabled=False):
+            # The mean over tokens commutes with the router, which is linear.
+            mean = block_input.mean(1, dtype=torch.float32)
+            scores = torch.einsum("bd,rmd->brm", mean, self.routers) / math.sqrt(mean.shape[1]) - self.penalties
+            if self.which is None:
+                scores = scores[:, 0]
+            else:
+                scores = scores[torch.arange(len(scores), device=scores.device), self.which]
+            ids, weights = route(scores, self.top_k)
+            mixed = F.embedding_bag(ids, self.prompts.flatten(1), per_sample_weights=weights, mode="sum")
+            prefix = split_prefix(mixed.view(len(ids), *self.prompts.shape[1:]), self.heads)
+        return replace(prefix, ids=ids, weights=weights.detach(), scores=scores)
+
+
+class HashPool(PromptPool, method="hash"):
+    """The Hash pool.
+
+    Tensors: `prompts` [layers (1 if shared), M, Lp, D]; `router` [layers, M, D] of the current task; `old_routers`
+    [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; for router_inference="prototype" the class
+    statistics `prototypes`; for modulate="quadratic" the prompts at the task's start, `anchor`.
+    """
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers"}
+    old_routers: Tensor
+    anchor: Tensor
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        depth, size, width = len(config.layers), config.pool_size, shape.width
+        self.prompts = initial(config.prompt_init, 1 if config.share_layers else depth, size, config.prompt_length, width)
+        self.router = initial("normal", depth, size, width)
+        self.history = ActivationHistory((depth,), size)
+        self.register_buffer("old_routers", torch.zeros(0, depth, size, width))
+        if config.infers_task:
+            self.prototypes = ClassPrototypes(width, config.task_statistics, config.covariance_shrinkage)
+        if config.modulate == "quadratic":
+            self.register_buffer("anchor", torch.zeros_like(self.prompts))
+
+    @property
+    def needs_query(self) -> bool:
+        """Only the class statistics are taken from un-prompted features."""
+        return bool(self.config.infers_task)
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The config's `layers`."""
+        return tuple(self.config.layers)
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Freeze the last router, start a new one, open a row of counts and rows of class sums."""
+        if self.num_tasks:
+            closed = self.router.detach()[None]
+            # PEFT's low_cpu_mem_usage builds parameters on the meta device, but not buffers.
+            self.old_routers = torch.cat([self.old_routers.to(closed.device), closed])
+            start = self.router.detach().clone()
+            if self.config.router_init == "normal":
+                start.normal_(std=0.02)
+            self.router = nn.Parameter(start, requires_grad=self.router.requires_grad)
+        super().begin_task(columns)
+        self.history.begin_task()
+        if self.needs_query:
+            self.prototypes.begin_task(columns, self.num_tasks - 1)
+        if self.config.modulate == "quadratic":
+            self.anchor = self.prompts.detach().clone()
+
+    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Rows of routers, too."""
+        super().make_room(tasks)
+        rows = self.router.detach().expand(len(tasks), *self.router.shape).clone()
+        if self.config.router_init == "normal":
+            rows.normal_(std=0.02)
+        self.old_routers = torch.cat([self.old_routers.to(rows.device), rows])
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """One prefix function per layer; in training the current router, at test the one(s) of `router_inference`."""
+        rule = "last" if batch.task is not None or self.num_tasks <= 1 else self.config.router_inference
+        which, candidates = None, 1
+        if rule == "last":
+            history = self._history(max(self.num_tasks - 1, 0))[None]
+            routers, penalties = self.router[None], routing_penalty(history, self.config)
+        else:
+            routers = torch.cat([self.old_routers, self.router[None]])
+            penalties = routing_penalty(self.history.before_each(self.config.history_decay), self.config)
+        if rule == "average":
+            routers, penalties = routers.mean(0, keepdim=True), penalties.mean(0, keepdim=True)
+        elif rule == "prototype":
+            assert batch.query is not None
+            which = self.prototypes.nearest_task(batch.query)
+        elif rule == "confidence":
+            candidates = len(routers)
+            which = torch.arange(candidates, device=routers.device).repeat(batch.batch_size)
+
+        prompts = self._modulated_prompts()
+        prefixes: dict[int, Prefix] = {}
+        for row, layer in enumerate(self.layers):
+            pool = prompts[0 if self.config.share_layers else row]
+            prefixes[layer] = TokenRouter(pool, routers[:, row], penalties[:, row], which, self.config.top_k, self.heads)
+        answer = Prompts(prefixes=prefixes, candidates=candidates)
+        if batch.task is not None and self.config.modulate == "quadratic" and self.config.hgm != "none":
+            answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")
+        return answer
+
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task of the router, where class statistics choose one."""
+        if self.config.router_inference != "prototype" or not self.num_tasks or query is None:
+            return None
+        return self.prototypes.nearest_task(query)
+
+    def prompt_table(self) -> Tensor:
+        """[layers (1 if shared), M, Lp, D]."""
+        return self.prompts
+
+    def observe(self, seen: Observation) -> None:
+        """Count activations [B, layers, k] and, for "prototype", sum the features of each class."""
+        if not self.num_tasks:
+            return
+        if seen.ids is not None:
+            self.history.add(seen.ids, seen.counted)
+        if self.needs_query and seen.query is not None and seen.columns is not None:
+            self.prototypes.add(seen.query, seen.columns, seen.counted)
+
+    def update_factors(self) -> dict[str, Tensor]:
+        """psi(H) on the prompts' steps, for modulate="update"."""
+        return {"prompts": self._factor()} if self.config.hgm != "none" and self.config.modulate == "update" else {}
+
+    def _history(self, task: int) -> Tensor:
+        return self.history.before(task, self.config.history_decay)
+
+    def _prompt_history(self) -> Tensor:
+        """H of each row of `prompts`: [layers, M], or summed over layers where they share prompts."""
+        history = self._history(max(self.num_tasks - 1, 0))
+        return history.sum(0, keepdim=True) if self.config.share_layers else history
+
+    def _factor(self) -> Tensor:
+        return update_factor(self._prompt_history(), self.config)[:, :, None, None]
+
+    def _modulated_prompts(self) -> Tensor:
+        if self.config.hgm != "none" and self.config.modulate == "gradient":
+            return ScaleGradient.apply(self.prompts, self._factor())
+        return self.prompts
+
+    def _drift_from_anchor(self) -> Tensor:
+        moved = (self.prompts - self.anchor).square().sum((2, 3))
+        return self.config.zeta / 2 * (self._prompt_history().float() * moved).sum()

@@ -1,0 +1,7 @@
+"""HiDe-Prompt."""
+
+from cl_prompts.methods.hide.config import HiDePromptConfig
+from cl_prompts.methods.hide.pool import HidePool
+
+
+__all__ = ["HiDePromptConfig", "HidePool"]

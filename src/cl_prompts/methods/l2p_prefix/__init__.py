@@ -1,0 +1,7 @@
+"""L2P with key/value prefixes."""
+
+from cl_prompts.methods.l2p_prefix.config import L2PPrefixConfig
+from cl_prompts.methods.l2p_prefix.pool import L2PPrefixPool
+
+
+__all__ = ["L2PPrefixConfig", "L2PPrefixPool"]

@@ -1,0 +1,131 @@
+"""Layer-grouped prompts (Jiang et al., "Teaching Prompts to Coordinate: Hierarchical Layer-Grouped Prompt Tuning", 2025).
+
+arXiv 2511.12090. Our reading: no code is public, and the paper's equations were not at hand. Each task t has a root prompt
+R_t [2 (keys, values), L, D], a generator for each group of consecutive layers, a position embedding for each layer, and a
+key K_t [D]:
+
+    generator of group g:   G_g(x) = x + gelu(x A_g + a_g) B_g                    row by row
+    prompt of layer l:      P_tl = G_g(l)(R_t) + E_l
+    training:               P_t of the current task, loss = CE - lambda * cosine(q, K_t), mean over images
+    test:                   sum over tasks of softmax(cosine(q, K) / tau)_t P_t
+
+with q the un-prompted feature. A task's root, generators and embeddings start as copies of the previous task's, its key
+afresh; those of earlier tasks are frozen, so that their prompts stay what they were. The generators need no bias behind B:
+the position embeddings are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prompts
+from cl_prompts.methods.pool import PromptPool
+from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.per_task import PerTask
+from cl_prompts.methods.shared.prefixes import prefix_of
+from cl_prompts.methods.shared.selection import cosine_scores
+
+
+class LayerGroupedPool(PromptPool, method="layer_grouped"):
+    """The pool of layer-grouped prompts.
+
+    Tensors, each as `.current` (trained) and `.earlier` [tasks - 1, ...] (frozen), for G groups and bottleneck r: `root`
+    [2, L, D], `down` [G, D, r], `bias` [G, r], `up` [G, r, D], `positions` [layers, 2, 1, D], `keys` [D].
+
+    Attributes:
+        groups: number of each layer's group.
+    """
+
+    roles: ClassVar[dict[str, str]] = {
+        "root.current": "prompts",
+        "down.current": "prompts",
+        "bias.current": "prompts",
+        "up.current": "prompts",
+        "positions.current": "prompts",
+        "keys.current": "keys",
+    }
+    no_rows: ClassVar[tuple[str, ...]] = ("down.current", "bias.current", "up.current", "positions.current")
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        self._layers = tuple(range(shape.num_layers) if config.layers is None else config.layers)
+        depth, groups, width = len(self._layers), config.num_groups, shape.width
+        if groups > depth:
+            raise ValueError(f"num_groups={groups}: there are only {depth} layers to group; choose at most {depth}")
+        self.groups = [g for g in range(groups) for _ in range(depth // groups + (g < depth % groups))]
+        self.root = PerTask(initial(config.prompt_init, 2, config.prompt_length, width))
+        self.down = PerTask(initial("normal", groups, width, config.bottleneck))
+        self.bias = PerTask(initial("zeros", groups, config.bottleneck))
+        self.up = PerTask(initial(config.generator_init, groups, config.bottleneck, width))
+        self.positions = PerTask(initial(config.position_init, depth, 2, 1, width))
+        self.keys = PerTask(initial(config.key_init, width))
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The config's `layers`, or all."""
+        return self._layers
+
+    def begin_task(self, columns: Sequence[int]) -> None:
+        """Freeze what the last task learned; start from copies of it, with a fresh key."""
+        if self.num_tasks:
+            for tensor in self._makers():
+                tensor.next()
+            self.keys.next(lambda earlier: initial(self.config.key_init, self.shape.width).detach())
+        super().begin_task(columns)
+
+    def _makers(self) -> tuple[PerTask, ...]:
+        """What a task's prompts are made from."""
+        return self.root, self.down, self.bias, self.up, self.positions
+
+    def current_prompts(self) -> Tensor:
+        """The current task's prompts [layers, 2, L, D], with gradient."""
+        return self._made(*(tensor.current[None] for tensor in self._makers()))[0]
+
+    def all_prompts(self) -> Tensor:
+        """All tasks' prompts [tasks, layers, 2, L, D]."""
+        # made from buffers: no autograd graph
+        earlier = self._made(*(tensor.earlier for tensor in self._makers()))
+        return torch.cat([earlier, self.current_prompts()[None]])
+
+    def _made(self, root: Tensor, down: Tensor, bias: Tensor, up: Tensor, positions: Tensor) -> Tensor:
+        """Prompts [tasks, layers, 2, L, D] from tensors with a leading axis of tasks."""
+        hidden = F.gelu(torch.einsum("tpld,tgdr->tgplr", root, down) + bias[:, :, None, None])
+        grouped = root[:, None] + torch.einsum("tgplr,tgrd->tgpld", hidden, up)
+        return torch.stack([grouped[:, group] for group in self.groups], 1) + positions
+
+    def prompt_table(self) -> Tensor:
+        """All tasks' prompts, keys and values as rows: [layers, tasks, 2 * L, D]."""
+        return self.all_prompts().transpose(0, 1).flatten(2, 3)
+
+    def key_table(self) -> Tensor | None:
+        """[1, tasks, D]."""
+        return self.keys.all()[None]
+
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """The task with the largest weight."""
+        return weights.argmax(1) if self.num_tasks and weights is not None else None
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """The current task's prompts in training, at test the mix of all tasks'."""
+        assert batch.query is not None
+        if batch.task is None:
+            scores = cosine_scores(batch.query, self.keys.all())
+            weights = (scores / self.config.temperature).softmax(1)
+            ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+            rows = torch.einsum("bt,tspld->bspld", weights, self.all_prompts())
+            answer = Prompts(ids=ids, weights=weights.detach(), scores=scores)
+        else:
+            rows = self.current_prompts().expand(batch.batch_size, -1, -1, -1, -1)
+            cosine = cosine_scores(batch.query, self.keys.current[None])
+            answer = Prompts(ids=torch.full_like(cosine, len(self.keys.earlier), dtype=torch.int64))
+            answer.weights = torch.ones_like(cosine)
+            answer.losses["pull"] = LossPart(-self.config.pull_coefficient * cosine[:, 0], "mean")
+        for place, layer in enumerate(self.layers):
+            keys, values = rows[:, place].unbind(1)
+            answer.prefixes[layer] = prefix_of(keys, values, self.heads)
+        return answer

@@ -1,0 +1,83 @@
+"""Checks of config fields; every error names the field, its value and what would do."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from cl_prompts.runtime.text import shown
+
+
+def choice(config: Any, name: str, options: tuple[str, ...]) -> None:
+    """The field is one of `options`."""
+    if getattr(config, name) not in options:
+        raise ValueError(f"{name}={shown(getattr(config, name))}: choose one of {list(options)}")
+
+
+def positive(config: Any, *names: str) -> None:
+    """The fields are integers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value < 2**63:
+            raise ValueError(f"{name}={shown(value)} must be an integer of at least 1 (and below 2**63)")
+
+
+def flag(config: Any, *names: str) -> None:
+    """The fields are True or False."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={shown(getattr(config, name))} must be True or False")
+
+
+def kind(config: Any, expected: type, called: str, *names: str) -> None:
+    """The fields are None or of a type."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, expected):
+            raise ValueError(f"{name}={shown(value)} must be {called} or None")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    """The fields are finite numbers of at least 0."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+            raise ValueError(f"{name}={shown(value)} must be a finite number of at least 0")
+
+
+def positive_number(config: Any, *names: str) -> None:
+    """The fields are finite numbers above 0."""
+    not_negative(config, *names)
+    for name in names:
+        if getattr(config, name) == 0:
+            raise ValueError(f"{name}=0 must be larger than 0")
+
+
+def check_top_k(config: Any) -> None:
+    """No more prompts are chosen than there are."""
+    if config.top_k > config.pool_size:
+        raise ValueError(f"top_k={config.top_k} is larger than pool_size={config.pool_size}: choose at most all prompts")
+
+
+def check_layers(config: Any, *names: str) -> None:
+    """The fields are lists of different block numbers; they are sorted."""
+    for name in names or ("layers",):
+        layers = getattr(config, name)
+        if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int and i >= 0 for i in layers):
+            raise ValueError(f"{name}={shown(layers)} must be a list of block numbers, counted from 0")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"{name}={shown(layers)} names a block twice")
+        setattr(config, name, sorted(layers))
+
+
+def no_prompt_readout(config: Any) -> None:
+    """The classifier does not read prompt tokens, of which there are none."""
+    if config.readout == "prompt":
+        raise ValueError(f'readout="prompt" needs prompt tokens; {config.method} has key/value prefixes: use "auto"')
+
+
+def splits_in_two(config: Any, *names: str) -> None:
+    """The lengths can be split into keys and values."""
+    for name in names:
+        if getattr(config, name) % 2:
+            raise ValueError(f"{name}={getattr(config, name)} cannot be split into keys and values: use an even number")

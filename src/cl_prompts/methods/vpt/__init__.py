@@ -1,0 +1,7 @@
+"""Visual prompt tuning."""
+
+from cl_prompts.methods.vpt.config import VPTConfig
+from cl_prompts.methods.vpt.pool import VPTPool
+
+
+__all__ = ["VPTConfig", "VPTPool"]

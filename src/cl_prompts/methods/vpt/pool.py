@@ -1,0 +1,62 @@
+"""VPT: Visual Prompt Tuning (Jia et al., ECCV 2022): one prompt for all tasks and images.
+
+Shallow: P tokens join the sequence before block 0 and pass through all blocks. Deep: P new tokens enter each block, in
+place of what the block before made of its own.
+
+Deep prompts need no place in the sequence. A block's prompt tokens reach the others only through its attention, as further
+keys and values behind the block's norm; their own outputs are dropped. So they are a prefix in the input space, and the
+block computes neither their queries nor their MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from cl_prompts.interfaces import BackboneShape, PoolInput, PrefixKV, Prompts
+from cl_prompts.methods.pool import PromptPool
+from cl_prompts.methods.shared.initialisation import initial
+
+
+class VPTPool(PromptPool, method="vpt"):
+    """The pool. Tensor: `prompts` [layers (1 if shallow), P, D], trained by every task."""
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts"}
+
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        every = tuple(range(shape.num_layers) if config.layers is None else config.layers)
+        self._layers = every if config.deep else ()
+        init = "zeros" if config.prompt_init == "xavier" else config.prompt_init
+        self.prompts = initial(init, len(every) if config.deep else 1, config.prompt_length, shape.width)
+        if config.prompt_init == "xavier":
+            bound = math.sqrt(3 / shape.width)
+            nn.init.uniform_(self.prompts, -bound, bound)
+
+    @property
+    def needs_query(self) -> bool:
+        """Nothing is asked."""
+        return False
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Blocks with prompts of their own: none if shallow."""
+        return self._layers
+
+    def forward(self, batch: PoolInput) -> Prompts:
+        """The prompt, the same for every image: as tokens, or as each block's prefix."""
+        rows = self.prompts[:, None].expand(-1, batch.batch_size, -1, -1)
+        if self.config.deep:
+            return Prompts(prefixes={layer: PrefixKV(rows[i], rows[i], normed=True) for i, layer in enumerate(self.layers)})
+        return Prompts(
+            tokens=rows[0],
+            tokens_after_cls=self.config.position == "after_cls",
+            tokens_take_cls_position=self.config.add_cls_position_embedding,
+        )
+
+    def prompt_table(self) -> Tensor:
+        """[layers (1 if shallow), 1, P, D]."""
+        return self.prompts[:, None]

@@ -1,0 +1,7 @@
+"""VQ-Prompt."""
+
+from cl_prompts.methods.vq_prompt.config import VQPromptConfig
+from cl_prompts.methods.vq_prompt.pool import VQPromptPool
+
+
+__all__ = ["VQPromptConfig", "VQPromptPool"]

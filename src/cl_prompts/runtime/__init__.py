@@ -1,0 +1,1 @@
+"""Processes, memory, processor and text. Knows nothing else of ours."""

@@ -1,0 +1,313 @@
+"""The model card: what a stranger needs to judge an adapter and to use it. Written from the adapter's own files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import validate_repo_id
+
+from cl_prompts.evaluation.plots import draw
+from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
+from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.runtime.text import first_line
+from cl_prompts.sharing.inspect import sizes_of_parts
+from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
+from cl_prompts.storage.atomic import write_whole
+from cl_prompts.storage.integrity import WEIGHTS_FILE, declared_tensors
+
+
+CARD_FILE = "README.md"
+MAX_CARD_BYTES, MAX_HEAD = 2**20, 2**16  # of a card that is kept, and of its metadata
+MAX_DEPTH = 20  # of metadata
+BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
+END = "<!-- End of what cl_prompts writes. -->"
+TAGS = ("cl_prompts", "continual-learning", "prompt-pool", "image-classification")
+ADAPTER_TAG = "base_model:adapter:"
+FIGURES = {
+    "faa": "final average accuracy",
+    "caa": "mean of the average accuracy over the stages",
+    "forgetting": "forgetting",
+}
+# Tensors of a classifier that tell nothing of features.
+NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+CLASSES_SHOWN = 12  # names in a row of the table of tasks
+
+
+def write_card(folder: str | os.PathLike[str], *, name: str | None = None, license: str | None = None) -> None:
+    """Write `README.md` of a local adapter folder, or bring it up to date.
+
+    Only the part between two comment lines is written anew, and of the metadata what this library knows; the rest is its
+    owner's.
+
+    Args:
+        folder: written by `save_pretrained`.
+        name: what loads it: its id on the Hub; None: the folder's name.
+        license: identifier of the Hub, like "apache-2.0"; None: what the card says already.
+
+    Raises:
+        ValueError: the folder holds no adapter, no results where `results.json` is, or a card that cannot be kept.
+    """
+    folder = Path(folder)
+    config, record = PromptPoolConfig.from_pretrained(folder), known_run(folder)
+    name = name or folder.resolve().name
+    file = folder / CARD_FILE
+    data, old = _old_card(file)
+    text = card_text(config, record, folder, name, license or data.get("license"))
+    tags = data.get("tags")
+    own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    own = [tag for tag in own if not tag.startswith(ADAPTER_TAG)]  # of a base that may have been another one
+    data |= card_metadata(config, record, name).to_dict()
+    data["tags"] = sorted({*data["tags"], *own})
+    if record is None:
+        data.pop("model-index", None)
+    if license is not None:
+        data["license"] = license
+    before, after = _kept(old)
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    # Names from files may hold what no text file can.
+    write_whole(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
+
+
+def _old_card(file: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text of the card that is there; its author may be a stranger."""
+    if not file.is_file():
+        return {}, ""
+    try:
+        if file.stat().st_size > MAX_CARD_BYTES:
+            raise ValueError(f"it has more than {MAX_CARD_BYTES:,} bytes")
+        text = file.read_text(encoding="utf-8-sig")
+        head = REGEX_YAML_BLOCK.search(text)
+        if head is None:
+            return {}, text
+        _check_head(head[2])
+        data = yaml.safe_load(head[2]) or {}
+        if not isinstance(data, dict):
+            raise ValueError("its metadata has no names")
+        return data, text[head.end() :]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = first_line(error)
+        raise ValueError(f"{file} is no card that can be kept ({told}): mend its metadata, or remove it") from error
+
+
+def _check_head(head: str) -> None:
+    """Raise ValueError for metadata whose few bytes would take long to read, or stand for gigabytes."""
+    if len(head) > MAX_HEAD:
+        raise ValueError(f"its metadata has more than {MAX_HEAD:,} characters")
+    depth = 0
+    for token in yaml.scan(head):
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > MAX_DEPTH or isinstance(token, yaml.AliasToken):
+            raise ValueError("its metadata is nested too deep, or repeats itself by aliases")
+
+
+def add_pictures(folder: Path, record: RunRecord, pictures: Sequence[str | os.PathLike[str]]) -> None:
+    """Put PNG files into an adapter's folder, and those of its accuracies if matplotlib is there to draw them."""
+    for picture in map(Path, pictures):
+        if picture.suffix != ".png":
+            raise ValueError(f"{picture} is no .png file: the card shows PNG pictures only")
+        write_whole(folder / picture.name, picture.read_bytes())
+    if find_spec("matplotlib") is not None:
+        draw(record.results, folder)
+
+
+def known_run(folder: Path) -> RunRecord | None:
+    """The record of the run that made the weights in a folder; None if there is none, or it is of other weights."""
+    if not (folder / RESULTS_FILE).is_file():
+        return None
+    record = RunRecord.load(folder / RESULTS_FILE)
+    sha256 = PromptPoolConfig.from_pretrained(folder).state.weights_sha256
+    return record if record.weights_sha256 == sha256 else None
+
+
+def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str) -> ModelCardData:
+    """The YAML head of a card."""
+    base = hub_base(config)
+    known: dict[str, Any] = {"base_model": base} if base else {}
+    if record is not None:
+        if record.datasets:
+            known["datasets"] = record.datasets
+        known |= {"model_name": name.split("/")[-1], "eval_results": _eval_results(record)}
+    adapter_tag = [f"{ADAPTER_TAG}{base}"] if base else []
+    return ModelCardData(
+        library_name="peft",
+        pipeline_tag="image-classification",
+        tags=sorted({*TAGS, config.method, *adapter_tag}),
+        **known,
+    )
+
+
+def hub_base(config: PromptPoolConfig) -> str | None:
+    """The base model's name, if it can be one on the Hub; None for a folder of somebody's machine."""
+    name = config.base_model_name_or_path
+    if not name:
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if Path(name).exists() else name
+
+
+def _eval_results(record: RunRecord) -> list[EvalResult]:
+    summary = next(iter(record.results.values())).summary()
+    dataset = record.datasets[0] if record.datasets else (record.data or "custom").split()[0].rstrip(",")
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=record.data or dataset,
+            dataset_split="test",
+            metric_type="accuracy" if key != "forgetting" else "forgetting",
+            metric_name=f"{heading} (%)",
+            metric_value=round(summary[key], 2),
+        )
+        for key, heading in FIGURES.items()
+    ]
+
+
+def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, name: str, license: object) -> str:
+    """The body of a card, in Markdown."""
+    title = (type(config).__doc__ or "").splitlines()[0].rstrip(".")
+    classes, tasks = config.num_labels or len(config.state.classes), len(config.state.tasks)
+    sections = [
+        f"# {name.split('/')[-1]}",
+        "A prompt pool for a frozen vision transformer, made with [cl_prompts](https://pypi.org/project/cl-prompts/): "
+        f"{classes:,} classes, learned {f'in {tasks} tasks one after the other' if tasks else 'without tasks'}. At test "
+        "nobody has to say which task an image is from.",
+        _facts(config, record, folder, title, license),
+        _use(name),
+        _figures(record, folder) if record is not None else "",
+        _tasks(config),
+        _training(record) if record is not None else "",
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, title: str, license: object) -> str:
+    state, declared = config.state, declared_tensors(folder)
+    parts = sizes_of_parts(declared)
+    base = hub_base(config)
+    kind = (config.auto_mapping or {}).get("base_model_class", "vision transformer")
+    shape = f"{kind}, {state.base_layers} blocks, width {state.base_width}"
+    papers = ", ".join(f"[{paper.split('/')[-1]}]({paper})" for paper in config.papers)
+    numbers = sum(part["numbers"] for part in parts.values())
+    size = in_bytes((folder / WEIGHTS_FILE).stat().st_size)
+    readout = state.pooling if config.readout == "auto" else config.readout
+    facts = {
+        "Method": f"{title} ({papers})" if papers else title,
+        "Base model": f"[{base}](https://huggingface.co/{base}) ({shape})" if base else f"not on the Hub ({shape})",
+        "Answers with": f"{config.head} head on the {readout} feature",
+        "Adapter": f"{numbers:,} numbers, {size}: "
+        + ", ".join(f"{part} {sizes['numbers']:,}" for part, sizes in parts.items()),
+    }
+    if record is not None and record.trainable:
+        facts["Trained in the last task"] = f"{next(iter(record.trainable.values())):,} parameters"
+    statistics = {n: d for n, d in declared.items() if ".classifier." in n and n.rpartition(".")[2] not in NO_STATISTICS}
+    if statistics:
+        held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
+        facts["Statistics of the training images' features in it"] = f"{held} (means, covariances or sums; no images)"
+    known = " ".join(license.split())[:100] if isinstance(license, str) else ""
+    facts["Licence"] = known or "not stated"
+    return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
+
+
+def in_bytes(size: int) -> str:
+    """ "19 kB", "4.2 MB"."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
+def _use(name: str) -> str:
+    return f"""## Use it
+
+```sh
+pip install cl-prompts
+```
+
+```python
+from cl_prompts import PromptPoolPipeline
+
+classify = PromptPoolPipeline.from_pretrained("{name}")
+print(classify("image.jpg", top_k=3))  # [{{"label": ..., "score": ...}}, ...]
+```
+
+As a model, to go on training (`begin_task` adds classes) or inside your own code:
+
+```python
+from cl_prompts import AutoPromptPoolModel
+
+model = AutoPromptPoolModel.from_pretrained("{name}", is_trainable=True)
+print(model.classes)  # the ids that the columns of the logits stand for
+```"""
+
+
+def _figures(record: RunRecord, folder: Path) -> str:
+    seed = record.seed or 0
+    results = [Result(name, matrix, seed, record.trainable.get(name)) for name, matrix in record.results.items()]
+    first = next(iter(record.results.values()))
+    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))]
+    sections = [
+        "## What it reaches",
+        LEGEND,
+        comparison_table(results),
+        remarks(results),
+        "Accuracy on each task, in percent:",
+        matrix_table(first),
+        "\n".join(plots),
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def _tasks(config: PromptPoolConfig) -> str:
+    if not config.state.tasks:
+        return ""
+    lines = [
+        f"{number}. {_names(task, config.state.class_names)}" for number, task in enumerate(config.state.tasks, start=1)
+    ]
+    return "## Tasks, in order\n\n" + "\n".join(lines)
+
+
+def _names(task: Sequence[int], names: dict[str, str]) -> str:
+    shown = [names.get(str(c), f"class {c}") for c in task[:CLASSES_SHOWN]]
+    return ", ".join(shown) + (f" and {len(task) - CLASSES_SHOWN} more" if len(task) > CLASSES_SHOWN else "")
+
+
+def _training(record: RunRecord) -> str:
+    facts = {
+        "data": record.data,
+        "seed": record.seed,
+        "seconds": None if record.seconds is None else f"{record.seconds:,.0f}",
+        "machine": record.machine,
+        "written": record.written,
+    }
+    settings = "\n".join(f"- {name}: `{json.dumps(value)}`" for name, value in record.settings.items())
+    sections = [
+        "## Training",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")),
+        f"```sh\n{record.command}\n```" if record.command else "",
+        f"<details><summary>All settings</summary>\n\n{settings}\n\n</details>" if settings else "",
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def _kept(text: str) -> tuple[str, str]:
+    """What stands before and after the part that is written anew; a card of somebody else's making stands before it."""
+    if BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        return before.lstrip("\n"), rest.partition(END)[2].lstrip("\n")
+    return (text.strip() + "\n\n" if text.strip() else ""), ""

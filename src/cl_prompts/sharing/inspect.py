@@ -1,0 +1,105 @@
+"""What an adapter is, from its files alone: no tensor is read, no base model is loaded, nothing is run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
+from cl_prompts.storage.adapter_files import adapter_folder, commit_of, further_file
+from cl_prompts.storage.adapter_state import AdapterState
+from cl_prompts.storage.integrity import Declared, declared_tensors
+
+
+# Bytes of a number by its type in a safetensors header.
+NUMBER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def describe_adapter(source: str | os.PathLike[str], subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    """Facts about an adapter that JSON can hold.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: folder of the adapter in it.
+        where: `revision`, `token` and the like, for the Hub.
+
+    Returns:
+        "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size);
+        "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout";
+        "settings" (the fields of the method: pool size, prompt length, layers, ...); "parts" (tensors, numbers and bytes of
+        each part of the weights), "numbers" and "bytes" of all; "figures" (percent, by learner), {} without `results.json`.
+
+    Raises:
+        ValueError: files are missing, damaged or foreign.
+        cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
+    """
+    folder = adapter_folder(source, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **where)
+    where["revision"] = commit_of(source, folder, subfolder)  # everything of one commit
+    config = PromptPoolConfig.from_pretrained(folder)
+    state = config.state
+    shared = {f.name for f in fields(PromptPoolConfig)}
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
+    parts = sizes_of_parts(declared_tensors(folder))
+    results = further_file(source, RESULTS_FILE, subfolder, max_bytes=MAX_RESULTS_BYTES, **where)
+    return {
+        "adapter": os.fspath(source),
+        "method": config.method,
+        "title": (type(config).__doc__ or "").splitlines()[0],
+        "papers": list(config.papers),
+        "base_model": {
+            "name": config.base_model_name_or_path,
+            "revision": config.revision,
+            "class": (config.auto_mapping or {}).get("base_model_class"),
+            "width": state.base_width,
+            "blocks": state.base_layers,
+            "heads": state.base_heads,
+            "fingerprint": state.base_fingerprint,
+            "image_size": state.image_size,
+        },
+        "format_version": state.format_version,
+        "written_by": state.written_by,
+        "tasks": [[{"id": c, "name": state.class_names.get(str(c))} for c in task] for task in state.tasks],
+        "task_open": state.task_open,
+        "num_labels": config.num_labels,
+        "head": config.head,
+        "readout": config.readout if config.readout != "auto" else state.pooling or "auto",
+        "settings": settings,
+        "parts": parts,
+        "numbers": sum(part["numbers"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "figures": _figures(results, state),
+    }
+
+
+def sizes_of_parts(declared: Mapping[str, Declared]) -> dict[str, dict[str, int]]:
+    """Tensors, numbers and bytes of each part of an adapter's weights, like "pool.prompts" or "head"."""
+    parts: dict[str, dict[str, int]] = {}
+    for name, tensor in sorted(declared.items()):
+        part = parts.setdefault(_part_of(name), {"tensors": 0, "numbers": 0, "bytes": 0})
+        numbers = math.prod(tensor.shape)
+        part["tensors"] += 1
+        part["numbers"] += numbers
+        part["bytes"] += numbers * NUMBER_BYTES.get(tensor.dtype, 1)
+    return parts
+
+
+def _part_of(name: str) -> str:
+    _, own, path = name.partition(".prompt_pool.")
+    if not own:
+        return "modules of the base"
+    part, _, rest = path.partition(".")
+    return part if part != "pool" else f"pool.{rest.partition('.')[0]}"
+
+
+def _figures(path: Path | None, state: AdapterState) -> dict[str, dict[str, float]]:
+    if path is None:
+        return {}
+    record = RunRecord.load(path)
+    if record.weights_sha256 != state.weights_sha256:  # it speaks of other weights
+        return {}
+    return {name: matrix.summary() for name, matrix in record.results.items()}

@@ -1,0 +1,154 @@
+"""What is known of the run that made an adapter, in `results.json` beside it. Its card is written from that."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_prompts.evaluation.metrics import AccuracyMatrix
+from cl_prompts.evaluation.report import machine
+from cl_prompts.runtime.text import first_line
+from cl_prompts.storage.atomic import write_whole
+
+
+if TYPE_CHECKING:
+    from cl_prompts.continual.trainer import ContinualTrainer
+
+
+RESULTS_FILE = "results.json"
+MAX_RESULTS_BYTES = 4 * 2**20  # more than a thousand tasks
+
+
+@dataclass
+class RunRecord:
+    """The run that made an adapter. Nothing in it names a place on somebody's machine: see `without_places`.
+
+    Args:
+        results: accuracy matrix of each learner; the first is the adapter's own, the others ran beside it.
+        data: the training data in words.
+        datasets: Hub ids of the data, if it is there.
+        command: what repeats the run.
+        settings: of the run, JSON-able.
+        trainable: parameters trained in the last task, by learner.
+        seed: of the run.
+        seconds: what it took.
+        machine: what it ran on.
+        written: when it ended.
+        weights_sha256: checksum of the weights it speaks of; None until the record is saved with them.
+
+    Raises:
+        ValueError: `results` is empty.
+    """
+
+    results: dict[str, AccuracyMatrix]
+    data: str = ""
+    datasets: list[str] = field(default_factory=list)
+    command: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    trainable: dict[str, int] = field(default_factory=dict)
+    seed: int | None = None
+    seconds: float | None = None
+    machine: str = field(default_factory=machine)
+    written: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+    weights_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("a record needs the accuracy matrix of the adapter: RunRecord({'hash': matrix})")
+        self.command, self.settings = without_places(self.command), without_places(self.settings)
+        self.data, self.datasets = without_places(self.data), list(self.datasets)
+
+    @classmethod
+    def of(cls, trainer: ContinualTrainer, name: str, **facts: Any) -> RunRecord:
+        """The record of a run that a trainer has come to the end of.
+
+        Args:
+            trainer: after `train`.
+            name: what its learner is called in tables.
+            facts: further fields, or others in place of what the trainer knows: `data`, `datasets`, `command`.
+        """
+        known: dict[str, Any] = {
+            "results": {name: trainer.matrix}
+            | {f"{name} + {other}": found for other, found in trainer.side.matrices.items()},
+            "trainable": {name: sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)},
+            "settings": asdict(trainer.args) | {"scenario": trainer.stream.scenario},
+            "seed": trainer.args.seed,
+            "seconds": round(trainer.progress.seconds, 1),
+        }
+        return cls(**known | facts)
+
+    def save(self, folder: str | os.PathLike[str], weights_sha256: str | None) -> None:
+        """Write `results.json` into the `folder` of the adapter whose weights have the checksum `weights_sha256`."""
+        values = {name: value for name, value in vars(self).items() if name != "results"}
+        results = {name: matrix.to_dict() for name, matrix in self.results.items()}
+        content = values | {"weights_sha256": weights_sha256, "results": results}
+        write_whole(Path(folder, RESULTS_FILE), json.dumps(content, indent=1, default=str))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RunRecord:
+        """Read the `results.json` at `path`.
+
+        Raises:
+            ValueError: it is none, is damaged, or is larger than any record.
+        """
+        try:
+            if os.path.getsize(path) > MAX_RESULTS_BYTES:
+                raise ValueError(f"it has more than {MAX_RESULTS_BYTES:,} bytes")
+            content = json.loads(Path(path).read_bytes())
+            results = {str(name): AccuracyMatrix.from_dict(values) for name, values in content.pop("results").items()}
+            known = {name: value for name, value in content.items() if name in _KINDS and value is not None}
+            wrong = [name for name, value in known.items() if not _is_of_its_kind(name, value)]
+            if wrong:
+                raise ValueError(f"{wrong} have values of another kind")
+            return cls(results, **known)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
+            raise ValueError(f"{path} holds no results ({first_line(error)}): remove it, or write it again") from error
+
+
+_KINDS: dict[str, Any] = {
+    "data": str,
+    "datasets": list,
+    "command": str,
+    "settings": dict,
+    "trainable": dict,
+    "seed": int,
+    "seconds": (int, float),
+    "machine": str,
+    "written": str,
+    "weights_sha256": str,
+}
+_INNER_KINDS: dict[str, type] = {"datasets": str, "trainable": int}
+
+
+def _is_of_its_kind(name: str, value: Any) -> bool:
+    if name not in _INNER_KINDS or not isinstance(value, _KINDS[name]):
+        return isinstance(value, _KINDS[name])
+    return all(isinstance(part, _INNER_KINDS[name]) for part in (value.values() if isinstance(value, dict) else value))
+
+
+def without_places(value: Any) -> Any:
+    """The same with every absolute path, home folder and network share cut to its last part; containers are gone through.
+
+    "--dataset /home/me/birds" becomes "--dataset birds": what repeats a run elsewhere, and says nothing of one's machine.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_places(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_places(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    return _PLACE.sub(_last_part, value) if isinstance(value, str) else value
+
+
+def _last_part(found: re.Match[str]) -> str:
+    return Path(found[0].replace("\\", "/")).name
+
+
+# /a/b, ~/a, ../a, C:\a, \\server\a; no URL, whose slashes stand behind a colon or a word.
+_PLACE = re.compile(r"(?<![\w:/.~\\-])(?:[A-Za-z]:[\\/]|~[\w-]*/|\.{1,2}/|/|\\\\)[^\s'\",;]+")

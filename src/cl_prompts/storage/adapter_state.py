@@ -1,0 +1,161 @@
+"""What an adapter remembers besides its tensors: the tasks it has seen, the names of its classes, the base it fits."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+from cl_prompts.runtime.text import shown
+from cl_prompts.version import __version__
+
+
+FORMAT_VERSION = 1
+_VERSION = re.compile(r"\d[\w.+!]{0,40}", re.ASCII)
+_KINDS: dict[str, type] = {
+    "written_by": str,
+    "base_fingerprint": str,
+    "weights_sha256": str,
+    "pooling": str,
+    "base_width": int,
+    "base_layers": int,
+    "base_heads": int,
+}
+
+
+@dataclass
+class AdapterState:
+    """The `state` object of `adapter_config.json`. A config with a non-empty one rebuilds all tensor shapes.
+
+    Args:
+        format_version: version of the file format; a newer one than this library knows is refused.
+        written_by: version of cl_prompts that wrote the file.
+        tasks: class ids of every task begun so far, in order, as they stand in `labels`.
+        task_open: True between `begin_task` and `end_task`.
+        class_names: name of a class by `str(id)`.
+        base_fingerprint: `backbones.structure.fingerprint` of the frozen tensors the adapter stands on.
+        base_width, base_layers, base_heads: sizes of that base.
+        pooling: how the base's un-prompted feature was taken ("cls", "mean" or "pooler").
+        image_size: height and width of the input in pixels, where the base has a fixed one.
+        image_mean, image_std: normalisation of the input, one number per channel.
+        weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
+    """
+
+    format_version: int = FORMAT_VERSION
+    written_by: str | None = None
+    tasks: list[list[int]] = field(default_factory=list)
+    task_open: bool = False
+    class_names: dict[str, str] = field(default_factory=dict)
+    base_fingerprint: str | None = None
+    base_width: int | None = None
+    base_layers: int | None = None
+    base_heads: int | None = None
+    pooling: str | None = None
+    image_size: list[int] | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    weights_sha256: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AdapterState:
+        """Check and take over a `state` object read from a file.
+
+        Raises:
+            ValueError: it was written by a newer format, its tasks are no lists of distinct class ids, or a value is
+                of another kind than its field.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {shown(values)}")
+        version = values.get("format_version", FORMAT_VERSION)
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            writer = values.get("written_by")
+            # A command that is made to be copied holds nothing but a version.
+            needed = f">={writer}" if isinstance(writer, str) and _VERSION.fullmatch(writer) else ""
+            raise ValueError(
+                f"the adapter has format version {shown(version)}, this cl_prompts {__version__} reads up to "
+                f"{FORMAT_VERSION}: upgrade with `pip install -U 'cl-prompts{needed}'`"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"unknown fields {shown(unknown)} in the adapter's state are ignored", stacklevel=2)
+        state = cls(**{k: v for k, v in values.items() if k in known})
+        tasks = state.tasks
+        if not isinstance(tasks, list) or not all(
+            isinstance(task, list)
+            and task
+            and all(type(c) is int and 0 <= c < 2**63 for c in task)
+            and len(set(task)) == len(task)
+            for task in tasks
+        ):
+            raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {shown(tasks)}")
+        names = state.class_names
+        if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
+            raise ValueError(f"`state.class_names` must map str(class id) to a name, got {shown(state.class_names)}")
+        if not isinstance(state.task_open, bool) or (state.task_open and not tasks):
+            raise ValueError(f"`state.task_open` must be true or false, false without tasks, got {shown(state.task_open)}")
+        for name, kind in _KINDS.items():
+            value = getattr(state, name)
+            if value is not None and type(value) is not kind:
+                raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {shown(value)}")
+        for name in ("image_size", "image_mean", "image_std"):
+            value = getattr(state, name)
+            if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
+                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {shown(value)}")
+        return state
+
+    @property
+    def classes(self) -> list[int]:
+        """Class ids in the order of the head's columns: by first appearance."""
+        return list(dict.fromkeys(c for task in self.tasks for c in task))
+
+    def check_task(self, classes: Sequence[int], revisit: bool) -> list[int]:
+        """The class ids of a task that is about to begin.
+
+        Raises:
+            TypeError: they are no integers.
+            ValueError: a task is still open, a class is declared twice, or known already without `revisit`.
+        """
+        if self.task_open:
+            raise ValueError(f"task {len(self.tasks) - 1} is still open: call end_task() first")
+        declared = _class_ids(classes)
+        known = sorted(set(declared) & set(self.classes), key=declared.index)
+        if known and not revisit:
+            raise ValueError(
+                f"classes {shown(known)} were declared in an earlier task: leave them out, or pass revisit=True if they "
+                "come back (new domain, recurring classes)"
+            )
+        return declared
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)
+
+
+def _class_ids(classes: Sequence[int]) -> list[int]:
+    values = classes.tolist() if isinstance(classes, Tensor) else classes
+    if not isinstance(values, Iterable):
+        raise TypeError(
+            f"classes must be a list of class ids, got {shown(classes)}: write [{shown(classes)}] for one class"
+        )
+    declared = list(values)
+    wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
+    if wrong:
+        raise TypeError(f"classes must be integers as they stand in `labels`, got {wrong}")
+    if not declared:
+        raise ValueError("a task needs at least one class")
+    ids = [int(c) for c in declared]
+    twice = sorted(c for c, times in Counter(ids).items() if times > 1)
+    if twice:
+        raise ValueError(f"classes {shown(twice)} are declared twice in one call")
+    if min(ids) < 0:
+        raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
+    if max(ids) >= 2**63:
+        raise ValueError(f"class {max(ids)} does not fit the int64 of `labels`: number the classes from 0")
+    return ids

@@ -1,0 +1,159 @@
+"""Whether files and tensors are what they claim to be: checksums of adapters and bases, checks before and after loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cl_prompts.runtime.text import shown
+
+
+PEFT_TYPE = "PROMPT_POOL"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+SAVED_PREFIX = "base_model.pools.prompt_pool."  # of the adapter's own tensors in a file
+MAX_HEADER_BYTES = 2**20  # of a safetensors file: some eight thousand tensors
+MAX_CONFIG_BYTES = 8 * 2**20  # a hundred thousand classes with their names
+
+
+class Declared(NamedTuple):
+    """A tensor as a safetensors header declares it: its type ("F32", ...) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+# Types of fractions that are taken for one another, in a safetensors header and in torch.
+FRACTIONS = ("F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of tensors, in the order of their names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def digest_file(folder: str | os.PathLike[str]) -> str | None:
+    """`digest` of the adapter weights in a folder; None if there are none."""
+    path = Path(folder, WEIGHTS_FILE)
+    return digest(load_file(path).items()) if path.is_file() else None
+
+
+def check_adapter_files(folder: str | os.PathLike[str]) -> None:
+    """Refuse a local folder that holds no adapter or one in pickle, as far as that shows without a base model.
+
+    Raises:
+        ValueError: a file is missing, truncated, foreign, or a pickle.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name the folder that holds {CONFIG_FILE}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"no {CONFIG_FILE} in {folder}: name a folder written by `save_pretrained`")
+    _check_config_file(folder / CONFIG_FILE)
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which is never loaded: save as {WEIGHTS_FILE}")
+        raise ValueError(f"no {WEIGHTS_FILE} in {folder}: name a folder written by `save_pretrained`")
+    declared_tensors(folder)
+
+
+def declared_tensors(folder: str | os.PathLike[str]) -> Mapping[str, Declared]:
+    """What the header of an adapter's weights declares, by name; no tensor is read.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors file, or declares more tensors than any adapter has.
+    """
+    path = Path(folder, WEIGHTS_FILE)
+    with path.open("rb") as start:
+        length = int.from_bytes(start.read(8), "little")
+    if MAX_HEADER_BYTES < length <= path.stat().st_size:
+        raise ValueError(f"{path} has a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}: it is no adapter's")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+            return {name: Declared(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch or save it again") from error
+
+
+def check_config_size(path: Path) -> None:
+    """Raise ValueError if a config is larger than any that is read."""
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path} has {size:,} bytes, a config at most {MAX_CONFIG_BYTES:,}: shorten its class names if it is yours"
+        )
+
+
+def _check_config_file(path: Path) -> None:
+    check_config_size(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or no JSON ({error}): fetch or save it again") from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind != PEFT_TYPE:
+        raise ValueError(f"{path} has peft_type {shown(kind)}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT")
+
+
+def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and kinds of a file's tensors with what its config implies.
+
+    Args:
+        found: tensors of the file, or what its header declares, by name.
+        expected: tensors of the adapter that the config builds, by the same names.
+
+    Raises:
+        ValueError: a tensor is missing, foreign, or of another shape or kind.
+    """
+    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or foreign:
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit its config: missing {shown(missing)}, unexpected {shown(foreign)}. "
+            "Are both files from the same save?"
+        )
+    for name, tensor in found.items():
+        like = expected[name]
+        kinds: tuple[Any, ...] = FRACTIONS if like.is_floating_point() else ("I64", torch.int64)
+        if tuple(tensor.shape) != tuple(like.shape) or tensor.dtype not in kinds:
+            raise ValueError(
+                f"{name} is {tensor.dtype}{shown(list(tensor.shape))} in {WEIGHTS_FILE}, the config implies "
+                f"{like.dtype}{list(like.shape)}: are both files from the same save?"
+            )
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha256: str | None) -> None:
+    """Compare loaded tensors with what the config implies.
+
+    Args:
+        found: tensors of the file, by name.
+        expected: tensors of the freshly built adapter, by the same names.
+        sha256: checksum to compare with; None skips that.
+
+    Raises:
+        ValueError: a tensor is missing, foreign, of another shape or type, or holds NaN or Inf, or the checksum differs.
+    """
+    check_shapes(found, expected)
+    if sha256 is not None and digest(found.items()) != sha256:
+        raise ValueError(
+            f"the checksum of {WEIGHTS_FILE} does not match `weights_sha256` in {CONFIG_FILE}: the file was damaged or "
+            "changed. Fetch it again, or pass verify=False to load it all the same"
+        )
+    for name, tensor in found.items():
+        # A sum shows NaN and Inf, ten times as fast; one that only overflows is looked at closely.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or Inf: the run that wrote it diverged; lower its learning rate")

@@ -1,0 +1,99 @@
+"""A larger pool in place of a smaller one: old rows stay bit-equal, new rows start as a new pool's would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.interfaces import BackboneShape
+from cl_prompts.learner.optimizer_hook import inner_optimizer
+from cl_prompts.methods import PromptPool
+from cl_prompts.tuner.adapter import PoolAdapter
+from cl_prompts.tuner.validation import planned_adapter
+
+
+def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimizer: Any = None) -> None:
+    """Grow an adapter's pool; see `PromptPoolTuner.grow_pool`. After an error everything is as before."""
+    config, old = adapter.config, adapter.pool
+    size = getattr(config, "pool_size", None)
+    if size is None:
+        raise ValueError(f"{config.method} has no pool_size: its pool grows with every task, call begin_task(classes)")
+    if type(pool_size) is not int or pool_size <= size:
+        raise ValueError(f"pool_size={pool_size!r}: the pool has {size} prompts and can only grow; give a larger number")
+    if optimizer is not None:
+        optimizer = inner_optimizer(optimizer)
+        _check_grows_along(optimizer, old)
+    before = dict(config.__dict__)
+    try:
+        config.pool_size = pool_size
+        config.__post_init__()
+        planned_adapter(config, shape, adapter.query_pooling)
+        new = PoolAdapter(config, shape, adapter.query_pooling).pool  # a new pool of this size, with all tasks begun
+    except BaseException:
+        config.__dict__.update(before)
+        raise
+    swapped = _take_over(new.train(old.training), old)
+    adapter.pool = new
+    adapter.grown = True
+    if optimizer is not None:
+        _swap_parameters(optimizer, swapped)
+        if adapter.link.attached:
+            adapter.link.attach(optimizer, adapter, new.update_factors(), "pool.")
+
+
+@torch.no_grad()
+def _take_over(new: PromptPool, old: PromptPool) -> dict[Tensor, nn.Parameter]:
+    """Put every tensor of `old` into the leading corner of that of `new`; old parameters and what takes their place."""
+    swapped: dict[Tensor, nn.Parameter] = {}
+    for name, tensor in [*old.named_parameters(), *old.named_buffers()]:
+        owner, _, last = name.rpartition(".")
+        module = new.get_submodule(owner)
+        larger = _in_the_corner(tensor, getattr(module, last).detach().to(tensor))
+        if isinstance(tensor, nn.Parameter):
+            swapped[tensor] = nn.Parameter(larger, tensor.requires_grad)
+            if tensor.grad is not None:
+                swapped[tensor].grad = _in_the_corner(tensor.grad, torch.zeros_like(larger))
+            larger = swapped[tensor]
+        setattr(module, last, larger)
+    return swapped
+
+
+def _in_the_corner(tensor: Tensor, larger: Tensor) -> Tensor:
+    larger[tuple(slice(length) for length in tensor.shape)] = tensor
+    return larger
+
+
+def _check_grows_along(optimizer: torch.optim.Optimizer, pool: PromptPool) -> None:
+    """Raise ValueError if an optimizer does not train the pool, or keeps state that has no rows of prompts."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in pool.named_parameters() if p.requires_grad}
+    missing = [name for name, p in parameters.items() if id(p) not in trained]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not train the pool's {missing}: give the one that was built from "
+            "model.parameter_groups(...), or none"
+        )
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key} of shape {list(value.shape)} for {name} "
+                    f"{list(parameter.shape)}, which cannot grow: call grow_pool without it and build a new optimizer"
+                )
+
+
+def _swap_parameters(optimizer: torch.optim.Optimizer, swapped: Mapping[Tensor, nn.Parameter]) -> None:
+    """Let an optimizer train the grown parameters; the state of new rows is zero."""
+    for group in optimizer.param_groups:
+        group["params"] = [swapped.get(p, p) for p in group["params"]]
+    for old, new in swapped.items():
+        if old in optimizer.state:
+            optimizer.state[new] = {
+                key: _in_the_corner(value, value.new_zeros(new.shape))
+                if isinstance(value, Tensor) and value.shape == old.shape
+                else value
+                for key, value in optimizer.state.pop(old).items()
+            }

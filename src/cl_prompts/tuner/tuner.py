@@ -1,0 +1,288 @@
+"""PEFT's tuner for prompt pools: adapters by name, tasks, state dicts. No method's mathematics.
+
+PEFT calls the base model inside `_enable_peft_forward_hooks`; what happens there is `cl_prompts.tuner.forward`. A plain
+`PeftModel` therefore behaves like `PromptPoolModel`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+from torch import Tensor, nn
+
+from cl_prompts.backbones.readout import resolve_pooling
+from cl_prompts.backbones.structure import Structure, find_structure, fingerprint
+from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.storage.integrity import check_tensors
+from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
+from cl_prompts.tuner.forward import WayOfABatch, ways_through
+from cl_prompts.tuner.task_api import TaskLearner
+from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
+
+
+SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
+
+
+class PromptPoolTuner(TaskLearner, BaseTuner):
+    """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval.
+
+    `PromptPoolModel` and PEFT's `PeftModel` make it; nobody else needs to.
+
+    Args:
+        model: the base.
+        peft_config: a method's config, or one for each adapter by name.
+        adapter_name: name of the adapter to make.
+        kwargs: as in PEFT.
+
+    Raises:
+        TypeError: the base is a `PeftModel`, or no supported transformer.
+        ValueError: the config does not fit the base, or asks for too much memory.
+    """
+
+    prefix = "prompt_pool"
+    tuner_layer_cls = PromptPoolLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the type BaseTuner declares
+    uses_shared_state = True
+    structure: Structure
+    pools: PromptPoolLayer
+    active_adapter: str | list[str]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise TypeError(f"the base is a {type(model).__name__}: pass model.get_base_model(), its LoRA stays inside")
+        # A base belongs to one model. Another one that is still on it lets go; its forward then says so.
+        for way in ways_through(model):
+            way.uninstall()
+            _forget_pools(model)
+        # Adapters of other kinds inside the base (LoRA) are part of it: what switches pools leaves them alone.
+        self._of_the_base = {id(module) for module in model.modules() if isinstance(module, SWITCHED)}
+        others = vars(model).pop("peft_config", None)
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        finally:
+            if others is not None:
+                model.peft_config = others
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Build an adapter; the first one also puts the hooks on the base model.
+
+        Args:
+            model: the base.
+            adapter_name: name of the adapter, which has its config already.
+            autocast_adapter_dtype: as in PEFT; what is trained is float32 anyway.
+            low_cpu_mem_usage: leave the tensors on the meta device, to be filled from a file.
+            state_dict: not used; PEFT passes it.
+
+        Raises:
+            TypeError: the base is no supported transformer.
+            ValueError: the config does not fit the base, or asks for too much memory.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, PromptPoolConfig):
+            raise TypeError(f"a prompt pool needs a PromptPoolConfig, got {type(config).__name__}")
+        # The config keeps the adapter's state, so two models made from one config must not share it.
+        config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        first = not hasattr(self, "pools")
+        structure: Structure = find_structure(model) if first else self.structure
+        pooling = resolve_pooling(config.query_pooling, structure, type(model).__name__)
+        resolve_pooling(config.readout if config.readout != "prompt" else "auto", structure, type(model).__name__)
+        check_fits(config, model, structure, pooling)
+        planned = planned_adapter(config, structure.shape, pooling)
+        if config.state.base_fingerprint is not None:
+            check_base(config, fingerprint(model, structure, pooling))
+        # Values that a file is going to give need no start.
+        loaded, config.declared = config.declared is not None, None
+        adapter = planned.materialised() if loaded else PoolAdapter(config, structure.shape, pooling)
+
+        if first:
+            self.structure = structure
+            model.requires_grad_(False)
+            model.eval()
+            self.way = WayOfABatch(model, structure)
+            self.pools = PromptPoolLayer()
+        self.way.prefixes.install(adapter.pool.layers)
+        if not low_cpu_mem_usage and all(p.device.type != "meta" for p in adapter.parameters()):
+            adapter.to(next(model.parameters()).device)
+        adapter.train(self.training and not config.inference_mode)
+        self.pools.prompt_pool[adapter_name] = adapter
+        active = adapter_name in self.active_adapters
+        if active:
+            self.pools._active_adapter = list(self.active_adapters)
+        adapter.requires_grad_(active and not config.inference_mode)
+        if config.num_labels is not None:
+            self._record_base(adapter)
+        try:
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=self.get_model_config(model),
+                adapter_name=adapter_name,
+                activate_adapter=active,
+            )
+        except BaseException:
+            del self.pools.prompt_pool[adapter_name]
+            raise
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("a prompt pool replaces no module of the base model")
+
+    def _copies(self) -> Iterator[AuxiliaryTrainingWrapper]:
+        """Copies of the base's own modules that an adapter trains along (`modules_to_save`)."""
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in self._of_the_base:
+                yield module
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make `adapter_name` the one that answers, trainable unless `inference_mode`."""
+        for copies in self._copies():
+            name = copies.check_set_adapter(adapter_name)
+            copies.set_adapter(name if name in copies._adapters else [], inference_mode=inference_mode)
+        self.pools.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch gradients of the adapters `adapter_names` on or off, as `requires_grad` says."""
+        for copies in self._copies():
+            copies.set_requires_grad(adapter_names, requires_grad)
+        self.pools.set_requires_grad(adapter_names, requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # PEFT's copies also switch gradients here, which would make a frozen adapter trainable by switching it off and on.
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for copies in self._copies():
+            copies.enable_adapters(enabled)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        self.pools._disable_adapters = not enabled
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's last step of a load with `low_cpu_mem_usage`: the tensors lie where it read them."""
+        self.pools.prompt_pool[adapter_name].to(device or next(self.model.parameters()).device)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """An adapter works in float32; PEFT would look through the whole base for what to cast."""
+        adapter = self.pools.prompt_pool[adapter_name]
+        for tensor in (*adapter.parameters(), *adapter.buffers()):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget `adapter_name`; if it was the active one, the first of the others takes over.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}")
+        del self.peft_config[adapter_name]
+        self.pools.delete_adapter(adapter_name)
+        left: Any = self.pools.prompt_pool.values()
+        self.way.release({layer for adapter in left for layer in adapter.pool.layers})
+        if adapter_name in self.active_adapters:
+            self.active_adapter = next(iter(self.peft_config), [])
+        for copies in self._copies():
+            copies.delete_adapter(adapter_name, new_active_adapters=self.active_adapters or None)
+
+    def unload(self) -> nn.Module:
+        """Take every hook off the base model and give it back as it was, frozen."""
+        self.way.uninstall()
+        _forget_pools(self.model)
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Nothing: prompts depend on the image and cannot become weights, whatever `args` and `kwargs` say.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("prompts cannot be merged into weights; unload() gives the base model back")
+
+    def train(self, mode: bool = True) -> PromptPoolTuner:
+        """Pools and heads follow `mode`; the base stays in eval, where its answers are those the query was made for."""
+        super().train(mode)
+        self.model.eval()
+        for name in self.structure.blocks:
+            # Blocks checkpoint their activations only while their own flag says training; what is inside stays in eval.
+            self.model.get_submodule(name).training = mode
+        return self
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self.pools.disable_adapters:
+            yield
+            return
+        with self.way.prompted(self.adapter, args, kwargs, training=self.training and torch.is_grad_enabled()):
+            yield
+
+    def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """The un-prompted feature (the query) of images, `pixel_values` [B, 3, H, W]: [B, D] float32, without gradient.
+
+        `kwargs` are further inputs of the base.
+        """
+        return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
+
+    def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """What enters the lowest prompted block for images, `pixel_values` [B, 3, H, W]: [B, N, D], without gradient.
+
+        `kwargs` are further inputs of the base.
+        """
+        return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in state_dict.items() if f".prompt_pool.{adapter_name}." in name}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        own = key.replace(f".prompt_pool.{adapter_name}.", ".prompt_pool.")
+        return own if own != key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PromptPoolConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Names as in the model, after every check; nothing is written into the model before."""
+        infix, copies = f".prompt_pool.{adapter_name}.", f".modules_to_save.{adapter_name}."
+        expected = {
+            name.replace(infix, ".prompt_pool.").replace(copies, "."): tensor
+            for name, tensor in model.state_dict().items()
+            if infix in name or copies in name
+        }
+        found = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
+        # The checksum is that of one file; the adapter may take in others later (a trainer's best checkpoint).
+        sha256, config.state.weights_sha256 = config.state.weights_sha256, None
+        check_tensors(found, expected, sha256 if config.verify else None)
+        return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
+
+
+def _forget_pools(model: nn.Module) -> None:
+    """Take the note of its pools off a base; a note of other adapters inside it stays."""
+    if any(isinstance(config, PromptPoolConfig) for config in vars(model).get("peft_config", {}).values()):
+        del model.peft_config

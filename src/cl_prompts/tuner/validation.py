@@ -1,0 +1,192 @@
+"""Whether a config, a base model and a batch of images fit each other; every error names the value and the mend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
+from cl_prompts.interfaces import BackboneShape
+from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.runtime.distributed import world_size
+from cl_prompts.runtime.text import first_line, shown
+from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
+from cl_prompts.tuner.adapter import PoolAdapter
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
+    """Raise ValueError if a config asks for blocks the base lacks, or its adapter was made for another kind of base."""
+    depth = structure.shape.num_layers
+    asked = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
+    outside = [layer for layer in asked if layer >= depth]
+    if outside:
+        raise ValueError(f"layers {shown(outside)} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
+    if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:
+        raise ValueError(
+            f"add_cls_position_embedding=True, but {type(model).__name__} has no position embedding of a CLS token: "
+            "leave it at None"
+        )
+    state = config.state
+    for what, made_for, here in (
+        ("width", state.base_width, structure.shape.width),
+        ("number of blocks", state.base_layers, depth),
+        ("number of heads", state.base_heads, structure.shape.num_heads),
+        ("feature", state.pooling, pooling),
+    ):
+        if made_for is not None and made_for != here:
+            raise ValueError(
+                f"the adapter was made for a base of {what} {made_for}, this one has {here}: load it on "
+                f"{_base_named(config)}"
+            )
+
+
+def _base_named(config: PromptPoolConfig) -> str:
+    name = config.base_model_name_or_path
+    return shown(name) if name else "the base it was trained on"
+
+
+def check_base(config: PromptPoolConfig, found: str) -> None:
+    """Warn, or with `strict_base` raise ValueError, if the base has other weights than the adapter was trained on."""
+    made_for = config.state.base_fingerprint
+    if made_for is not None and found != made_for:
+        text = (
+            f"the adapter was trained on a base with fingerprint {made_for[:12]}, this one has {found[:12]}: same shape, "
+            f"other weights. Load {_base_named(config)}"
+        )
+        if config.strict_base:
+            raise ValueError(text)
+        warnings.warn(text + ", or expect worse answers", stacklevel=2)
+
+
+def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> PoolAdapter:
+    """The adapter that a config implies, on the meta device: nothing is allocated.
+
+    Raises:
+        ValueError: its tensors would exceed `max_adapter_bytes`, or are not those that the file to be loaded declares.
+    """
+    # The classes are listed while the head is built, so the head's size is looked at before.
+    classes = config.num_labels or len(config.state.classes)
+    size = classes * (4 * shape.width + 4)
+    if size <= config.max_adapter_bytes:
+        if config.declared is not None:
+            _check_rows(classes, config.declared)
+        try:
+            with torch.device("meta"):
+                planned = PoolAdapter(config, shape, pooling)
+            tensors = [*planned.parameters(), *planned.buffers()]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            if planned.classifier is not None and not config.inference_mode:
+                size += planned.classifier.bytes_to_learn
+        except (RuntimeError, OverflowError, TypeError) as error:  # all three are torch's for a size beyond int64
+            told = first_line(error)
+            raise ValueError(f"the config implies tensors of impossible size ({told}): choose smaller values") from error
+    if size > config.max_adapter_bytes:
+        raise ValueError(
+            f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "
+            "raise that limit if you trust the adapter"
+        )
+    if config.declared is not None:
+        expected = {f"{SAVED_PREFIX}{name}": tensor for name, tensor in planned.state_dict().items()}
+        # Copies of the base's own modules are compared once PEFT has made them.
+        found = {n: d for n, d in config.declared.items() if n in expected or not config.modules_to_save}
+        check_shapes(found, expected)
+    return planned
+
+
+def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:
+    rows = max((tensor.shape[0] for tensor in declared.values() if tensor.shape), default=0)
+    if classes > rows:
+        raise ValueError(
+            f"the config has {classes} classes, but no tensor in {WEIGHTS_FILE} has more than {rows} rows: are both files "
+            "from the same save?"
+        )
+
+
+def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
+    """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
+    if images.dim() == 0 or len(images) == 0:
+        raise ValueError(f"pixel_values has shape {list(images.shape)}: give at least one image")
+    channels, size = expected_image(model, structure)
+    if channels is None:  # SigLIP 2 takes patches
+        return
+    if images.dim() != 4:
+        raise ValueError(f"pixel_values has shape {list(images.shape)}, expected [B, {channels}, height, width]")
+    if images.shape[1] != channels:
+        raise ValueError(
+            f"pixel_values has {images.shape[1]} channels, the base takes {channels}: convert images to RGB first"
+        )
+    if size is not None and tuple(images.shape[2:]) != size and not kwargs.get("interpolate_pos_encoding"):
+        raise ValueError(
+            f"images are {images.shape[2]}x{images.shape[3]}, the base takes {size[0]}x{size[1]}: resize them with its "
+            "image processor, or pass interpolate_pos_encoding=True"
+        )
+
+
+def check_labels(labels: Any, images: int) -> None:
+    """Raise if labels are no class ids, one per image."""
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
+        what = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")
+    if labels.shape != (images,):
+        raise ValueError(f"labels has shape {list(labels.shape)}, expected [{images}]: one class id per image")
+
+
+def check_query(query: Any, images: int, width: int) -> None:
+    """Raise if a query that a caller brings is no feature per image."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
+    if query.shape != (images, width):
+        raise ValueError(f"query has shape {list(query.shape)}, expected {[images, width]}")
+
+
+def check_hidden(hidden: Any, images: int, width: int) -> None:
+    """Raise if hidden states that a caller brings are no sequence of tokens per image."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a tensor [B, N, width] from extract_hidden_states, got {type(hidden).__name__}")
+    if hidden.dim() != 3 or len(hidden) != images or hidden.shape[2] != width:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [{images}, N, {width}]")
+
+
+def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
+    """Raise ValueError if an adapter cannot answer, or in training cannot learn: names the call that is missing."""
+    if not adapter.classes:
+        raise ValueError("no class is known yet: call begin_task(classes), or set num_labels in the config")
+    dtype = adapter.head.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"the adapter was cast to {dtype}, but prompts and head work in float32: cast the base alone, "
+            "model.get_base_model().to(dtype), or run under torch.autocast"
+        )
+    if not learning:
+        return
+    if adapter.config.num_labels is None and not adapter.config.state.task_open:
+        raise ValueError("a training forward outside a task: call begin_task(classes) first, or model.eval()")
+    if adapter.config.needs_optimizer and not adapter.link.attached:
+        raise ValueError(
+            'this config scales the optimizer\'s steps (modulate="update"): call model.attach_optimizer(optimizer) after '
+            "begin_task"
+        )
+    adapter.link.check_trains(adapter.named_parameters())
+    if adapter.grown and world_size() > 1:
+        check_wrapper(adapter)
+        adapter.grown = False
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Raise ValueError in a DistributedDataParallel made before begin_task: it would not average the new gradients."""
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None:
+        wrapped = {id(p) for p in wrapper._module_parameters}
+        if any(p.requires_grad and id(p) not in wrapped for p in model.parameters()):
+            raise ValueError(
+                "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
+            )

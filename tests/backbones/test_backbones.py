@@ -1,0 +1,360 @@
+"""Prompts into every family: against an independent oracle, off equals base, compiled and checkpointed."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import transformers as T
+from support.families import BARE, CLASSIFIERS, SIZES, build, inputs, tensors_of, with_noise
+from support.methods import METHODS
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from cl_prompts import HashPromptConfig, L2PConfig, get_prompt_pool_model
+from cl_prompts.backbones.prefix import PrefixInjector
+from cl_prompts.backbones.readout import in_order_noise, whole_image
+from cl_prompts.backbones.structure import cls_position_embedding, find_structure, projection_names
+from cl_prompts.backbones.tokens import TokenInjector
+from cl_prompts.interfaces import PrefixKV
+
+
+ALL = [(name, False) for name in BARE] + [(name, True) for name in CLASSIFIERS]
+NAMES = [f"{name}{'-classifier' if c else ''}" for name, c in ALL]
+
+
+@contextmanager
+def token_extension(model: nn.Module, prefixes: dict[int, PrefixKV]) -> Iterator[None]:
+    """Oracle for prefixes with no code of ours in it: the attention's input gets P more rows, whose projected keys and
+    values are overwritten and whose outputs are dropped (ECOSYSTEM 2.2, variant B3)."""
+    structure = find_structure(model)
+    handles: list[Any] = []
+    for layer, prefix in prefixes.items():
+        attention = model.get_submodule(structure.attentions[layer])
+        length = prefix.k.shape[2]
+
+        def extend(module: nn.Module, args: Any, kwargs: Any, length: int = length) -> Any:
+            longer = lambda x: torch.cat([x.new_zeros(x.shape[0], length, x.shape[2]), x], 1)  # noqa: E731
+            if kwargs.get("attention_mask") is not None:
+                mask = kwargs["attention_mask"]
+                free = float(mask.dtype == torch.bool)
+                kwargs = {**kwargs, "attention_mask": nn.functional.pad(mask, (length, 0, length, 0), value=free)}
+            if args:
+                return (longer(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": longer(kwargs["hidden_states"])}
+
+        def drop(module: nn.Module, args: Any, output: Any, length: int = length) -> Any:
+            return (output[0][:, length:], *output[1:]) if isinstance(output, tuple) else output[:, length:]
+
+        handles += [
+            attention.register_forward_pre_hook(extend, with_kwargs=True),
+            attention.register_forward_hook(drop),
+        ]
+        names = projection_names(attention)
+        assert names is not None
+        for name, rows in zip(names[1:], (prefix.k, prefix.v), strict=True):
+
+            def overwrite(module: nn.Module, args: Any, output: Tensor, rows: Tensor = rows) -> Tensor:
+                return torch.cat([rows.transpose(1, 2).flatten(2), output[:, rows.shape[2] :]], 1)
+
+            handles.append(getattr(attention, name).register_forward_hook(overwrite))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def random_prefixes(model: nn.Module, batch: int, length: int = 5, scale: float = 1.0) -> dict[int, PrefixKV]:
+    shape = find_structure(model).shape
+    generator = torch.Generator().manual_seed(7)
+
+    def rows() -> Tensor:
+        return (scale * torch.randn(batch, shape.num_heads, length, shape.head_dim, generator=generator)).requires_grad_()
+
+    return {layer: PrefixKV(rows(), rows()) for layer in (0, 2)}
+
+
+def run(model: Any, values: dict[str, Tensor]) -> Tensor:
+    """Last hidden state before the final norm."""
+    structure = find_structure(model)
+    recorder = TokenInjector(model, structure)
+    with whole_image(model, structure):
+        model(**values, **in_order_noise(model, structure, values, values["pixel_values"]))
+    recorder.uninstall()
+    assert recorder.hidden is not None
+    return recorder.hidden
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("name", "classifier"), ALL, ids=NAMES)
+def test_prefixes_equal_the_token_extension(name: str, classifier: bool, attention: str) -> None:
+    model, values = build(name, classifier=classifier, attention=attention).requires_grad_(False), inputs(name)
+    prefixes = random_prefixes(model, 3)
+    plain = run(model, values)
+    with token_extension(model, prefixes):
+        expected = run(model, values)
+    injector = PrefixInjector(model, find_structure(model))
+    injector.install(prefixes)
+    injector.prefixes = prefixes
+    actual = run(model, values)
+    assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert (actual - plain).abs().max() > 1e-3
+    assert actual.shape == plain.shape
+
+    actual.square().sum().backward()
+    for prefix in prefixes.values():
+        for part in (prefix.k, prefix.v):
+            assert part.grad is not None
+            assert (part.grad.flatten(2).abs().sum(2) > 0).all()
+
+    injector.clear()
+    assert torch.equal(run(model, values), plain)
+    injector.uninstall()
+    assert torch.equal(run(model, values), plain)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prefix_logit_bias_and_input_space(attention: str) -> None:
+    """-inf on all of a prefix switches it off; rows in the input space go through the block's own projections."""
+    model, values = build("beit_relative", attention=attention), inputs("beit_relative")
+    plain = run(model, values)
+    injector = PrefixInjector(model, find_structure(model))
+    injector.install([1])
+    for bias, same in ((float("-inf"), True), (0.0, False)):
+        k, v = (p.detach() for p in (random_prefixes(model, 3)[0].k, random_prefixes(model, 3)[2].v))
+        injector.prefixes = {1: PrefixKV(k, v, logit_bias=torch.full((3, 4, 17, 5), bias))}
+        assert torch.allclose(run(model, values), plain, atol=1e-5) == same
+    rows = torch.randn(3, 5, 32)
+    injector.prefixes = {1: PrefixKV(rows, rows)}
+    through = run(model, values)
+    attention_module = model.get_submodule(find_structure(model).attentions[1])
+    k, v = (p(rows).view(3, 5, 4, 8).transpose(1, 2) for p in (attention_module.k_proj, attention_module.v_proj))
+    injector.prefixes = {1: PrefixKV(k, v)}
+    assert_close(through, run(model, values), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("name", "classifier"), ALL, ids=NAMES)
+def test_tokens_equal_a_sequence_built_by_hand(name: str, classifier: bool, attention: str) -> None:
+    """Tokens at any position are seen by every token, leave the sequence at the end, and get gradients."""
+    model, values = build(name, classifier=classifier, attention=attention).requires_grad_(False), inputs(name)
+    structure = find_structure(model)
+    tokens = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    plain = run(model, values)
+    outputs = []
+    for index in (0, int(structure.has_cls)):
+        injector = TokenInjector(model, structure)
+        injector.tokens, injector.index = tokens, index
+        with whole_image(model, structure):
+            noise = in_order_noise(model, structure, values, values["pixel_values"])
+            blocks = record_block_inputs(model, structure.blocks[0])
+            model(**values, **noise)
+        injector.uninstall()
+        assert injector.hidden is not None
+        assert injector.prompt_hidden is not None
+        outputs.append((injector.hidden, injector.prompt_hidden))
+        assert torch.equal(blocks[0][:, index : index + 4], tokens)
+        assert injector.hidden.shape == plain.shape
+    # Attention does not depend on the order of tokens.
+    for here, there in zip(*outputs, strict=True):
+        assert_close(here, there, atol=1e-5, rtol=0)
+    assert (outputs[0][0] - plain).abs().max() > 1e-3
+    outputs[0][0].square().sum().backward()
+    assert tokens.grad is not None
+    assert (tokens.grad.abs().sum(2) > 0).all()
+
+
+def record_block_inputs(model: nn.Module, block: str) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        handle.remove()
+
+    handle = model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("config", [L2PConfig, lambda: HashPromptConfig(layers=[0, 2])], ids=["l2p", "hash"])
+@pytest.mark.parametrize(("name", "classifier"), ALL, ids=NAMES)
+def test_off_is_off(name: str, classifier: bool, config: Callable[[], Any]) -> None:
+    """`disable_adapter()` gives the base's own output, bit for bit; a failed forward leaves nothing behind."""
+    values = with_noise(name, inputs(name))
+    # torch chooses other kernels where gradients are wanted, so the base is compared without, as users run it frozen.
+    base = build(name, classifier=classifier).requires_grad_(False)
+    with torch.no_grad():
+        expected = tensors_of(base(**values))
+    model = get_prompt_pool_model(build(name, classifier=classifier), config())
+    model.begin_task([0, 1])
+    model.eval()
+    with torch.no_grad():
+        model(**inputs(name))
+        with pytest.raises(ValueError, match="no declared class"):
+            model(**inputs(name), labels=torch.tensor([0, 1, 9]))
+        with model.disable_adapter():
+            actual = tensors_of(model(**values))
+    assert len(actual) == len(expected) > 0
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    with torch.no_grad():
+        unloaded = tensors_of(model.unload()(**values))
+    assert all(torch.equal(a, e) for a, e in zip(unloaded, expected, strict=True))
+
+
+COMPILED = ["vit", "beit_relative", "dinov2", "dinov3", "clip", "siglip"]
+
+
+# dynamo itself looks at the .grad of tensors it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("method", ["l2p", "hash"])
+def test_compiled_backbone(name: str, method: str) -> None:
+    """One full graph per pass; new prompts, a grown head and a new router compile nothing again."""
+    torch._dynamo.reset()
+    config = L2PConfig() if method == "l2p" else HashPromptConfig(layers=[0, 2], modulate="gradient")
+    model = get_prompt_pool_model(build(name), config)
+    compiled = get_prompt_pool_model(build(name), config)
+    values = inputs(name)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled.compile_backbone(backend=counter, fullgraph=True, dynamic=False)
+    graphs = []
+    tasks = [[0, 1, 0], [5, 4, 5], [7, 7, 8]]
+    if name == "vit":
+        tasks += [[c, c + 1, c] for c in range(10, 24, 2)]
+    for task, labels in enumerate(tasks):
+        for m in (model, compiled):
+            m.begin_task(sorted(set(labels)))
+        compiled.load_state_dict(model.state_dict())
+        losses = []
+        for m in (model, compiled):
+            m.train().zero_grad()
+            loss = m(**values, labels=torch.tensor(labels)).loss
+            loss.backward()
+            losses.append(loss)
+            m.end_task()
+        assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
+        for (n, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            if p.requires_grad:
+                assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=n, t=task: f"{n}, task {t}: {m}")
+        graphs.append(counter.frame_count)
+    assert graphs[0] <= 2
+    assert graphs == [graphs[0]] * len(tasks)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit_relative", "dinov2", "dinov3", "clip", "siglip", "ijepa"])
+@pytest.mark.parametrize("method", ["l2p", "hash"])
+def test_checkpointing_gives_the_same_gradients(name: str, method: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        config = L2PConfig() if method == "l2p" else HashPromptConfig(layers=[0, 2], modulate="gradient")
+        model = get_prompt_pool_model(build(name), config)
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable()
+        model.begin_task([0, 1])
+        model.train()
+        block = model.get_submodule("base_model.model." + model.base_model.structure.blocks[2])
+        calls = count_calls(block)
+        # two forwards before one backward: what is recomputed must find its own prompts
+        loss = model(**inputs(name), labels=torch.tensor([0, 1, 1])).loss
+        loss = loss + 2 * model(**inputs(name, seed=5), labels=torch.tensor([1, 0, 0])).loss
+        before = len(calls)
+        loss.backward()
+        assert (len(calls) > before) == checkpointing
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name_, expected in gradients[0].items():
+        assert_close(gradients[1][name_], expected, atol=1e-6, rtol=1e-4, msg=lambda m, n=name_: f"{n}: {m}")
+
+
+def count_calls(block: nn.Module) -> list[int]:
+    """Grows with every run of a block's first norm, recomputations included."""
+    calls: list[int] = []
+    norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm))
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (
+            lambda: T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])),
+            "no list of transformer blocks",
+        ),
+        (
+            lambda: T.SwinModel(T.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2])),
+            "2 lists of blocks",
+        ),
+        (lambda: T.Data2VecVisionModel(T.Data2VecVisionConfig(**SIZES)), "registered attention function"),
+        (
+            lambda: T.YolosModel(T.YolosConfig(**SIZES | {"image_size": [32, 32]})),
+            "YolosSelfAttention does not name the width of its heads",
+        ),
+        (lambda: T.BertModel(T.BertConfig(**TEXT_SIZES)), "no norm follows"),
+        (lambda: nn.Linear(3, 3), "no list of transformer blocks"),
+    ],
+    ids=["cnn", "swin", "data2vec", "yolos", "text", "linear"],
+)
+def test_unsupported_models_are_named(model: Callable[[], Any], why: str) -> None:
+    base = model()
+    with pytest.raises(TypeError, match=rf"{type(base).__name__} is not supported: .*{why}.*Supported are ViT, DeiT"):
+        get_prompt_pool_model(base, L2PConfig())
+    assert all(p.requires_grad for p in base.parameters()), "a refused model must stay as it was"
+
+
+TEXT_SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "special", "pooling", "position"),
+    [
+        ("vit", 1, "cls", True),
+        ("deit", 2, "cls", True),
+        ("ijepa", 0, "mean", False),
+        ("beit", 1, "pooler", False),
+        ("beit_shared", 1, "cls", False),
+        ("dinov2_registers", 5, "cls", True),
+        ("dinov3", 5, "cls", False),
+        ("clip", 1, "cls", True),
+        ("siglip", 0, "pooler", False),
+        ("siglip2", 0, "pooler", False),
+    ],
+)
+def test_structure(name: str, special: int, pooling: str, position: bool) -> None:
+    model = build(name)
+    structure = find_structure(model)
+    assert (structure.special_tokens, structure.pooling) == (special, pooling)
+    assert structure.shape.num_layers == 3
+    assert (structure.shape.width, structure.shape.num_heads, structure.shape.head_dim) == (32, 4, 8)
+    assert (cls_position_embedding(model, structure) is not None) == position
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "siglip", "beit_relative", "dinov2", "dinov3"])
+def test_query_is_the_models_own_feature(name: str) -> None:
+    """CLS behind the final norm, or the model's pooled feature."""
+    base = build(name)
+    with torch.no_grad():
+        own = base(**inputs(name))
+    expected = own.pooler_output if name in ("clip", "siglip", "beit_relative") else own.last_hidden_state[:, 0]
+    model = get_prompt_pool_model(base, L2PConfig())
+    assert_close(model.extract_features(**inputs(name)), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dualprompt", "smope"])
+def test_reentrant_checkpointing_of_prefixes_is_refused(method: str) -> None:
+    """It would train prefixes on no gradient, and leave out the losses that come out of them, without a word."""
+    model = get_prompt_pool_model(build("vit"), METHODS[method]())
+    model.begin_task([0, 1])
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    values, labels = inputs("vit"), torch.tensor([0, 1, 1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # torch says so of every pass
+        with pytest.raises(ValueError, match=r'no or wrong gradients: enable it with {"use_reentrant": False}'):
+            model.train()(**values, labels=labels)
+        with torch.no_grad():
+            assert model(**values).logits.shape == (3, 2)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model(**values, labels=labels).loss.backward()

@@ -1,0 +1,261 @@
+"""A killed run goes on where it was and ends as if nothing had happened, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from support.methods import METHODS, WITH_CLASSIFIER
+from support.query_images import Scaled, Unsaid, picture_stream
+from support.small_runs import Stop, StopAt, small_model, small_trainer, tensors
+
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
+from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
+from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+
+
+def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
+    assert one.matrix == other.matrix
+    mine, theirs = tensors(one), tensors(other)
+    assert list(mine) == list(theirs)
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+
+
+def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: Any) -> ContinualTrainer:
+    for number, step in enumerate(steps):
+        trainer = small_trainer(method, folder, callbacks=[StopAt(step)], **settings)
+        with pytest.raises(Stop):
+            trainer.train(resume=number > 0)
+    trainer = small_trainer(method, folder, **settings)
+    trainer.train(resume=True)
+    return trainer
+
+
+@pytest.mark.parametrize("method", [*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")])
+def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
+    whole = small_trainer(method)
+    whole.train()
+    assert_same_run(whole, killed_and_resumed(method, tmp_path, [9]))
+
+
+def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
+    class StopAfterTask(TrainerCallback):
+        def on_task_begin(self, trainer: ContinualTrainer, task: Any) -> None:
+            if task.number == 2:
+                raise Stop
+
+    whole = small_trainer("none analytic")
+    whole.train()
+    with pytest.raises(Stop):
+        small_trainer("none analytic", tmp_path, callbacks=[StopAfterTask()]).train()
+    resumed = small_trainer("none analytic", tmp_path)
+    resumed.train(resume=True)
+    assert resumed.progress.global_step == 0
+    assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixed_precision": "bf16"},
+        {"schedule": "cosine", "warmup": 2, "optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1}},
+        {"keep_optimizer": True, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "lr": 0.05},
+        {"memory_size": 5, "memory_batch_size": 3, "config": {"class_mask": "none"}},
+        {"accumulation": 2, "clip": 0.5},
+    ],
+    ids=lambda s: "-".join(s),
+)
+def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
+    whole = small_trainer("hash", **settings)
+    whole.train()
+    assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
+
+
+def test_random_numbers_go_on(tmp_path: Path) -> None:
+    class Draws(TrainerCallback):
+        def __init__(self) -> None:
+            self.drawn: list[float] = []
+
+        def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
+            self.drawn.append(float(torch.rand(())))
+
+    whole, second = Draws(), Draws()
+    small_trainer("l2p", callbacks=[whole]).train()
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[Draws(), StopAt(5)]).train()
+    torch.manual_seed(99)
+    small_trainer("l2p", tmp_path, callbacks=[second]).train(resume=True)
+    assert whole.drawn[4:] == second.drawn
+
+
+def test_a_finished_run_only_reports(tmp_path: Path) -> None:
+    first = small_trainer("l2p", tmp_path)
+    first.train()
+    second = small_trainer("l2p", tmp_path, callbacks=[StopAt(first.progress.global_step)])
+    second.train(resume=True)
+    assert_same_run(first, second)
+    assert [m.accuracy for m in second.measured] == [m.accuracy for m in first.measured]
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
+    before = sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    for settings, what in (
+        ({"lr": 0.1}, "settings"),
+        ({"tasks": 2}, "stream"),
+        ({"config": {"pool_size": 7}}, "learner"),
+    ):
+        with pytest.raises(ValueError, match=f"another run, whose {what} differ"):
+            small_trainer("l2p", tmp_path, **settings).train(resume=True)
+    assert before == sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+
+
+def ridge(**settings: Any) -> FeatureClassifier:
+    return RidgeClassifier(32, **{"projection_size": 8, "ridge": 1.0, **settings})
+
+
+OTHER_CLASSIFIERS: dict[str, tuple[dict[str, FeatureClassifier], str]] = {
+    "fewer": ({}, "classifier 'r'"),
+    "more": ({"r": ridge(), "s": DiscriminantClassifier(32)}, "classifier 's'"),
+    "another name": ({"s": ridge()}, "classifier 's' and classifier 'r'"),
+    "another kind": ({"r": DiscriminantClassifier(32)}, "classifier 'r'"),
+    "another ridge": ({"r": ridge(ridge=3.0)}, "classifier 'r'"),
+    "a chosen ridge": ({"r": ridge(ridge=None)}, "classifier 'r'"),
+    "another size": ({"r": ridge(projection_size=9)}, "classifier 'r'"),
+    "another drift": ({"r": ridge(drift="shift")}, "classifier 'r'"),
+    "another seed": ({"r": ridge(seed=1)}, "classifier 'r'"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a classifier "r" beside, killed in its second task, when that has seen one."""
+    folder = tmp_path_factory.mktemp("with_ridge")
+    with pytest.raises(Stop):
+        small_trainer("l2p", folder, classifiers={"r": ridge()}, callbacks=[StopAt(8)]).train()
+    return folder
+
+
+@pytest.mark.parametrize("other", OTHER_CLASSIFIERS)
+def test_other_classifiers_beside_the_learner_are_refused(other: str, with_ridge: Path, tmp_path: Path) -> None:
+    classifiers, what = OTHER_CLASSIFIERS[other]
+    folder = shutil.copytree(with_ridge, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"another run, whose {what} differ"):
+        small_trainer("l2p", folder, classifiers=classifiers).train(resume=True)
+
+
+def test_what_a_classifier_has_in_its_parts_is_told() -> None:
+    """Settings of `ClassGaussians`, options of `align`, whose order is nothing."""
+
+    def told(classifier: FeatureClassifier) -> str:
+        return small_trainer("l2p", classifiers={"r": classifier}).side.told["r"]
+
+    assert told(DiscriminantClassifier(32)) == told(DiscriminantClassifier(32))
+    assert told(DiscriminantClassifier(32)) != told(DiscriminantClassifier(32, kind="diagonal"))
+    assert told(DiscriminantClassifier(32)) != told(DiscriminantClassifier(32, own=0.2))
+    assert told(AlignedClassifier(32, epochs=1, lr=0.1)) == told(AlignedClassifier(32, lr=0.1, epochs=1))
+    assert told(AlignedClassifier(32, epochs=1)) != told(AlignedClassifier(32, epochs=2))
+
+
+def picture_trainer(folder: Path, transform: Any, *callbacks: TrainerCallback) -> ContinualTrainer:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = ContinualArguments(str(folder), epochs=1, batch_size=8, checkpoint_every=1, cache_queries=False)
+    return ContinualTrainer(small_model("l2p"), picture_stream(transform=transform), args, callbacks=callbacks)
+
+
+def test_another_transform_is_refused_where_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        picture_trainer(tmp_path, Scaled(mean=0.5), StopAt(3)).train()
+    for transform in (Scaled(mean=0.4), Unsaid(mean=0.5), Scaled(mean=0.5).__call__):
+        with pytest.raises(ValueError, match="another run, whose transform differ"):
+            picture_trainer(tmp_path, transform).train(resume=True)
+    resumed = picture_trainer(tmp_path, Scaled(mean=0.5))
+    resumed.train(resume=True)
+    assert resumed.progress.task == 2
+
+
+@pytest.mark.parametrize("transform", [Unsaid(), Scaled().__call__], ids=["not as JSON", "no settings()"])
+def test_a_transform_that_says_nothing_resumes(transform: Any, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        picture_trainer(tmp_path, transform, StopAt(3)).train()
+    resumed = picture_trainer(tmp_path, transform)
+    resumed.train(resume=True)
+    assert resumed.progress.task == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[StopAt(2)]).train()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    found = Checkpoints(tmp_path / "checkpoints").latest()
+    assert found is not None
+    values = {name: value for name, value in found[1].items() if name != "format"}
+    Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found[0], values)
+    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 2\).*remove them"):
+        small_trainer("l2p", tmp_path).train(resume=True)
+
+
+def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:
+    trainer = small_trainer("l2p", tmp_path)
+    trainer.train()
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(folders) == 2
+    found = Checkpoints(tmp_path / "checkpoints").latest()
+    assert found is not None
+    base = sum(p.numel() for p in trainer.model.get_base_model().parameters())
+    assert sum(t.numel() for n, t in found[0].items() if not n.startswith("random.")) < base / 2
+    assert {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "not json"])
+def test_a_damaged_checkpoint_is_skipped(damage: str, tmp_path: Path) -> None:
+    whole = small_trainer("hash")
+    whole.train()
+    with pytest.raises(Stop):
+        small_trainer("hash", tmp_path, callbacks=[StopAt(8)]).train()
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    file = newest / "tensors.safetensors"
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    resumed = small_trainer("hash", tmp_path)
+    with pytest.warns(UserWarning, match="is damaged"):
+        resumed.train(resume=True)
+    assert_same_run(whole, resumed)
+
+
+def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
+    folder = tmp_path / "checkpoints"
+    newest = sorted(folder.iterdir())[-1]
+    shutil.copytree(newest, folder / ".000000099.saving")
+    (folder / ".000000099.saving" / "manifest.json").unlink()
+    found = Checkpoints(folder).latest()
+    assert found is not None
+    assert found[1]["progress"] == json.loads((newest / "values.json").read_text())["progress"]
+
+
+def test_the_log_has_every_step_once(tmp_path: Path) -> None:
+    killed_and_resumed("l2p", tmp_path, [5, 11], log_every=1)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
+    assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]
+
+
+def test_resume_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="set output_dir"):
+        small_trainer("l2p").train(resume=True)

@@ -1,0 +1,224 @@
+"""The example: where images come from, and how settings are read."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_cil
+import yaml
+from arguments import Arguments, known_recipes, pairs, read_arguments
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from images import digits, load_image_data, split_by_class
+from PIL import Image as PILImage
+from support.example_runs import TINY, few_digits, finished, matrices, tensors
+from support.paths import EXAMPLES
+from transformers import AutoImageProcessor
+
+from cl_prompts import PromptPoolConfig
+from cl_prompts.continual import ContinualArguments
+
+
+REFERENCES = ("sequential linear probe", "nearest class mean", "discriminant analysis", "joint linear probe")
+
+
+def pictures(count: int) -> list[PILImage.Image]:
+    random = np.random.default_rng(0)
+    return [PILImage.fromarray(random.integers(0, 255, (6, 6), dtype=np.uint8)) for _ in range(count)]
+
+
+def parquet_folder(folder: Path, *, second_label: bool = False) -> Path:
+    features = Features({"img": Image(), "fine": ClassLabel(names=["owl", "jay"])})
+    columns: dict[str, Any] = {"img": pictures(6), "fine": [0, 1] * 3}
+    if second_label:
+        features["coarse"] = Value("int64")
+        columns["coarse"] = [0] * 6
+    for split in ("train", "test"):
+        Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+def test_digits_are_real_and_split_by_class() -> None:
+    splits = digits()
+    assert (len(splits["train"]), len(splits["test"])) == (1438, 359)
+    assert np.bincount(splits["test"]["label"]).min() >= 34
+    image = np.asarray(splits["train"][0]["image"])
+    assert image.shape == (8, 8)
+    assert image.max() > 200
+
+
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    data = load_image_data(str(parquet_folder(tmp_path)), None, None, 0, 0)
+    assert (data.image_column, data.label_column) == ("img", "fine")
+    assert (len(data.train), len(data.test)) == (6, 6)
+    assert data.names([1]) == {1: "jay"}
+
+
+def test_an_ambiguous_column_is_asked_for(tmp_path: Path) -> None:
+    folder = str(parquet_folder(tmp_path, second_label=True))
+    with pytest.raises(ValueError, match=r"cannot tell the label column .*--label_column"):
+        load_image_data(folder, None, None, 0, 0)
+    assert load_image_data(folder, None, "fine", 0, 0).label_column == "fine"
+
+
+def test_a_folder_of_image_folders(tmp_path: Path) -> None:
+    for number, picture in enumerate(pictures(12)):
+        folder = tmp_path / ("train" if number < 8 else "test") / ("owl" if number % 2 else "jay")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{number}.png")
+    data = load_image_data(str(tmp_path), None, None, 0, 0)
+    assert (len(data.train), len(data.test)) == (8, 4)
+    assert data.classes == [0, 1]
+    assert data.names([0, 1]) == {0: "jay", 1: "owl"}
+
+
+def test_held_out_images_come_from_the_training_set() -> None:
+    data = load_image_data("digits", None, None, 0.2, 0)
+    assert len(data.train) + len(data.test) == 1438
+    labels = np.bincount(data.train["label"]) / np.bincount(data.test["label"])
+    assert (abs(labels - 4) < 0.3).all()
+    rows = Dataset.from_dict({"label": [0] * 10 + [1] * 10, "row": list(range(20))})
+    train, test = split_by_class(rows, "label", 0.2, seed=1)
+    assert sorted([*train["row"], *test["row"]]) == list(range(20))
+    assert list(split_by_class(rows, "label", 0.2, seed=1)[1]["row"]) == list(test["row"])
+
+
+def test_a_missing_test_split_is_named(tmp_path: Path) -> None:
+    parquet_folder(tmp_path)
+    (tmp_path / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"only the splits \['train'\].*--held_out"):
+        load_image_data(str(tmp_path), None, None, 0, 0)
+
+
+def test_input_range_and_resampling() -> None:
+    processor = AutoImageProcessor.from_pretrained(EXAMPLES / "micro_vit")
+    data = load_image_data("digits", None, None, 0, 0)
+    image = data.train[0]["image"]
+    usual, unit = (data.transform(processor, r, "processor")(image) for r in ("processor", "unit"))
+    assert usual.shape == (3, 32, 32)
+    assert torch.allclose(usual, unit * 2 - 1, atol=1e-6)
+    assert unit.min() >= 0
+    assert not torch.equal(usual, data.transform(processor, "processor", "bicubic")(image))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump({"method": "l2p", "epochs": 7, "lr": 1e-4, "tasks": 3, "config": {"pool_size": 3, "top_k": 2}})
+    )
+    return str(path)
+
+
+def test_the_command_line_has_the_last_word(recipe: str) -> None:
+    args = read_arguments(["--recipe", recipe, "--epochs", "2"])
+    assert (args.method, args.epochs, args.lr, args.tasks) == ("l2p", 2, 1e-4, [3])
+    assert pairs(args.config) == {"pool_size": 3, "top_k": 2}
+    assert read_arguments(["--recipe", recipe, "--tasks", "2", "4"]).tasks == [2, 4]
+    # single settings of the method change, the recipe's others stay; but they are not those of another method
+    assert pairs(read_arguments(["--recipe", recipe, "--config", "top_k=1"]).config) == {"pool_size": 3, "top_k": 1}
+    assert read_arguments(["--recipe", recipe, "--method", "hash"]).config == []
+    assert pairs(["lr=1e-3", "layers=[0, 2]", "head=cosine"]) == {"lr": 1e-3, "layers": [0, 2], "head": "cosine"}
+
+
+def test_every_setting_of_the_trainer_is_a_flag() -> None:
+    line = ["--lrs", "head=1e-3", "--optimizer", "sgd", "--optimizer_options", "momentum=0.9", "--warmup", "7"]
+    told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output", "here"]).of_trainer()
+    assert (told.lrs, told.optimizer, told.optimizer_options) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
+    assert (told.warmup, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
+    flags = {f.name for f in fields(Arguments)}
+    assert {f.name for f in fields(ContinualArguments)} - flags == {"output_dir"}
+
+
+def test_each_seed_has_its_folder() -> None:
+    folders = {read_arguments(["--seed", str(seed)]).folder.name for seed in (0, 1)}
+    assert folders == {"digits-hash-seed0", "digits-hash-seed1"}
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_fits_its_method(name: str) -> None:
+    args = read_arguments(["--recipe", name])
+    assert PromptPoolConfig(method=args.method, **pairs(args.config)).method == args.method
+    assert (args.joint, args.resume, args.held_out) == (False, False, 0.0)
+    assert args.input_range in ("unit", "processor")
+    if args.scenario == "gaussian":
+        assert args.epochs == 1
+    text = (EXAMPLES / "recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("#"), "a recipe says where its numbers are from"
+    if not name.endswith("_mini") and name != "digits":
+        assert args.input_range == "unit", "the papers' inputs are in [0, 1]"
+        assert "model:" in text, "the weights that the paper used are part of the recipe"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--recipe", "nope"], r"no recipe 'nope'.*digits"),
+        (["--views", "3"], r"--views 3 says how images are cropped: add --augment True, or leave it out"),
+        (["--epoch_count", "3"], r"no such arguments: \['--epoch_count', '3'\]"),
+        (["--method", "nope"], r"--method nope: there is .*ewc, .*hash"),
+        (["--scenario", "nope"], r"--scenario nope: there is class, domain"),
+        (["--also", "ridge", "nope"], r"--also nope: there is aligned"),
+        (["--trackers", "nope"], r"--trackers nope: there is .*\(installed\)"),
+        (["--method", "icarl"], "icarl needs remembered images: set --memory_size"),
+        (["--epochs", "0"], "epochs=0 must be a positive integer"),
+        (["--lrs", "0.1"], r"expected name=value, got \['0.1'\]"),
+    ],
+)
+def test_unknown_settings_are_named(line: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        read_arguments(line)
+
+
+def test_a_recipe_may_set_arguments_only(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("epoch: 3")
+    with pytest.raises(SystemExit, match=r"sets \['epoch'\]"):
+        read_arguments(["--recipe", str(tmp_path / "bad.yaml")])
+
+
+def references_of(output: Path) -> dict[str, Any]:
+    found = matrices(output)
+    return {name: found[name] for name in REFERENCES}
+
+
+def test_references_of_a_trained_backbone_are_those_of_the_frozen_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also in a run that goes on: its checkpoint has a backbone that has learnt."""
+    (tmp_path / "data").mkdir()
+    data = few_digits(tmp_path / "data")
+
+    def run(method: str, *line: str) -> Path:
+        output = tmp_path / method
+        words = ["--dataset", str(data), *TINY, "--method", method, "--lr", "1e-3", "--output", str(output), *line]
+        monkeypatch.setattr(sys, "argv", ["train_cil.py", *words])
+        train_cil.main()
+        return output
+
+    frozen, trained = references_of(run("frozen")), run("finetune")
+    assert references_of(trained) == frozen
+    learnt = tensors(trained, "learner.safetensors")
+    (trained / "results.json").unlink()  # as if it had been killed at its end
+    run("finetune", "--resume")
+    assert references_of(trained) == frozen
+    again = tensors(trained, "learner.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in learnt.items())
+    given = train_cil.load_backbone(str(EXAMPLES / "micro_vit"), "sdpa").state_dict()
+    assert any(not torch.equal(again[f"parameters.features.base.{name}"], tensor) for name, tensor in given.items())
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_references_of_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = few_digits(tmp_path / "data")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    line = ["--method", "finetune", "--lr", "1e-3"]
+    finished(data, tmp_path / "one", "--method", "frozen", "--lr", "1e-3")
+    finished(data, tmp_path / "two", *line, launcher=torchrun)
+    one, two = references_of(tmp_path / "one"), references_of(tmp_path / "two")
+    for name, matrix in one.items():
+        for ours, theirs in zip(matrix["columns"], two[name]["columns"], strict=True):
+            assert theirs == pytest.approx(ours, abs=100 / 8 + 1e-9), name  # one image

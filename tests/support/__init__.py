@@ -1,0 +1,1 @@
+"""What tests share: tiny models, streams, a Hub on loopback, harnesses."""

@@ -12,6 +12,10 @@ from typing import Literal
 from torch import Tensor
 
 
+# Label of images that count nowhere: padding, or images to leave out. The `ignore_index` of torch and transformers.
+IGNORE_INDEX = -100
+
+
 @dataclass(frozen=True)
 class BackboneShape:
     """The sizes of a backbone that a pool needs to build its tensors.

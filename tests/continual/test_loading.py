@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from cl_prompts import L2PConfig, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, CropAndFlip, accuracy, stream_features
-from cl_prompts.continual.streams.loading import PADDING_ID, PADDING_LABEL, LabelledImages, own_share, shares
+from cl_prompts.continual.streams.loading import PADDING_ID, LabelledImages, own_share, shares
+from cl_prompts.interfaces import IGNORE_INDEX
 
 
 LABELS = [0, 1, 2, 3] * 6
@@ -292,7 +293,7 @@ def test_bad_images_become_padding_and_are_counted(workers: int) -> None:
     for batch, rows in zip(batches, expected, strict=True):
         assert batch.keys() == {"pixel_values", "labels", "sample_ids", "query"}
         assert batch["sample_ids"] == [PADDING_ID if row in bad else row for row in rows]
-        assert batch["labels"].tolist() == [PADDING_LABEL if row in bad else LABELS[row] for row in rows]
+        assert batch["labels"].tolist() == [IGNORE_INDEX if row in bad else LABELS[row] for row in rows]
         for place, row in enumerate(rows):
             # What fills the place is a whole image of the task with its own query.
             shown = row if row not in bad else {6: 7, 10: 11, 23: 2}[row]
@@ -353,7 +354,7 @@ def test_a_file_cut_short_shows_where_images_are_decoded_late() -> None:
     data = OpenedFiles([encoded(whole)["bytes"], broken(other)["bytes"]])
     stream = ClassIncrementalStream(data, data, [[0]], to_tensor, on_bad_image="skip")
     (batch,) = stream.images([0, 1], 2)
-    assert batch["labels"].tolist() == [0, PADDING_LABEL]
+    assert batch["labels"].tolist() == [0, IGNORE_INDEX]
     stream.on_bad_image = "stop"
     with pytest.raises(ValueError, match="the image of train row 1 cannot be read"):
         list(stream.images([0, 1], 2))

@@ -62,8 +62,6 @@ KNOWN: set[str] = {
     "baselines/teacher.py imports continual",
     "continual/feature_cache/key.py imports backbones",
     "evaluation/diagnostics.py imports methods",
-    "evaluation/evaluate.py imports continual",
-    "evaluation/evaluate.py imports model",
     "evaluation/metrics.py imports storage",
     "evaluation/plots.py imports storage",
     "evaluation/report.py imports storage",

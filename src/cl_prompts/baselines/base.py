@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_prompts.baselines.growing import GrowingModel
-from cl_prompts.heads.incremental import IGNORED
-from cl_prompts.interfaces import LossPart
+from cl_prompts.interfaces import IGNORE_INDEX, LossPart
 from cl_prompts.learner.losses import add_up
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.distributed import world_size
@@ -201,7 +200,7 @@ class ComparisonLearner(GrowingModel):
                 if learning:
                     parts = self.loss_parts(Batch(features, logits, columns, counted, sample_ids, taught))
                 else:
-                    each = F.cross_entropy(shown, columns, reduction="none", ignore_index=IGNORED)
+                    each = F.cross_entropy(shown, columns, reduction="none", ignore_index=IGNORE_INDEX)
                     parts = {"cross_entropy": LossPart(each, "mean")}
                 loss, losses = add_up(parts, counted, num_items_in_batch, over_processes=learning)
         return PromptPoolOutput(loss=loss, logits=shown, losses=losses, features=features)
@@ -235,7 +234,7 @@ class ComparisonLearner(GrowingModel):
 
     def cross_entropy(self, batch: Batch) -> LossPart:
         """Cross entropy of a training `batch` over the classes that `class_mask` leaves."""
-        each = F.cross_entropy(self.masked(batch.logits), batch.columns, reduction="none", ignore_index=IGNORED)
+        each = F.cross_entropy(self.masked(batch.logits), batch.columns, reduction="none", ignore_index=IGNORE_INDEX)
         return LossPart(each, "mean")
 
     def masked(self, logits: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ class ComparisonLearner(GrowingModel):
                 f"labels {sorted(set(labels[wrong].tolist()))} are of no class that can be learnt now, which are {known}: "
                 "see begin_task"
             )
-        return torch.where(outside, IGNORED, columns)
+        return torch.where(outside, IGNORE_INDEX, columns)
 
     def _check_ready(self) -> None:
         if self.num_labels is None and not self.state.task_open:

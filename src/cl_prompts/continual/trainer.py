@@ -38,10 +38,11 @@ from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.run_checks import check_engine, check_run
 from cl_prompts.continual.streams.loading import Rows
-from cl_prompts.continual.streams.stream import PADDING_LABEL, Stream, Task
+from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.evaluation.evaluate import Evaluation, evaluate
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.heads import FeatureClassifier
+from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes, world_size
 from cl_prompts.runtime.memory import freed_memory_kept
 
@@ -298,7 +299,7 @@ class ContinualTrainer:
         parts: dict[str, Tensor] = {}
         shown = self.stream.cut_on_device(on_device(batch, accelerator.device), (args.seed, self.progress.epoch))
         pieces = micro_batches(shown, args.accumulation)
-        images = (batch["labels"] != PADDING_LABEL).sum().to(accelerator.device)
+        images = (batch["labels"] != IGNORE_INDEX).sum().to(accelerator.device)
         # Pieces and processes are added up here, so each is told how many images there are in all.
         whole = {"num_items_in_batch": sum_over_processes(images)} if len(pieces) > 1 else {}
         for number, piece in enumerate(pieces):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.continual.streams.stream import PADDING_LABEL
-from cl_prompts.model import extract_features
+from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes
 
 
@@ -78,7 +77,7 @@ def evaluate(
         values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
         labels = batch["labels"].to(device)
         output = model(**values)
-        real = labels != PADDING_LABEL
+        real = labels != IGNORE_INDEX
         logits = _checked(output.logits, ids, "the model")
         predicted = logits.argmax(1)
         counts["images"] += real.sum()
@@ -165,7 +164,7 @@ def stream_features(model: Any, batches: Iterable[dict[str, Any]], rows: int, de
     """
     found, numbers = [], []
     for batch in batches:
-        features = extract_features(model, batch["pixel_values"].to(device)).cpu()
+        features = model.base_model.extract_features(batch["pixel_values"].to(device)).cpu()
         sample_ids = torch.tensor(batch["sample_ids"])
         found.append(features[sample_ids >= 0])
         numbers.append(sample_ids[sample_ids >= 0])

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-IGNORED = -100
+from cl_prompts.interfaces import IGNORE_INDEX
 
 
 class GrowingHead(nn.Module):
@@ -70,5 +69,5 @@ class GrowingHead(nn.Module):
         """Columns of class ids [B] (ignored and unknown ones get -100), and a mask of the unknown ones [B]."""
         position = torch.searchsorted(self.ids, labels).clamp_max(len(self.ids) - 1)
         found = self.ids[position] == labels
-        columns = torch.where(found, self.columns[position], IGNORED)
-        return columns, ~found & (labels != IGNORED)
+        columns = torch.where(found, self.columns[position], IGNORE_INDEX)
+        return columns, ~found & (labels != IGNORE_INDEX)

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.heads import AlignedClassifier, build_classifier
-from cl_prompts.heads.incremental import IGNORED, GrowingHead
-from cl_prompts.interfaces import BackboneShape
+from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.optimizer_hook import ImageLedger, OptimizerLink
 from cl_prompts.methods import POOLS, PromptPool, PromptPoolConfig
@@ -183,7 +183,7 @@ class PoolAdapter(nn.Module):
         if torch.compiler.is_compiling() or labels.device.type != "cpu":
             # Ignored until check_labels reports them: a label whose logit is masked would make the loss infinite.
             self.unknown_labels += (unknown | outside).sum()
-            return torch.where(outside, IGNORED, columns)
+            return torch.where(outside, IGNORE_INDEX, columns)
         if unknown.any():
             self._raise_unknown(sorted(set(labels[unknown].tolist())))
         if outside.any():

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, IterableDataset
 
-from cl_prompts.continual.streams.loading import PADDING_LABEL, Rows
+from cl_prompts.continual.streams.loading import Rows
+from cl_prompts.interfaces import IGNORE_INDEX
 
 
 def check_columns(rows: Any, columns: Sequence[str], split: str) -> None:
@@ -60,7 +61,7 @@ def labels_of(rows: Any, label_column: str, split: str) -> Rows:
     if values.min() < 0:
         row = int(np.argmax(values < 0))
         raise ValueError(
-            f"the label of {split} row {row} is {int(values[row])}: class ids start at 0 ({PADDING_LABEL} marks padding)"
+            f"the label of {split} row {row} is {int(values[row])}: class ids start at 0 ({IGNORE_INDEX} marks padding)"
         )
     return values.astype(np.int64)
 

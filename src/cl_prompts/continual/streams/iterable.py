@@ -21,7 +21,6 @@ from torch.utils.data import get_worker_info
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.loading import (
     PADDING_ID,
-    PADDING_LABEL,
     Batches,
     Rows,
     UnreadableImage,
@@ -33,6 +32,7 @@ from cl_prompts.continual.streams.loading import (
     read_image,
 )
 from cl_prompts.continual.streams.stream import Stream, Task
+from cl_prompts.interfaces import IGNORE_INDEX
 
 
 class NoRows:
@@ -240,7 +240,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         number = content_number(cell)
         item: dict[str, Any] = {
             "pixel_values": None,
-            "labels": PADDING_LABEL,
+            "labels": IGNORE_INDEX,
             "sample_ids": PADDING_ID,
             "unreadable": number,
         }

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cl_prompts.interfaces import IGNORE_INDEX
+
 
 if TYPE_CHECKING:
     from cl_prompts.continual.streams.stream import Stream
@@ -22,7 +24,7 @@ Rows = NDArray[np.int64]
 T = TypeVar("T")
 
 # Marks images that only fill a batch up: the loss ignores the label, and no count takes the number.
-PADDING_LABEL, PADDING_ID = -100, -1
+PADDING_ID = -1
 
 
 class LabelledImages(Dataset[dict[str, Any]]):
@@ -69,7 +71,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
         real = index >= 0 and shown == row
         item = {
             "pixel_values": self.stream.transform(image),
-            "labels": int(self.labels[row]) if real else PADDING_LABEL,
+            "labels": int(self.labels[row]) if real else IGNORE_INDEX,
             "sample_ids": row if real else PADDING_ID,
             "unreadable": None if shown == row else row,
         }

@@ -19,9 +19,6 @@ from torch import Tensor
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.loading import (
-    PADDING_LABEL as PADDING_LABEL,  # whoever goes through a stream's batches needs it
-)
-from cl_prompts.continual.streams.loading import (
     Batches,
     LabelledImages,
     Rows,

@@ -328,7 +328,7 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients, and whose it is."""
     attributes, backbone = dict(vars(model)), PromptedBackbone.existing(model)
-    users = 0 if backbone is None else backbone.users
+    users = set() if backbone is None else set(backbone.users)
     modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -340,8 +340,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
         backbone = PromptedBackbone.existing(model)
-        if backbone is not None and backbone.users > users:
-            backbone.release()
+        if backbone is not None:
+            for user in set(backbone.users) - users:
+                backbone.release(user)
         for name in set(vars(model)) - set(attributes):
             delattr(model, name)
         if "peft_config" in attributes:

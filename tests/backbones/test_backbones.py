@@ -90,7 +90,7 @@ def run(backbone: PromptedBackbone, values: dict[str, Tensor], **planned: Any) -
 @pytest.mark.parametrize(("name", "classifier"), ALL, ids=NAMES)
 def test_prefixes_equal_the_token_extension(name: str, classifier: bool, attention: str) -> None:
     model, values = build(name, classifier=classifier, attention=attention).requires_grad_(False), inputs(name)
-    backbone, prefixes = PromptedBackbone.of(model), random_prefixes(model, 3)
+    backbone, prefixes = PromptedBackbone(model), random_prefixes(model, 3)
     plain = run(backbone, values)
     with token_extension(model, prefixes):
         expected = run(backbone, values)
@@ -111,7 +111,7 @@ def test_prefixes_equal_the_token_extension(name: str, classifier: bool, attenti
 def test_prefix_logit_bias_and_input_space(attention: str) -> None:
     """-inf on all of a prefix switches it off; rows in the input space go through the block's own projections."""
     model, values = build("beit_relative", attention=attention), inputs("beit_relative")
-    backbone = PromptedBackbone.of(model)
+    backbone = PromptedBackbone(model)
     plain = run(backbone, values)
     for bias, same in ((float("-inf"), True), (0.0, False)):
         k, v = (p.detach() for p in (random_prefixes(model, 3)[0].k, random_prefixes(model, 3)[2].v))
@@ -129,7 +129,7 @@ def test_prefix_logit_bias_and_input_space(attention: str) -> None:
 def test_tokens_equal_a_sequence_built_by_hand(name: str, classifier: bool, attention: str) -> None:
     """Tokens at any position are seen by every token, leave the sequence at the end, and get gradients."""
     model, values = build(name, classifier=classifier, attention=attention).requires_grad_(False), inputs(name)
-    backbone = PromptedBackbone.of(model)
+    backbone = PromptedBackbone(model)
     structure = backbone.structure
     tokens = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
     plain = run(backbone, values)

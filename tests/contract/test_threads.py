@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
 
 
-THREADS, CALLS = 4, 200
+THREADS = 4
+CALLS = 200  # of each method and family in the slow test; the unit suite makes fewer
 FAMILIES = ["vit", "dinov2", "clip", "siglip"]
 
 
-def learnt(method: str, family: str = "vit", base: nn.Module | None = None, seed: int = 1, **fields: Any) -> PromptPoolModel:
+def learnt(
+    method: str, family: str = "vit", base: nn.Module | None = None, seed: int = 1, **fields: Any
+) -> PromptPoolModel:
     """A model that knows two tasks, with parameters that have moved from their start."""
     base = build(family) if base is None else base
     torch.manual_seed(seed)
-    model = get_prompt_pool_model(base, METHODS[method](**fields))
+    model = get_prompt_pool_model(base, METHODS[method]())
     for classes in ([0, 1], [2, 3]):
         model.begin_task(classes)
         model.end_task()
@@ -36,7 +39,7 @@ def questions(family: str, count: int = 8) -> list[dict[str, Tensor]]:
     return [with_noise(family, inputs(family, 1 + number % 3, seed=number)) for number in range(count)]
 
 
-def ask_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: int = CALLS) -> None:
+def ask_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: int = 48) -> None:
     """Ask from several threads at once and compare each answer with the one that was given alone."""
     with torch.no_grad():
         alone = [ask(batch) for batch in batches]
@@ -55,7 +58,15 @@ def ask_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: in
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_share_one_model(method: str, family: str) -> None:
     model = learnt(method, family)
-    ask_from_threads(lambda batch: model(**batch).logits, questions(family))
+    ask_from_threads(lambda batch: model(**batch).logits, questions(family, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_share_one_model_for_long(method: str, family: str) -> None:
+    model = learnt(method, family)
+    ask_from_threads(lambda batch: model(**batch).logits, questions(family), CALLS)
 
 
 def test_a_base_without_prompts_is_asked_beside_them() -> None:

@@ -31,7 +31,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.base = base
         self.frozen = frozen
-        self._backbone = PromptedBackbone.of(base)
+        self._backbone = PromptedBackbone.of(base, self)
         self.structure = self._backbone.structure
         self.pooling = resolve_pooling(pooling, self.structure, type(base).__name__)
         self.fingerprint = fingerprint(base, self.structure, self.pooling)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +40,15 @@ class _BlockInfo:
 
 
 class PromptedBackbone:
-    """The hooks on one base model. `PromptedBackbone.of(model)` gives the one that the model has, or puts hooks on it.
+    """The hooks on one base model; `PromptedBackbone.of(model, user)` gives those that the model has, or makes them.
 
     Args:
         model: any supported vision transformer, bare or with a head.
 
     Attributes:
         structure: where the model's parts are.
-        users: how many have asked for it and not released it yet.
-        modified: whether one of them trains copies of the model's own modules (`modules_to_save`).
+        users: who has asked for it, is still alive, and has not released it.
+        copied: names of the model's own modules that a user has replaced by copies to train (`modules_to_save`).
 
     Raises:
         TypeError: the model is not supported.
@@ -57,8 +58,8 @@ class PromptedBackbone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.structure: Structure = find_structure(model)
-        self.users = 0
-        self.modified = False
+        self.users: WeakSet[Any] = WeakSet()
+        self.copied: list[str] = []
         self._exact: dict[Any, bool] = {}  # whether the last block may be narrowed, by attention function, dtype, device
         self._compiled: Callable[..., Any] | None = None
         if hasattr(model.get_submodule(self.structure.attentions[0]), "_cl_shared_config"):
@@ -75,19 +76,19 @@ class PromptedBackbone:
         return backbone
 
     @classmethod
-    def of(cls, model: nn.Module) -> PromptedBackbone:
-        """The hooks of a model, one more user of them; see `release`."""
+    def of(cls, model: nn.Module, user: object) -> PromptedBackbone:
+        """The hooks of a model for one more user; see `release`."""
         backbone = cls.existing(model)
         if backbone is None:
             backbone = cls(model)
             setattr(model, _ATTRIBUTE, backbone)
-        backbone.users += 1
+        backbone.users.add(user)
         return backbone
 
-    def release(self) -> None:
-        """One user less; the last one takes the hooks off the model."""
-        self.users -= 1
-        if self.users == 0:
+    def release(self, user: object) -> None:
+        """One user less; with the last one the hooks leave the model."""
+        self.users.discard(user)
+        if not self.users and self.existing(self.model) is self:
             self._uninstall()
             delattr(self.model, _ATTRIBUTE)
 

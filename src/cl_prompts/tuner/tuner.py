@@ -7,6 +7,7 @@ therefore behaves like `PromptPoolModel`.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -107,7 +108,7 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         config = self.peft_config[adapter_name] = copy.deepcopy(config)
         first = not hasattr(self, "backbone")
         if first:
-            self.backbone = PromptedBackbone.of(model)
+            self.backbone = PromptedBackbone.of(model, self)
         structure: Structure = self.structure
         self._check_shared_base(config)
         pooling = resolve_pooling(config.query_pooling, structure, type(model).__name__)
@@ -146,15 +147,23 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         except BaseException:
             del self.pools.prompt_pool[adapter_name]
             raise
-        self.backbone.modified = self.backbone.modified or bool(config.modules_to_save)
+        if config.modules_to_save:
+            self.backbone.copied = [name for name, module in model.named_modules() if module in set(self._copies())]
 
     def _check_shared_base(self, config: PromptPoolConfig) -> None:
         """Raise ValueError if a module of the base would be trained that another model uses."""
-        if self.backbone.users > 1 and (self.backbone.modified or config.modules_to_save):
+        if not self.backbone.copied and not config.modules_to_save:
+            return
+        if len(self.backbone.users) > 1:
+            gc.collect()  # a model that nobody holds any more may still be in a cycle of references
+        if len(self.backbone.users) > 1:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}: this base belongs to several models, and one of them trains "
-                "copies of its modules, which would change the answers of the others: load the base once more"
+                "copies of its modules, which would change the answers of the others: unload() the other model, or load "
+                "the base once more"
             )
+        if not hasattr(self, "pools"):
+            self._restore_modules()  # those of a model that is gone
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a prompt pool replaces no module of the base model")
@@ -216,11 +225,18 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
 
     def unload(self) -> nn.Module:
         """Give the base model back as it was, frozen. Hooks stay on it as long as other models use it."""
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in self._of_the_base:
-                self.model.set_submodule(name, module.original_module)
+        if self.released:
+            return self.model
+        self._restore_modules()
         self._release()
         return self.model
+
+    def _restore_modules(self) -> None:
+        """Put the base's own modules back in place of copies that a model trained."""
+        for name in self.backbone.copied:
+            wrapper: Any = self.model.get_submodule(name)
+            self.model.set_submodule(name, wrapper.original_module)
+        self.backbone.copied = []
 
     def _release(self) -> None:
         """Let go of the base, once."""
@@ -228,7 +244,7 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         if backbone is None or self.released:
             return
         self.released = True
-        backbone.release()
+        backbone.release(self)
         if not backbone.users:
             _forget_pools(self.model)
 

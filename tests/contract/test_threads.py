@@ -1,5 +1,7 @@
 """One model, many callers: threads, models that share a base, and passes inside passes get the answers they get alone."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -54,8 +56,10 @@ def ask_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: in
     assert wrong == 0, f"{wrong} of {calls} answers differ"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [(method, "vit") for method in METHODS] + [(m, family) for m in ("l2p", "hash", "coda") for family in FAMILIES[1:]],
+)
 def test_threads_share_one_model(method: str, family: str) -> None:
     model = learnt(method, family)
     ask_from_threads(lambda batch: model(**batch).logits, questions(family, 4))
@@ -159,19 +163,37 @@ def test_an_error_inside_a_pass_leaves_nothing_behind() -> None:
         assert torch.equal(model(**values).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_is_a_model_of_its_own(how: str) -> None:
+    model, values = learnt("l2p"), inputs("vit")
+    expected = model(**values).logits
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert torch.equal(copied(**values).logits, expected)
+    assert list(copied.base_model.backbone.users) == [copied.base_model]
+    for parameter in copied.get_base_model().parameters():
+        parameter.add_(1.0)
+    assert not torch.equal(copied(**values).logits, expected)
+    assert torch.equal(model(**values).logits, expected)
+    copied.unload()
+    assert torch.equal(model(**values).logits, expected)
+
+
 def test_copies_of_base_modules_need_a_base_of_their_own() -> None:
     base = build("vit")
-    get_prompt_pool_model(base, L2PConfig())
+    first = get_prompt_pool_model(base, L2PConfig())
     with pytest.raises(ValueError, match=r"modules_to_save=\['layernorm'\]: this base belongs to several models"):
         get_prompt_pool_model(base, HashPromptConfig(layers=[0], modules_to_save=["layernorm"]))
     base = build("vit")
-    get_prompt_pool_model(base, L2PConfig(modules_to_save=["layernorm"]))
+    second = get_prompt_pool_model(base, L2PConfig(modules_to_save=["layernorm"]))
     with pytest.raises(ValueError, match="this base belongs to several models"):
         get_prompt_pool_model(base, HashPromptConfig(layers=[0]))
+    assert first is not second  # both are alive until here
 
 
 def test_a_part_of_a_model_with_prompts_is_refused() -> None:
     base = build("vit", classifier=True)
-    get_prompt_pool_model(base, L2PConfig())
+    model = get_prompt_pool_model(base, L2PConfig())
     with pytest.raises(ValueError, match="already have prompts, as part of another model"):
         get_prompt_pool_model(base.vit, L2PConfig())
+    assert model.get_base_model() is base

@@ -92,6 +92,13 @@ class PromptedBackbone:
             self._uninstall()
             delattr(self.model, _ATTRIBUTE)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles of the model, which cannot hold weak references."""
+        return vars(self) | {"users": list(self.users)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"users": WeakSet(state["users"])})
+
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:

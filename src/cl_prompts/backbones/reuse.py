@@ -7,7 +7,7 @@ earlier output is decided by the plan of the pass.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from cl_prompts.backbones.structure import Structure
 EMBEDDINGS = -1  # position of the embeddings module; blocks count from 0
 
 
-def forward_or_reuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+def forward_or_reuse(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an embeddings module or block: the output that the plan reuses, else that of the module."""
-    plan, position = running_plan(), self._cl_position
+    plan, position = running_plan(), module._cl_position
     if plan is not None and plan.reuse is not None:
         reuse = plan.reuse
         if position == EMBEDDINGS and reuse.embeddings is not None:
@@ -31,7 +31,7 @@ def forward_or_reuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         if 0 <= position < reuse.below:
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
             return (hidden,) if isinstance(reuse.lower_blocks, tuple) else hidden
-    output = type(self).forward(self, *args, **kwargs)
+    output = type(module).forward(module, *args, **kwargs)
     if plan is not None and plan.keep_below is not None:
         if position == EMBEDDINGS:
             plan.record.embeddings = output
@@ -47,7 +47,7 @@ def install(model: nn.Module, structure: Structure) -> list[nn.Module]:
     for position, module in enumerate(modules, EMBEDDINGS):
         if "forward" not in vars(module):
             module._cl_position = position  # type: ignore[assignment]
-            module.forward = MethodType(forward_or_reuse, module)
+            module.forward = partial(forward_or_reuse, module)
             replaced.append(module)
     return replaced
 
@@ -62,7 +62,7 @@ def uninstall(modules: list[nn.Module]) -> None:
 
 def is_own_forward(module: nn.Module) -> bool:
     """Whether the instance's `forward` is the one that `install` sets."""
-    return getattr(vars(module).get("forward"), "__func__", None) is forward_or_reuse
+    return getattr(vars(module).get("forward"), "func", None) is forward_or_reuse
 
 
 def runs_as_defined(module: nn.Module) -> bool:

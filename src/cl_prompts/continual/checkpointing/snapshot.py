@@ -42,7 +42,7 @@ def identity(trainer: ContinualTrainer) -> dict[str, str]:
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "stream": trainer.stream.fingerprint(),
         "transform": _transform(trainer.stream.transform),
-        "learner": trainer.model.describe(),
+        "learner": trainer.model.fingerprint(),
         "processes": str(world_size()),
         **{f"classifier {name!r}": told for name, told in trainer.side.told.items()},
     }

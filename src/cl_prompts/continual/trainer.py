@@ -1,8 +1,8 @@
 """Learning a stream of tasks on any device or many, with Accelerate; a killed run goes on where it was.
 
 The trainer knows a learner by the public interface of `PromptPoolModel`: `begin_task`, `end_task`, `classes`,
-`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ...
-(`cl_prompts.tuner.task_api.TaskAPI`). Comparison learners (`baselines/`) have the same.
+`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state_dict`, ...
+(`cl_prompts.tuner.task_api.TaskAPI`). Baselines (`baselines/`) have the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ContinualTrainer:
     """Trains a learner task after task and evaluates it on all tasks seen after each.
 
     Args:
-        model: a `PromptPoolModel` or a comparison learner, not wrapped.
+        model: a `PromptPoolModel` or a baseline, not wrapped.
         stream: the tasks.
         args: settings.
         accelerator: None: one is made with `args.mixed_precision`.

@@ -1,4 +1,4 @@
-"""Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
+"""Learning over time: streams of tasks, trainer, metrics. Uses the model's public interface only."""
 
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCallback
@@ -6,6 +6,7 @@ from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.gaussian import GaussianStream
 from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
+from cl_prompts.continual.streams.joint import JointStream
 from cl_prompts.continual.streams.scenarios import (
     ClassIncrementalStream,
     DatasetSequenceStream,
@@ -39,6 +40,7 @@ __all__ = [
     "GaussianStream",
     "IterableClassIncrementalStream",
     "IterableDomainIncrementalStream",
+    "JointStream",
     "JsonlTracker",
     "ProgressBar",
     "RehearsalMemory",

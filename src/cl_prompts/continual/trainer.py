@@ -1,8 +1,8 @@
 """Learning a stream of tasks on any device or many, with Accelerate; a killed run goes on where it was.
 
 The trainer knows a learner by the public interface of `PromptPoolModel`: `begin_task`, `end_task`, `classes`,
-`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ...
-(`cl_prompts.tuner.task_api.TaskLearner`). Comparison learners (`baselines/`) have the same.
+`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state_dict`, ...
+(`cl_prompts.tuner.task_api.TaskAPI`). Baselines (`baselines/`) have the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ContinualTrainer:
     """Trains a learner task after task and evaluates it on all tasks seen after each.
 
     Args:
-        model: a `PromptPoolModel` or a comparison learner, not wrapped.
+        model: a `PromptPoolModel` or a baseline, not wrapped.
         stream: the tasks.
         args: settings.
         accelerator: None: one is made with `args.mixed_precision`.
@@ -170,7 +170,7 @@ class ContinualTrainer:
                     self.side.record(self.viewer.images(task.train_rows))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
-        if model.rehearses == "only":
+        if model.replay == "memory_only":
             self._keep(task)
         if self.args.forward_transfer and not task.number and not getattr(model, "closed_form", False):
             known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]
@@ -184,7 +184,7 @@ class ContinualTrainer:
     def _finish(self, task: Task) -> None:
         """What follows the training of a task and is taken again as a whole when the run is killed in it."""
         model = self.model
-        if model.rehearses != "only":
+        if model.replay != "memory_only":
             self._keep(task)
         with self.viewer.still():
             if model.needs_consolidation:
@@ -289,7 +289,7 @@ class ContinualTrainer:
     def _remembered(self) -> Rows | Callable[[], Rows] | None:
         """Row numbers that join the batches: those of a task's start or, without tasks, those of the moment."""
         memory = self.memory
-        if memory is None or self.model.rehearses != "beside":
+        if memory is None or self.model.replay != "mixed":
             return None
         return (lambda: memory.rows) if self.stream.task_free else memory.rows
 
@@ -343,7 +343,7 @@ class ContinualTrainer:
 
     def _rows(self) -> Any:
         """Row numbers to train on, None for the task's own."""
-        return self.memory.rows if self.memory is not None and self.model.rehearses == "only" else None
+        return self.memory.rows if self.memory is not None and self.model.replay == "memory_only" else None
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def evaluate(
     counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counted}
     classifiers = dict(classifiers or {})
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
-    chosen_tasks = getattr(model, "chosen_tasks", lambda output: None)  # comparison learners have no prompts
+    chosen_tasks = getattr(model, "chosen_tasks", lambda output: None)  # a plain module has no prompts
     chosen = []
     for batch in batches:
         values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
@@ -164,7 +164,7 @@ def stream_features(model: Any, batches: Iterable[dict[str, Any]], rows: int, de
     """
     found, numbers = [], []
     for batch in batches:
-        features = model.base_model.extract_features(batch["pixel_values"].to(device)).cpu()
+        features = model.extract_features(batch["pixel_values"].to(device)).cpu()
         sample_ids = torch.tensor(batch["sample_ids"])
         found.append(features[sample_ids >= 0])
         numbers.append(sample_ids[sample_ids >= 0])

@@ -24,11 +24,12 @@ from cl_prompts.backbones.prompted_backbone import OWN_ARGUMENTS, PromptedBackbo
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import PoolInput, Prompts
+from cl_prompts.learner.checks import check_labels
 from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.output import Selection, combine_candidates, mask_logits, method_losses, selection_of, total_loss
-from cl_prompts.tuner.validation import check_labels, check_ready
+from cl_prompts.tuner.validation import check_ready
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def validate(
     check_ready(adapter, learning=training and labels is not None)
     if query is not None:
         check_query(query, batch_size, backbone.structure.shape.width)
-    targets = adapter.to_columns(labels) if labels is not None else None
+    targets = adapter.to_targets(labels) if labels is not None else None
     valid = torch.ones(batch_size, dtype=torch.bool, device=images.device) if targets is None else targets >= 0
     return Inputs(
         adapter=adapter,
@@ -233,7 +234,7 @@ def answer(
 @torch.no_grad()
 def observe(inputs: Inputs, query: Tensor | None, chosen: Selection, features: Tensor) -> None:
     """Show the pool what this training forward chose, each image once in a task where it has a number."""
-    first_seen = inputs.adapter.ledger.fresh(inputs.sample_ids, inputs.valid)
+    first_seen = inputs.adapter.sample_counter.first_seen(inputs.sample_ids, inputs.valid)
     inputs.adapter.pool.observe(
         Observation(chosen.ids, query, inputs.targets, first_seen, chosen.scores, features, inputs.valid)
     )

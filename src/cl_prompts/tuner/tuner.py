@@ -19,7 +19,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from cl_prompts.backbones.fingerprint import fingerprint
-from cl_prompts.backbones.input_checks import check_images
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import resolve_pooling
 from cl_prompts.backbones.structure import Structure
@@ -27,7 +26,7 @@ from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.forward import prompted_forward
-from cl_prompts.tuner.task_api import TaskLearner
+from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 
 
@@ -36,7 +35,7 @@ NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "scores", "query", "fe
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
 
-class PromptPoolTuner(TaskLearner, BaseTuner):
+class PromptPoolTuner(TaskAPI, BaseTuner):
     """PEFT's tuner for prompt pools: owns the adapters of one model. The base model stays frozen and in eval mode.
 
     `PromptPoolModel` and PEFT's `PeftModel` create it. Several models may share one base.
@@ -276,19 +275,6 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         training = self.training and torch.is_grad_enabled()
         with prompted_forward(self.backbone, self.adapter, args, kwargs, training=training):
             yield
-
-    def _check_not_released(self) -> None:
-        if self.released:
-            raise ValueError("the base of this model was unloaded: wrap it anew with get_prompt_pool_model")
-
-    def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The un-prompted feature (the query) of images, `pixel_values` [B, 3, H, W]: [B, D] float32, without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        self._check_not_released()
-        check_images(self.model, self.structure, pixel_values, kwargs)
-        return self.backbone.features((), {"pixel_values": pixel_values, **kwargs}, self.adapter.query_pooling)[0]
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

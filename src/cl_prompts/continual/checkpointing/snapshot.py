@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.continual.checkpointing.checkpoint import (
-    below,
     optimizer_state,
-    prefixed,
     random_state,
     set_optimizer_state,
     set_random_state,
@@ -21,6 +19,7 @@ from cl_prompts.continual.checkpointing.checkpoint import (
 from cl_prompts.continual.optimization import build_optimizer
 from cl_prompts.continual.progress import Progress
 from cl_prompts.evaluation.metrics import AccuracyMatrix
+from cl_prompts.learner.nested_tensors import below, prefixed
 from cl_prompts.runtime.distributed import gather_over_processes, world_size
 
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
-FORMAT = 2  # of a checkpoint's values; another number is another version's
+FORMAT = 3  # of a checkpoint's values; another number is another version's
 
 # Settings that change nothing about the result.
 NOT_OF_THE_RUN = ("output_dir", "workers", "log_every", "checkpoint_every", "query_cache", "query_cache_bytes")
@@ -42,7 +41,7 @@ def identity(trainer: ContinualTrainer) -> dict[str, str]:
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "stream": trainer.stream.fingerprint(),
         "transform": _transform(trainer.stream.transform),
-        "learner": trainer.model.describe(),
+        "learner": trainer.model.fingerprint(),
         "processes": str(world_size()),
         **{f"classifier {name!r}": told for name, told in trainer.side.told.items()},
     }
@@ -71,12 +70,12 @@ def _skipped(trainer: ContinualTrainer) -> dict[str, list[int]]:
 
 def taken(trainer: ContinualTrainer) -> Saved:
     """Tensors and JSON-able values of a run as it stands; all processes must call it."""
-    tensors, learner = trainer.model.training_state()
-    tensors = prefixed("model.", tensors)
+    learner = trainer.model.training_state_dict()
+    tensors = prefixed("model.", learner["tensors"])
     values: dict[str, Any] = {
         "format": FORMAT,
         "identity": identity(trainer),
-        "learner": learner,
+        "learner": learner["values"],
         "progress": asdict(trainer.progress),
         "matrix": trainer.matrix.to_dict(),
         "skipped": _skipped(trainer),
@@ -124,7 +123,7 @@ def checked(saved: Saved | None, trainer: ContinualTrainer) -> Saved | None:
 def put_back(trainer: ContinualTrainer, saved: Saved) -> None:
     """Model, position, accuracies, memory, and an optimizer that is kept from task to task."""
     tensors, values = saved
-    trainer.model.load_training_state(below("model.", tensors), values["learner"])
+    trainer.model.load_training_state_dict({"tensors": below("model.", tensors), "values": values["learner"]})
     trainer.progress = Progress(**values["progress"])
     trainer.matrix = AccuracyMatrix.from_dict(values["matrix"])
     trainer.stream.skipped = values["skipped"]

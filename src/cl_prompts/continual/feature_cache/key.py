@@ -25,7 +25,6 @@ from datasets import Dataset, Image
 from torch import Tensor
 
 import cl_prompts
-from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.continual.streams.loading import Rows, UnreadableImage, rank_and_processes, read_image
 from cl_prompts.continual.streams.stream import Stream
 from cl_prompts.interfaces import NotCacheableError
@@ -79,7 +78,7 @@ def query_digest(
         NotCacheableError: something does not say what it does.
     """
     base, transform = (
-        _told("the base", backbone_cache_key(model.get_base_model(), model.query_pooling)),
+        _told("the base", model.cache_key()),
         _told("the transform", _transform(stream.transform)),
     )
     told = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]

@@ -314,6 +314,9 @@ class TaskAPI:
 
         Returns:
             float32 [B, D], without gradient.
+
+        Raises:
+            ValueError: the images do not fit the base, or it was unloaded.
         """
         self._check_not_released()
         check_images(self.model, self.structure, pixel_values, kwargs)

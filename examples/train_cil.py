@@ -34,6 +34,7 @@ from cl_prompts.continual import (
     ContinualTrainer,
     CropAndFlip,
     FrozenFeatures,
+    IndexedStream,
     ProgressBar,
     Stream,
     closed_form,
@@ -118,7 +119,9 @@ def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
     return trainer.frozen_features(train=True).cpu(), trainer.frozen_features(train=False).cpu()
 
 
-def references(train: torch.Tensor, test: torch.Tensor, stream: Stream, args: Arguments) -> dict[str, AccuracyMatrix]:
+def references(
+    train: torch.Tensor, test: torch.Tensor, stream: IndexedStream, args: Arguments
+) -> dict[str, AccuracyMatrix]:
     """Learners without prompts on the frozen features of the same images, with the head's own learning rate."""
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
@@ -190,7 +193,7 @@ def main() -> None:
     if accelerator.is_main_process:
         begin(run, folder, resume=args.resume)
     untrained = None
-    if stream.random_access and not trainer.viewer.base_is_frozen:
+    if isinstance(stream, IndexedStream) and not trainer.viewer.base_is_frozen:
         untrained = features_of(trainer)  # now: afterwards they are those of a base that has learnt
     before = time.perf_counter() - started
     matrix = trainer.train(resume=args.resume)
@@ -198,7 +201,7 @@ def main() -> None:
 
     matrices = {args.method: matrix}
     matrices |= {f"{args.method} + {name}": found for name, found in trainer.side.matrices.items()}
-    if stream.random_access:
+    if isinstance(stream, IndexedStream):
         matrices |= references(*(untrained or features_of(trainer)), stream, args)
     skipped = own_stream.count_skipped()
     accelerator.state.destroy_process_group()  # what follows is for one

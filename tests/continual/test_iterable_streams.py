@@ -86,9 +86,9 @@ def test_loader_processes_and_a_later_start_change_nothing() -> None:
     arguments: dict[str, Any] = dict(seed=0, epoch=2)
     whole = list(stream.train_batches(stream.tasks[0], 2, **arguments))
     assert len(whole) == 6
-    assert same(whole, list(stream.train_batches(stream.tasks[0], 2, **arguments, workers=2)))
+    assert same(whole, list(stream.train_batches(stream.tasks[0], 2, **arguments, num_workers=2)))
     for start, workers in ((1, 0), (2, 0), (6, 0), (3, 2)):
-        rest = stream.train_batches(stream.tasks[0], 2, **arguments, start=start, workers=workers)
+        rest = stream.train_batches(stream.tasks[0], 2, **arguments, start=start, num_workers=workers)
         assert same(whole[start:], list(rest))
 
 
@@ -219,7 +219,7 @@ def test_bad_images(workers: int) -> None:
     data = birds(LABELS, bad=bad)
     known = numbers(data)
     stream = stream_of(data, on_bad_image="skip")
-    found = list(stream.train_batches(stream.tasks[0], 3, seed=0, epoch=0, workers=workers))
+    found = list(stream.train_batches(stream.tasks[0], 3, seed=0, epoch=0, num_workers=workers))
     assert sorted(seen(found)) == sorted(
         (n, c) for r, (n, c) in enumerate(zip(known, LABELS, strict=True)) if c in (0, 3) and r not in bad
     )
@@ -247,8 +247,8 @@ def test_a_task_without_a_readable_image_is_not_trained_silently(workers: int) -
     data = birds([0, 3, 0, 2], bad=(0, 1, 2))
     stream = IterableClassIncrementalStream(in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip")
     with pytest.raises(ValueError, match="none of the 3 train images of this task can be read: repair some"):
-        list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, workers=workers))
-    list(stream.train_batches(stream.tasks[1], 2, seed=0, epoch=0, workers=workers))
+        list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, num_workers=workers))
+    list(stream.train_batches(stream.tasks[1], 2, seed=0, epoch=0, num_workers=workers))
 
 
 def test_a_share_without_a_readable_image_is_no_error() -> None:
@@ -257,7 +257,7 @@ def test_a_share_without_a_readable_image_is_no_error() -> None:
     stream = IterableClassIncrementalStream(
         in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
     )
-    assert len(list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, workers=2))) == 2
+    assert len(list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, num_workers=2))) == 2
     turned = IterableClassIncrementalStream(
         in_order(data.select([2, 0, 1, 3]), 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
     )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from cl_prompts import L2PConfig, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, CropAndFlip, accuracy, stream_features
-from cl_prompts.continual.streams.loading import PADDING_ID, LabelledImages, own_share, shares
+from cl_prompts.continual.streams.loading import PADDING_ID, IndexedImages, own_share, shares
 from cl_prompts.interfaces import IGNORE_INDEX
 
 
@@ -133,7 +133,7 @@ def test_augmentation_follows_from_seed_epoch_and_image_alone() -> None:
     passes = [
         stream.train_batches(task, 5, seed=0, epoch=1, start=1),
         stream.train_batches(task, 4, seed=0, epoch=1, rows=task.train_rows[:3]),
-        stream.train_batches(task, 6, seed=0, epoch=1, workers=2),
+        stream.train_batches(task, 6, seed=0, epoch=1, num_workers=2),
         stream.train_batches(stream.tasks[1], 6, seed=0, epoch=1, memory_rows=task.train_rows, memory_batch_size=12),
     ]
     for batches in passes:
@@ -168,7 +168,7 @@ def test_a_batch_is_cut_on_the_device_as_each_image_alone() -> None:
     torch.manual_seed(0)
     images = torch.rand(6, 3, 40, 56)
     batch = {"pixel_values": images, "sample_ids": [3, 0, 5, -1, 2, 9]}
-    cut = stream.cut_on_device(batch, (1, 4))["pixel_values"]
+    cut = stream.augment_on_device(batch, (1, 4))["pixel_values"]
     assert cut.shape == images.shape
     for number, image, found in zip(batch["sample_ids"], images, cut, strict=True):
         assert torch.equal(augmentation.apply_batch(image[None], 1, 4, [number])[0], found), "the company does not matter"
@@ -196,8 +196,8 @@ def test_what_is_cut_on_the_device_leaves_the_loader_as_it_was() -> None:
     for batch in stream.train_batches(stream.tasks[0], 4, seed=0, epoch=1):
         plain = torch.stack([to_tensor(stream.train[i]["image"]) for i in batch["sample_ids"]])
         assert torch.equal(batch["pixel_values"], plain)
-        assert not torch.equal(stream.cut_on_device(batch, (0, 1))["pixel_values"], plain)
-        assert stream.cut_on_device(batch, None) is batch
+        assert not torch.equal(stream.augment_on_device(batch, (0, 1))["pixel_values"], plain)
+        assert stream.augment_on_device(batch, None) is batch
 
 
 def test_queries_do_not_fit_augmented_images() -> None:
@@ -286,7 +286,7 @@ def test_bad_images_become_padding_and_are_counted(workers: int) -> None:
     bad, queries = (6, 10, 23), torch.arange(24.0)[:, None]
     stream = with_bad(*bad)
     for _ in range(2):  # twice: an image counts once
-        batches = list(stream.train_batches(stream.tasks[1], 5, seed=0, epoch=0, workers=workers, queries=queries))
+        batches = list(stream.train_batches(stream.tasks[1], 5, seed=0, epoch=0, num_workers=workers, queries=queries))
     assert stream.skipped == {"train": list(bad), "test": []}
     assert stream.count_skipped() == 3
     expected = ids(plain().train_batches(plain().tasks[1], 5, seed=0, epoch=0))
@@ -374,7 +374,7 @@ def test_nothing_to_read() -> None:
 def test_streams_can_be_sent_to_a_fresh_loader_process() -> None:
     """`spawn` and `forkserver` pickle the data set; so must we."""
     stream = augmenting()
-    images = LabelledImages(stream, train=True, augmented_by=(0, 1))
+    images = IndexedImages(stream, train=True, augmented_by=(0, 1))
     there = pickle.loads(pickle.dumps(images))
     for index in (0, 5, -1 - 7):
         here, sent = images[index], there[index]

@@ -102,7 +102,7 @@ def test_loader_processes_change_nothing() -> None:
     stream = stream_of()
     for plain, loaded in zip(
         stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0),
-        stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0, workers=1),
+        stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0, num_workers=1),
         strict=True,
     ):
         assert torch.equal(plain["pixel_values"], loaded["pixel_values"])
@@ -135,7 +135,7 @@ def test_a_task_without_a_readable_image_is_named(workers: int) -> None:
         stream = ClassIncrementalStream(
             birds(labels, bad=bad), birds(labels), [[0, 1], [2, 3]], to_tensor, on_bad_image="skip"
         )
-        first, second = (stream.train_batches(t, 4, seed=0, epoch=0, workers=workers) for t in stream.tasks)
+        first, second = (stream.train_batches(t, 4, seed=0, epoch=0, num_workers=workers) for t in stream.tasks)
         assert sorted(i for batch in first for i in batch["sample_ids"]) == [0, 1, 4, 5, 8, 9]
         if readable:
             assert sorted(i for batch in second for i in batch["sample_ids"]) == [PADDING_ID] * 5 + [7]

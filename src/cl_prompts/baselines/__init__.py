@@ -15,13 +15,14 @@ from cl_prompts.baselines.base import ComparisonLearner
 from cl_prompts.baselines.bic import BiC
 from cl_prompts.baselines.class_mean import NearestClassMean
 from cl_prompts.baselines.ewc import EWC, OnlineEWC
-from cl_prompts.baselines.fresh_start import GDumb, JointStream, JointTraining
+from cl_prompts.baselines.fresh_start import GDumb, JointTraining
 from cl_prompts.baselines.growing import CONFIG_FILE, WEIGHTS_FILE
 from cl_prompts.baselines.icarl import ICaRL
 from cl_prompts.baselines.lwf import LwF
 from cl_prompts.baselines.replay import ER, DERPlusPlus
 from cl_prompts.baselines.sequential import FrozenBackbone, SequentialFineTuning
 from cl_prompts.baselines.si import SI
+from cl_prompts.continual.streams.joint import JointStream
 from cl_prompts.storage.atomic import read_whole, recover
 
 

@@ -5,7 +5,10 @@ from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCal
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.gaussian import GaussianStream
+from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
+from cl_prompts.continual.streams.iterable import IterableStream
 from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
+from cl_prompts.continual.streams.joint import JointStream
 from cl_prompts.continual.streams.scenarios import (
     ClassIncrementalStream,
     DatasetSequenceStream,
@@ -37,8 +40,12 @@ __all__ = [
     "Evaluation",
     "FrozenFeatures",
     "GaussianStream",
+    "IndexedStream",
+    "IndexedTask",
     "IterableClassIncrementalStream",
     "IterableDomainIncrementalStream",
+    "IterableStream",
+    "JointStream",
     "JsonlTracker",
     "ProgressBar",
     "RehearsalMemory",

@@ -37,6 +37,7 @@ from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.run_checks import check_engine, check_run
+from cl_prompts.continual.streams.indexed import IndexedStream, require_indexed
 from cl_prompts.continual.streams.loading import Rows
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.evaluation.evaluate import Evaluation, evaluate
@@ -165,9 +166,9 @@ class ContinualTrainer:
         if task.number:
             with self.viewer.still():
                 if model.needs_features_before:
-                    model.record_features(self.viewer.images(task.train_rows))
+                    model.record_features(self.viewer.task_images(task))
                 if self.side.needs_before:
-                    self.side.record(self.viewer.images(task.train_rows))
+                    self.side.record(self.viewer.task_images(task))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
         if model.rehearses == "only":
@@ -189,8 +190,9 @@ class ContinualTrainer:
         with self.viewer.still():
             if model.needs_consolidation:
                 memory = self.viewer.images(self.memory.rows) if self.memory is not None and len(self.memory) else None
-                model.consolidate(self.viewer.images(task.train_rows), memory)
-            self.side.fit(self.viewer.images(task.train_rows))
+                model.consolidate(self.viewer.task_images(task), memory)
+            if self.side.classifiers:
+                self.side.fit(self.viewer.task_images(task))
         if not self.stream.task_free:
             model.end_task()
 
@@ -198,11 +200,12 @@ class ContinualTrainer:
         """Take the task's images into the memory; without tasks it takes them as they pass."""
         if self.memory is None or self.stream.task_free:
             return
-        ranking = None
+        stream = require_indexed(self.stream, "rehearsal")
+        rows, ranking = stream.tasks[task.number].train_rows, None
         if hasattr(self.model, "rank_images"):  # the learner chooses which
             with self.viewer.still():
-                ranking = self.model.rank_images(task.train_rows, self.viewer.images(task.train_rows))
-        self.memory.add(task.train_rows, self.stream.train_labels[task.train_rows], ranking)
+                ranking = self.model.rank_images(rows, self.viewer.images(rows))
+        self.memory.add(rows, stream.train_labels[rows], ranking)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +218,10 @@ class ContinualTrainer:
         return self.progress.epoch * self._steps_per_epoch(task) + self.progress.step
 
     def _steps_per_epoch(self, task: Task) -> int:
-        return self.stream.steps_per_epoch(task, self.args.batch_size, self._rows())
+        rows = self._rows()
+        if rows is None:
+            return self.stream.steps_per_epoch(task, self.args.batch_size)
+        return require_indexed(self.stream, "rehearsal").steps_per_epoch(task, self.args.batch_size, rows)
 
     def frozen_features(self, *, train: bool) -> Tensor:
         """Un-prompted features of all training (`train`) or test images by row number [rows, D].
@@ -270,21 +276,20 @@ class ContinualTrainer:
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
         """The rest of the current epoch's global batches, this process's share of each."""
         args, progress = self.args, self.progress
-        size = args.batch_size if args.memory_batch_size is None else args.memory_batch_size
-        return iter(
-            self.stream.train_batches(
-                task,
-                args.batch_size,
-                seed=args.seed,
-                epoch=progress.epoch,
-                queries=self.viewer.training_queries(progress.epoch),
-                workers=args.workers,
-                rows=self._rows(),
-                memory_rows=self._remembered(),
-                memory_batch_size=size,
-                start=progress.step,
-            )
-        )
+        options: dict[str, Any] = {
+            "seed": args.seed,
+            "epoch": progress.epoch,
+            "num_workers": args.workers,
+            "start": progress.step,
+        }
+        if isinstance(self.stream, IndexedStream):
+            options |= {
+                "queries": self.viewer.training_queries(progress.epoch),
+                "rows": self._rows(),
+                "memory_rows": self._remembered(),
+                "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
+            }
+        return iter(self.stream.train_batches(task, args.batch_size, **options))
 
     def _remembered(self) -> Rows | Callable[[], Rows] | None:
         """Row numbers that join the batches: those of a task's start or, without tasks, those of the moment."""
@@ -297,7 +302,7 @@ class ContinualTrainer:
         """One optimizer step on a batch; the parts of its loss."""
         accelerator, args = self.accelerator, self.args
         parts: dict[str, Tensor] = {}
-        shown = self.stream.cut_on_device(on_device(batch, accelerator.device), (args.seed, self.progress.epoch))
+        shown = self.stream.augment_on_device(on_device(batch, accelerator.device), (args.seed, self.progress.epoch))
         pieces = micro_batches(shown, args.accumulation)
         images = (batch["labels"] != IGNORE_INDEX).sum().to(accelerator.device)
         # Pieces and processes are added up here, so each is told how many images there are in all.
@@ -323,7 +328,7 @@ class ContinualTrainer:
             ids = torch.cat(gather_over_processes(torch.tensor(batch["sample_ids"], device=self.accelerator.device)))
             rows = ids[ids >= 0].cpu().numpy()
             rows = rows[~np.isin(rows, self.memory.rows)]  # not those that were rehearsed
-            self.memory.observe(rows, self.stream.train_labels[rows])
+            self.memory.observe(rows, require_indexed(self.stream, "rehearsal").train_labels[rows])
 
     def _log(self, parts: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()

@@ -53,6 +53,7 @@ class IterableClassIncrementalStream(IterableStream):
         on_bad_image: str = "stop",
     ) -> None:
         classes_of_task, columns = validate_tasks(tasks), [image_column, label_column]
+        train_sources = [_filter_classes(train, columns, classes, "training") for classes in classes_of_task]
         test_set: Sequence[IterableDataset] | IndexedTestSet
         if isinstance(test, IterableDataset):
             test_set = [_filter_classes(test, columns, classes, "test") for classes in classes_of_task]
@@ -61,7 +62,7 @@ class IterableClassIncrementalStream(IterableStream):
             rows = [rows_of_classes(labels, classes, "test", n) for n, classes in enumerate(classes_of_task)]
             test_set = IndexedTestSet(test, labels, rows)
         super().__init__(
-            [_filter_classes(train, columns, classes, "training") for classes in classes_of_task],
+            train_sources,
             test_set,
             [Task(number, classes) for number, classes in enumerate(classes_of_task)],
             transform,
@@ -122,6 +123,7 @@ class IterableDomainIncrementalStream(IterableStream):
             raise ValueError(f"domains={order}: name each domain once, and at least one")
         (classes,) = validate_tasks([classes])
         columns = [image_column, label_column]
+        train_sources = [_filter_domain(train, columns, domain_column, name, "training") for name in order]
         first_test = next(iter(test.values())) if isinstance(test, Mapping) else test
         test_set: Sequence[IterableDataset] | IndexedTestSet
         if isinstance(first_test, IterableDataset):
@@ -130,7 +132,7 @@ class IterableDomainIncrementalStream(IterableStream):
             data, labels, found = read_domains(test, image_column, label_column, domain_column, "test")
             test_set = IndexedTestSet(data, labels, [_test_rows(labels, found, name, classes) for name in order])
         super().__init__(
-            [_filter_domain(train, columns, domain_column, name, "training") for name in order],
+            train_sources,
             test_set,
             [Task(number, classes, name, revisit=number > 0) for number, name in enumerate(order)],
             transform,

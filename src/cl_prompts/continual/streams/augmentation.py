@@ -104,7 +104,7 @@ class CropAndFlip:
         return self.box(width, height, random), bool(random.random() < self.flip)
 
     def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of a random crop of an image of `width` x `height` pixels.
+        """(left, top, right, bottom) of a crop of an image of `width` x `height` pixels, drawn from `random`.
 
         The area and the logarithm of the ratio are uniform. Of ten draws the first that fits into the image is used; if
         none fits, the largest centered crop with an allowed ratio.

@@ -138,6 +138,7 @@ class IndexedStream(Stream):
         Raises:
             ValueError: an argument is out of range, rows are of classes of no task, or `queries` are given although each
                 epoch shows new views. During iteration: an image cannot be read or, under `on_bad_image="skip"`, none can.
+            TypeError: the task has no row numbers.
         """
         if queries is not None and self.augmentation is not None and self.augmentation.views is None:
             raise ValueError(
@@ -168,7 +169,11 @@ class IndexedStream(Stream):
         return self._batches(images, sampler, num_workers)
 
     def steps_per_epoch(self, task: Task, batch_size: int, rows: Sequence[int] | Rows | None = None) -> int:
-        """Number of batches of `train_batches` with `start=0` and the same `task`, `batch_size` and `rows`."""
+        """Number of batches of `train_batches` with `start=0` and the same `task`, `batch_size` and `rows`.
+
+        Raises:
+            TypeError: the task has no row numbers.
+        """
         return -(-len(_indexed(task).train_rows if rows is None else rows) // batch_size)
 
     def test_batches(self, task: Task, batch_size: int, *, num_workers: int = 0, queries: Tensor | None = None) -> Batches:
@@ -179,6 +184,9 @@ class IndexedStream(Stream):
             batch_size: images of a batch over all processes.
             num_workers: loader processes.
             queries: un-prompted features of all test images [rows, D]; they become `query` of the batches.
+
+        Raises:
+            TypeError: the task has no row numbers.
         """
         return self.images(_indexed(task).test_rows, batch_size, train=False, queries=queries, num_workers=num_workers)
 

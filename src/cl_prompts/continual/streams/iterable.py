@@ -137,6 +137,10 @@ class IterableStream(Stream):
     def steps_per_epoch(self, task: Task, batch_size: int) -> int:
         """Number of batches of an epoch, from `train_images`.
 
+        Args:
+            task: a task of this stream.
+            batch_size: images of a batch over all processes.
+
         Raises:
             ValueError: `train_images` is None.
         """

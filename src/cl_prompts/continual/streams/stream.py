@@ -107,7 +107,12 @@ class Stream(ABC):
 
     @abstractmethod
     def steps_per_epoch(self, task: Task, batch_size: int) -> int:
-        """Number of batches of `train_batches(task, batch_size)` with `start=0`."""
+        """Number of batches of `train_batches` with `start=0`.
+
+        Args:
+            task: a task of this stream.
+            batch_size: images of a batch over all processes.
+        """
 
     @abstractmethod
     def test_batches(self, task: Task, batch_size: int, *, num_workers: int = 0) -> Batches:

@@ -33,7 +33,7 @@ from run_folder import described, differences, is_complete, read_results
 
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"

@@ -10,7 +10,7 @@ from arguments import Arguments, as_dict
 
 from cl_prompts.continual import AccuracyMatrix
 from cl_prompts.evaluation.report import PAGE, machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 RUN, RESULTS = "run.json", "results.json"

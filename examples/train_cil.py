@@ -46,7 +46,7 @@ from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
 from cl_prompts.sharing.run_record import RunRecord
-from cl_prompts.storage.atomic import replacing, write_whole
+from cl_prompts.storage.atomic import replacing
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 

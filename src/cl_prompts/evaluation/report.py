@@ -19,7 +19,7 @@ import torch
 from cl_prompts.evaluation.evaluate import Evaluation
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.runtime.cpu import processor
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 # Headings of the measures of `AccuracyMatrix.summary` in tables; the others only where some learner has them.
@@ -51,15 +51,6 @@ class Result:
     seed: int
     trainable: int | None = None
     seconds: float | None = None
-
-
-def result_table(results: Mapping[str, AccuracyMatrix], trainable: Mapping[str, int] | None = None) -> str:
-    """A Markdown table of FAA, CAA, forgetting and accuracy when just learnt, a row per learner of `results`, in percent.
-
-    `trainable` is the number of parameters by learner, where known.
-    """
-    known = trainable or {}
-    return comparison_table([Result(name, matrix, 0, known.get(name)) for name, matrix in results.items()])
 
 
 def comparison_table(results: Sequence[Result]) -> str:

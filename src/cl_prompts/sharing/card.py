@@ -21,7 +21,7 @@ from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 from cl_prompts.storage.integrity import WEIGHTS_FILE, declared_tensors
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.report import machine
 from cl_prompts.runtime.text import first_line
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 if TYPE_CHECKING:

@@ -97,7 +97,7 @@ def measure(
         if task < tasks - 1:
             model.end_task()
     labels = (torch.arange(len(images)) % 10 + 10 * (tasks - 1)).to(options.device)
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-3))
     model.attach_optimizer(optimizer)
     query = torch.randn(len(images), vit.config.hidden_size, device=options.device) if model.needs_query else None
 

@@ -28,7 +28,7 @@ from run_folder import RESULTS, begin, described, is_complete, read_results, ref
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.baselines import BASELINES, JointStream, get_comparison_learner
+from cl_prompts.baselines import BASELINES, JointStream, get_baseline
 from cl_prompts.continual import (
     AccuracyMatrix,
     ContinualTrainer,
@@ -95,7 +95,7 @@ def build_learner(args: Arguments, stream: Stream) -> Any:
     if stream.task_free:
         options = {"num_labels": max(stream.classes) + 1} | options
     if args.method in BASELINES:
-        return get_comparison_learner(args.method, backbone, **options)
+        return get_baseline(args.method, backbone, **options)
     options = {"classifier_seed": args.seed} | options
     if stream.task_free:
         options = {"class_mask": "batch"} | options
@@ -174,7 +174,7 @@ def main() -> None:
     learner = build_learner(args, stream)
     if args.shard_backbone:
         shard_frozen_blocks(learner.to(accelerator.device))
-    run = described(args, stream=stream.fingerprint(), learner=learner.describe(), processes=accelerator.num_processes)
+    run = described(args, stream=stream.fingerprint(), learner=learner.fingerprint(), processes=accelerator.num_processes)
     refuse_another_run(run, folder)
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
     trainer = ContinualTrainer(

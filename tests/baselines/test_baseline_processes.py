@@ -40,7 +40,7 @@ def learn(name: str) -> dict[str, Tensor]:
     for task in stream:
         learner.begin_task(task.classes, revisit=task.revisit)
         rows = task.train_rows[1:]
-        if learner.rehearses == "only":
+        if learner.replay == "memory_only":
             keep(rows)
         if learner.trains_task(task.number):
             # Plain SGD: Adam would turn the rounding of a gradient near zero into a step.
@@ -48,20 +48,20 @@ def learn(name: str) -> dict[str, Tensor]:
             learner.attach_optimizer(optimizer)
             wrapped: Any = DistributedDataParallel(learner) if dist.is_initialized() else learner
             wrapped.train()
-            beside = memory.rows if memory is not None and learner.rehearses == "beside" else None
+            beside = memory.rows if memory is not None and learner.replay == "mixed" else None
             for batch in stream.train_batches(
                 task,
                 BATCH,
                 seed=3,
                 epoch=0,
-                rows=memory.rows if memory is not None and learner.rehearses == "only" else rows,
+                rows=memory.rows if memory is not None and learner.replay == "memory_only" else rows,
                 memory_rows=beside,
                 memory_batch_size=3,
             ):
                 wrapped(**batch).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        if learner.rehearses != "only":
+        if learner.replay != "memory_only":
             keep(rows)
         learner.eval().consolidate(images(rows), images(memory.rows) if memory is not None else None)
         learner.end_task()

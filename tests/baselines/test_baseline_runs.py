@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from cl_prompts.baselines import (
     BASELINES,
     JointStream,
-    get_comparison_learner,
-    load_comparison_learner,
+    get_baseline,
+    load_baseline,
 )
 from cl_prompts.continual import (
     ContinualArguments,
@@ -193,9 +193,9 @@ def test_a_saved_learner_answers_and_goes_on_the_same(name: str, tmp_path: Path)
         learner.end_task()
     learner.save_pretrained(tmp_path / "learner")
     assert sorted(path.name for path in (tmp_path / "learner").iterdir()) == ["learner.json", "learner.safetensors"]
-    again = load_comparison_learner(tmp_path / "learner", build("vit"))
+    again = load_baseline(tmp_path / "learner", build("vit"))
     assert torch.equal(again(batch["pixel_values"]).logits, learner(batch["pixel_values"]).logits)
-    assert again.describe() == learner.describe()
+    assert again.fingerprint() == learner.describe()
     assert again.state == learner.state
     after = []
     for one in (learner, again):
@@ -214,19 +214,19 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     learner.end_task()
     learner.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="backbone with other weights"):
-        load_comparison_learner(tmp_path, build("vit", seed=1))
+        load_baseline(tmp_path, build("vit", seed=1))
     told = json.loads((tmp_path / "learner.json").read_text())
     for changed in ({"learner": "lwg"}, {"options": {**told["options"], "freeze_backbone": True}}, {"options": None}):
         (tmp_path / "learner.json").write_text(json.dumps({**told, **changed}))
         with pytest.raises(ValueError, match=r"no comparison learner is called|other options|has no options"):
-            load_comparison_learner(tmp_path, build("vit"))
+            load_baseline(tmp_path, build("vit"))
     (tmp_path / "learner.json").write_text(json.dumps(told))
     content = (tmp_path / "learner.safetensors").read_bytes()
     (tmp_path / "learner.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="holds no comparison learner, or a damaged one"):
-        load_comparison_learner(tmp_path, build("vit"))
+        load_baseline(tmp_path, build("vit"))
     with pytest.raises(ValueError, match="holds no comparison learner"):
-        load_comparison_learner(tmp_path / "nowhere", build("vit"))
+        load_baseline(tmp_path / "nowhere", build("vit"))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -252,12 +252,12 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        get_comparison_learner(name, build("vit"), **options)
+        get_baseline(name, build("vit"), **options)
 
 
 def test_a_backbone_that_is_frozen_already_is_named() -> None:
     with pytest.raises(ValueError, match="frozen already: load it anew, or pass freeze_backbone=True"):
-        get_comparison_learner("finetune", build("vit").requires_grad_(False))
+        get_baseline("finetune", build("vit").requires_grad_(False))
 
 
 def test_calls_out_of_order_are_named() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from cl_prompts.baselines import get_comparison_learner
+from cl_prompts.baselines import get_baseline
 
 
 # ---- what all share --------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def test_every_parameter_that_is_trained_takes_part(family: str, make: dict[str,
         pytest.skip("the family has no such class")
     base = build(family, classifier=make is CLASSIFIERS)
     images = inputs(family)
-    learner = get_comparison_learner("finetune", base)
+    learner = get_baseline("finetune", base)
     learner.begin_task([7, 2])
     learner.train()(**images, labels=torch.tensor([7, 2, 7])).loss.backward()
     assert [name for name, p in learner.named_parameters() if p.requires_grad != (p.grad is not None)] == []

@@ -24,7 +24,7 @@ from support.small_runs import Stop, StopAt, tensors
 from support.stream_data import birds
 
 from cl_prompts import get_prompt_pool_model
-from cl_prompts.baselines import get_comparison_learner
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import (
     ContinualArguments,
     ContinualTrainer,
@@ -58,7 +58,7 @@ def test_a_pass_with_images_that_cannot_be_read_is_not_kept(tmp_path: Path, caps
 
 
 def test_a_base_that_learns_is_looked_at_anew(tmp_path: Path) -> None:
-    viewer = viewer_of(tmp_path, get_comparison_learner("finetune", build("vit")))
+    viewer = viewer_of(tmp_path, get_baseline("finetune", build("vit")))
     before = viewer.frozen_features(train=False)
     with torch.no_grad():
         viewer.model.get_base_model().layernorm.bias += 1
@@ -212,7 +212,7 @@ def picture_trainer(
     base = build("vit")
     set_seed(3)
     if method in ("frozen", "finetune"):
-        model: Any = get_comparison_learner(method, base)
+        model: Any = get_baseline(method, base)
     else:
         model = get_prompt_pool_model(base, {**METHODS, **WITH_CLASSIFIER}[method]())
     stream = picture_stream(**settings.pop("stream", {}))

@@ -47,7 +47,7 @@ def test_prompts_of_the_first_task_stay(method: str, head: dict[str, Any]) -> No
     for number, task in enumerate(CLASSES[1:], start=1):
         images = task_images(task)
         model.begin_task(task)
-        assert {g["name"] for g in model.parameter_groups(lr=0.1)} <= {"head"}
+        assert {g["name"] for g in model.parameter_groups(learning_rate=0.1)} <= {"head"}
         train_steps(model, images)  # although a head in closed form has no use for it
         assert torch.equal(features(model), before)
         if model.needs_consolidation:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from cl_prompts.baselines.base import ComparisonLearner
+from cl_prompts.baselines.base import Baseline
 from cl_prompts.baselines.bic import BiC
 from cl_prompts.baselines.class_mean import NearestClassMean
 from cl_prompts.baselines.ewc import EWC, OnlineEWC
@@ -25,7 +25,7 @@ from cl_prompts.baselines.si import SI
 from cl_prompts.storage.atomic import read_whole, recover
 
 
-_LEARNERS: tuple[type[ComparisonLearner], ...] = (
+_LEARNERS: tuple[type[Baseline], ...] = (
     SequentialFineTuning,
     FrozenBackbone,
     JointTraining,
@@ -40,10 +40,10 @@ _LEARNERS: tuple[type[ComparisonLearner], ...] = (
     BiC,
     ICaRL,
 )
-BASELINES: dict[str, type[ComparisonLearner]] = {learner.name: learner for learner in _LEARNERS}
+BASELINES: dict[str, type[Baseline]] = {learner.name: learner for learner in _LEARNERS}
 
 
-def get_comparison_learner(name: str, backbone: nn.Module, **options: Any) -> ComparisonLearner:
+def get_baseline(name: str, backbone: nn.Module, **options: Any) -> Baseline:
     """A comparison learner.
 
     Args:
@@ -61,7 +61,7 @@ def get_comparison_learner(name: str, backbone: nn.Module, **options: Any) -> Co
     return BASELINES[name](backbone, **options)
 
 
-def load_comparison_learner(folder: str | os.PathLike[str], backbone: nn.Module) -> ComparisonLearner:
+def load_baseline(folder: str | os.PathLike[str], backbone: nn.Module) -> Baseline:
     """A learner from what its `save_pretrained` wrote, in eval mode.
 
     Args:
@@ -83,7 +83,7 @@ def load_comparison_learner(folder: str | os.PathLike[str], backbone: nn.Module)
             raise ValueError(f"{folder} holds no comparison learner, or a damaged one ({error})") from error
 
     told, tensors = read_whole(folder, read)
-    learner = get_comparison_learner(told.get("learner", ""), backbone, **told["options"])
+    learner = get_baseline(told.get("learner", ""), backbone, **told["options"])
     learner.load_training_state(tensors, told)
     learner.eval()
     return learner
@@ -95,7 +95,7 @@ __all__ = [
     "EWC",
     "SI",
     "BiC",
-    "ComparisonLearner",
+    "Baseline",
     "DERPlusPlus",
     "FrozenBackbone",
     "GDumb",
@@ -106,6 +106,6 @@ __all__ = [
     "NearestClassMean",
     "OnlineEWC",
     "SequentialFineTuning",
-    "get_comparison_learner",
-    "load_comparison_learner",
+    "get_baseline",
+    "load_baseline",
 ]

@@ -54,7 +54,7 @@ class Batch:
         return torch.as_tensor(self.sample_ids, device=self.logits.device)
 
 
-class ComparisonLearner(GrowingModel):
+class Baseline(GrowingModel):
     """A backbone and a linear head that learn task after task; subclasses say how they avoid forgetting.
 
     Args:
@@ -77,7 +77,7 @@ class ComparisonLearner(GrowingModel):
         ValueError: a setting is out of range, or does not fit the learner.
     """
 
-    rehearses: ClassVar[str] = "never"
+    replay: ClassVar[Literal["mixed", "memory_only", "none"]] = "none"
     needs_memory: ClassVar[bool] = False
     needs_consolidation: ClassVar[bool] = False
     needs_features_before: ClassVar[bool] = False
@@ -93,8 +93,8 @@ class ComparisonLearner(GrowingModel):
         num_labels: int | None = None,
     ) -> None:
         super().__init__(backbone, freeze_backbone, pooling, num_labels)
-        mask = class_mask or ("task" if self.rehearses == "never" else "none")
-        if mask not in ("task", "none") or (mask == "task" and self.rehearses != "never"):
+        mask = class_mask or ("task" if self.replay == "none" else "none")
+        if mask not in ("task", "none") or (mask == "task" and self.replay != "none"):
             raise ValueError(f'class_mask={class_mask!r}: choose "none", or "task" for a learner that does not rehearse')
         self.class_mask = self.options["class_mask"] = mask
         # Labels of undeclared classes seen on a device, where a step must not look at them.
@@ -146,10 +146,10 @@ class ComparisonLearner(GrowingModel):
         Raises:
             ValueError: it lacks a trainable parameter.
         """
-        self.link.attach(optimizer, self, {}, "")
-        self.link.check_trains(self.named_parameters())
+        self.update_scaler.attach(optimizer, self, {}, "")
+        self.update_scaler.check_trains(self.named_parameters())
 
-    def train(self, mode: bool = True) -> ComparisonLearner:
+    def train(self, mode: bool = True) -> Baseline:
         """Training (`mode`) or eval mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.features.frozen:
@@ -242,7 +242,7 @@ class ComparisonLearner(GrowingModel):
         return logits.masked_fill(~self.head.current, -math.inf) if self.class_mask == "task" else logits
 
     def _columns(self, labels: Tensor, *, masked: bool) -> Tensor:
-        columns, unknown = self.head.to_columns(labels)
+        columns, unknown = self.head.to_targets(labels)
         outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)] & masked
         wrong = unknown | outside
         if labels.device.type != "cpu":
@@ -258,7 +258,7 @@ class ComparisonLearner(GrowingModel):
     def _check_ready(self) -> None:
         if self.num_labels is None and not self.state.task_open:
             raise ValueError("a training forward outside a task: call begin_task(classes) first, or eval()")
-        self.link.check_trains(self.named_parameters())
+        self.update_scaler.check_trains(self.named_parameters())
         if self.grown and world_size() > 1:
             check_wrapper(self)
             self.grown = False
@@ -291,7 +291,7 @@ class ComparisonLearner(GrowingModel):
         return self.features.base
 
     @property
-    def base_model(self) -> ComparisonLearner:
+    def base_model(self) -> Baseline:
         """Where `cl_prompts.extract_features` finds `extract_features`."""
         return self
 

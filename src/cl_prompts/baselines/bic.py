@@ -26,17 +26,17 @@ class BiC(DistillingLearner):
     are all classified rightly would call for an infinite alpha.
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         temperature: of the distillation, 2 in the paper.
         held_out: share of images that are not trained on, 0.1 as in the paper. They count in means with a loss of 0.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
 
     Attributes:
         correction: (alpha, beta) of the newest classes [2].
     """
 
     name = "bic"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     needs_consolidation = True
 
@@ -86,7 +86,7 @@ class BiC(DistillingLearner):
             return
         seen = record(lambda batch: self.scores(self.features_of(batch)), memory)
         taken = is_held_out(seen.ids, self.held_out)
-        logits, (columns, _) = seen.features[taken], self.head.to_columns(seen.labels[taken])
+        logits, (columns, _) = seen.features[taken], self.head.to_targets(seen.labels[taken])
         if not (columns < old).any() or not (columns >= old).any():
             warnings.warn(
                 f"the {len(columns)} remembered images that are held out are not of both old and new classes, so nothing "

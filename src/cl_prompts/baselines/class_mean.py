@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.baselines.base import ComparisonLearner, Images
+from cl_prompts.baselines.base import Baseline, Images
 from cl_prompts.learner.features import record
 
 
-class NearestClassMean(ComparisonLearner):
+class NearestClassMean(Baseline):
     """The class whose mean training feature has the largest cosine; nothing is trained.
 
     On pre-trained transformers after Janson, Zhang, Aljundi & Elhoseiny, "A Simple Baseline that Questions the Use of
     Pretrained-Models in Continual Learning", 2022 (arXiv:2210.04428).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         freeze_backbone: must be True.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "ncm"
@@ -66,7 +66,7 @@ class NearestClassMean(ComparisonLearner):
         self.sums, self.counts = tensors["sums"], tensors["counts"]
 
 
-def class_sums(learner: ComparisonLearner, images: Images, *, normalized: bool = False) -> tuple[Tensor, Tensor]:
+def class_sums(learner: Baseline, images: Images, *, normalized: bool = False) -> tuple[Tensor, Tensor]:
     """Sums of the features of each known class over all processes [C, D], and their numbers [C]; float64.
 
     Args:
@@ -75,7 +75,7 @@ def class_sums(learner: ComparisonLearner, images: Images, *, normalized: bool =
         normalized: bring each feature to length 1 first.
     """
     seen = record(learner.features_of, images)
-    columns, _ = learner.head.to_columns(seen.labels)
+    columns, _ = learner.head.to_targets(seen.labels)
     features = seen.features.double()
     sums = features.new_zeros(len(learner.classes), features.shape[1])
     sums.index_add_(0, columns, F.normalize(features, dim=1) if normalized else features)

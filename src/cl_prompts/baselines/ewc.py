@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import Batch, ComparisonLearner, Images
+from cl_prompts.baselines.base import Batch, Baseline, Images
 from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
 from cl_prompts.interfaces import LossPart
 from cl_prompts.runtime.distributed import sum_over_processes
 
 
-class EWC(ComparisonLearner):
+class EWC(Baseline):
     """Parameters that earlier tasks' answers depend on are held near their values after those tasks.
 
     Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3: the loss takes
@@ -25,9 +25,9 @@ class EWC(ComparisonLearner):
     leaves.
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         strength: lambda. Ours; the paper chooses it by task.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "ewc"
@@ -75,7 +75,7 @@ class OnlineEWC(EWC):
     F_t; we do not.)
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         decay: gamma, what is left of the Fisher information after one more task, 0 to 1. Ours; the paper searches it.
         options: see `EWC`, whose `strength` is lambda here too.
     """
@@ -94,7 +94,7 @@ class OnlineEWC(EWC):
         penalty.centre[name] = theta.clone()
 
 
-def fisher_information(learner: ComparisonLearner, images: Images) -> dict[str, Tensor]:
+def fisher_information(learner: Baseline, images: Images) -> dict[str, Tensor]:
     """Mean squared gradient of log p(label) of each trained parameter, over the images of all processes.
 
     Args:
@@ -105,7 +105,7 @@ def fisher_information(learner: ComparisonLearner, images: Images) -> dict[str, 
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     count = torch.zeros((), device=learner.head.weight.device)
     for batch in images:
-        columns, _ = learner.head.to_columns(batch["labels"])
+        columns, _ = learner.head.to_targets(batch["labels"])
         for i in torch.nonzero(columns >= 0).flatten().tolist():
             query = batch["query"][i : i + 1] if "query" in batch else None
             with torch.enable_grad():

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import ComparisonLearner
+from cl_prompts.baselines.base import Baseline
 from cl_prompts.continual.streams.stream import Stream, Task
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
-class FreshStart(ComparisonLearner):
+class FreshStart(Baseline):
     """Forgets at the beginning of a task all it has learnt: the backbone is the given one again, the head new.
 
     Args:
-        backbone: see `ComparisonLearner`; a copy of what is trained of it is kept in main memory.
-        options: see `ComparisonLearner`.
+        backbone: see `Baseline`; a copy of what is trained of it is kept in main memory.
+        options: see `Baseline`.
     """
 
     def __init__(self, backbone: nn.Module, **options: Any) -> None:
@@ -32,7 +32,7 @@ class FreshStart(ComparisonLearner):
         with torch.no_grad():
             for name, tensor in self._given.items():
                 self.features.get_parameter(name).copy_(tensor)
-        self.head = GrowingHead(self.features.width).to(self.head.weight.device)
+        self.head = IncrementalHead(self.features.width).to(self.head.weight.device)
 
 
 class JointTraining(FreshStart):
@@ -64,7 +64,7 @@ class GDumb(FreshStart):
     """
 
     name = "gdumb"
-    rehearses = "only"
+    replay = "memory_only"
     needs_memory = True
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cl_prompts.backbones.feature_extractor import BareBackbone
 from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
-from cl_prompts.heads.incremental import GrowingHead
-from cl_prompts.learner.optimizer_hook import OptimizerLink
+from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.learner.optimizer_hook import UpdateScaler
 from cl_prompts.storage.adapter_state import AdapterState
 from cl_prompts.storage.atomic import replacing
 from cl_prompts.tuner.training_state import fill
@@ -25,7 +25,7 @@ CONFIG_FILE, WEIGHTS_FILE = "learner.json", "learner.safetensors"
 
 
 class GrowingModel(nn.Module):
-    """Backbone and head; see `ComparisonLearner` for the arguments."""
+    """Backbone and head; see `Baseline` for the arguments."""
 
     name: ClassVar[str]
     learns_without_tasks: ClassVar[bool] = False
@@ -45,12 +45,12 @@ class GrowingModel(nn.Module):
             "num_labels": num_labels,
         }
         self.features = BareBackbone(backbone, pooling, frozen=freeze_backbone)
-        self.head = GrowingHead(self.features.width)
+        self.head = IncrementalHead(self.features.width)
         self.state = AdapterState(base_fingerprint=self.features.fingerprint)
         self.grown = False  # since the last training forward
-        self.link = OptimizerLink()
+        self.update_scaler = UpdateScaler()
         if num_labels is not None:
-            self.head.declare(self.classes, self.classes)
+            self.head.expand(self.classes, self.classes)
 
     def number(self, name: str, value: float) -> float:
         """Check a non-negative setting and note it among the options."""
@@ -87,18 +87,18 @@ class GrowingModel(nn.Module):
         declared = self.state.check_task(classes, revisit)
         self.before_task(declared)
         known = list(dict.fromkeys(self.classes + declared))
-        self.head.declare(known, declared)
+        self.head.expand(known, declared)
         self.state.tasks.append(declared)
         self.state.task_open = self.grown = True
         self.state.class_names |= {str(int(c)): str(name) for c, name in (class_names or {}).items()}
-        self.link.detach()
+        self.update_scaler.detach()
 
     def end_task(self) -> None:
         """Close the task."""
         if not self.state.task_open:
             raise ValueError("no task is open: call begin_task(classes) first")
         self.state.task_open = False
-        self.link.detach()
+        self.update_scaler.detach()
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -127,19 +127,19 @@ class GrowingModel(nn.Module):
             raise ValueError("the state was taken from a learner on a backbone with other weights: load that one")
         classes = self.classes if self.num_labels is not None else state.classes
         device = self.head.weight.device
-        head = GrowingHead(self.features.width).requires_grad_(self.head.weight.requires_grad).to(device)
+        head = IncrementalHead(self.features.width).requires_grad_(self.head.weight.requires_grad).to(device)
         if classes:
-            head.declare(classes, state.tasks[-1] if state.tasks else classes)
+            head.expand(classes, state.tasks[-1] if state.tasks else classes)
         own = {name: p for name, p in self.trained().items() if not name.startswith("head.")}
         own |= {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
         found = below("parameters.", tensors)
         fill(own, found)
         self.head, self.state = head, state
-        self.link.detach()
+        self.update_scaler.detach()
         self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
-        """Save as `learner.json` and `learner.safetensors`, for `load_comparison_learner`; the folder is swapped in whole.
+        """Save as `learner.json` and `learner.safetensors`, for `load_baseline`; the folder is swapped in whole.
 
         Args:
             save_directory: folder to write.

@@ -27,8 +27,8 @@ class ICaRL(DistillingLearner):
     Remembered images join each batch instead of being mixed into the task's.
 
     Args:
-        backbone: see `ComparisonLearner`.
-        options: see `ComparisonLearner`.
+        backbone: see `Baseline`.
+        options: see `Baseline`.
 
     Attributes:
         means: mean feature of each class's exemplars, of length 1 [C, D]; empty before the first task has ended, when the
@@ -36,7 +36,7 @@ class ICaRL(DistillingLearner):
     """
 
     name = "icarl"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     needs_consolidation = True
 

@@ -19,10 +19,10 @@ class LwF(DistillingLearner):
     all earlier classes are one softmax (as for class-incremental learning in the iCaRL paper), and there is no warm-up.
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         strength: lambda_o, 1 in the paper.
         temperature: 2 in the paper.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "lwf"

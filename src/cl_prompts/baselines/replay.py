@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import Batch, ComparisonLearner, Images
+from cl_prompts.baselines.base import Batch, Baseline, Images
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.features import record
 
 
-class ER(ComparisonLearner):
+class ER(Baseline):
     """Remembered images join each batch; the loss is the cross entropy of both over all known classes.
 
     Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019 (arXiv:1902.10486): the mean over new and
@@ -20,12 +20,12 @@ class ER(ComparisonLearner):
     """
 
     name = "er"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     learns_without_tasks = True
 
 
-class DERPlusPlus(ComparisonLearner):
+class DERPlusPlus(Baseline):
     """Remembered images join each batch with their labels and with the logits that they once got.
 
     Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline", NeurIPS 2020: for
@@ -35,10 +35,10 @@ class DERPlusPlus(ComparisonLearner):
     remembered images together (half the published loss where there are as many of both).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         alpha: weight of the distance; 0.1 as in the published code for split CIFAR-10 and a memory of 500 images.
         beta: weight of the cross entropy of remembered images; 0.5, likewise.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
 
     Attributes:
         stored_numbers: `sample_ids` of the remembered images, ascending [n].
@@ -47,7 +47,7 @@ class DERPlusPlus(ComparisonLearner):
     """
 
     name = "der++"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     needs_consolidation = True
 

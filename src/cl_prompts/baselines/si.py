@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import Batch, ComparisonLearner
+from cl_prompts.baselines.base import Batch, Baseline
 from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
 from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.optimizer_hook import inner_optimizer
 
 
-class SI(ComparisonLearner):
+class SI(Baseline):
     """Parameters are held by how much their way through earlier tasks lowered the loss.
 
     Zenke, Poole & Ganguli, "Continual Learning Through Synaptic Intelligence", ICML 2017. While a task is trained, every
@@ -24,10 +24,10 @@ class SI(ComparisonLearner):
     strength * sum of importance * (theta - theta after the newest task)^2 (equation 4).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         strength: c; 0.1 as for split CIFAR in the paper.
         damping: xi, as in the paper.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "si"
@@ -45,7 +45,7 @@ class SI(ComparisonLearner):
         self._hooks: list[Any] = []
 
     def begin_task(self, *args: Any, **kwargs: Any) -> None:
-        """Open the next task; `args` and `kwargs` as in `ComparisonLearner`. The ways of all parameters begin."""
+        """Open the next task; `args` and `kwargs` as in `Baseline`. The ways of all parameters begin."""
         super().begin_task(*args, **kwargs)
         self.start = {name: p.detach().clone() for name, p in self.trained().items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}

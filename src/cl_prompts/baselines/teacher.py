@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_prompts.backbones.feature_extractor import BareBackbone
-from cl_prompts.baselines.base import ComparisonLearner
+from cl_prompts.baselines.base import Baseline
 from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
 from cl_prompts.interfaces import LossPart
 
@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         return {"weight": self.weight, "bias": self.bias, **{name: self.get_parameter(name) for name in self.names}}
 
 
-class DistillingLearner(ComparisonLearner):
+class DistillingLearner(Baseline):
     """Keeps the model as it was before the task.
 
     Attributes:

@@ -55,7 +55,7 @@ class ExtraClassifiers:
         if not self.classifiers:
             return
         seen, head = record(self.learner.features_of, images), self.learner.head
-        columns, _ = head.to_columns(seen.labels)
+        columns, _ = head.to_targets(seen.labels)
         self._tasks.append(head.current.nonzero().flatten().tolist())
         before = None if self._recorded is None else self._recorded.features_of(seen)
         for classifier in self.classifiers.values():

@@ -27,7 +27,7 @@ def check_run(model: Any, stream: Stream, args: ContinualArguments, classifiers:
             f"{type(model).__name__} or a further classifier looks at each task's images once more when it is learnt, "
             "which this stream cannot show again: load the data set whole, or leave out head, alignment and classifiers"
         )
-    if args.rehearses and model.rehearses == "never":
+    if args.rehearses and model.replay == "none":
         raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
     if args.rehearses and getattr(model, "class_mask", None) == "task":
         raise ValueError(
@@ -39,7 +39,7 @@ def check_run(model: Any, stream: Stream, args: ContinualArguments, classifiers:
         raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
     if getattr(model, "needs_memory", False) and not args.rehearses:
         raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
-    if stream.task_free and model.rehearses == "only":
+    if stream.task_free and model.replay == "memory_only":
         raise ValueError(f"{type(model).__name__} trains on the memory after each task: use a stream with tasks")
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.heads import FeatureClassifier
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 class FrozenFeatures:
@@ -98,12 +98,12 @@ def sequential_probe(
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
-    head = GrowingHead(data.train[0][0].shape[1], cosine_scale)
+    head = IncrementalHead(data.train[0][0].shape[1], cosine_scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for task, (features, labels) in enumerate(data.train):
             seen += [c for c in data.classes[task] if c not in seen]
-            head.declare(seen, data.classes[task])
+            head.expand(seen, data.classes[task])
             _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
@@ -121,15 +121,15 @@ def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr
         for task in range(len(data.train)):
             seen += [c for c in data.classes[task] if c not in seen]
             features, labels = (torch.cat(parts) for parts in zip(*data.train[: task + 1], strict=True))
-            head = GrowingHead(features.shape[1])
-            head.declare(seen, seen)
+            head = IncrementalHead(features.shape[1])
+            head.expand(seen, seen)
             _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
-def _fit(head: GrowingHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
-    targets, _ = head.to_columns(labels)
+def _fit(head: IncrementalHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
+    targets, _ = head.to_targets(labels)
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     for _ in range(epochs):
         for rows in torch.randperm(len(features)).split(batch_size):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cl_prompts.interfaces import IGNORE_INDEX
 
 
-class GrowingHead(nn.Module):
+class IncrementalHead(nn.Module):
     """Linear or cosine classifier over the classes known so far.
 
     Args:

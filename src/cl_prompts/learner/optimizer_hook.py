@@ -24,7 +24,7 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-class OptimizerLink:
+class UpdateScaler:
     """Scales the steps that an optimizer takes on the rows a method protects.
 
     After a step, theta <- before + factor * (theta - before) where factor < 1: exact for SGD, Adam and AdamW, whose
@@ -36,8 +36,8 @@ class OptimizerLink:
         self._known: set[int] = set()
         self._before: dict[str, Tensor] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerLink:
-        return OptimizerLink()  # a copy of the model is not trained by the original's optimizer
+    def __deepcopy__(self, memo: dict[int, Any]) -> UpdateScaler:
+        return UpdateScaler()  # a copy of the model is not trained by the original's optimizer
 
     @property
     def attached(self) -> bool:
@@ -83,7 +83,7 @@ class OptimizerLink:
                 )
 
 
-class ImageLedger:
+class SampleCounter:
     """Which images of the current task were counted, so that epochs and padding count no image twice."""
 
     def __init__(self, seen: Iterable[int] = ()) -> None:

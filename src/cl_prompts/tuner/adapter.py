@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.heads import AlignedClassifier, build_classifier
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape
 from cl_prompts.learner.features import Recorded
-from cl_prompts.learner.optimizer_hook import ImageLedger, OptimizerLink
+from cl_prompts.learner.optimizer_hook import SampleCounter, UpdateScaler
 from cl_prompts.methods import POOLS, PromptPool, PromptPoolConfig
 
 
@@ -35,11 +35,11 @@ class PoolAdapter(nn.Module):
         self.readout = pooling if config.readout == "auto" else config.readout
         self.pool: PromptPool = POOLS[config.method](config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
-        self.head = GrowingHead(width, config.scale)
+        self.head = IncrementalHead(width, config.scale)
         self.classifier = build_classifier(config, width)
         self.recorded: Recorded | None = None  # the coming task's images, seen before it
-        self.link = OptimizerLink()
-        self.ledger = ImageLedger()
+        self.update_scaler = UpdateScaler()
+        self.sample_counter = SampleCounter()
         self.grown = False  # since the last training forward
         # Labels of undeclared classes seen on a device or in a compiled graph, where a step must not look at them.
         self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -84,7 +84,7 @@ class PoolAdapter(nn.Module):
             raise ValueError('trained_tasks="first": prompts are frozen after the first task, statistics rely on them')
 
     def _declare(self, known: Sequence[int], task: Sequence[int] | None = None) -> None:
-        self.head.declare(known, task if task is not None else known)
+        self.head.expand(known, task if task is not None else known)
         column_of = {c: column for column, c in enumerate(known)}
         columns = [column_of[c] for c in (task if task is not None else known)]
         # Prompts that are frozen after the first task have no part in later ones.
@@ -98,7 +98,7 @@ class PoolAdapter(nn.Module):
         known = self.config.state.classes
         column_of = {c: column for column, c in enumerate(known)}
         columns = [[column_of[c] for c in task] for task in tasks]
-        self.head.declare(known, tasks[-1])
+        self.head.expand(known, tasks[-1])
         self.pool.rebuild(columns if self.config.trained_tasks == "all" else columns[:1])
         if self.classifier is not None:
             self.classifier.rebuild(columns)
@@ -118,9 +118,9 @@ class PoolAdapter(nn.Module):
         state.class_names.update(names)
         if self.frozen:
             self.pool.requires_grad_(False)
-        self.ledger.clear()
+        self.sample_counter.clear()
         self.grown = True
-        self.link.detach()
+        self.update_scaler.detach()
 
     def end_task(self) -> None:
         """Close the task; see `PromptPoolTuner.end_task`."""
@@ -131,7 +131,7 @@ class PoolAdapter(nn.Module):
         if not self.frozen:
             self.pool.end_task()
         self.config.state.task_open = False
-        self.link.detach()
+        self.update_scaler.detach()
 
     def classify(self, features: Tensor) -> Tensor:
         """What answers: logits [B, C] of features [B, D]."""
@@ -155,7 +155,7 @@ class PoolAdapter(nn.Module):
                     'model.record_features(images) before begin_task, or set drift_compensation="none"'
                 )
             before = self.recorded.features_of(seen)
-        columns, _ = self.head.to_columns(seen.labels)
+        columns, _ = self.head.to_targets(seen.labels)
         outside = ~self.head.current[columns.clamp_min(0)] | (columns < 0)
         if outside.any():
             raise ValueError(
@@ -177,7 +177,7 @@ class PoolAdapter(nn.Module):
         Raises:
             ValueError: a label on the CPU is of no declared class, or in training of none of the current task.
         """
-        columns, unknown = self.head.to_columns(labels)
+        columns, unknown = self.head.to_targets(labels)
         masked = self.training and self.config.class_mask == "task"
         outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)] & masked
         if torch.compiler.is_compiling() or labels.device.type != "cpu":

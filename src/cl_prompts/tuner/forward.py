@@ -187,7 +187,7 @@ class WayOfABatch:
         if labels is not None:
             check_labels(labels, len(images))
         check_ready(adapter, learning=training and labels is not None)
-        columns = adapter.to_columns(labels) if labels is not None else None
+        columns = adapter.to_targets(labels) if labels is not None else None
         everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
         counted = everything if columns is None else columns >= 0
         hidden, below = kwargs.get("hidden"), 0
@@ -295,7 +295,7 @@ class WayOfABatch:
                 loss, losses = loss_of(call, logits, parts)
         if call.training and not adapter.frozen:
             with torch.no_grad(), torch.autocast(call.counted.device.type, enabled=False):
-                fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
+                fresh = adapter.sample_counter.first_seen(call.sample_ids, call.counted)
                 seen = Observation(chosen.ids, call.query, call.columns, fresh, chosen.scores, features, call.counted)
                 adapter.pool.observe(seen)
         answer = PromptPoolOutput(

@@ -40,8 +40,8 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
     adapter.grown = True
     if optimizer is not None:
         _swap_parameters(optimizer, swapped)
-        if adapter.link.attached:
-            adapter.link.attach(optimizer, adapter, new.update_factors(), "pool.")
+        if adapter.update_scaler.attached:
+            adapter.update_scaler.attach(optimizer, adapter, new.update_factors(), "pool.")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.structure import Structure, expected_image, fingerprint
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.learner.features import record
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
@@ -20,7 +20,7 @@ from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import rebuilt, training_state
 
 
-class TaskLearner:
+class TaskAPI:
     """The part of `PromptPoolTuner` that learns task after task with its active adapter."""
 
     model: nn.Module
@@ -53,7 +53,7 @@ class TaskLearner:
         return self.adapter.config.closed_form
 
     @property
-    def head(self) -> GrowingHead:
+    def head(self) -> IncrementalHead:
         """The trained head."""
         return self.adapter.head
 
@@ -176,8 +176,8 @@ class TaskLearner:
             ValueError: the optimizer lacks a trainable parameter.
         """
         adapter = self.adapter
-        adapter.link.attach(optimizer, adapter, adapter.pool.update_factors(), "pool.")
-        adapter.link.check_trains(adapter.named_parameters())
+        adapter.update_scaler.attach(optimizer, adapter, adapter.pool.update_factors(), "pool.")
+        adapter.update_scaler.check_trains(adapter.named_parameters())
 
     def check_labels(self) -> None:
         """Report labels of undeclared classes seen on a device or in a compiled model; call it where you log.

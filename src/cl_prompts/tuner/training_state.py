@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.features import Recorded
-from cl_prompts.learner.optimizer_hook import ImageLedger
+from cl_prompts.learner.optimizer_hook import SampleCounter
 from cl_prompts.storage.adapter_state import AdapterState
 from cl_prompts.tuner.adapter import PoolAdapter
 
@@ -23,7 +23,7 @@ def training_state(adapter: PoolAdapter, base: nn.Module) -> tuple[dict[str, Ten
     tensors |= {f"base.{name}": p for name, p in base.named_parameters() if p.requires_grad}
     if adapter.recorded is not None:
         tensors |= {f"recorded.{name}": value for name, value in vars(adapter.recorded).items()}
-    tensors["counted"] = torch.tensor(adapter.ledger.seen, dtype=torch.int64)
+    tensors["counted"] = torch.tensor(adapter.sample_counter.seen, dtype=torch.int64)
     return tensors, {"state": adapter.config.state.to_dict()}
 
 
@@ -46,7 +46,7 @@ def rebuilt(
     fill(own, found)
     if "recorded.ids" in tensors:
         new.recorded = Recorded(*(tensors[f"recorded.{field.name}"] for field in fields(Recorded)))
-    new.ledger = ImageLedger(tensors["counted"].tolist())
+    new.sample_counter = SampleCounter(tensors["counted"].tolist())
     new.train(adapter.training)
     return new.requires_grad_(next(adapter.head.parameters()).requires_grad)
 

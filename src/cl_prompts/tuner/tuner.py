@@ -23,14 +23,14 @@ from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.forward import WayOfABatch, ways_through
-from cl_prompts.tuner.task_api import TaskLearner
+from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 
 
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
 
-class PromptPoolTuner(TaskLearner, BaseTuner):
+class PromptPoolTuner(TaskAPI, BaseTuner):
     """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval.
 
     `PromptPoolModel` and PEFT's `PeftModel` make it; nobody else needs to.

@@ -170,12 +170,12 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
         return
     if adapter.config.num_labels is None and not adapter.config.state.task_open:
         raise ValueError("a training forward outside a task: call begin_task(classes) first, or model.eval()")
-    if adapter.config.needs_optimizer and not adapter.link.attached:
+    if adapter.config.needs_optimizer and not adapter.update_scaler.attached:
         raise ValueError(
             'this config scales the optimizer\'s steps (modulate="update"): call model.attach_optimizer(optimizer) after '
             "begin_task"
         )
-    adapter.link.check_trains(adapter.named_parameters())
+    adapter.update_scaler.check_trains(adapter.named_parameters())
     if adapter.grown and world_size() > 1:
         check_wrapper(adapter)
         adapter.grown = False

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer with the names of transformers' callbacks, a progress bar, and a tracker that writes JSON lines."""
+"""Callbacks of the trainer with the names of transformers', a progress bar, and a tracker that writes JSON lines."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def training_step(
     """
     losses: dict[str, Tensor] = {}
     parts = micro_batches(batch, pieces)
-    # The pieces' gradients are summed here and averaged over processes, so each piece's loss is scaled by the images of all.
+    # Gradients of pieces are summed and those of processes averaged, so each piece is scaled by the images of all.
     whole: dict[str, Any] = {}
     if len(parts) > 1:
         whole["num_items_in_batch"] = sum_over_processes((batch["labels"] != IGNORE_INDEX).sum())

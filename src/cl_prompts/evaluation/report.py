@@ -98,14 +98,14 @@ def matrix_table(matrix: AccuracyMatrix) -> str:
     return _table(rows)
 
 
-def task_table(measured: Sequence[Evaluation]) -> str:
+def task_table(evaluations: Sequence[Evaluation]) -> str:
     """A Markdown table of the newest evaluation, a row per task: whose class and whose prompts each image was given.
 
     Args:
-        measured: one evaluation for each task, made with `task`.
+        evaluations: one for each task, made with `task`.
     """
     rows = []
-    for number, found in enumerate(measured, start=1):
+    for number, found in enumerate(evaluations, start=1):
         shares = {
             "accuracy": found.accuracy,
             "task known": found.task_incremental,
@@ -170,7 +170,7 @@ def run_page(
     data: str,
     arguments: Mapping[str, Any],
     seconds: float,
-    measured: Sequence[Evaluation] = (),
+    evaluations: Sequence[Evaluation] = (),
     selection: str = "",
     plots: Sequence[Path] = (),
     floors: Sequence[str] = FLOORS,
@@ -185,7 +185,7 @@ def run_page(
         data: likewise.
         arguments: all settings.
         seconds: what the whole run took.
-        measured: the last evaluation, one for each task, made with `task`.
+        evaluations: the newest evaluation, one for each task, made with `task`.
         selection: `selection_summary`.
         plots: pictures in the folder.
         floors: as in `remarks`.
@@ -219,7 +219,7 @@ def run_page(
         comparison_table(results),
         remarks(results, floors),
         f"## Accuracy on each task{of_seed}\n\n{matrix_table(runs[0].matrix)}",
-        f"## After the last task{of_seed}\n\n{task_table(measured)}" if measured else "",
+        f"## After the last task{of_seed}\n\n{task_table(evaluations)}" if evaluations else "",
         f"## What was selected{of_seed}\n\n{selection}" if selection else "",
         "\n".join(links),
         f"## Repeat it\n\n```sh\n{command}\n```",

@@ -74,7 +74,7 @@ class Arguments:
 
     method: str = setting(
         "hash",
-        f"a prompt method ({', '.join(sorted(METHODS))}) or a comparison learner ({', '.join(sorted(BASELINES))})",
+        f"a prompt method ({', '.join(sorted(METHODS))}) or a baseline ({', '.join(sorted(BASELINES))})",
     )
     extra_classifiers: list[str] = field(
         default_factory=list,

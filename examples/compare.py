@@ -113,9 +113,7 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
         sys.exit(f"rows {twice} or their seeds would share a results folder: give them names that differ in letters")
     taken = {f"{run.row} + {classifier}" for run in runs for classifier in run.arguments.extra_classifiers} & set(rows)
     if taken:
-        sys.exit(
-            f"rows {sorted(taken)} are named like another row with an extra classifier: give them other names"
-        )
+        sys.exit(f"rows {sorted(taken)} are named like another row with an extra classifier: give them other names")
     return runs
 
 

@@ -1,4 +1,4 @@
-"""Continual learning with a prompt pool on a frozen vision transformer, or with a comparison learner.
+"""Continual learning with a prompt pool on a frozen vision transformer, or with a baseline.
 
     accelerate launch examples/train_cil.py                                   # digits on the micro ViT, two minutes
     accelerate launch examples/train_cil.py --model google/vit-base-patch16-224-in21k --dataset path/to/images
@@ -28,13 +28,14 @@ from run_folder import begin, described, is_complete, read_results, refuse_anoth
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.baselines import BASELINES, JointStream, get_baseline
+from cl_prompts.baselines import BASELINES, get_baseline
 from cl_prompts.continual import (
     AccuracyMatrix,
     ContinualTrainer,
     CropAndFlip,
     Evaluation,
     FrozenFeatures,
+    JointStream,
     ProgressBar,
     Stream,
     closed_form,
@@ -90,7 +91,7 @@ def build_stream(args: Arguments, processor: Any) -> Stream:
 
 
 def build_learner(args: Arguments, stream: Stream) -> Any:
-    """A prompt pool on a frozen backbone, or a comparison learner on one that may be trained."""
+    """A prompt pool on a frozen backbone, or a baseline on one that may be trained."""
     options = pairs(args.config)
     backbone = load_backbone(args.model, args.attention)
     if stream.task_free:

@@ -83,13 +83,12 @@ def teach(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, ti
     if len(images) < MIN_IMAGES:
         raise ValueError(f"{len(images)} pictures are too few: give at least {MIN_IMAGES}")
     with pool.lock:
-        tensors, values = pool.model.training_state()
-        before = {key: tensor.clone() for key, tensor in tensors.items()}, copy.deepcopy(values)
+        before = copy.deepcopy(pool.model.training_state_dict())
         mask = pool.model.adapter.config.class_mask
         try:
             said = _taught(pool, name, images, way, tick)
         except BaseException:
-            pool.model.load_training_state(*before)
+            pool.model.load_training_state_dict(before)
             raise
         finally:
             pool.model.adapter.config.class_mask = mask

@@ -1,4 +1,4 @@
-"""Comparison learners on two processes learn what they learn on one."""
+"""Baselines on two processes learn what they learn on one."""
 
 import sys
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from cl_prompts.baselines import BASELINES, JointStream
-from cl_prompts.continual import RehearsalMemory
+from cl_prompts.baselines import BASELINES
+from cl_prompts.continual import JointStream, RehearsalMemory
 
 
 pytestmark = pytest.mark.xdist_group("baselines")
@@ -66,7 +66,7 @@ def learn(name: str) -> dict[str, Tensor]:
         learner.eval().consolidate(images(rows), images(memory.rows) if memory is not None else None)
         learner.end_task()
     kept = {} if memory is None else {"memory": torch.tensor(memory.rows)}
-    return {name: tensor.detach().clone() for name, tensor in learner.training_state()[0].items()} | kept
+    return {name: tensor.detach().clone() for name, tensor in learner.training_state_dict()["tensors"].items()} | kept
 
 
 def process(rank: int, folder: str, path: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Comparison learners in the trainer: what they see, resume, accumulation, two processes, files, bad input."""
+"""Baselines in the trainer: what they see, resume, accumulation, two processes, files, bad input."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from cl_prompts.baselines import (
     BASELINES,
-    JointStream,
     get_baseline,
     load_baseline,
 )
@@ -22,6 +21,7 @@ from cl_prompts.continual import (
     ContinualArguments,
     ContinualTrainer,
     GaussianStream,
+    JointStream,
     TrainerCallback,
     TrainerState,
 )
@@ -166,7 +166,7 @@ def test_every_learner_resumes_inside_a_task(name: str, tmp_path: Path) -> None:
     mine, theirs = tensors(resumed), tensors(whole)
     assert mine.keys() == theirs.keys()
     assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
-    assert resumed.model.training_state()[1] == whole.model.training_state()[1]
+    assert resumed.model.training_state_dict()["values"] == whole.model.training_state_dict()["values"]
 
 
 @pytest.mark.parametrize("name", ["ewc", "si", "lwf", "er", "der++", "bic", "icarl"])
@@ -197,14 +197,14 @@ def test_a_saved_learner_answers_and_goes_on_the_same(name: str, tmp_path: Path)
     again = load_baseline(tmp_path / "learner", build("vit"))
     assert torch.equal(again(batch["pixel_values"]).logits, learner(batch["pixel_values"]).logits)
     assert again.fingerprint() == learner.describe()
-    assert again.state == learner.state
+    assert again.tasks.state == learner.tasks.state
     after = []
     for one in (learner, again):
         torch.manual_seed(0)
         one.begin_task([4, 1, 0, 3], revisit=True)
         if one.trains_task(2):
             train_steps(one, batch_of([0, 4, 3]))
-        after.append(one.training_state()[0])
+        after.append(one.training_state_dict()["tensors"])
     assert after[0].keys() == after[1].keys()
     assert all(torch.equal(values, after[1][key]) for key, values in after[0].items())
 
@@ -219,14 +219,14 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "learner.json").read_text())
     for changed in ({"learner": "lwg"}, {"options": {**told["options"], "freeze_backbone": True}}, {"options": None}):
         (tmp_path / "learner.json").write_text(json.dumps({**told, **changed}))
-        with pytest.raises(ValueError, match=r"no comparison learner is called|other options|has no options"):
+        with pytest.raises(ValueError, match=r"no baseline is called|other options|has no options"):
             load_baseline(tmp_path, build("vit"))
     (tmp_path / "learner.json").write_text(json.dumps(told))
     content = (tmp_path / "learner.safetensors").read_bytes()
     (tmp_path / "learner.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="holds no comparison learner, or a damaged one"):
+    with pytest.raises(ValueError, match="holds no baseline, or a damaged one"):
         load_baseline(tmp_path, build("vit"))
-    with pytest.raises(ValueError, match="holds no comparison learner"):
+    with pytest.raises(ValueError, match="holds no baseline"):
         load_baseline(tmp_path / "nowhere", build("vit"))
 
 
@@ -236,7 +236,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ewd", {}, "no comparison learner is called 'ewd'"),
+        ("ewd", {}, "no baseline is called 'ewd'"),
         ("ewc", {"strength": -1}, "strength=-1 must be a non-negative number"),
         ("ewc", {"strength": float("nan")}, "strength=nan must be a non-negative number"),
         ("ewc_online", {"decay": 1.5}, "decay=1.5 must be between 0 and 1"),
@@ -278,9 +278,9 @@ def test_calls_out_of_order_are_named() -> None:
     learner.begin_task([0])
     with pytest.raises(ValueError, match=r"does not train \['head.weight', 'head.bias'\]"):
         learner.attach_optimizer(old)
-    with pytest.raises(ValueError, match=r"labels \[1, 4\] are of no class that can be learnt now, which are \[0\]"):
+    with pytest.raises(ValueError, match=r"labels \[1, 4\] do not belong to the current task \[0\]"):
         learner(**batch)
-    with pytest.raises(ValueError, match=r"labels \[9\] are of no class"):
+    with pytest.raises(ValueError, match=r"labels \[9\] are of no declared class"):
         learner.eval()(batch["pixel_values"][:1], torch.tensor([9]))
     with pytest.raises(ValueError, match="query holds features of a frozen backbone"):
         learner(batch["pixel_values"], query=torch.zeros(2, 32))

@@ -26,11 +26,12 @@ from support.stream_data import birds, pictures, row_values, to_tensor
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
-from cl_prompts.baselines import JointStream, get_baseline
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import (
     ClassIncrementalStream,
     DomainIncrementalStream,
     GaussianStream,
+    JointStream,
     Stream,
 )
 from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
@@ -131,7 +132,7 @@ OTHER_MODEL: dict[str, Callable[[], Any]] = {
     "another attention": lambda: picture_model(base=build("vit", attention="eager")),
     "another pooling": lambda: picture_model(query_pooling="mean"),
     "another family": lambda: picture_model(base=build("deit")),
-    "the pass of a comparison learner": lambda: get_baseline("frozen", build("vit")),
+    "the pass of a baseline": lambda: get_baseline("frozen", build("vit")),
 }
 
 

@@ -39,7 +39,7 @@ def test_it_does_what_a_plain_loop_does() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         model.end_task()
-    for name, tensor in model.training_state()[0].items():
+    for name, tensor in model.training_state_dict()["tensors"].items():
         assert torch.equal(tensor, tensors(trainer)[name]), name
     model.eval()
     for number, task in enumerate(stream):

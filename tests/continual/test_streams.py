@@ -1,4 +1,4 @@
-"""Streams of tasks, evaluation that peeks at nothing, and the comparison learners."""
+"""Streams of tasks, evaluation that peeks at nothing, and the baselines."""
 
 from typing import Any
 
@@ -267,7 +267,7 @@ def test_stream_features_by_row(trained: PromptPoolModel) -> None:
     assert not table[8].any(), "class 4 is in no task"
 
 
-# ---- comparison learners -------------------------------------------------------------------------------------------
+# ---- baselines -------------------------------------------------------------------------------------------
 
 
 def frozen_features() -> FrozenFeatures:

@@ -164,7 +164,7 @@ def test_order_of_tasks() -> None:
     with pytest.raises(ValueError, match=r"a training forward outside a task: call begin_task\(classes\) first, or mo"):
         model.train()(**inputs("vit"), labels=torch.zeros(3, dtype=torch.int64))
     free = get_prompt_pool_model(build("vit"), L2PConfig(num_labels=4, class_mask="none"))
-    with pytest.raises(ValueError, match=r"num_labels=4 makes this adapter task-free: leave begin_task out"):
+    with pytest.raises(ValueError, match=r"num_labels=4 makes this learner task-free: leave begin_task out"):
         free.begin_task([0])
 
 

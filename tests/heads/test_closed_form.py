@@ -65,7 +65,7 @@ def test_a_frozen_pool_stays_frozen_whoever_switches_gradients(tmp_path: Path) -
     model.save_pretrained(tmp_path)
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path, is_trainable=True)
     twin = new_model("hash", trained_tasks="first")
-    twin.load_training_state(*model.training_state())
+    twin.load_training_state_dict(model.training_state_dict())
     model.set_adapter("default")
     model.set_requires_grad("default", True)
     for one in (model, loaded, twin):

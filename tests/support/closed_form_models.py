@@ -82,4 +82,4 @@ def features(model: Any, seen: Tensor = SEEN) -> Tensor:
 
 
 def state(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.training_state()[0].items()}
+    return {name: tensor.detach().clone() for name, tensor in model.training_state_dict()["tensors"].items()}

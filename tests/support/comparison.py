@@ -1,4 +1,4 @@
-"""Comparison learners on a tiny backbone, and the plain torch that they are checked against."""
+"""Baselines on a tiny backbone, and the plain torch that they are checked against."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_prompts.baselines import BASELINES, Baseline, JointStream, get_baseline
-from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
+from cl_prompts.baselines import BASELINES, Baseline, get_baseline
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, JointStream, TrainerCallback
 from support.families import build
 from support.small_runs import pictures, small_stream
 

@@ -75,4 +75,4 @@ class StopAt(TrainerCallback):
 
 def tensors(trainer: ContinualTrainer) -> dict[str, Tensor]:
     """All that a run has learnt."""
-    return {name: tensor.detach().clone() for name, tensor in trainer.model.training_state()[0].items()}
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.training_state_dict()["tensors"].items()}

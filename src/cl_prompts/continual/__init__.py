@@ -7,6 +7,7 @@ from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.gaussian import GaussianStream
 from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
+from cl_prompts.continual.streams.joint import JointStream
 from cl_prompts.continual.streams.scenarios import (
     ClassIncrementalStream,
     DatasetSequenceStream,
@@ -41,6 +42,7 @@ __all__ = [
     "GaussianStream",
     "IterableClassIncrementalStream",
     "IterableDomainIncrementalStream",
+    "JointStream",
     "JsonlTracker",
     "ProgressBar",
     "RehearsalMemory",

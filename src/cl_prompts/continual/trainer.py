@@ -1,6 +1,6 @@
 """Learning a stream of tasks on any device or many, with Accelerate; a killed run continues where it was.
 
-The trainer knows a model by `cl_prompts.learner.protocol.Learner`, which prompt pools and comparison learners implement.
+The trainer knows a model by `cl_prompts.learner.protocol.Learner`, which prompt pools and baselines implement.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ContinualTrainer:
     """Trains a model task after task and evaluates it after each task on all tasks seen.
 
     Args:
-        model: a `PromptPoolModel` or a comparison learner, not wrapped.
+        model: a `PromptPoolModel` or a baseline, not wrapped.
         stream: the tasks.
         args: settings.
         accelerator: None: one is made with `args.mixed_precision`.

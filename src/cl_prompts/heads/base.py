@@ -86,7 +86,9 @@ class FeatureClassifier(nn.Module, ABC):
         self.begin_task(newest)
 
     @torch.no_grad()
-    def fit(self, features: Tensor, columns: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None) -> None:
+    def fit(
+        self, features: Tensor, columns: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None
+    ) -> None:
         """Take in the newest task, whose training is done.
 
         Args:

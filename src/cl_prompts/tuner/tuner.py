@@ -232,20 +232,6 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         with self.way.prompted(self.adapter, args, kwargs, training=self.training and torch.is_grad_enabled()):
             yield
 
-    def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The un-prompted feature (the query) of images, `pixel_values` [B, 3, H, W]: [B, D] float32, without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
-
-    def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """What enters the lowest prompted block for images, `pixel_values` [B, 3, H, W]: [B, N, D], without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
-
     # ---- files -------------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -150,9 +150,7 @@ def _transform(transform: Any) -> list[Any]:
     kind, settings = type(transform), getattr(transform, "settings", None)
     if not callable(settings):
         name = getattr(transform, "__qualname__", kind.__qualname__)
-        raise NotCacheableError(
-            f"the transform {name} has no settings(): give it one that returns all of them, as JSON"
-        )
+        raise NotCacheableError(f"the transform {name} has no settings(): give it one that returns all of them, as JSON")
     try:
         sources = [inspect.getsource(part) for part in kind.__mro__ if part is not object]
     except (OSError, TypeError) as error:

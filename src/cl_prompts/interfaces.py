@@ -125,3 +125,7 @@ class Prompts:
     scores: Tensor | None = None
     candidates: int = 1
     combine: Literal["confident", "mean"] = "confident"
+
+
+class NotCacheableError(Exception):
+    """Features of a backbone cannot be kept for later: what they depend on cannot be told."""

@@ -25,6 +25,7 @@ from cl_prompts.storage.adapter_files import WHERE, adapter_folder
 from cl_prompts.storage.atomic import read_whole, replacing, telling_full_disk
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.tuner.forward import ways_through
+from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
@@ -38,12 +39,12 @@ PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PromptPoolTuner
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PromptPoolTuner.prefix
 
 
-class PromptPoolModel(PeftModel):
+class PromptPoolModel(TaskAPI, PeftModel):
     """A frozen vision transformer with a prompt pool.
 
-    What it does lives in `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class adds
-    the signature of the forward and saves that replace a folder as a whole. Tasks: `begin_task`, `end_task`,
-    `parameter_groups`, `attach_optimizer`, `classes`; prompts: `initialize_prompts`, `grow_pool` (see `PromptPoolTuner`).
+    The adapters live on the `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class
+    adds the signature of the forward and saves that replace a folder as a whole. `TaskAPI` has the methods for tasks,
+    training and features.
     """
 
     def forward(
@@ -325,7 +326,7 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
     Returns:
         float32 [B, D], without gradient.
     """
-    return model.base_model.extract_features(pixel_values, **kwargs)
+    return model.extract_features(pixel_values, **kwargs)
 
 
 def extract_hidden_states(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
@@ -342,7 +343,7 @@ def extract_hidden_states(model: PeftModel, pixel_values: Tensor, **kwargs: Any)
     Raises:
         ValueError: prompts enter block 0, or what is below them is trained, compiled or hooked.
     """
-    return model.base_model.extract_hidden_states(pixel_values, **kwargs)
+    return model.extract_hidden_states(pixel_values, **kwargs)
 
 
 @contextmanager

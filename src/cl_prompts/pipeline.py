@@ -107,7 +107,7 @@ class PromptPoolPipeline:
             model = PromptPoolModel.from_pretrained(named, adapter, **kwargs | where)
         if image_processor is None:
             own = further_file(adapter, PROCESSOR_FILE, **where)
-            base_name = model.get_base_model().name_or_path
+            base_name = str(model.get_base_model().name_or_path)
             image_processor = (
                 load_processor(own.parent) if own else load_processor(base_name, revision=base_revision, token=token)
             )

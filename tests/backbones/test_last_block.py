@@ -22,7 +22,7 @@ def new_model(name: str, config: Any, **more: Any) -> Any:
     model = get_prompt_pool_model(build(name, **more), config)
     model.begin_task([0, 1])
     if config.needs_optimizer:
-        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.1)))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Streams of tasks, evaluation that peeks at nothing, and the comparison learners."""
+"""Streams of tasks, evaluation that peeks at nothing, and the baselines."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from cl_prompts.continual import (
     stream_features,
 )
 from cl_prompts.evaluation.probes import _fit
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 TRAIN = [5, 9, 5, 2, 7, 9, 9, 2, 5, 7, 7, 2, 4, 5, 9, 2, 7]
@@ -149,7 +149,7 @@ def trained(request: pytest.FixtureRequest) -> PromptPoolModel:
     stream = stream_of()
     for task in stream:
         model.begin_task(task.classes)
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-2))
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-2))
         model.attach_optimizer(optimizer)
         model.train()
         for batch in stream.train_batches(task, 3, seed=0, epoch=0):
@@ -238,7 +238,7 @@ def test_stream_features_by_row(trained: PromptPoolModel) -> None:
     assert not table[8].any(), "class 4 is in no task"
 
 
-# ---- comparison learners -------------------------------------------------------------------------------------------
+# ---- baselines -------------------------------------------------------------------------------------------
 
 
 def frozen_features() -> FrozenFeatures:
@@ -288,11 +288,11 @@ def test_probes_follow_from_their_seed(probe: Any) -> None:
 def test_sequential_probe_touches_only_the_rows_of_its_task(cosine_scale: float | None) -> None:
     data = frozen_features()
     seen: list[int] = []
-    head = GrowingHead(6, cosine_scale)
+    head = IncrementalHead(6, cosine_scale)
     for task, (features, labels) in enumerate(data.train):
         old = len(seen)
         seen += data.classes[task]
-        head.declare(seen, data.classes[task])
+        head.expand(seen, data.classes[task])
         before = head.weight.detach().clone()
         _fit(head, features, labels, **SETTINGS)
         assert torch.equal(head.weight[:old], before[:old])

@@ -47,13 +47,13 @@ def second_task(method: str, wrap: Callable[..., Any] = get_prompt_pool_model) -
     config = L2PConfig(pool_size=7, top_k=3) if method == "l2p" else HashPromptConfig(pool_size=7, layers=[0, 2])
     model = wrap(build("vit"), config)
     model.begin_task([7, 3])
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1))
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=0.1))
     model.attach_optimizer(optimizer)
     model.train()(torch.randn(4, 3, 32, 32), labels=torch.tensor([3, 7, 7, 3])).loss.backward()
     optimizer.step()
     model.end_task()
     model.begin_task([5, 1])
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.2), momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=0.2), momentum=0.9)
     model.attach_optimizer(optimizer)
     return model, optimizer
 

@@ -10,7 +10,7 @@ from support.families import build
 from support.small_runs import small_model, small_stream, small_trainer
 from support.stream_data import birds, to_tensor
 
-from cl_prompts.baselines import get_comparison_learner
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, IterableClassIncrementalStream
 from cl_prompts.heads import DiscriminantClassifier
 
@@ -83,7 +83,7 @@ def test_what_looks_twice_at_a_task_is_refused_before_it_learns(who: str) -> Non
     source = birds([0, 1, 2, 3]).to_iterable_dataset()
     stream = IterableClassIncrementalStream(source, source, [[0, 1], [2, 3]], to_tensor, train_images=[2, 2])
     config = {"discriminant": {"head": "discriminant"}, "alignment": {"alignment": "covariance"}}.get(who, {})
-    model = get_comparison_learner("ewc", build("vit")) if who == "ewc" else small_model("l2p", **config)
-    side = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
+    model = get_baseline("ewc", build("vit")) if who == "ewc" else small_model("l2p", **config)
+    extra = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
     with pytest.raises(ValueError, match="which this stream cannot show again: load the data set whole"):
-        ContinualTrainer(model, stream, ContinualArguments(), classifiers=side)
+        ContinualTrainer(model, stream, ContinualArguments(), classifiers=extra)

@@ -116,7 +116,7 @@ def learn(case: Case) -> dict[str, Any]:
         if not task_free:
             model.begin_task(task.classes)
         # A larger eps than Adam's 1e-8, which turns the rounding of a gradient near zero into a step.
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=5e-3, routers=1e-2), eps=1e-6)
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=5e-3, routers=1e-2), eps=1e-6)
         model.attach_optimizer(optimizer)
         wrapped: Any = DistributedDataParallel(model) if dist.is_initialized() else model
         wrapped.train()

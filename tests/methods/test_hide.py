@@ -307,7 +307,7 @@ def test_task_free_there_is_one_prompt(config: type[HiDePromptConfig], tmp_path:
     model = new_model(config, num_labels=8, class_mask="batch")
     assert not model.adapter.pool.needs_query
     before = {name: p.detach().clone() for name, p in model.adapter.pool.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=1.0))
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=1.0))
     output = model.train()(images_of(0), labels=labels_of(0))
     output.loss.backward()
     optimizer.step()

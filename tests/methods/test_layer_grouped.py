@@ -192,7 +192,7 @@ def learn(model: PromptPoolModel, task: int, optimizer: Any = None, started: dic
     model.begin_task(TASKS[task])
     if started is not None:
         started.update({n.removesuffix(".current"): p.detach().clone() for n, p in model.adapter.pool.named_parameters()})
-    new = torch.optim.AdamW(model.parameter_groups(lr=0.02), weight_decay=0.1)
+    new = torch.optim.AdamW(model.parameter_groups(learning_rate=0.02), weight_decay=0.1)
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for group in new.param_groups:

@@ -66,5 +66,5 @@ def matrices(output: Path) -> dict[str, Any]:
 
 
 def tensors(output: Path, name: str = "adapter_model.safetensors") -> dict[str, Tensor]:
-    """The saved adapter, or the comparison learner."""
+    """The saved adapter, or the baseline."""
     return load_file(output / "adapter" / name)

@@ -35,7 +35,7 @@ def second_task(method: str) -> Any:
     model.begin_task([0, 1])
     model.end_task()
     model.begin_task([2, 3])
-    model.attach_optimizer(torch.optim.Adam(model.parameter_groups(lr=1e-3)))
+    model.attach_optimizer(torch.optim.Adam(model.parameter_groups(learning_rate=1e-3)))
     model.base_model.way.last.prove()  # once in a process, before the first pass
     return model.train()
 
@@ -93,7 +93,7 @@ def test_what_is_held(method: str) -> None:
     tensors = {id(t) for t in base.state_dict(keep_vars=True).values()}
     model = get_prompt_pool_model(base, METHODS[method]())
     model.begin_task([2, 3])
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-3))
     model.attach_optimizer(optimizer)
     model.train()(**inputs("vit"), labels=torch.tensor([2, 3, 2])).loss.backward()
     optimizer.step()

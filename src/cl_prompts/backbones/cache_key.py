@@ -42,7 +42,7 @@ def base_as_it_is(model: Any) -> dict[str, Any]:
     return {
         "weights": fingerprint(base, structure, model.query_pooling),
         "pooling": model.query_pooling,
-        "reader": model.base_model.extract_features.__qualname__,
+        "reader": model.extract_features.__qualname__,
         "modules": repr(inner),
         "inner": structure.inner,
         "config": {name: value for name, value in base.config.to_dict().items() if name not in NAMES},

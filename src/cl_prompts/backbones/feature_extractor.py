@@ -1,6 +1,6 @@
 """A backbone without prompts that may be trained, and the one feature per image that a classifier reads from it.
 
-Comparison learners stand on it: `continual/` itself knows nothing of how a transformer is built.
+Baselines are built on it.
 """
 
 from __future__ import annotations

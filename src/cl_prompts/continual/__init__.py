@@ -1,8 +1,9 @@
-"""Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
+"""Training task after task: trainer, streams, callbacks, metrics."""
 
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCallback
 from cl_prompts.continual.rehearsal import RehearsalMemory
+from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.gaussian import GaussianStream
 from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
@@ -26,6 +27,7 @@ from cl_prompts.evaluation.probes import (
     nearest_class_mean,
     sequential_probe,
 )
+from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.runtime.memory import freed_memory_kept
 
 
@@ -52,6 +54,8 @@ __all__ = [
     "Stream",
     "Task",
     "TrainerCallback",
+    "TrainerState",
+    "TrainingResult",
     "accuracy",
     "closed_form",
     "evaluate",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cl_prompts.heads.drift import KINDS as DRIFTS
 from cl_prompts.heads.gaussians import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 class FeatureClassifier(nn.Module, ABC):
@@ -86,7 +86,9 @@ class FeatureClassifier(nn.Module, ABC):
         self.begin_task(newest)
 
     @torch.no_grad()
-    def fit(self, features: Tensor, columns: Tensor, before: Tensor | None = None, head: GrowingHead | None = None) -> None:
+    def fit(
+        self, features: Tensor, columns: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None
+    ) -> None:
         """Take in the newest task, whose training is done.
 
         Args:
@@ -130,7 +132,7 @@ class FeatureClassifier(nn.Module, ABC):
             raise ValueError("the features hold NaN or Inf: the training diverged, lower its learning rate")
 
     @abstractmethod
-    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         """What a classifier does in `fit`."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.drift import fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 class DiscriminantClassifier(FeatureClassifier):
@@ -55,7 +55,7 @@ class DiscriminantClassifier(FeatureClassifier):
         super().begin_task(columns)
         self.gaussians.begin_task(columns)
 
-    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(fit_map(before, features, self.drift))
         self.gaussians.add(features, columns)

@@ -14,6 +14,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from cl_prompts.backbones.input_checks import check_hidden, check_images, check_query
 from cl_prompts.backbones.last_block import LastBlock
 from cl_prompts.backbones.prefix import PrefixInjector
 from cl_prompts.backbones.readout import in_order_noise, take_feature, whole_image
@@ -21,11 +22,12 @@ from cl_prompts.backbones.reuse import LowerBlocks
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.backbones.tokens import TokenInjector
 from cl_prompts.interfaces import LossPart, PoolInput, Prompts
+from cl_prompts.learner.checks import check_labels
 from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.output import Call, Chosen, answer_together, loss_of, masked
-from cl_prompts.tuner.validation import check_hidden, check_images, check_labels, check_query, check_ready
+from cl_prompts.tuner.validation import check_ready
 
 
 # Arguments of the forward that are ours; the base model never sees them while an adapter is active.
@@ -187,7 +189,7 @@ class WayOfABatch:
         if labels is not None:
             check_labels(labels, len(images))
         check_ready(adapter, learning=training and labels is not None)
-        columns = adapter.to_columns(labels) if labels is not None else None
+        columns = adapter.to_targets(labels) if labels is not None else None
         everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
         counted = everything if columns is None else columns >= 0
         hidden, below = kwargs.get("hidden"), 0
@@ -295,7 +297,7 @@ class WayOfABatch:
                 loss, losses = loss_of(call, logits, parts)
         if call.training and not adapter.frozen:
             with torch.no_grad(), torch.autocast(call.counted.device.type, enabled=False):
-                fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
+                fresh = adapter.sample_counter.first_seen(call.sample_ids, call.counted)
                 seen = Observation(chosen.ids, call.query, call.columns, fresh, chosen.scores, features, call.counted)
                 adapter.pool.observe(seen)
         answer = PromptPoolOutput(

@@ -23,14 +23,14 @@ from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.forward import WayOfABatch, ways_through
-from cl_prompts.tuner.task_api import TaskLearner
+from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 
 
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
 
-class PromptPoolTuner(TaskLearner, BaseTuner):
+class PromptPoolTuner(TaskAPI, BaseTuner):
     """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval.
 
     `PromptPoolModel` and PEFT's `PeftModel` make it; nobody else needs to.
@@ -231,20 +231,6 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
             return
         with self.way.prompted(self.adapter, args, kwargs, training=self.training and torch.is_grad_enabled()):
             yield
-
-    def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The un-prompted feature (the query) of images, `pixel_values` [B, 3, H, W]: [B, D] float32, without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
-
-    def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """What enters the lowest prompted block for images, `pixel_values` [B, 3, H, W]: [B, N, D], without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

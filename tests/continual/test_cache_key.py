@@ -34,7 +34,8 @@ from cl_prompts.continual import (
     JointStream,
     Stream,
 )
-from cl_prompts.continual.feature_cache.key import NotTold, agreed_key, query_digest
+from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
+from cl_prompts.interfaces import NotCacheableError
 
 
 CPU = torch.device("cpu")
@@ -226,7 +227,7 @@ def test_images_that_lie_in_files(tmp_path: Path, key: str) -> None:
     changed = key_of(stream=picture_stream(rows))
     assert changed != before
     (tmp_path / "11.png").unlink()
-    with pytest.raises(NotTold, match=r"the file of an image cannot be read .*11\.png"):
+    with pytest.raises(NotCacheableError, match=r"the file of an image cannot be read .*11\.png"):
         key_of(stream=picture_stream(rows))
 
 
@@ -306,5 +307,5 @@ UNTOLD: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", UNTOLD)
 def test_what_is_not_told_has_no_key(case: str) -> None:
     model, stream, why = UNTOLD[case]
-    with pytest.raises(NotTold, match=why):
+    with pytest.raises(NotCacheableError, match=why):
         key_of(model(), stream())

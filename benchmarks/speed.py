@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTModel
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
 from cl_prompts.continual import freed_memory_kept
 from cl_prompts.evaluation.report import machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 SIZES: dict[str, dict[str, int]] = {

@@ -76,9 +76,9 @@ class Arguments:
         "hash",
         f"a prompt method ({', '.join(sorted(METHODS))}) or a baseline ({', '.join(sorted(BASELINES))})",
     )
-    also: list[str] = field(
+    extra_classifiers: list[str] = field(
         default_factory=list,
-        metadata={"help": f"further classifiers measured on the same features: {', '.join(sorted(CLASSIFIERS))}"},
+        metadata={"help": f"classifiers that are measured too, on the same features: {', '.join(sorted(CLASSIFIERS))}"},
     )
     config: list[str] = field(default_factory=list, metadata={"help": "its own settings: pool_size=20 layers=[0,1,2]"})
 
@@ -126,7 +126,7 @@ class Arguments:
         return bool(self.memory_size or self.memory_per_class)
 
     def of_trainer(self) -> ContinualArguments:
-        """What the trainer is told.
+        """The trainer's settings.
 
         Raises:
             ValueError: a setting is out of range.
@@ -171,7 +171,7 @@ def check(arguments: Arguments) -> None:
         ("scenario", SCENARIOS),
         ("method", sorted({*METHODS, *BASELINES})),
         ("trackers", [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]),
-        ("also", sorted(CLASSIFIERS)),
+        ("extra_classifiers", sorted(CLASSIFIERS)),
     ):
         given = getattr(arguments, name)
         absent = sorted(set(given if isinstance(given, list) else [given]) - set(known))

@@ -33,7 +33,7 @@ from run_folder import described, differences, is_complete, read_results
 
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
@@ -111,9 +111,9 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
     twice = sorted({run.row for run in runs if folders.count(run.folder) > 1})
     if twice:
         sys.exit(f"rows {twice} or their seeds would share a results folder: give them names that differ in letters")
-    taken = {f"{run.row} + {classifier}" for run in runs for classifier in run.arguments.also} & set(rows)
+    taken = {f"{run.row} + {classifier}" for run in runs for classifier in run.arguments.extra_classifiers} & set(rows)
     if taken:
-        sys.exit(f"rows {sorted(taken)} are named like another row with a classifier of its `also`: give them other names")
+        sys.exit(f"rows {sorted(taken)} are named like another row with an extra classifier: give them other names")
     return runs
 
 
@@ -152,17 +152,16 @@ def execute(run: Run, launcher: list[str], threads: int) -> None:
 
 
 def read_run(run: Run) -> dict[str, Result]:
-    """What a complete run reached, by the names that results.json has; nothing, and an error, if that is damaged."""
+    """Results of a complete run, by the names in results.json; none, and an error, if that is damaged."""
     try:
-        content, matrices = read_results(run.folder)
+        record = read_results(run.folder)
     except ValueError as error:
         run.error = str(error)
         return {}
-    seconds, trainable = float(content["arguments"]["seconds"]), content["trainable"]
     method, seed = run.arguments.method, run.arguments.seed
     return {
-        name: Result(name, matrix, seed, trainable.get(name), seconds if name == method else None)
-        for name, matrix in matrices.items()
+        name: Result(name, matrix, seed, record.trainable.get(name), record.seconds if name == method else None)
+        for name, matrix in record.results.items()
     }
 
 

@@ -23,6 +23,7 @@ from cl_prompts.continual import (
     GaussianStream,
     JointStream,
     TrainerCallback,
+    TrainerState,
 )
 from cl_prompts.heads import RidgeClassifier
 
@@ -38,13 +39,13 @@ class Watch(TrainerCallback):
         self.memory: list[set[int]] = []
         self.start: list[dict[str, Tensor]] = []
 
-    def on_train_begin(self, trainer: ContinualTrainer) -> None:
-        trainer.model.register_forward_pre_hook(self.note, with_kwargs=True)
+    def on_train_begin(self, state: TrainerState) -> None:
+        state.model.register_forward_pre_hook(self.note, with_kwargs=True)
 
-    def on_task_begin(self, trainer: ContinualTrainer, task: Any) -> None:
+    def on_task_begin(self, state: TrainerState, task: Any) -> None:
         self.seen.append(set())
-        self.memory.append(set() if trainer.memory is None else set(trainer.memory.rows.tolist()))
-        self.start.append({name: p.detach().clone() for name, p in trainer.model.trained().items()})
+        self.memory.append(set() if state.memory is None else set(state.memory.rows.tolist()))
+        self.start.append({name: p.detach().clone() for name, p in state.model.trained().items()})
 
     def note(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if model.training:
@@ -93,7 +94,7 @@ def test_joint_training_sees_all_tasks_so_far() -> None:
     assert [len(rows) for rows in watch.seen] == [10, 20, 30]
     assert torch.equal(watch.start[0]["features.base.layernorm.weight"], watch.start[2]["features.base.layernorm.weight"])
     assert [task.classes for task in trainer.stream] == [[4, 1], [4, 1, 0, 3], [4, 1, 0, 3, 2, 5]]
-    assert [m.images for m in trainer.measured] == [4, 4, 4]
+    assert [m.images for m in trainer.evaluations] == [4, 4, 4]
 
 
 def test_joint_training_of_prompts_and_of_a_stream_without_tasks() -> None:
@@ -102,7 +103,7 @@ def test_joint_training_of_prompts_and_of_a_stream_without_tasks() -> None:
     trainer = ContinualTrainer(small_model("l2p"), stream, ContinualArguments(epochs=1, batch_size=8))
     trainer.train()
     assert trainer.model.classes == [4, 1, 0, 3, 2, 5]
-    assert trainer.measured[0].images == 12
+    assert trainer.evaluations[0].images == 12
     joint = JointStream(gaussian())
     assert not joint.task_free
     assert sorted(joint.tasks[0].train_rows.tolist()) == list(range(30))
@@ -147,7 +148,7 @@ def test_further_classifiers_read_the_features() -> None:
     ridge = {"ridge": RidgeClassifier(32, projection_size=64)}
     further = ContinualTrainer(small_learner("finetune"), trainer.stream, trainer.args, classifiers=ridge)
     assert further.train() == trainer.matrix
-    assert 0 <= further.measured[1].by_classifier["ridge"] <= 100
+    assert 0 <= further.evaluations[1].by_classifier["ridge"] <= 100
 
 
 # ---- resume, accumulation, files -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """ContinualTrainer on tiny models: what it trains, what it tells, what it refuses, and that two processes equal one."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import pytest
 import torch
 from support.families import build
 from support.meeting import become, free_port
-from support.query_images import shared_by_two, viewer_of
+from support.query_images import provider_of, shared_by_two
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts import L2PConfig, get_prompt_pool_model
-from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback, TrainerState
 from cl_prompts.continual.batches import micro_batches
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor
 from cl_prompts.heads import DiscriminantClassifier
@@ -55,7 +56,7 @@ def test_callbacks_come_in_order(tmp_path: Path) -> None:
 
     events = [name for name in vars(TrainerCallback) if name.startswith("on_")]
     for event in events:
-        setattr(Diary, event, lambda self, trainer, *_, event=event: self.events.append(event.removeprefix("on_")))
+        setattr(Diary, event, lambda self, state, *_, event=event: self.events.append(event.removeprefix("on_")))
     diary = Diary()
     small_trainer("l2p", tmp_path, tasks=2, epochs=1, callbacks=[diary], log_every=2, checkpoint_every=3).train()
     step, end = ["step_begin", "step_end"], ["epoch_end", "save", "evaluate", "task_end", "save"]
@@ -98,7 +99,7 @@ def test_memory_does_not_grow() -> None:
     alive: list[int] = []
 
     class Count(TrainerCallback):
-        def on_task_end(self, trainer: ContinualTrainer, task: Any) -> None:
+        def on_task_end(self, state: TrainerState, task: Any) -> None:
             gc.collect()
             alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
 
@@ -116,10 +117,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
 
 def test_forward_transfer_is_measured_where_classes_are_known() -> None:
     stream = small_stream()
-    again = [
-        type(task)(n, [4, 1], stream.tasks[0].train_rows, stream.tasks[0].test_rows, "", n > 0)
-        for n, task in enumerate(stream)
-    ]
+    again = [replace(stream.tasks[0], number=n, classes=[4, 1], revisit=n > 0) for n in range(len(stream))]
     stream.tasks = again
     args = ContinualArguments(epochs=1, batch_size=4, forward_transfer=True)
     trainer = ContinualTrainer(small_model("l2p"), stream, args)
@@ -138,7 +136,7 @@ def test_classifiers_beside_the_learner_change_nothing_in_it() -> None:
     assert alone.matrix == beside.matrix
     for name, tensor in tensors(alone).items():
         assert torch.equal(tensor, tensors(beside)[name]), name
-    assert len(beside.side.matrices["other"].columns) == 3
+    assert len(beside.extra_classifiers.matrices["other"].columns) == 3
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------------
@@ -165,9 +163,9 @@ def test_rates_follow_the_schedule_and_the_group() -> None:
     rates: list[list[float]] = []
 
     class Look(TrainerCallback):
-        def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
-            assert trainer.optimizer is not None
-            rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        def on_step_end(self, state: TrainerState, task: Any) -> None:
+            assert state.optimizer is not None
+            rates.append([group["lr"] for group in state.optimizer.param_groups])
 
     small_trainer("l2p", tasks=1, schedule="linear", lr=0.1, lrs={"head": 0.01}, callbacks=[Look()]).train()
     factors = [1 - step / 6 for step in range(6)]
@@ -288,7 +286,7 @@ def test_two_processes_equal_one(run: str, runs: tuple[dict[str, Any], list[dict
 @pytest.mark.xdist_group("trainer-processes")
 def test_two_processes_share_kept_queries(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     found = [part["query cache"] for part in runs[1]]
-    alone = viewer_of("").frozen_features(train=True)
+    alone = provider_of("").frozen_features(train=True)
     for name in ("cold", "warm", "half", "one without", "damaged"):
         for part in found:
             assert torch.equal(part[name], found[0]["cold"]), name

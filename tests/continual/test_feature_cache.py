@@ -18,7 +18,7 @@ from support.query_images import (
     Unsaid,
     counted_passes,
     picture_stream,
-    viewer_of,
+    provider_of,
 )
 from support.small_runs import Stop, StopAt, tensors
 from support.stream_data import birds
@@ -38,9 +38,9 @@ from cl_prompts.continual.feature_cache.cache import VARIABLE, QueryCache, folde
 
 
 def test_what_has_no_key_is_kept_in_memory_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    viewer = viewer_of(tmp_path, stream=picture_stream(transform=Unsaid()))
+    provider = provider_of(tmp_path, stream=picture_stream(transform=Unsaid()))
     with counted_passes() as passes:
-        assert viewer.frozen_features(train=True) is viewer.frozen_features(train=True)
+        assert provider.frozen_features(train=True) is provider.frozen_features(train=True)
     assert passes == [26]
     assert not list(tmp_path.iterdir())
     told = capsys.readouterr().out
@@ -51,19 +51,19 @@ def test_what_has_no_key_is_kept_in_memory_only(tmp_path: Path, capsys: pytest.C
 def test_a_pass_with_images_that_cannot_be_read_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be read today may be readable tomorrow."""
     stream = picture_stream(birds(LABELS, bad=(3,)), on_bad_image="skip")
-    table = viewer_of(tmp_path, stream=stream).frozen_features(train=True)
+    table = provider_of(tmp_path, stream=stream).frozen_features(train=True)
     assert not table[3].any()
     assert not list(tmp_path.iterdir())
     assert "in memory only: some cannot be read" in capsys.readouterr().out
 
 
 def test_a_base_that_learns_is_looked_at_anew(tmp_path: Path) -> None:
-    viewer = viewer_of(tmp_path, get_baseline("finetune", build("vit")))
-    before = viewer.frozen_features(train=False)
+    provider = provider_of(tmp_path, get_baseline("finetune", build("vit")))
+    before = provider.frozen_features(train=False)
     with torch.no_grad():
-        viewer.model.get_base_model().layernorm.bias += 1
-    assert (viewer.frozen_features(train=False) - before).abs().max() > 0.5
-    assert viewer.queries(train=False) is None
+        provider.model.get_base_model().layernorm.bias += 1
+    assert (provider.frozen_features(train=False) - before).abs().max() > 0.5
+    assert provider.queries(train=False) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -320,6 +320,6 @@ def test_a_run_that_augments_on_the_device_is_resumed(tmp_path: Path) -> None:
     resumed.train(resume=True)
     assert_same(whole, resumed, "resumed")
     other, _ = run("l2p", "", epochs=2, accumulation=2)
-    assert other.measured != whole.measured or any(
+    assert other.evaluations != whole.evaluations or any(
         not torch.equal(a, b) for a, b in zip(tensors(other).values(), tensors(whole).values(), strict=True)
     ), "it augments"

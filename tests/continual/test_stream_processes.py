@@ -21,6 +21,7 @@ from cl_prompts.continual import (
     GaussianStream,
     IterableClassIncrementalStream,
     TrainerCallback,
+    TrainerState,
 )
 
 
@@ -108,9 +109,9 @@ class Counts(TrainerCallback):
     def __init__(self) -> None:
         self.found: list[tuple[dict[str, list[int]], int]] = []
 
-    def on_train_begin(self, trainer: ContinualTrainer) -> None:
+    def on_train_begin(self, state: TrainerState) -> None:
         self.found.append(
-            ({split: list(rows) for split, rows in trainer.stream.skipped.items()}, trainer.stream.count_skipped())
+            ({split: list(rows) for split, rows in state.stream.skipped.items()}, state.stream.count_skipped())
         )
 
     on_train_end = on_train_begin

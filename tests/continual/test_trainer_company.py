@@ -84,6 +84,6 @@ def test_what_looks_twice_at_a_task_is_refused_before_it_learns(who: str) -> Non
     stream = IterableClassIncrementalStream(source, source, [[0, 1], [2, 3]], to_tensor, train_images=[2, 2])
     config = {"discriminant": {"head": "discriminant"}, "alignment": {"alignment": "covariance"}}.get(who, {})
     model = get_baseline("ewc", build("vit")) if who == "ewc" else small_model("l2p", **config)
-    side = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
+    extra = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
     with pytest.raises(ValueError, match="which this stream cannot show again: load the data set whole"):
-        ContinualTrainer(model, stream, ContinualArguments(), classifiers=side)
+        ContinualTrainer(model, stream, ContinualArguments(), classifiers=extra)

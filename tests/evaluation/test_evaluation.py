@@ -158,6 +158,9 @@ class Watched(nn.Module):
         logits = torch.zeros(len(values["pixel_values"]), 7) if self.logits is None else self.logits
         return SimpleNamespace(logits=logits, prompt_ids=None)
 
+    def chosen_tasks(self, output: Any) -> None:
+        """It has no prompts."""
+
 
 def test_nothing_but_images_and_queries_is_shown() -> None:
     model = Watched()

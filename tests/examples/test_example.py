@@ -161,7 +161,7 @@ def test_every_recipe_fits_its_method(name: str) -> None:
         (["--epoch_count", "3"], r"no such arguments: \['--epoch_count', '3'\]"),
         (["--method", "nope"], r"--method nope: there is .*ewc, .*hash"),
         (["--scenario", "nope"], r"--scenario nope: there is class, domain"),
-        (["--also", "ridge", "nope"], r"--also nope: there is aligned"),
+        (["--extra_classifiers", "ridge", "nope"], r"--extra_classifiers nope: there is aligned"),
         (["--trackers", "nope"], r"--trackers nope: there is .*\(installed\)"),
         (["--method", "icarl"], "icarl needs remembered images: set --memory_size"),
         (["--epochs", "0"], "epochs=0 must be a positive integer"),

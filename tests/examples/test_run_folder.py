@@ -58,7 +58,7 @@ def test_the_folder_is_complete(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert told["processes"] == 1
     assert {"stream", "learner", "versions", "machine"} <= set(told)
     content = json.loads((folder / "results.json").read_text())
-    assert content["arguments"]["seconds"] > 0
+    assert content["seconds"] > 0
     assert next(iter(content["results"])) == "hash"
     assert {"sequential linear probe", "nearest class mean", "joint linear probe"} <= set(content["results"])
     assert len(content["results"]["hash"]["task_incremental"]) == 2
@@ -111,7 +111,7 @@ def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> No
     folder = run(tmp_path / "one", "--method", "l2p")
     before = matrices(folder)
     (folder / "results.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"results\.json is damaged \(JSON.*: remove it, the run then goes on"):
+    with pytest.raises(SystemExit, match=r"results\.json is damaged \(.*: remove it, the run then continues"):
         run(folder, "--method", "l2p", "--resume")
     (folder / "results.json").unlink()
     told = json.loads((folder / "run.json").read_text())
@@ -252,7 +252,7 @@ def test_unreadable_images_stop_the_run_or_are_counted(
         run(tmp_path / "stopped", *line)
     folder = run(tmp_path / "skipped", *line, "--on_bad_image", "skip")
     assert "1 images could not be read" in capsys.readouterr().out
-    assert json.loads((folder / "results.json").read_text())["arguments"]["skipped"] == 1
+    assert json.loads((folder / "results.json").read_text())["settings"]["skipped"] == 1
 
 
 def damaged_folder(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from cl_prompts import get_prompt_pool_model
-from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer, TrainerCallback
+from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer, TrainerCallback, TrainerState
 from support.families import build
 from support.methods import METHODS, WITH_CLASSIFIER
 
@@ -68,8 +68,8 @@ class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
-        if trainer.progress.global_step == self.step:
+    def on_step_end(self, state: TrainerState, task: Any) -> None:
+        if state.progress.global_step == self.step:
             raise Stop
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cl_prompts.evaluation.metrics import AccuracyMatrix
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_whole
 
 
 ROWS_DRAWN = 6  # layers of a selection

@@ -18,10 +18,10 @@ from huggingface_hub.utils import validate_repo_id
 from cl_prompts.evaluation.plots import draw
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
 from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.runtime.files import write_whole
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
-from cl_prompts.storage.atomic import write_whole
 from cl_prompts.storage.integrity import WEIGHTS_FILE, declared_tensors
 
 

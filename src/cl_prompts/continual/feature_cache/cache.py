@@ -1,4 +1,4 @@
-"""Features of frozen images kept over runs: a folder of safetensors files, each named after all that decides its numbers.
+"""Un-prompted features kept over runs: a folder of safetensors files, each named after its cache key.
 
 Files are mapped into memory when they are read, so that processes share what the system has loaded. They are written beside
 their place and renamed: of several writers the last one wins, and all are right, since one key stands for one content.
@@ -37,12 +37,12 @@ def folder_of_queries(asked_for: str | None) -> Path | None:
 class QueryCache:
     """Tables of features by key.
 
-    What goes wrong with a file is told and costs a pass over the images, never a run.
+    A file that cannot be read or written is reported and costs a pass over the images; it never ends a run.
 
     Args:
         folder: where the files lie; files of others in it are left alone.
         max_bytes: how much they may take together; the one whose last use is longest ago goes first.
-        say: is told what happens, in one line.
+        say: called with a line about each such event.
 
     Raises:
         ValueError: `folder` is a file.
@@ -62,11 +62,11 @@ class QueryCache:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 table: Tensor = file.get_tensor(FEATURES)
-            if told.get("key") != key:
+            if metadata.get("key") != key:
                 raise ValueError("it is that of other images or of another model")
-            if table.dtype != torch.float32 or table.dim() != 2 or told.get("sha256") != _sha256(table):
+            if table.dtype != torch.float32 or table.dim() != 2 or metadata.get("sha256") != _sha256(table):
                 raise ValueError("its numbers do not match their checksum")
         except FileNotFoundError:
             return None

@@ -65,7 +65,7 @@ def test_labels_and_scores(pipe: PromptPoolPipeline, tmp_path: Path) -> None:
     pixels = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2] * 3)(picture(), return_tensors="pt")
     with torch.no_grad():
         scores = pipe.model.eval()(**pixels).logits.softmax(-1)[0].tolist()
-    expected = dict(zip(["owl", "3", "jay", "5"], scores, strict=True))  # columns follow model.classes: 7, 3, 1, 5
+    expected = dict(zip(["owl", "3", "jay", "5"], scores, strict=True))  # in the order of model.classes: 7, 3, 1, 5
     assert [a["score"] for a in answer] == pytest.approx(sorted(scores, reverse=True)[:3], abs=1e-6)
     assert {a["label"]: a["score"] for a in answer} == pytest.approx({a["label"]: expected[a["label"]] for a in answer})
     everything = pipe(picture(), top_k=None)

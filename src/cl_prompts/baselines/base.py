@@ -95,7 +95,7 @@ class Baseline(nn.Module):
             self.head.expand(self.classes, self.classes)
 
     def number(self, name: str, value: float) -> float:
-        """Check that the setting `name` is a non-negative number, and note it among the options.
+        """Check that the `value` of setting `name` is a non-negative number, and note it among the options.
 
         Raises:
             ValueError: it is not.
@@ -108,7 +108,7 @@ class Baseline(nn.Module):
     # ---- what subclasses override ------------------------------------------------------------------------------------
 
     def before_task(self, classes: Sequence[int]) -> None:
-        """Called before the head grows for a task of these class ids."""
+        """Called before the head grows for a task of the class ids `classes`."""
 
     def teacher_logits(self, pixel_values: Tensor, features: Tensor, **kwargs: Any) -> Tensor | None:
         """Logits of an earlier model on training images `pixel_values` [B, earlier classes]; None without one.
@@ -153,7 +153,7 @@ class Baseline(nn.Module):
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task; build a new optimizer after it. Arguments and errors as `TaskAPI.begin_task`."""
+        """Open the next task; `classes`, `revisit`, `class_names` and errors as `TaskAPI.begin_task`."""
         task = self.tasks.plan_task(classes, revisit, class_names)
         self.before_task(task.classes)
         self.head.expand(task.known, task.classes)
@@ -236,7 +236,7 @@ class Baseline(nn.Module):
             pixel_values: images [B, 3, H, W].
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: features of a frozen backbone [B, D], if the caller has them.
-            sample_ids: a number per image, the same in every epoch.
+            sample_ids: a number per image [B], the same in every epoch.
             num_items_in_batch: number of images of the whole accumulated batch, a scalar.
             kwargs: go to the backbone.
 
@@ -338,7 +338,7 @@ class Baseline(nn.Module):
         return self.features(pixel_values, **kwargs)
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
-        """The tasks whose prompts gave an `output`: None, there are no prompts."""
+        """The task whose prompts answered for each image of an `output` [B]: None, there are no prompts."""
         return None
 
     # ---- identity, state and files -----------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class BiC(DistillingBaseline):
         self.correction = torch.tensor([1.0, 0.0])
 
     def before_task(self, classes: Sequence[int]) -> None:
-        """Keep the corrected model."""
+        """Copy the corrected model, before a task of `classes`."""
         super().before_task(classes)
         self.correction = torch.tensor([1.0, 0.0], device=self.correction.device)
 

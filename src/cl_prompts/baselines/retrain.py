@@ -27,7 +27,7 @@ class RetrainFromScratch(Baseline):
         }
 
     def before_task(self, classes: Sequence[int]) -> None:
-        """Reset backbone and head."""
+        """Reset backbone and head, before a task of `classes`."""
         with torch.no_grad():
             for name, tensor in self._initial.items():
                 self.features.get_parameter(name).copy_(tensor)
@@ -43,7 +43,7 @@ class JointTraining(RetrainFromScratch):
     name = "joint"
 
     def before_task(self, classes: Sequence[int]) -> None:
-        """Reset backbone and head, if the task has all classes so far.
+        """Reset backbone and head, if the `classes` of the next task are all classes so far.
 
         Raises:
             ValueError: it has not.

@@ -72,7 +72,7 @@ class DistillingBaseline(Baseline):
         return 0 if self.teacher is None else len(self.teacher.weight)
 
     def before_task(self, classes: Sequence[int]) -> None:
-        """Copy the model as it is, for the next task."""
+        """Copy the model as it is, before a task of `classes`."""
         if self.classes:
             self.teacher = Teacher(self.features, *self.weight_and_bias())
 

@@ -14,8 +14,7 @@ from support.families import build, inputs
 from support.methods import METHODS
 
 from cl_prompts import PromptPoolModel
-from cl_prompts.methods import METHODS as CONFIGS
-from cl_prompts.methods import POOLS
+from cl_prompts.methods import METHODS as REGISTERED
 
 
 NAME, FAMILY = "soft_tasks", "vit"
@@ -37,7 +36,7 @@ def _method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     spec.loader.exec_module(module)
     METHODS[NAME] = lambda **more: module.SoftTasksConfig(layers=[0, 2], **more)
     yield
-    for table in (METHODS, CONFIGS, POOLS, sys.modules):
+    for table in (METHODS, REGISTERED, sys.modules):
         del table[NAME]
 
 

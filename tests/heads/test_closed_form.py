@@ -219,7 +219,7 @@ def test_classes_come_back_in_other_domains(method: str) -> None:
     assert answers(model).shape == (len(SEEN), 3)
     classifier = model.adapter.classifier
     if method == "hash discriminant":
-        assert classifier.gaussians.columns == [0, 1, 0, 1, 1, 2]
+        assert classifier.gaussians.class_indices == [0, 1, 0, 1, 1, 2]
         assert classifier.gaussians.count.flatten().tolist() == [6] * 6
         return
     parts = [task_images([4, 1]), task_images([4, 1], seed=5), task_images([1, 2], seed=6)]

@@ -122,7 +122,7 @@ def test_a_class_that_comes_back_has_a_mean_in_each_task() -> None:
     model.begin_task([4, 9], revisit=True)
     model.train()(images_of(2), labels=torch.tensor([4, 9] * 3), sample_ids=range(6))
     model.end_task()
-    assert model.adapter.pool.prototypes.of == [(0, 0), (0, 1), (1, 0), (1, 2)]
+    assert model.adapter.pool.prototypes.rows == [(0, 0), (0, 1), (1, 0), (1, 2)]
     assert model.adapter.pool.prototypes.count.tolist() == [3, 3, 3, 3]
     assert answer(model, images_of(0)).prompt_ids.unique().tolist() == [0]
     assert answer(model, images_of(2)).prompt_ids.unique().tolist() == [1]

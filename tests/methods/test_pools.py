@@ -17,6 +17,7 @@ from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.losses import add_up
+from cl_prompts.methods.l2p.majority_vote import majority_vote
 from cl_prompts.methods.shared.history import (
     ActivationHistory,
     ScaleGradient,
@@ -24,7 +25,7 @@ from cl_prompts.methods.shared.history import (
     routing_penalty,
     update_factor,
 )
-from cl_prompts.methods.shared.selection import diversified_top_k, histogram, majority_vote, normalized, route
+from cl_prompts.methods.shared.selection import diversified_top_k, histogram, normalized
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:
@@ -64,14 +65,6 @@ def test_histogram() -> None:
         assert torch.equal(histogram(ids, 6)[layer], torch.bincount(ids[:, layer].flatten(), minlength=6))
         expected = torch.bincount(ids[counted, layer].flatten(), minlength=6)
         assert torch.equal(histogram(ids, 6, counted)[layer], expected)
-
-
-def test_route() -> None:
-    scores = draw(5, 7)
-    ids, weights = route(scores, 3)
-    for row, i, w in zip(scores, ids, weights, strict=True):
-        assert i.tolist() == sorted(range(7), key=lambda m, row=row: -float(row[m]))[:3]
-        assert_close(w, row[i].exp() / row[i].exp().sum())
 
 
 def test_normalized_has_the_released_floor() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import CodaPromptConfig, DualPromptConfig, L2PPrefixConfig, PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.methods import l2p_prefix
+from cl_prompts.methods.l2p_prefix import pool as l2p_prefix
 
 
 IMAGES = inputs("vit", 4, seed=7)["pixel_values"]

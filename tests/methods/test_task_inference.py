@@ -55,7 +55,7 @@ def statistics_of(
 
 def by_class(found: ClassPrototypes, query: Tensor) -> Tensor:
     """Class scores in the order of the columns."""
-    return found.class_scores(query)[:, torch.tensor([column for _, column in found.of]).argsort()]
+    return found.class_scores(query)[:, torch.tensor([column for _, column in found.rows]).argsort()]
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_dualprompt_trains_the_same(keys_per_layer: bool) -> None:
     assert extra == {"pool.prototypes.sum", "pool.prototypes.count"}
     pool = by["prototype"].adapter.pool
     assert pool.prototypes.count.tolist() == [3] * 6, "three steps a task, but an image counts once"
-    assert pool.prototypes.of == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+    assert pool.prototypes.rows == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ from cl_prompts.runtime.distributed import sum_over_processes, world_size
 
 
 def add_up(
-    parts: Mapping[str, LossPart], counted: Tensor, num_items: Tensor | int | None, *, over_processes: bool
+    parts: Mapping[str, LossPart], valid: Tensor, num_items: Tensor | int | None, *, over_processes: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total loss and its parts, each as it enters the total.
 
@@ -21,12 +21,12 @@ def add_up(
 
     Args:
         parts: the loss parts by name.
-        counted: True for real images, False for padding [B].
+        valid: True for real images, False for padding [B].
         num_items: number of images of the whole accumulated global batch, as `transformers.Trainer` hands it over; the
             caller then adds micro-batches and processes up itself. None: the batch at hand is the whole one.
         over_processes: whether the processes train together on one global batch.
     """
-    own = counted.sum()
+    own = valid.sum()
     scale = 1
     if num_items is not None:
         whole = torch.as_tensor(num_items, device=own.device)
@@ -41,6 +41,6 @@ def add_up(
             losses[name] = part.value if num_items is None else part.value * own / whole
         else:
             # where(), not a product: padding may hold anything, and 0 * inf is no number
-            total = torch.where(counted, part.value, 0.0).sum() * scale
+            total = torch.where(valid, part.value, 0.0).sum() * scale
             losses[name] = total / whole if part.reduction == "mean" else total
     return torch.stack(list(losses.values())).sum(), losses

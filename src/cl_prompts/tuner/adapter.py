@@ -14,7 +14,7 @@ from cl_prompts.heads.incremental import GrowingHead
 from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.optimizer_hook import ImageLedger, OptimizerLink
-from cl_prompts.methods import POOLS, PromptPool, PromptPoolConfig
+from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
 
 
 class PoolAdapter(nn.Module):
@@ -33,7 +33,7 @@ class PoolAdapter(nn.Module):
         self.config = config
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
-        self.pool: PromptPool = POOLS[config.method](config, shape)
+        self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
         self.head = GrowingHead(width, config.scale)
         self.classifier = build_classifier(config, width)

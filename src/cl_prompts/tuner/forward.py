@@ -187,9 +187,9 @@ class WayOfABatch:
         if labels is not None:
             check_labels(labels, len(images))
         check_ready(adapter, learning=training and labels is not None)
-        columns = adapter.to_columns(labels) if labels is not None else None
+        targets = adapter.to_columns(labels) if labels is not None else None
         everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        counted = everything if columns is None else columns >= 0
+        valid = everything if targets is None else targets >= 0
         hidden, below = kwargs.get("hidden"), 0
         if hidden is not None:
             check_hidden(hidden, len(images), self.structure.shape.width)
@@ -208,7 +208,7 @@ class WayOfABatch:
             query = query.detach().float()
         task = max(adapter.pool.num_tasks - 1, 0) if training else None
         with torch.autocast(images.device.type, enabled=False):
-            prompts = adapter.pool(PoolInput(len(images), query, task, counted))
+            prompts = adapter.pool(PoolInput(len(images), query, task, valid))
         self._set_prompts(prompts)
         self.prefixes.learning = training
         if prompts.candidates == 1 and (prompts.tokens is None or not below):
@@ -222,8 +222,8 @@ class WayOfABatch:
             batch_size=len(images),
             training=training,
             query=query,
-            columns=columns,
-            counted=counted,
+            targets=targets,
+            valid=valid,
             sample_ids=kwargs.get("sample_ids"),
             num_items=kwargs.get("num_items_in_batch"),
             noise=in_order_noise(self.model, self.structure, base_kwargs, images),
@@ -281,7 +281,7 @@ class WayOfABatch:
         if call is None:
             return None
         adapter = call.adapter
-        with torch.autocast(call.counted.device.type, enabled=False):
+        with torch.autocast(call.valid.device.type, enabled=False):
             features = take_feature(self.model, self.structure, self.tokens, adapter.readout)
             logits = adapter.head(features) if call.training or call.only_features else adapter.classify(features)
             chosen = self._chosen(call.prompts)
@@ -289,14 +289,14 @@ class WayOfABatch:
                 logits, features, chosen = answer_together(call, logits, features, chosen)
             loss, losses = None, None
             logits = masked(call, logits) if call.training else logits / adapter.config.logit_temperature
-            if call.columns is not None:
+            if call.targets is not None:
                 learns = call.training and not adapter.frozen
                 parts = self._parts(call, features, chosen.scores) if learns else {}
                 loss, losses = loss_of(call, logits, parts)
         if call.training and not adapter.frozen:
-            with torch.no_grad(), torch.autocast(call.counted.device.type, enabled=False):
-                fresh = adapter.ledger.fresh(call.sample_ids, call.counted)
-                seen = Observation(chosen.ids, call.query, call.columns, fresh, chosen.scores, features, call.counted)
+            with torch.no_grad(), torch.autocast(call.valid.device.type, enabled=False):
+                fresh = adapter.ledger.fresh(call.sample_ids, call.valid)
+                seen = Observation(chosen.ids, call.query, call.targets, call.valid, fresh, chosen.scores, features)
                 adapter.pool.observe(seen)
         answer = PromptPoolOutput(
             loss=loss,
@@ -326,14 +326,14 @@ class WayOfABatch:
 
     def _parts(self, call: Call, features: Tensor, scores: Tensor | None) -> dict[str, LossPart]:
         """The method's terms of the training loss; those of one name are added up over the layers."""
-        assert call.columns is not None
+        assert call.targets is not None
         pool = call.adapter.pool
         parts: dict[str, LossPart] = {}
         for found in (
             call.prompts.losses,
             *(kv.losses for kv in self.prefixes.used.values()),
-            pool.regularisers(scores, call.counted),
-            pool.feature_losses(features, call.columns, call.counted),
+            pool.regularizers(scores, call.valid),
+            pool.feature_losses(features, call.targets, call.valid),
         ):
             for name, part in found.items():
                 known = parts.get(name)

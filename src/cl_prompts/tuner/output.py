@@ -34,8 +34,8 @@ class Call:
     batch_size: int
     training: bool
     query: Tensor | None
-    columns: Tensor | None
-    counted: Tensor
+    targets: Tensor | None
+    valid: Tensor
     sample_ids: Any
     num_items: Any
     noise: dict[str, Tensor]
@@ -47,19 +47,19 @@ def masked(call: Call, logits: Tensor) -> Tensor:
     mask = call.adapter.config.class_mask
     if mask == "task":
         return logits.masked_fill(~call.adapter.head.current, float("-inf"))
-    if mask == "batch" and call.columns is not None:
+    if mask == "batch" and call.targets is not None:
         present = torch.zeros(logits.shape[1] + 1, dtype=torch.int64, device=logits.device)
-        present[torch.where(call.counted, call.columns, logits.shape[1])] = 1
+        present[torch.where(call.valid, call.targets, logits.shape[1])] = 1
         return logits.masked_fill(sum_over_processes(present)[:-1] == 0, float("-inf"))
     return logits
 
 
 def loss_of(call: Call, logits: Tensor, more: dict[str, LossPart]) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy plus the method's parts: total and parts."""
-    assert call.columns is not None
-    each = F.cross_entropy(logits, call.columns, reduction="none")
+    assert call.targets is not None
+    each = F.cross_entropy(logits, call.targets, reduction="none")
     parts = {"cross_entropy": LossPart(each, "mean"), **more}
-    return add_up(parts, call.counted, call.num_items, over_processes=call.training)
+    return add_up(parts, call.valid, call.num_items, over_processes=call.training)
 
 
 def answer_together(call: Call, logits: Tensor, features: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor, Chosen]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, VPTConfig, get_prompt_pool_model
-from cl_prompts.methods.shared.regularisers import alignment, collapse, diversity, orthogonality
+from cl_prompts.methods.shared.regularizers import alignment, collapse, diversity, orthogonality
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:

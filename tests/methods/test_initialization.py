@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.methods.shared.initialisation import gram_schmidt, initial
+from cl_prompts.methods.shared.initialization import gram_schmidt, initial
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:

@@ -3,19 +3,17 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.families import build
-from support.hash_models import IMAGES, SMALL, TASKS, draw, images_of, labels_of, learn, new_model
+from support.hash_models import IMAGES, SMALL, TASKS, images_of, labels_of, learn, new_model
+from support.tensors import draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import PromptPoolModel
-from cl_prompts.backbones.structure import projection_names
 from cl_prompts.methods.hash.pool import TokenRouter
 from cl_prompts.methods.shared.history import routing_penalty
 
@@ -98,23 +96,6 @@ def test_training_routes_with_the_newest_router_and_all_earlier_tasks(decay: flo
             ids, weights = literal_choice(seen[layer][b], router[row], penalty[row], 2)
             assert torch.equal(output.prompt_ids[b, row], ids)
             assert_close(output.prompt_weights[b, row], weights, atol=1e-5, rtol=0)
-
-
-def test_input_space_goes_through_the_projections() -> None:
-    """Weights sum to 1, so mixing commutes with the projections: project the prompts by hand, then mix."""
-    through, by_hand = new_model(prefix_space="input"), new_model(prompt_length=4)
-    for model in (through, by_hand):
-        model.begin_task(TASKS[0])
-        model.eval()
-    by_hand.load_state_dict(through.state_dict())
-    structure, base = by_hand.base_model.structure, by_hand.base_model.model
-    with torch.no_grad():
-        prompts = by_hand.adapter.pool.prompts
-        for row, layer in enumerate(SMALL["layers"]):
-            attention = base.get_submodule(structure.attentions[layer])
-            _, k, v = (getattr(attention, name) for name in projection_names(attention))
-            prompts[row] = torch.cat([k(prompts[row, :, :2]), v(prompts[row, :, 2:])], 1)
-        assert_close(through(IMAGES).logits, by_hand(IMAGES).logits, atol=1e-5, rtol=0)
 
 
 def test_share_layers() -> None:
@@ -247,12 +228,3 @@ def test_each_rule_answers_image_by_image(learned: PromptPoolModel, rule: str) -
         batch = model(IMAGES).logits
         singles = torch.cat([model(image[None]).logits for image in IMAGES])
     assert_close(batch, singles, atol=1e-5, rtol=0)
-
-
-def test_learned_state_is_saved(learned: PromptPoolModel, tmp_path: Path) -> None:
-    learned.save_pretrained(tmp_path / "adapter")
-    loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path / "adapter")
-    for name, value in learned.adapter.pool.state_dict().items():
-        found = loaded.adapter.pool.get_buffer(name) if "." in name else getattr(loaded.adapter.pool, name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value), name

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build, inputs
+from support.tensors import draw
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,10 +19,6 @@ from cl_prompts.methods.shared.per_task import PerTask
 TASKS = [[4, 1], [0, 7], [3, 5]]
 SMALL: dict[str, Any] = {"prompt_length": 3, "num_groups": 2, "bottleneck": 5}
 MAKERS = ("root", "down", "bias", "up", "positions")
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def new_model(**fields: Any) -> PromptPoolModel:
@@ -141,15 +138,6 @@ def keys_of(pool: LayerGroupedPool) -> list[Tensor]:
     return [*pool.keys.earlier, pool.keys.current]
 
 
-def test_input_space_leaves_rows_whole() -> None:
-    """[B, L, D] for the block's own projections."""
-    pool = deep_pool(prefix_space="input")
-    randomize(pool)
-    prefix = pool(PoolInput(2, draw(2, 8), task=0)).prefixes[4]
-    for ours, rows in zip((prefix.k, prefix.v), prompt_by_hand(pool, 0, 4, 1), strict=True):
-        assert_close(ours, rows.expand(2, -1, -1), atol=1e-6, rtol=0)
-
-
 def test_what_learns_from_what() -> None:
     """The key learns from the pull alone, the prompts from the rest alone; earlier tasks' prompts carry no gradient."""
     model = new_model(generator_init="normal", pull_coefficient=0.5)
@@ -247,18 +235,6 @@ def test_the_answer_at_test_is_that_of_the_mix() -> None:
     assert output.prompt_ids.tolist() == [[0, 1, 2]] * 5
 
 
-def test_without_tasks() -> None:
-    """One root for all images: training and test use the same prompts."""
-    model = new_model(num_labels=3, class_mask="none").train()
-    output = model(**inputs("vit", 3), labels=torch.tensor([0, 1, 2]))
-    output.loss.backward()
-    assert all(p.grad is not None for p in model.adapter.parameters())
-    with torch.no_grad():
-        at_test = model.eval()(**inputs("vit", 3))
-    assert_close(at_test.logits, output.logits, atol=1e-6, rtol=0)
-    assert at_test.prompt_weights.tolist() == [[1.0]] * 3
-
-
 def test_images_fill_the_root_alone() -> None:
     model = new_model(generator_init="normal")
     pool = model.adapter.pool
@@ -266,39 +242,3 @@ def test_images_fill_the_root_alone() -> None:
     model.base_model.initialize_prompts(**inputs("vit"))
     for name, parameter in pool.named_parameters():
         assert torch.equal(parameter, before[name]) == (name != "root.current"), name
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_groups": 0}, "num_groups=0"),
-        ({"num_groups": 2.0}, "num_groups=2.0"),
-        ({"bottleneck": 0}, "bottleneck=0"),
-        ({"prompt_length": -1}, "prompt_length=-1"),
-        ({"layers": []}, r"layers=\[\]"),
-        ({"layers": [1, 1]}, "names a block twice"),
-        ({"temperature": 0}, "temperature=0"),
-        ({"pull_coefficient": -1}, "pull_coefficient=-1"),
-        ({"generator_init": "identity"}, "generator_init='identity'"),
-        ({"prompt_init": "lower_layer"}, "prompt_init='lower_layer'"),
-        ({"entropy_weight": 0.1}, "selects nothing"),
-        ({"readout": "prompt"}, "readout"),
-        ({"prefix_space": "output"}, "prefix_space='output'"),
-    ],
-)
-def test_bad_fields(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LayerGroupedPromptConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_groups": 4}, "num_groups=4: there are only 3 layers to group; choose at most 3"),
-        ({"num_groups": 2, "layers": [1]}, "num_groups=2: there are only 1 layers"),
-        ({"layers": [2, 3]}, "out of range"),
-    ],
-)
-def test_fields_that_do_not_fit_the_base(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        new_model(**fields)

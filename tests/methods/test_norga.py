@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.families import build
-from support.hide_models import TASKS, answer, draw, images_of, labels_of, learn, new_model
+from support.hide_models import TASKS, answer, images_of, labels_of, learn, new_model
+from support.tensors import draw
 from torch import nn
 from torch.testing import assert_close
 

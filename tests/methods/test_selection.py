@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build, inputs
+from support.tensors import draw, integers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -19,14 +20,6 @@ from cl_prompts.methods.shared.selection import CHUNK, nearest, top_k
 MANY = 100_000
 IMAGES = inputs("vit", 4)["pixel_values"]
 LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def integers(high: int, *size: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, size, generator=torch.Generator().manual_seed(seed))
 
 
 def halves(count: int, seed: int) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.hash_models import IMAGES, SMALL, TASKS, images_of, labels_of, learn, new_model
+from support.hash_models import IMAGES, SMALL, TASKS, labels_of, learn, new_model
 from support.tensors import draw
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import PromptPoolModel
@@ -193,32 +192,6 @@ def test_average_is_the_mean_score(learned: PromptPoolModel) -> None:
         best, ids = mean.mean(0).topk(2, dim=1)
         assert torch.equal(output.prompt_ids[:, row], ids)
         assert_close(output.prompt_weights[:, row], best.softmax(1), atol=1e-5, rtol=0)
-
-
-def test_prototype_is_the_nearest_class_mean(learned: PromptPoolModel) -> None:
-    query = learned.base_model.extract_features(IMAGES)
-    pool = learned.adapter.pool
-    # Learned sums: three steps a task, but each image counts once; labels took turns.
-    seen = [learned.base_model.extract_features(images_of(task)).double() for task in range(3)]
-    expected = torch.stack([features[i::2].sum(0) for features in seen for i in range(2)])
-    assert_close(pool.prototypes.sum, expected, atol=1e-5, rtol=0)
-    assert pool.prototypes.count.tolist() == [4] * 6
-
-    model = copy.deepcopy(learned)
-    pool = model.adapter.pool
-    means = F.normalize(draw(6, 32, seed=8).double(), dim=1) + 3 * F.normalize(query.double().mean(0), dim=0)
-    pool.prototypes.count.copy_(torch.tensor([5, 3, 0, 7, 1, 2]))
-    pool.prototypes.sum.copy_(means * pool.prototypes.count[:, None])
-    pool.prototypes.sum[2] = 0  # a class that no image of was seen is near to nothing
-    cosine = F.cosine_similarity(query.double()[:, None], means[None], dim=2)
-    cosine[:, 2] = -2
-    tasks = cosine.argmax(1) // 2
-    assert len(set(tasks.tolist())) > 1, "the images must disagree on the task"
-    with torch.no_grad():
-        each = [alone(model, task)(IMAGES) for task in range(3)]
-        for output in (model(IMAGES), model(IMAGES, query=query)):
-            for b, task in enumerate(tasks.tolist()):
-                assert_close(output.logits[b], each[task].logits[b], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rule", ["average", "prototype", "confidence", "last"])

@@ -10,7 +10,6 @@ from support.families import build
 from support.hide_models import TASKS, answer, images_of, labels_of, learn, new_model
 from support.tensors import draw
 from torch import Tensor
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import HiDePromptConfig, NoRGaConfig, PromptPoolModel
@@ -93,27 +92,6 @@ def test_how_a_task_starts(init: str) -> None:
 
 
 # ---- whose task is this image? -------------------------------------------------------------------------------------
-
-
-def test_the_nearest_class_mean_tells_the_task(learned: PromptPoolModel) -> None:
-    """Un-prompted features of the trained images, averaged by class; the largest cosine wins."""
-    means = []
-    for task, classes in enumerate(TASKS):
-        features = learned.base_model.extract_features(images_of(task)).double()
-        means += [(task, features[labels_of(task) == c].mean(0)) for c in classes]
-    images = torch.cat([images_of(task, 9)[6:] for task in range(3)])
-    query = learned.base_model.extract_features(images).double()
-    cosine = torch.stack([F.cosine_similarity(query, mean[None]) for _, mean in means], 1)
-    tasks = torch.tensor([task for task, _ in means])[cosine.argmax(1)]
-    assert set(tasks.tolist()) == {0, 1, 2}, "the images must disagree on the task"
-    found = answer(learned, images)
-    assert found.prompt_ids.tolist() == tasks[:, None].tolist()
-    assert_close(found.scores.double(), cosine.unflatten(1, (3, 2)).amax(2), atol=1e-5, rtol=0)
-    for image, task in enumerate(tasks.tolist()):
-        alone = answer(learned, images[image : image + 1], [task]).logits[0]
-        assert_close(found.logits[image], alone, atol=1e-5, rtol=0)
-    others = answer(learned, images, (tasks + 1) % 3).logits
-    assert (others - found.logits).abs().amax(1).min() > 1e-2, "another task's prompt must give another answer"
 
 
 def test_a_class_that_comes_back_has_a_mean_in_each_task() -> None:

@@ -60,7 +60,7 @@ class PrefixKV:
         logit_bias: added to the attention logits of the prefix, [B, H, N, P]; may be -inf.
         normed: apply the norm in front of the block's attention to rows in the input space before they are projected.
         ids: selected prompts [B, k], or [B, H, k] if each head selects; for the output.
-        weights: their mixing weights, same shape as `ids`; for the output.
+        weights: their mixing weights [B, k] or [B, H, k]; for the output.
         scores: selection scores of the whole pool, [B, M] or [B, H, M].
         losses: terms that are added to the cross entropy, by name; terms of the same name are added over the layers.
     """

@@ -234,6 +234,6 @@ def test_what_runs_without_tasks() -> None:
         model.train()(**inputs("vit", 4), labels=torch.arange(4)).loss.backward()
         assert model.eval()(**inputs("vit", 4)).logits.shape == (4, 4), name
     for closed in ({"head": "discriminant"}, {"head": "analytic"}, {"alignment": "covariance"}):
-        with pytest.raises(ValueError, match="without tasks nobody says when to look at their images"):
+        with pytest.raises(ValueError, match="without tasks there is no time to consolidate images"):
             HashPromptConfig(**free, **closed)
         NoPromptsConfig(**free, **closed)

@@ -30,5 +30,5 @@ def class_sums(
 
 
 def class_means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Means [C, D] from the sums [C, D] and counts [C] of `class_sums`; zeros for a class without images."""
+    """Means [C, D] from the `sums` [C, D] and `counts` [C] of `class_sums`; zeros for a class without images."""
     return sums / counts.clamp_min(1)[:, None]

@@ -167,7 +167,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PromptPoolConfig:
-        """Build the config of the method `kwargs["method"]`. Unknown keys are dropped with a warning.
+        """Build the config of a method from `kwargs`, which name it as "method"; unknown keys are dropped with a warning.
 
         Raises:
             ValueError: no method has that name, or this class is the config of another method.

@@ -124,7 +124,7 @@ class PromptPool(nn.Module, ABC):
 
         Args:
             ids: `prompt_ids` of `PromptPoolOutput`, [B, k] or [B, layers, k].
-            weights: its `prompt_weights`, same shape.
+            weights: its `prompt_weights`, [B, k] or [B, layers, k].
             query: its `query` [B, D].
 
         Returns:

@@ -92,7 +92,7 @@ class CodaPool(QueriedPool):
         return answer
 
     def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """The sum of a layer's components, weighted by `scores` [B, M]; `learning` is used by subclasses."""
+        """The sum of the components of layer number `row`, weighted by `scores` [B, M]; subclasses use `learning`."""
         # Components of earlier tasks are not concatenated with the current ones: that would copy them and compute
         # gradients.
         earlier, current = self.components.earlier[:, row].flatten(0, 1), self.components.current[row]
@@ -116,7 +116,7 @@ class CodaLayerArgmaxPool(CodaPool):
         return ids[..., 0] // self.config.components_per_task if self.num_tasks else None
 
     def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """The component of a layer with the largest of `scores` [B, M]; of the current task's only if `learning`."""
+        """The component of layer `row` with the largest of `scores` [B, M]; if `learning`, of the current task's only."""
         components = in_layer(self.components, row)
         first = scores.shape[1] - self.config.components_per_task if learning else 0
         scores = scores[:, first:]

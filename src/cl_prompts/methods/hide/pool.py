@@ -121,7 +121,11 @@ class HidePool(PromptPool):
         return ids[:, 0] if self.num_tasks else None
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """The current task's prompt in training, those of the inferred tasks at test."""
+        """The current task's prompt in training, those of the inferred tasks at test.
+
+        Raises:
+            ValueError: `task_inference` returned task numbers of another shape.
+        """
         current, scores, newest = self.current_prompt(), None, self.prompts.earlier.shape[0]
         if batch.task is not None or not newest:
             ids = torch.full((batch.batch_size, 1), newest, device=current.device)
@@ -141,7 +145,7 @@ class HidePool(PromptPool):
         )
 
     def prefix(self, row: int, keys: Tensor, values: Tensor) -> Prefix:
-        """The prefix of the pool's layer number `row`, for keys and values [B, Lp, D]."""
+        """The prefix of the pool's layer number `row`, for `keys` [B, Lp, D] and `values` [B, Lp, D]."""
         return prefix_of(keys, values, self.heads)
 
     def _tasks_of(self, query: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -39,6 +39,9 @@ class LayerGroupedPool(PromptPool):
 
     Attributes:
         groups: number of each layer's group.
+
+    Raises:
+        ValueError: there are more groups than layers.
     """
 
     roles: ClassVar[dict[str, str]] = {

@@ -26,5 +26,9 @@ class NoPrompts(PromptPool):
         return Prompts()
 
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Raise ValueError: there are no prompts."""
+        """There is nothing to fill.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError('method "none" has no prompts to initialize from images')

@@ -66,5 +66,5 @@ class NorgaPool(HidePool):
         super().begin_task(class_indices)
 
     def prefix(self, row: int, keys: Tensor, values: Tensor) -> Prefix:
-        """The gated prefix of the pool's layer number `row`."""
+        """The gated prefix of the pool's layer number `row`, for `keys` [B, Lp, D] and `values` [B, Lp, D]."""
         return GatedPrefix(prefix_of(keys, values, self.shape.num_heads), self.gate_scale[row], self.config.gate)

@@ -59,7 +59,7 @@ class ActivationHistory(TaskTensors):
         return torch.tensordot(decay**age, self.counts[:task].to(self._dtype), dims=1)
 
     def before_each(self, decay: float = 1.0) -> Tensor:
-        """`before(task, decay)` for every task so far: float64 [tasks, *rows, M]."""
+        """`before(task, decay)` for every task so far, with one `decay`: float64 [tasks, *rows, M]."""
         task = torch.arange(self.counts.shape[0], dtype=self._dtype, device=self.counts.device)
         age = task[:, None] - 1 - task
         weight = torch.where(age >= 0, decay ** age.clamp_min(0), 0.0)

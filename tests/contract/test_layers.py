@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"runtime", "version"},
     "backbones": {"runtime", "interfaces"},
     "heads": {"runtime", "interfaces"},
-    "methods": {"runtime", "interfaces", "storage", "version"},
+    "methods": {"runtime", "interfaces", "heads", "storage", "version"},
     "learner": {"runtime", "interfaces", "outputs", "heads", "storage"},
     "tuner": LOW | {"storage", "backbones", "heads", "methods", "learner"},
     "baselines": LOW | {"storage", "backbones", "heads", "learner"},

@@ -45,8 +45,9 @@ from cl_prompts.evaluation.diagnostics import prompt_similarity, selection_count
 from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
+from cl_prompts.runtime.files import write_atomically
 from cl_prompts.sharing.run_record import RunRecord
-from cl_prompts.storage.atomic import replacing, write_whole
+from cl_prompts.storage.atomic import replacing
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -250,7 +251,7 @@ def main() -> None:
         "trainable": trainable,
         "results": {name: found.to_dict() for name, found in matrices.items()},
     }
-    write_whole(folder / RESULTS, json.dumps(content, indent=1))
+    write_atomically(folder / RESULTS, json.dumps(content, indent=1))
     print(f"{seconds:.0f} s; results, plots and adapter in {folder}")
 
 

@@ -62,9 +62,6 @@ KNOWN: set[str] = {
     "baselines/teacher.py imports continual",
     "continual/feature_cache/key.py imports backbones",
     "evaluation/diagnostics.py imports methods",
-    "evaluation/metrics.py imports storage",
-    "evaluation/plots.py imports storage",
-    "evaluation/report.py imports storage",
     "sharing/run_record.py imports continual",
     "tuner/sharding.py imports model",
 }

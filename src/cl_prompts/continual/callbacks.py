@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import GeneralTracker, on_main_process
 from tqdm.auto import tqdm
 
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -136,4 +136,4 @@ class JsonlTracker(GeneralTracker):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))

@@ -18,10 +18,10 @@ from huggingface_hub.utils import validate_repo_id
 from cl_prompts.evaluation.plots import draw
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
 from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
-from cl_prompts.storage.atomic import write_whole
 from cl_prompts.storage.integrity import WEIGHTS_FILE, declared_tensors
 
 
@@ -81,7 +81,7 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
     before, after = _kept(old)
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     # Names from files may hold what no text file can.
-    write_whole(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
+    write_atomically(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
 
 
 def _old_card(file: Path) -> tuple[dict[str, Any], str]:
@@ -121,7 +121,7 @@ def add_pictures(folder: Path, record: RunRecord, pictures: Sequence[str | os.Pa
     for picture in map(Path, pictures):
         if picture.suffix != ".png":
             raise ValueError(f"{picture} is no .png file: the card shows PNG pictures only")
-        write_whole(folder / picture.name, picture.read_bytes())
+        write_atomically(folder / picture.name, picture.read_bytes())
     if find_spec("matplotlib") is not None:
         draw(record.results, folder)
 

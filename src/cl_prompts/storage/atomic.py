@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from cl_prompts.runtime.files import sync_to_disk
+
 
 T = TypeVar("T")
 ATTEMPTS = 50  # a process that saves all the time leaves a third of the loads or more alone
@@ -70,16 +72,6 @@ def _link_or_copy(source: str, destination: str) -> str:
     return destination
 
 
-def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file so that whoever looks finds the old content or the new, whole."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}.writing")
-    new.write_bytes(content.encode() if isinstance(content, str) else content)
-    _to_disk(new)
-    os.replace(new, target)
-
-
 @contextmanager
 def telling_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what a full disk makes libraries raise into one line that says what to do.
@@ -97,14 +89,6 @@ def telling_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
             raise
         text = f"no room to save {folder} ({os.strerror(number)}): free some and save again; what was there is unharmed"
         raise OSError(number, text) from error
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _working_folder() -> Path | None:
@@ -142,7 +126,7 @@ def replacing(folder: str | os.PathLike[str], *written: str) -> Iterator[Path]:
         for path in new.rglob("*.safetensors"):  # safetensors lets nobody else read what it has written
             path.chmod(new.stat().st_mode & 0o666)
         for path in [*(p for p in new.rglob("*") if p.is_file() and not p.is_symlink()), new]:
-            _to_disk(path)
+            sync_to_disk(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -157,5 +141,5 @@ def replacing(folder: str | os.PathLike[str], *written: str) -> Iterator[Path]:
             raise
     if working is not None and working.is_relative_to(target):
         os.chdir(working)  # this process still stood in the old folder
-    _to_disk(target.parent)
+    sync_to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
@@ -48,8 +48,8 @@ class Checkpoints:
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         files = {TENSORS: save(own), VALUES: json.dumps(values).encode()}
         for name, content in files.items():
-            write_whole(new / name, content)
-        write_whole(new / MANIFEST, json.dumps({name: _sha256(content) for name, content in files.items()}))
+            write_atomically(new / name, content)
+        write_atomically(new / MANIFEST, json.dumps({name: _sha256(content) for name, content in files.items()}))
         shutil.rmtree(target, ignore_errors=True)
         os.rename(new, target)
         for old in self._folders()[self.keep :]:

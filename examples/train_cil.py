@@ -47,7 +47,7 @@ from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.sharing.run_record import RunRecord
-from cl_prompts.storage.atomic import replacing
+from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -230,9 +230,9 @@ def main() -> None:
         plots=[*draw(matrices, folder), *pictures],
     )
     if args.method in BASELINES:
-        with replacing(folder / "adapter", "preprocessor_config.json") as whole:
-            learner.save_pretrained(whole)
-            processor.save_pretrained(whole)
+        with staging_folder(folder / "adapter") as staging:
+            learner.save_pretrained(staging)
+            processor.save_pretrained(staging)
     else:
         on_the_hub = [name for name in args.dataset if "/" in name and not Path(name).exists()]
         record = RunRecord.of(

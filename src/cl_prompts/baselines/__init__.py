@@ -22,7 +22,7 @@ from cl_prompts.baselines.lwf import LwF
 from cl_prompts.baselines.replay import ER, DERPlusPlus
 from cl_prompts.baselines.sequential import FrozenBackbone, SequentialFineTuning
 from cl_prompts.baselines.si import SI
-from cl_prompts.storage.atomic import read_whole, recover
+from cl_prompts.storage.staging import finish_interrupted_save, read_together
 
 
 _LEARNERS: tuple[type[ComparisonLearner], ...] = (
@@ -71,7 +71,7 @@ def load_comparison_learner(folder: str | os.PathLike[str], backbone: nn.Module)
     Raises:
         ValueError: files are missing or damaged, or of another backbone.
     """
-    recover(folder)
+    finish_interrupted_save(folder)
 
     def read() -> tuple[dict[str, Any], dict[str, Any]]:
         try:
@@ -82,7 +82,7 @@ def load_comparison_learner(folder: str | os.PathLike[str], backbone: nn.Module)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no comparison learner, or a damaged one ({error})") from error
 
-    told, tensors = read_whole(folder, read)
+    told, tensors = read_together([Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)], read)
     learner = get_comparison_learner(told.get("learner", ""), backbone, **told["options"])
     learner.load_training_state(tensors, told)
     learner.eval()

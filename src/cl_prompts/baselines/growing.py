@@ -17,7 +17,8 @@ from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
 from cl_prompts.heads.incremental import GrowingHead
 from cl_prompts.learner.optimizer_hook import OptimizerLink
 from cl_prompts.storage.adapter_state import AdapterState
-from cl_prompts.storage.atomic import replacing
+from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.training_state import fill
 
 
@@ -139,7 +140,7 @@ class GrowingModel(nn.Module):
         self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
-        """Save as `learner.json` and `learner.safetensors`, for `load_comparison_learner`; the folder is swapped in whole.
+        """Save as `learner.json` and `learner.safetensors`, for `load_comparison_learner`.
 
         Args:
             save_directory: folder to write.
@@ -149,6 +150,6 @@ class GrowingModel(nn.Module):
             return
         tensors, values = self.training_state()
         told = {"learner": self.name, "options": self.options, **values}
-        with replacing(save_directory, CONFIG_FILE, WEIGHTS_FILE) as folder:
+        with explain_disk_full(save_directory), staging_folder(save_directory) as folder:
             save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, folder / WEIGHTS_FILE)
             (folder / CONFIG_FILE).write_text(json.dumps(told, indent=2))

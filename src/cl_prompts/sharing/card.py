@@ -22,10 +22,12 @@ from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
-from cl_prompts.storage.integrity import WEIGHTS_FILE, declared_tensors
+from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
+from cl_prompts.storage.integrity import WEIGHTS_FILE
 
 
 CARD_FILE = "README.md"
+PICTURES = "*.png"
 MAX_CARD_BYTES, MAX_HEAD = 2**20, 2**16  # of a card that is kept, and of its metadata
 MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
@@ -64,11 +66,12 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
         ValueError: the folder holds no adapter, no results where `results.json` is, or a card that cannot be kept.
     """
     folder = Path(folder)
-    config, record = PromptPoolConfig.from_pretrained(folder), known_run(folder)
+    files = find_adapter(folder)
+    config, record = PromptPoolConfig.from_pretrained(files), known_run(files)
     name = name or folder.resolve().name
     file = folder / CARD_FILE
     data, old = _old_card(file)
-    text = card_text(config, record, folder, name, license or data.get("license"))
+    text = card_text(config, record, files, name, license or data.get("license"))
     tags = data.get("tags")
     own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     own = [tag for tag in own if not tag.startswith(ADAPTER_TAG)]  # of a base that may have been another one
@@ -126,12 +129,18 @@ def add_pictures(folder: Path, record: RunRecord, pictures: Sequence[str | os.Pa
         draw(record.results, folder)
 
 
-def known_run(folder: Path) -> RunRecord | None:
-    """The record of the run that made the weights in a folder; None if there is none, or it is of other weights."""
-    if not (folder / RESULTS_FILE).is_file():
+def card_inputs(folder: Path) -> tuple[str, ...]:
+    """Patterns of the files in an adapter's folder that its next card is made from."""
+    return (CARD_FILE, RESULTS_FILE, PICTURES) if (folder / RESULTS_FILE).is_file() else (CARD_FILE,)
+
+
+def known_run(files: AdapterFiles) -> RunRecord | None:
+    """The record of the run that made an adapter's weights; None if there is none, or it is of other weights."""
+    path = files.folder / RESULTS_FILE
+    if not path.is_file():
         return None
-    record = RunRecord.load(folder / RESULTS_FILE)
-    sha256 = PromptPoolConfig.from_pretrained(folder).state.weights_sha256
+    record = RunRecord.load(path)
+    sha256 = PromptPoolConfig.from_pretrained(files).state.weights_sha256
     return record if record.weights_sha256 == sha256 else None
 
 
@@ -181,7 +190,7 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
     ]
 
 
-def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, name: str, license: object) -> str:
+def card_text(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFiles, name: str, license: object) -> str:
     """The body of a card, in Markdown."""
     title = (type(config).__doc__ or "").splitlines()[0].rstrip(".")
     classes, tasks = config.num_labels or len(config.state.classes), len(config.state.tasks)
@@ -190,24 +199,24 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, 
         "A prompt pool for a frozen vision transformer, made with [cl_prompts](https://pypi.org/project/cl-prompts/): "
         f"{classes:,} classes, learned {f'in {tasks} tasks one after the other' if tasks else 'without tasks'}. At test "
         "nobody has to say which task an image is from.",
-        _facts(config, record, folder, title, license),
+        _facts(config, record, files, title, license),
         _use(name),
-        _figures(record, folder) if record is not None else "",
+        _figures(record, files.folder) if record is not None else "",
         _tasks(config),
         _training(record) if record is not None else "",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, title: str, license: object) -> str:
-    state, declared = config.state, declared_tensors(folder)
+def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFiles, title: str, license: object) -> str:
+    state, declared = config.state, files.tensors
     parts = sizes_of_parts(declared)
     base = hub_base(config)
     kind = (config.auto_mapping or {}).get("base_model_class", "vision transformer")
     shape = f"{kind}, {state.base_layers} blocks, width {state.base_width}"
     papers = ", ".join(f"[{paper.split('/')[-1]}]({paper})" for paper in config.papers)
     numbers = sum(part["numbers"] for part in parts.values())
-    size = in_bytes((folder / WEIGHTS_FILE).stat().st_size)
+    size = in_bytes((files.folder / WEIGHTS_FILE).stat().st_size)
     readout = state.pooling if config.readout == "auto" else config.readout
     facts = {
         "Method": f"{title} ({papers})" if papers else title,
@@ -260,7 +269,7 @@ def _figures(record: RunRecord, folder: Path) -> str:
     seed = record.seed or 0
     results = [Result(name, matrix, seed, record.trainable.get(name)) for name, matrix in record.results.items()]
     first = next(iter(record.results.values()))
-    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))]
+    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob(PICTURES))]
     sections = [
         "## What it reaches",
         LEGEND,

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, as one line that says what to do."""
+"""Errors of the Hub's client as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class HubError(OSError):
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
+def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors of the Hub's client into a `HubError` of one line.
 
-    A file that the repository does not have stays an `EntryNotFoundError`: what it means, the caller knows.
+    A file that the repository does not have stays an `EntryNotFoundError`; the caller handles it.
 
     Raises:
-        HubError: instead of every error of the client and of its connection.
-        ValueError: `repo_id` is no name a repository can have.
+        HubError: for every error of the client and of its connection.
+        ValueError: `repo_id` is not a valid repository name.
     """
     try:
         yield

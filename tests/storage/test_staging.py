@@ -17,7 +17,8 @@ from support.families import build, inputs
 from torch import Tensor
 
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.storage.atomic import recover
+from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
+from cl_prompts.storage.staging import COMPLETE, PREFIX, finish_interrupted_save
 
 
 # Everything Python does to the file system is announced here before it happens; what safetensors' Rust does is not, so
@@ -111,8 +112,7 @@ def cut_at_size(model: PromptPoolModel, target: Path, size: int, *, deadly: bool
 
 
 def found(target: Path, answers: dict[str, Tensor]) -> str:
-    if not target.exists():
-        recover(target)
+    finish_interrupted_save(target)
     if not target.exists():
         return "none"
     try:
@@ -239,26 +239,25 @@ def test_a_write_cut_short_leaves_the_old_adapter(results: dict[str, list[dict[s
     assert_recovers(results[name], foreign=True)
 
 
-@pytest.mark.parametrize("new_is_there", [True, False])
-def test_recover_finishes_the_swap(tmp_path: Path, new_is_there: bool) -> None:
+def test_a_reader_finishes_a_save_that_was_complete(tmp_path: Path) -> None:
+    """The config has moved already, the weights have not."""
     first, second, target = adapter(1), adapter(2), tmp_path / "adapter"
-    first.save_pretrained(tmp_path / ".adapter.replaced")
-    if new_is_there:
-        second.save_pretrained(tmp_path / ".adapter.saving")
-    assert torch.equal(loaded(target), answer(second if new_is_there else first))
     first.save_pretrained(target)
-    assert os.listdir(tmp_path) == ["adapter"]
-    assert torch.equal(loaded(target), answer(first))
+    second.save_pretrained(tmp_path / "second")
+    os.rename(tmp_path / "second", target / f"{PREFIX}0{COMPLETE}")
+    os.replace(target / f"{PREFIX}0{COMPLETE}" / CONFIG_FILE, target / CONFIG_FILE)
+    assert torch.equal(loaded(target), answer(second))
+    assert sorted(os.listdir(target)) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
 
 
-def test_recover_leaves_other_folders_alone(tmp_path: Path) -> None:
-    for name in ("adapter", ".adapter.replaced", ".adapter.saving"):
+def test_a_reader_leaves_other_folders_alone(tmp_path: Path) -> None:
+    for name in ("adapter", "adapter/.cl_prompts", f"adapter/{PREFIX}1.saving", f"{PREFIX}2.saving"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    recover(tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "file").read_text() == "adapter"
-    recover(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    before = sorted(tmp_path.rglob("*"))
+    finish_interrupted_save(tmp_path / "adapter")
+    finish_interrupted_save(tmp_path / "none")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -302,7 +301,7 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_into_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is swapped from under the process; relative paths must go on meaning the same."""
+    """Relative paths go on meaning the same."""
     folder = tmp_path / "run"
     (folder / "sub").mkdir(parents=True)
     monkeypatch.chdir(folder / "sub")

@@ -15,6 +15,7 @@ from support.small_runs import Stop, StopAt, small_model, small_trainer, tensors
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
 from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.storage.staging import PREFIX, STAGING
 
 
 def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
@@ -242,8 +243,8 @@ def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
     folder = tmp_path / "checkpoints"
     newest = sorted(folder.iterdir())[-1]
-    shutil.copytree(newest, folder / ".000000099.saving")
-    (folder / ".000000099.saving" / "manifest.json").unlink()
+    shutil.copytree(newest, folder / f"{PREFIX}0{STAGING}")
+    (folder / f"{PREFIX}0{STAGING}" / "manifest.json").unlink()
     found = Checkpoints(folder).latest()
     assert found is not None
     assert found[1]["progress"] == json.loads((newest / "values.json").read_text())["progress"]

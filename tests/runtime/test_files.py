@@ -4,30 +4,13 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.saving import exit_code, forked
 
 from cl_prompts.runtime import locks
 from cl_prompts.runtime.files import staging_file, write_atomically
-
-
-def forked(act: Callable[[], None]) -> int:
-    """Run `act` in a fork, which exits with 1 if it raises; the process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        act()
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
-
-
-def exit_code(pid: int) -> int:
-    """The exit code of a fork that ends, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def write_for_ever(path: Path) -> None:

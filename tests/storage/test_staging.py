@@ -13,10 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import build, inputs
+from support.families import build
+from support.saving import (
+    KEPT,
+    adapter,
+    add_foreign_files,
+    answer,
+    class_names,
+    exit_code,
+    foreign_files_are_there,
+    forked,
+    in_child,
+    loaded,
+)
 from torch import Tensor
 
-from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts import L2PConfig, PromptPoolModel
 from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
 from cl_prompts.storage.staging import COMPLETE, PREFIX, finish_interrupted_save
 
@@ -24,57 +36,7 @@ from cl_prompts.storage.staging import COMPLETE, PREFIX, finish_interrupted_save
 # Everything Python does to the file system is announced here before it happens; what safetensors' Rust does is not, so
 # the size limit below cuts its writes.
 WATCHED = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.copyfile", "shutil.rmtree", "open"}
-KEPT = {"notes.txt": b"mine", "sub/table.csv": b"1,2"}
-
-
-def adapter(seed: int) -> PromptPoolModel:
-    """Adapters of two seeds have the same shapes and other values."""
-    model = get_prompt_pool_model(build("vit"), L2PConfig(pool_size=4, top_k=2))
-    torch.manual_seed(seed)
-    model.begin_task([3, 1], class_names={3: f"of adapter {seed}"})
-    with torch.no_grad():
-        for parameter in model.base_model.adapter.parameters():
-            parameter.normal_()
-    model.end_task()
-    return model.eval()
-
-
-def answer(model: PromptPoolModel) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs("vit")).logits
-
-
-def loaded(folder: Path) -> Tensor:
-    return answer(PromptPoolModel.from_pretrained(build("vit"), folder))
-
-
-def class_names(model: PromptPoolModel) -> dict[str, str]:
-    return model.base_model.adapter.config.state.class_names  # type: ignore[no-any-return]
-
-
-def add_foreign_files(folder: Path) -> None:
-    for name, content in KEPT.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def foreign_files_are_there(folder: Path) -> bool:
-    return all((folder / name).is_file() and (folder / name).read_bytes() == content for name, content in KEPT.items())
-
-
 # ---- the child processes
-
-
-def in_child(act: Callable[[], Any]) -> int:
-    """Run `act` in a fork; the exit code, or minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_at(step: int, folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
@@ -112,7 +74,6 @@ def cut_at_size(model: PromptPoolModel, target: Path, size: int, *, deadly: bool
 
 
 def found(target: Path, answers: dict[str, Tensor]) -> str:
-    finish_interrupted_save(target)
     if not target.exists():
         return "none"
     try:
@@ -173,19 +134,14 @@ def loads_while_saving(target: Path, answers: dict[str, Tensor]) -> list[str]:
             for name in ("new", "old"):
                 MODELS[name].save_pretrained(target)
 
-    writer = os.fork()
-    if writer == 0:
-        try:
-            save_in_turns()
-        finally:
-            os._exit(1)
+    writer = forked(save_in_turns)
     states: list[str] = []
     try:
         while len(states) < 40 or len(set(states)) < 2:
             states.append(found(target, answers))
     finally:
         os.kill(writer, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL, "the writer failed"
+        assert exit_code(writer) == -signal.SIGKILL, "the writer failed"
     return states
 
 

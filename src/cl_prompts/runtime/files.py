@@ -28,7 +28,7 @@ def staging_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty file beside `path` to write to, which replaces `path` when the block ends without an error.
 
     Each writer has a staging file of its own and holds its lock. Staging files of killed writers are removed.
-    The block must fill the file that is there, not put another one in its place.
+    The block must write to the file that is there; `safetensors.torch.save_file` puts another one in its place.
 
     Args:
         path: the file; missing folders are made.

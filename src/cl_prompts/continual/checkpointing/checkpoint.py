@@ -1,6 +1,6 @@
 """Checkpoints of a run: tensors in safetensors, the rest in JSON, no pickle, no copy of the backbone.
 
-A checkpoint is a folder `<number>` that is written beside its place and renamed into it. `manifest.json` holds the sha256
+A checkpoint is a folder `<number>` that is filled beside its place and renamed into it. `manifest.json` holds the sha256
 of each file, so that a damaged one is told from a whole one.
 """
 
@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cl_prompts.runtime.files import write_atomically
+from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.storage.staging import finish_interrupted_save, staging_folder
 
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
@@ -41,17 +42,13 @@ class Checkpoints:
     def save(self, number: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
         """Write a checkpoint and remove those that are no longer kept; returns its folder."""
         target = self.folder / f"{number:09d}"
-        new = self.folder / f".{target.name}.saving"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
         # A file holds each tensor once, whole: views and shared storage become copies.
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         files = {TENSORS: save(own), VALUES: json.dumps(values).encode()}
-        for name, content in files.items():
-            write_atomically(new / name, content)
-        write_atomically(new / MANIFEST, json.dumps({name: _sha256(content) for name, content in files.items()}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(new, target)
+        files[MANIFEST] = json.dumps({name: _sha256(content) for name, content in files.items()}).encode()
+        with explain_disk_full(target), staging_folder(target) as staging:
+            for name, content in files.items():
+                (staging / name).write_bytes(content)
         for old in self._folders()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return target
@@ -59,6 +56,7 @@ class Checkpoints:
     def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and values of the newest whole checkpoint, None without one; damaged ones are skipped with a warning."""
         for folder in self._folders():
+            finish_interrupted_save(folder)
             try:
                 manifest = json.loads((folder / MANIFEST).read_text())
                 contents = {name: (folder / name).read_bytes() for name in (TENSORS, VALUES)}
@@ -72,7 +70,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints, and nothing else that lies there."""
-        for folder in [*self._folders(), *self.folder.glob(".*.saving")]:
+        for folder in self._folders():
             shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:

@@ -310,7 +310,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "line": (lambda: np.zeros(3, np.uint8), "is no image"),
     "no rows": (lambda: np.zeros((0, 4, 3), np.uint8), "has no pixels"),
     "0 to 255": (lambda: array().astype(np.float32), r"outside \[0, 1\]: divide by 255, or cast to uint8"),
-    "normalised": (lambda: torch.full((3, 4, 4), -0.1), r"normalised pixels go to model\(pixel_values"),
+    "normalised": (lambda: torch.full((3, 4, 4), -0.1), r"normalized pixels go to model\(pixel_values"),
     "NaN": (lambda: np.full((4, 4, 3), math.nan), r"outside \[0, 1\]"),
     "int64": (lambda: array().astype(np.int64), r"int64\[56, 40, 3\] has pixels of unknown range: cast it to uint8"),
     "bool": (lambda: np.zeros((4, 4), bool), "unknown range"),

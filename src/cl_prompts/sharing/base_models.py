@@ -46,7 +46,7 @@ def load_base(config: PromptPoolConfig, files: AdapterFiles | None = None, **kwa
             model: PreTrainedModel = kind.from_pretrained(source, **hub | safe | kwargs)
     except HubError:
         raise
-    except Exception as error:  # a stranger's base goes into all kinds of code
+    except Exception as error:  # the code of any model may fail in any way
         raise ValueError(
             f"the base {shown(source)} that the adapter names cannot be loaded ({first_line(error)}): load a base "
             "yourself, then PromptPoolModel.from_pretrained(base, adapter)"

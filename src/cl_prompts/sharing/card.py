@@ -1,4 +1,4 @@
-"""The model card: what a stranger needs to judge an adapter and to use it. Written from the adapter's own files."""
+"""The model card of an adapter, written from its own files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FIGURES = {
     "caa": "mean of the average accuracy over the stages",
     "forgetting": "forgetting",
 }
-# Tensors of a classifier that tell nothing of features.
+# Tensors of a classifier that are no statistics of features.
 NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
     yaml.BlockMappingStartToken,
@@ -54,13 +54,12 @@ CLASSES_SHOWN = 12  # names in a row of the table of tasks
 def write_card(folder: str | os.PathLike[str], *, name: str | None = None, license: str | None = None) -> None:
     """Write `README.md` of a local adapter folder, or bring it up to date.
 
-    Only the part between two comment lines is written anew, and of the metadata what this library knows; the rest is its
-    owner's.
+    Only the part between two comment lines and the metadata that this library knows are replaced. The rest stays.
 
     Args:
         folder: written by `save_pretrained`.
-        name: what loads it: its id on the Hub; None: the folder's name.
-        license: identifier of the Hub, like "apache-2.0"; None: what the card says already.
+        name: name in the card's code that loads the adapter, like its Hub id; None: the folder's name.
+        license: identifier of the Hub, like "apache-2.0"; None: that of the existing card.
 
     Raises:
         ValueError: the folder holds no adapter, no results where `results.json` is, or a card that cannot be kept.
@@ -83,12 +82,12 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
         data["license"] = license
     before, after = _kept(old)
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    # Names from files may hold what no text file can.
+    # Names from files may hold characters that cannot be encoded.
     write_atomically(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
 
 
 def _old_card(file: Path) -> tuple[dict[str, Any], str]:
-    """Metadata and text of the card that is there; its author may be a stranger."""
+    """Metadata and text of the existing card, which may come from an untrusted source."""
     if not file.is_file():
         return {}, ""
     try:
@@ -104,12 +103,12 @@ def _old_card(file: Path) -> tuple[dict[str, Any], str]:
             raise ValueError("its metadata has no names")
         return data, text[head.end() :]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = first_line(error)
-        raise ValueError(f"{file} is no card that can be kept ({told}): mend its metadata, or remove it") from error
+        reason = first_line(error)
+        raise ValueError(f"{file} is no card that can be kept ({reason}): mend its metadata, or remove it") from error
 
 
 def _check_head(head: str) -> None:
-    """Raise ValueError for metadata whose few bytes would take long to read, or stand for gigabytes."""
+    """Raise ValueError for metadata that would take long to parse or expand to gigabytes."""
     if len(head) > MAX_HEAD:
         raise ValueError(f"its metadata has more than {MAX_HEAD:,} characters")
     depth = 0
@@ -162,7 +161,7 @@ def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str)
 
 
 def hub_base(config: PromptPoolConfig) -> str | None:
-    """The base model's name, if it can be one on the Hub; None for a folder of somebody's machine."""
+    """The base model's Hub id; None if its name is no valid id or is a local folder."""
     name = config.base_model_name_or_path
     if not name:
         return None
@@ -232,7 +231,7 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
         facts["Statistics of the training images' features in it"] = f"{held} (means, covariances or sums; no images)"
     known = " ".join(license.split())[:100] if isinstance(license, str) else ""
-    facts["Licence"] = known or "not stated"
+    facts["License"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
 
 
@@ -315,7 +314,7 @@ def _training(record: RunRecord) -> str:
 
 
 def _kept(text: str) -> tuple[str, str]:
-    """What stands before and after the part that is written anew; a card of somebody else's making stands before it."""
+    """The text before and after the part that is replaced. A card without the two comment lines is all before it."""
     if BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)
         return before.lstrip("\n"), rest.partition(END)[2].lstrip("\n")

@@ -98,6 +98,6 @@ def _figures(path: Path | None, state: AdapterState) -> dict[str, dict[str, floa
     if path is None:
         return {}
     record = RunRecord.load(path)
-    if record.weights_sha256 != state.weights_sha256:  # it speaks of other weights
+    if record.weights_sha256 != state.weights_sha256:  # it is of other weights
         return {}
     return {name: matrix.summary() for name, matrix in record.results.items()}

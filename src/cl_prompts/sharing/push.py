@@ -1,4 +1,4 @@
-"""Pushing an adapter to the Hub: one commit, with a card, and nothing of the machine it was made on."""
+"""Pushing an adapter to the Hub: one commit, with a card, and without paths of the local machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
 
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PROCESSOR_FILE)
-# What an earlier push may have left that this one does not bring.
+# Files of an earlier push that are deleted unless this push replaces them.
 STALE = [RESULTS_FILE, PROCESSOR_FILE, PICTURES, f"{BASE_FOLDER}/*"]
 
 
@@ -39,7 +39,7 @@ def push_folder(
     include_base: bool = False,
     license: str | None = None,
 ) -> CommitInfo:
-    """Push the adapter in a local folder, in one commit: all of it arrives, or nothing.
+    """Push the adapter in a local folder, in one commit: all files arrive, or none.
 
     Args:
         folder: written by `save_pretrained`. Its card, image processor, `results.json` and pictures go along.
@@ -54,8 +54,8 @@ def push_folder(
         license: identifier of the Hub, like "apache-2.0".
 
     Raises:
-        ValueError: no adapter, a base that only this machine has, a file that names a folder of this machine, or
-            `create_pr` with `revision`.
+        ValueError: there is no adapter, its base is only on this machine, a file names a folder of this machine, or both
+            `create_pr` and `revision` were given.
         HubError: the Hub cannot be reached or refuses, or the repository holds something else; no file there was changed.
     """
     if create_pr and revision is not None:
@@ -84,7 +84,7 @@ def _base_to_name(files: AdapterFiles, base_model_id: str | None, include_base: 
     base = hub_base(config)
     if base is None:
         raise ValueError(
-            f"the adapter's base, {config.base_model_name_or_path!r}, is nothing others can load: give its Hub id "
+            f"the adapter's base, {config.base_model_name_or_path!r}, cannot be loaded by others: give its Hub id "
             "(base_model_id=, --base-model-id) or push it along (include_base=True, --include-base)"
         )
     return base
@@ -109,7 +109,7 @@ def _stage(files: AdapterFiles, stage: Path, base: str | None) -> None:
 
 
 def _refuse_places(stage: Path) -> None:
-    """Nobody has to learn from a card what somebody's home folder is called."""
+    """Raise ValueError if a text file names a folder below the user's home."""
     home = str(Path.home())
     for file in stage.rglob("*"):
         if file.suffix in (".md", ".json") and len(home) > 1 and f"{home}{os.sep}" in file.read_text(errors="replace"):

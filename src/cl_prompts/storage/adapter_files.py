@@ -37,7 +37,7 @@ class AdapterFiles:
     """The files of one adapter, as `find_adapter` found them.
 
     Args:
-        source: what the caller named: a folder or a Hub id.
+        source: folder or Hub id as the caller gave it.
         folder: the local folder that holds config and weights.
         config: the content of `adapter_config.json`.
         tensors: what the header of `adapter_model.safetensors` declares, by name.
@@ -179,12 +179,14 @@ def _download(repo_id: str, name: str, subfolder: str | None, max_bytes: int | N
         # Asked for by the name of its branch, so that the cache knows the commit of that branch when offline.
         return Path(hf_hub_download(repo_id, **keywords))
     except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # not in the cache, and nobody to ask
+        if isinstance(error, FileNotFoundError):  # not in the cache, and the Hub cannot be asked
             raise
         return None
 
 
 def _refuse_large(path: PurePath, size: int, max_bytes: int | None) -> None:
     if max_bytes is not None and size > max_bytes:
-        mend = "raise max_adapter_bytes if you trust it" if path.name == WEIGHTS_FILE else "it cannot be what it is called"
+        mend = (
+            "raise max_adapter_bytes if you trust it" if path.name == WEIGHTS_FILE else "the file is not what its name says"
+        )
         raise ValueError(f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}: {mend}")

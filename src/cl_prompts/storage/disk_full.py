@@ -1,4 +1,4 @@
-"""What libraries raise on a full disk, as one line that says what to do."""
+"""Errors of a full disk as one line that says what to do."""
 
 from __future__ import annotations
 

@@ -97,14 +97,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and kinds of a file's tensors with what its config implies.
+    """Compare names, shapes and types of a file's tensors with those that its config implies.
 
     Args:
         found: tensors of the file, or what its header declares, by name.
         expected: tensors of the adapter that the config builds, by the same names.
 
     Raises:
-        ValueError: a tensor is missing, foreign, or of another shape or kind.
+        ValueError: a tensor is missing, foreign, or of another shape or type.
     """
     missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or foreign:
@@ -123,7 +123,7 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha256: str | None) -> None:
-    """Compare loaded tensors with what the config implies.
+    """Compare loaded tensors with those that the config implies.
 
     Args:
         found: tensors of the file, by name.
@@ -140,6 +140,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
             "changed. Fetch it again, or pass verify=False to load it all the same"
         )
     for name, tensor in found.items():
-        # A sum shows NaN and Inf, ten times as fast; one that only overflows is looked at closely.
+        # A sum shows NaN and Inf ten times as fast. Where it is not finite, an overflow of the sum is ruled out.
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf: the run that wrote it diverged; lower its learning rate")

@@ -10,7 +10,7 @@ A save has three steps:
 A process killed in step 2 or before leaves the old files. One killed in step 3 leaves a complete folder, whose files the
 next reader or writer moves (`finish_interrupted_save`). Writers take turns in steps 2 and 3, by a lock in the target; of
 several writers the last one wins. Each writer holds a second lock from the beginning to the end of its save, so that the
-staging folder of a killed writer is told from that of a living one.
+staging folder of a killed writer can be told from that of a living one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cl_prompts.storage.integrity import CONFIG_FILE
 
 
 T = TypeVar("T")
-PREFIX = ".cl_prompts-"  # then an id of the save, and what the entry is
+PREFIX = ".cl_prompts-"  # then the id of the save and one of the endings
 ALIVE, STAGING, COMPLETE = ".lock", ".saving", ".complete"
 TURN = ".cl_prompts.lock"  # held by the writer that moves its files into the folder
 ATTEMPTS = 50  # a process that saves without a pause leaves half of the reads alone
@@ -51,8 +51,9 @@ def staging_folder(folder: str | os.PathLike[str], inputs: Iterable[str] = ()) -
     if target.is_file():
         raise ValueError(f"{folder} is a file: name a folder to save into")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for place in (target, target.parent):
-        _remove_leftovers(place)
+    _remove_leftovers(target)
+    with suppress(OSError):  # it may be read-only
+        _remove_leftovers(target.parent)
     place = target if target.is_dir() else target.parent
     name = f"{PREFIX}{uuid4().hex}"
     with locked(place / f"{name}{ALIVE}"):
@@ -143,7 +144,7 @@ def _copy_inputs(target: Path, staging: Path, inputs: Iterable[str]) -> dict[Pat
 def _prepare(staging: Path, target: Path) -> None:
     """Give files their permissions, bring them to disk, and look whether they can replace those of the target."""
     like = target if target.is_dir() else staging
-    for path in staging.rglob("*.safetensors"):  # safetensors lets nobody else read what it has written
+    for path in staging.rglob("*.safetensors"):  # safetensors makes files that only their owner may read
         path.chmod(like.stat().st_mode & 0o666)
     for path in (*staging.rglob("*"), staging):
         there = target / path.relative_to(staging)

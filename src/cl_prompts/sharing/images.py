@@ -122,8 +122,8 @@ def _from_array(array: np.ndarray, what: str, layout: str, shape: tuple[int, ...
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
             raise ValueError(
-                f"{described} has values outside [0, 1]: divide by 255, or cast to uint8, if they are in [0, 255]; normalized "
-                "pixels go to model(pixel_values=...)"
+                f"{described} has values outside [0, 1]: divide by 255, or cast to uint8, if they are in [0, 255]; "
+                "normalized pixels go to model(pixel_values=...)"
             )
         array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     elif array.dtype == np.uint16:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_prompts.backbones.input_checks import check_images, check_query
 from cl_prompts.baselines.growing import GrowingModel
 from cl_prompts.interfaces import IGNORE_INDEX, LossPart
 from cl_prompts.learner.losses import add_up
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.distributed import world_size
-from cl_prompts.tuner.validation import check_images, check_labels, check_query, check_wrapper
+from cl_prompts.tuner.validation import check_labels, check_wrapper
 
 
 Images = Iterable[dict[str, Any]]  # batches with pixel_values, labels, sample_ids; can be gone through again and again

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cl_prompts.backbones.feature_extractor import BareBackbone
+from cl_prompts.backbones.feature_extractor import FeatureExtractor
 from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
 from cl_prompts.heads.incremental import GrowingHead
 from cl_prompts.learner.optimizer_hook import OptimizerLink
@@ -45,7 +45,7 @@ class GrowingModel(nn.Module):
             "pooling": pooling,
             "num_labels": num_labels,
         }
-        self.features = BareBackbone(backbone, pooling, frozen=freeze_backbone)
+        self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone)
         self.head = GrowingHead(self.features.width)
         self.state = AdapterState(base_fingerprint=self.features.fingerprint)
         self.grown = False  # since the last training forward

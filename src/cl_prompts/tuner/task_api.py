@@ -10,12 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.backbones.structure import Structure, expected_image, fingerprint
+from cl_prompts.backbones.fingerprint import fingerprint
+from cl_prompts.backbones.input_checks import check_images
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.backbones.structure import Structure, expected_image
 from cl_prompts.heads.incremental import GrowingHead
 from cl_prompts.learner.features import record
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
-from cl_prompts.tuner.forward import WayOfABatch
+from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import rebuilt, training_state
 
@@ -24,11 +27,15 @@ class TaskLearner:
     """The part of `PromptPoolTuner` that learns task after task with its active adapter."""
 
     model: nn.Module
-    structure: Structure
+    backbone: PromptedBackbone
     pools: PromptPoolLayer
-    way: WayOfABatch
     peft_config: Any
     active_adapters: Any
+
+    @property
+    def structure(self) -> Structure:
+        """Where the base's parts are."""
+        return self.backbone.structure
 
     @property
     def adapter(self) -> PoolAdapter:
@@ -141,7 +148,8 @@ class TaskLearner:
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
-        vectors = self.way.patch_embeddings(pixel_values, kwargs)
+        check_images(self.model, self.structure, pixel_values, kwargs)
+        vectors = self.backbone.patch_embeddings(pixel_values, kwargs)
         self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
 
     def parameter_groups(self, lr: float, **lrs: float) -> list[dict[str, Any]]:
@@ -262,7 +270,7 @@ class TaskLearner:
             batch: with `pixel_values` and, if known, `query`.
         """
         own = {name: batch[name] for name in ("pixel_values", "query") if name in batch}
-        with self.way.prompted(self.adapter, (), own, training=False, only_features=True):
+        with prompted_forward(self.backbone, self.adapter, (), own, training=False, features_only=True):
             return self.model(**own).features
 
     def describe(self) -> str:
@@ -277,4 +285,4 @@ class TaskLearner:
         `options` are torch's. Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that
         growing them compiles nothing again.
         """
-        self.model.forward = torch.compile(self.model.forward, **options)
+        self.backbone.compile(**options)

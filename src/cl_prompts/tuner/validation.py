@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
+from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.distributed import world_size
@@ -109,28 +109,6 @@ def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:
         )
 
 
-def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
-    """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
-    if images.dim() == 0 or len(images) == 0:
-        raise ValueError(f"pixel_values has shape {list(images.shape)}: give at least one image")
-    channels, size = expected_image(model, structure)
-    if channels is None:  # SigLIP 2 takes patches
-        return
-    if images.dim() != 4:
-        raise ValueError(f"pixel_values has shape {list(images.shape)}, expected [B, {channels}, height, width]")
-    if images.shape[1] != channels:
-        raise ValueError(
-            f"pixel_values has {images.shape[1]} channels, the base takes {channels}: convert images to RGB first"
-        )
-    if size is not None and tuple(images.shape[2:]) != size and not kwargs.get("interpolate_pos_encoding"):
-        raise ValueError(
-            f"images are {images.shape[2]}x{images.shape[3]}, the base takes {size[0]}x{size[1]}: resize them with its "
-            "image processor, or pass interpolate_pos_encoding=True"
-        )
-
-
 def check_labels(labels: Any, images: int) -> None:
     """Raise if labels are no class ids, one per image."""
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
@@ -138,22 +116,6 @@ def check_labels(labels: Any, images: int) -> None:
         raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")
     if labels.shape != (images,):
         raise ValueError(f"labels has shape {list(labels.shape)}, expected [{images}]: one class id per image")
-
-
-def check_query(query: Any, images: int, width: int) -> None:
-    """Raise if a query that a caller brings is no feature per image."""
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
-    if query.shape != (images, width):
-        raise ValueError(f"query has shape {list(query.shape)}, expected {[images, width]}")
-
-
-def check_hidden(hidden: Any, images: int, width: int) -> None:
-    """Raise if hidden states that a caller brings are no sequence of tokens per image."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden must be a tensor [B, N, width] from extract_hidden_states, got {type(hidden).__name__}")
-    if hidden.dim() != 3 or len(hidden) != images or hidden.shape[2] != width:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [{images}, N, {width}]")
 
 
 def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:

@@ -25,9 +25,10 @@ from datasets import Dataset, Image
 from torch import Tensor
 
 import cl_prompts
-from cl_prompts.backbones.cache_key import NotTold, base_as_it_is
+from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.continual.streams.loading import Rows, UnreadableImage, rank_and_processes, read_image
 from cl_prompts.continual.streams.stream import Stream
+from cl_prompts.interfaces import NotCacheableError
 from cl_prompts.runtime.cpu import processor
 from cl_prompts.runtime.distributed import gather_over_processes, world_size
 
@@ -75,9 +76,12 @@ def query_digest(
         augmented_by: (seed, epoch) of the augmentation; None: none.
 
     Raises:
-        NotTold: something does not say what it does.
+        NotCacheableError: something does not say what it does.
     """
-    base, transform = _told("the base", base_as_it_is(model)), _told("the transform", _transform(stream.transform))
+    base, transform = (
+        _told("the base", backbone_cache_key(model.get_base_model(), model.query_pooling)),
+        _told("the transform", _transform(stream.transform)),
+    )
     told = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
     if augmented_by is not None and stream.augmentation is not None:
         seed, epoch = augmented_by
@@ -148,11 +152,13 @@ def _transform(transform: Any) -> list[Any]:
     kind, settings = type(transform), getattr(transform, "settings", None)
     if not callable(settings):
         name = getattr(transform, "__qualname__", kind.__qualname__)
-        raise NotTold(f"the transform {name} does not say what it does: give it a settings() that returns it, as JSON")
+        raise NotCacheableError(
+            f"the transform {name} does not say what it does: give it a settings() that returns it, as JSON"
+        )
     try:
         sources = [inspect.getsource(part) for part in kind.__mro__ if part is not object]
     except (OSError, TypeError) as error:
-        raise NotTold(f"the source of the transform {kind.__qualname__} is not at hand") from error
+        raise NotCacheableError(f"the source of the transform {kind.__qualname__} is not at hand") from error
     return [kind.__module__, kind.__qualname__, sources, settings()]
 
 
@@ -173,7 +179,7 @@ def _images(stream: Stream, rows: Rows, *, train: bool) -> Iterator[bytes]:
         try:
             yield _content(read_image(partial(_cell, data, row, column)))
         except UnreadableImage as error:
-            raise NotTold(f"row {row} cannot be read ({error})") from error
+            raise NotCacheableError(f"row {row} cannot be read ({error})") from error
 
 
 def _cell(data: Any, row: int, column: str) -> Any:
@@ -187,7 +193,7 @@ def _file(cell: Any) -> bytes:
     try:
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
     except (OSError, TypeError) as error:
-        raise NotTold(f"the file of an image cannot be read ({error})") from error
+        raise NotCacheableError(f"the file of an image cannot be read ({error})") from error
 
 
 def _content(image: Any) -> bytes:
@@ -201,7 +207,7 @@ def _content(image: Any) -> bytes:
     elif isinstance(image, np.ndarray) and not image.dtype.hasobject:
         kind = [image.dtype.str, list(image.shape)]
     else:
-        raise NotTold(f"an image given as {type(image).__name__} does not show its content")
+        raise NotCacheableError(f"an image given as {type(image).__name__} does not show its content")
     return json.dumps(kind).encode() + image.tobytes()
 
 
@@ -209,4 +215,4 @@ def _told(whose: str, settings: Any) -> str:
     try:
         return json.dumps(settings, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise NotTold(f"settings of {whose} cannot be written as JSON ({error})") from error
+        raise NotCacheableError(f"settings of {whose} cannot be written as JSON ({error})") from error

@@ -14,9 +14,10 @@ from torch import Tensor
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.batches import LookedAt, on_device
 from cl_prompts.continual.feature_cache.cache import QueryCache, folder_of_queries
-from cl_prompts.continual.feature_cache.key import NotTold, agreed_key, query_digest
+from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.evaluation.evaluate import stream_features
+from cl_prompts.interfaces import NotCacheableError
 from cl_prompts.runtime.distributed import sum_over_processes, world_size
 
 
@@ -104,7 +105,7 @@ class Viewer:
                     device=device,
                     augmented_by=showing.augmented_by,
                 )
-            except NotTold as reason:
+            except NotCacheableError as reason:
                 why = f" only: {reason}"
         key = agreed_key(digest, device)
         of_view = f", view {showing.augmented_by[1]}" if showing.augmented_by else ""

@@ -63,7 +63,6 @@ KNOWN: set[str] = {
     "continual/feature_cache/key.py imports backbones",
     "evaluation/diagnostics.py imports methods",
     "sharing/run_record.py imports continual",
-    "tuner/sharding.py imports model",
 }
 KNOWN_CIRCLES = 2
 KNOWN_LONG = {"continual/trainer.py"}

@@ -33,7 +33,7 @@ from run_folder import described, differences, is_complete, read_results
 
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
@@ -204,7 +204,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
     numbers: dict[str, dict[str, Any]] = {}
     for result in [*results, *others]:
         numbers.setdefault(result.learner, {})[str(result.seed)] = result.matrix.to_dict()
-    write_whole(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
+    write_atomically(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
     failed = [f"- {run.row}, seed {run.arguments.seed}: {run.error}" for run in runs if run.error]
     missing = [f"- {run.row}, seed {run.arguments.seed}" for run in runs if not run.done and not run.error]
     seconds = sum(result.seconds or 0 for result in [*results, *others])
@@ -225,7 +225,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
         sections.append("![curves](curves.png)")
     sections.append(f"## Repeat it\n\n```sh\n{command}\n```\n\nA run of each row:")
     sections.append("```sh\n" + "\n".join(list(commands.values())[::-1]) + "\n```")
-    write_whole(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+    write_atomically(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
 
 
 def other_tables(others: list[Result]) -> list[str]:

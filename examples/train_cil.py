@@ -49,7 +49,7 @@ from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
 from cl_prompts.sharing.run_record import RunRecord
-from cl_prompts.storage.atomic import replacing
+from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -245,9 +245,9 @@ def main() -> None:
         seconds=round(seconds, 1),
     )
     if args.method in BASELINES:
-        with replacing(folder / "adapter", "preprocessor_config.json") as whole:
-            learner.save_pretrained(whole)
-            processor.save_pretrained(whole)
+        with staging_folder(folder / "adapter") as staging:
+            learner.save_pretrained(staging)
+            processor.save_pretrained(staging)
     else:
         learner.save_pretrained(folder / "adapter", record=record, pictures=pictures, image_processor=processor)
     record.save(folder, None)  # last: a folder that has it is complete

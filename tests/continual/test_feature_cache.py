@@ -32,6 +32,7 @@ from cl_prompts.continual import (
     TrainerCallback,
 )
 from cl_prompts.continual.feature_cache.cache import VARIABLE, QueryCache, folder_of_queries
+from cl_prompts.storage.staging import ALIVE, PREFIX, STAGING
 
 
 # ---- what is kept, and what is not -------------------------------------------------------------------------------------
@@ -137,9 +138,10 @@ def test_the_folder_is_bounded_and_the_oldest_use_goes_first(tmp_path: Path) -> 
     for file in foreign:
         file.write_bytes(bytes(50_000))
         os.utime(file, (1, 1))
-    left = tmp_path / f".{KEY}.{'0' * 32}.writing"  # of a writer that was killed
-    left.write_bytes(bytes(5000))
-    os.utime(left, (2, 2))
+    left = tmp_path / f"{PREFIX}0{STAGING}"  # of a writer that was killed
+    left.mkdir()
+    (left / f"{KEY}.safetensors").write_bytes(bytes(5000))
+    (tmp_path / f"{PREFIX}0{ALIVE}").touch()
     keys = [str(number) * 64 for number in range(5)]
     for age, key in enumerate(keys[:3]):
         cache.write(key, TABLE)

@@ -18,6 +18,7 @@ from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCa
 from cl_prompts.continual.checkpointing.checkpoint import Checkpoints, join_tensors, split_tensors
 from cl_prompts.continual.checkpointing.parts import RandomState
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.storage.staging import PREFIX, STAGING
 
 
 def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
@@ -246,8 +247,8 @@ def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
     folder = tmp_path / "checkpoints"
     newest = sorted(folder.iterdir())[-1]
-    shutil.copytree(newest, folder / ".000000099.saving")
-    (folder / ".000000099.saving" / "manifest.json").unlink()
+    shutil.copytree(newest, folder / f"{PREFIX}0{STAGING}")
+    (folder / f"{PREFIX}0{STAGING}" / "manifest.json").unlink()
     found = Checkpoints(folder).latest()
     assert found is not None
     assert found["parts"]["progress"] == json.loads((newest / "values.json").read_text())["parts"]["progress"]

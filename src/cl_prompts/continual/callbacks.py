@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.stream import Task
 from cl_prompts.evaluation.evaluate import Evaluation
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 class TrainerCallback:
@@ -133,4 +133,4 @@ class JsonlTracker(GeneralTracker):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))

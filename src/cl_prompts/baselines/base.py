@@ -349,7 +349,7 @@ class Baseline(nn.Module):
         Raises:
             cl_prompts.interfaces.NotCacheableError: the backbone has code or hooks of others, or is compiled.
         """
-        return backbone_cache_key(self.features.base, self.query_pooling)
+        return backbone_cache_key(self.features.base, self.query_pooling) | {"reader": "FeatureExtractor"}
 
     def fingerprint(self) -> str:
         """Sha256 of what defines the learner before it has learned: its name and options, and the backbone's weights."""

@@ -314,6 +314,9 @@ class TaskAPI:
 
         Returns:
             float32 [B, D], without gradient.
+
+        Raises:
+            ValueError: the images do not fit the base, or it was unloaded.
         """
         self._check_not_released()
         check_images(self.model, self.structure, pixel_values, kwargs)
@@ -344,7 +347,7 @@ class TaskAPI:
         Raises:
             cl_prompts.interfaces.NotCacheableError: the base has code or hooks of others, or is compiled.
         """
-        return backbone_cache_key(self.model, self.query_pooling)
+        return backbone_cache_key(self.model, self.query_pooling) | {"reader": "PromptedBackbone.features"}
 
     def fingerprint(self) -> str:
         """Sha256 of what defines the learner before it has learned: its config, and the base's weights."""

@@ -35,6 +35,7 @@ from cl_prompts.continual import (
     CropAndFlip,
     Evaluation,
     FrozenFeatures,
+    IndexedStream,
     JointStream,
     ProgressBar,
     Stream,
@@ -121,7 +122,9 @@ def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
     return provider.frozen_features(train=True).cpu(), provider.frozen_features(train=False).cpu()
 
 
-def references(train: torch.Tensor, test: torch.Tensor, stream: Stream, args: Arguments) -> dict[str, AccuracyMatrix]:
+def references(
+    train: torch.Tensor, test: torch.Tensor, stream: IndexedStream, args: Arguments
+) -> dict[str, AccuracyMatrix]:
     """Learners without prompts on the frozen features of the same images, with the head's own learning rate."""
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
@@ -192,7 +195,7 @@ def main() -> None:
     if accelerator.is_main_process:
         begin(run, folder, resume=args.resume)
     untrained = None
-    if stream.random_access and not trainer.feature_provider.base_is_frozen:
+    if isinstance(stream, IndexedStream) and not trainer.feature_provider.base_is_frozen:
         untrained = features_of(trainer)  # now: afterwards they are those of a base that has learnt
     before = time.perf_counter() - started
     trainer.train(resume=args.resume)
@@ -201,7 +204,7 @@ def main() -> None:
     result = trainer.result()
     matrices = {args.method: result.matrix}
     matrices |= {f"{args.method} + {name}": found for name, found in result.extra_matrices.items()}
-    if stream.random_access:
+    if isinstance(stream, IndexedStream):
         matrices |= references(*(untrained or features_of(trainer)), stream, args)
     skipped = own_stream.count_skipped()
     accelerator.state.destroy_process_group()  # what follows is for one

@@ -16,6 +16,10 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
+class NotCacheableError(Exception):
+    """Features cannot be cached, because something that decides them does not say what it does."""
+
+
 @dataclass(frozen=True)
 class BackboneShape:
     """The sizes of a backbone that a pool needs to build its tensors.
@@ -125,7 +129,3 @@ class Prompts:
     scores: Tensor | None = None
     candidates: int = 1
     combine: Literal["confident", "mean"] = "confident"
-
-
-class NotCacheableError(Exception):
-    """Features of a backbone cannot be kept for later: what they depend on cannot be told."""

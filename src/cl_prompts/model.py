@@ -18,13 +18,13 @@ from peft.mapping import (
 )
 from torch import Tensor, nn
 
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE
 from cl_prompts.storage.adapter_files import WHERE, adapter_folder
 from cl_prompts.storage.atomic import read_whole, replacing, telling_full_disk
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, digest_file
-from cl_prompts.tuner.forward import ways_through
 from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
@@ -53,7 +53,6 @@ class PromptPoolModel(TaskAPI, PeftModel):
         labels: Tensor | None = None,
         *,
         query: Tensor | None = None,
-        hidden: Tensor | None = None,
         sample_ids: Any = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -64,8 +63,6 @@ class PromptPoolModel(TaskAPI, PeftModel):
             pixel_values: images [B, 3, H, W], normalised as the base expects.
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: un-prompted features [B, D] if the caller has them (`extract_features`); spares the un-prompted pass.
-            hidden: what enters the lowest prompted block [B, N, D] if the caller has it (`extract_hidden_states`); spares
-                the blocks below it, in both passes where each image has one candidate of prompts.
             sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
                 task. Without them every training forward counts.
             num_items_in_batch: number of images of the whole accumulated batch, a scalar; `transformers.Trainer` passes it.
@@ -77,7 +74,6 @@ class PromptPoolModel(TaskAPI, PeftModel):
         own = {
             "labels": labels,
             "query": query,
-            "hidden": hidden,
             "sample_ids": sample_ids,
             "num_items_in_batch": num_items_in_batch,
         }
@@ -329,45 +325,25 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
     return model.extract_features(pixel_values, **kwargs)
 
 
-def extract_hidden_states(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-    """What enters the lowest prompted block of a frozen backbone: the same in every epoch, for `model(..., hidden=...)`.
-
-    Args:
-        model: a model with a prompt pool whose prompts enter above block 0 (`layers=[6, 7]`).
-        pixel_values: images [B, 3, H, W].
-        kwargs: further inputs of the base.
-
-    Returns:
-        [B, N, D] for N tokens, in the precision of the pass, without gradient.
-
-    Raises:
-        ValueError: prompts enter block 0, or what is below them is trained, compiled or hooked.
-    """
-    return model.extract_hidden_states(pixel_values, **kwargs)
-
-
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients, and whose it is."""
-    ways = [(way, way.prefixes.layers) for way in ways_through(model)]
-    attributes = dict(vars(model))
+    attributes, backbone = dict(vars(model)), PromptedBackbone.existing(model)
+    users = set() if backbone is None else set(backbone.users)
     modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for way in ways_through(model) - {way for way, _ in ways}:
-            way.uninstall()
         for module, training, children in modules:
             module.training = training
             module._modules.update(children)
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
-        for way, layers in ways:
-            if way.installed:
-                way.prefixes.uninstall(keep=layers)
-            else:
-                way.install(layers)
+        backbone = PromptedBackbone.existing(model)
+        if backbone is not None:
+            for user in set(backbone.users) - users:
+                backbone.release(user)
         for name in set(vars(model)) - set(attributes):
             delattr(model, name)
         if "peft_config" in attributes:

@@ -1,6 +1,7 @@
 """ContinualTrainer on tiny models: what it trains, what it tells, what it refuses, and that two processes equal one."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
 
 def test_forward_transfer_is_measured_where_classes_are_known() -> None:
     stream = small_stream()
-    again = [
-        type(task)(n, [4, 1], stream.tasks[0].train_rows, stream.tasks[0].test_rows, "", n > 0)
-        for n, task in enumerate(stream)
-    ]
+    again = [replace(stream.tasks[0], number=n, classes=[4, 1], revisit=n > 0) for n in range(len(stream))]
     stream.tasks = again
     args = ContinualArguments(epochs=1, batch_size=4, forward_transfer=True)
     trainer = ContinualTrainer(small_model("l2p"), stream, args)

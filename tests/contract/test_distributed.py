@@ -23,7 +23,7 @@ from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, evaluate, stream_features
-from cl_prompts.continual.streams.stream import shares
+from cl_prompts.continual.streams.loading import process_shards
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -173,9 +173,9 @@ def process(rank: int, folder: str, path: list[str]) -> None:
     try:
         results: dict[str, Any] = {name: learn(case) for name, case in CASES.items()}
         results["errors"] = [grow_while_wrapped(late=False), grow_while_wrapped(late=True)]
-        results["shares"] = [list(shares(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
+        results["shares"] = [list(process_shards(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
         try:
-            list(shares(np.arange(8), 7))
+            list(process_shards(np.arange(8), 7))
         except ValueError as error:
             results["errors"].append(str(error))
         torch.save(results, Path(folder, f"{rank}.pt"))

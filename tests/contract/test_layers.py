@@ -55,7 +55,7 @@ MATHEMATICS = {"torch", "math", "__future__", "collections", "dataclasses", "typ
 KNOWN: set[str] = {
     "tuner/sharding.py imports model",
 }
-KNOWN_CIRCLES = 1
+KNOWN_CIRCLES = 0
 KNOWN_LONG: set[str] = set()
 
 

@@ -1,6 +1,7 @@
 """Classifiers made from features over two gloo processes, and beside a learner in the trainer, killed and resumed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,7 @@ def test_classifiers_beside_a_learner_resume(tmp_path: Path) -> None:
 def test_forward_transfer_with_classifiers_that_know_nothing_yet(method: str) -> None:
     """The same classes in every task: the trainer measures before training, when they have no answer."""
     stream = small_stream(2)
-    stream.tasks = [
-        type(task)(n, [4, 1], stream.tasks[0].train_rows, stream.tasks[0].test_rows, "", n > 0)
-        for n, task in enumerate(stream)
-    ]
+    stream.tasks = [replace(stream.tasks[0], number=n, classes=[4, 1], revisit=n > 0) for n in range(len(stream))]
     args = ContinualArguments(epochs=1, batch_size=4, forward_transfer=True)
     extra = {"aligned": AlignedClassifier(32, epochs=1)} if method == "hash" else {}
     trainer = ContinualTrainer(small_model(method), stream, args, classifiers=extra)

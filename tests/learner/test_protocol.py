@@ -90,8 +90,7 @@ def learn(model: PromptPoolModel, images: Tensor, labels: Tensor) -> dict[int, s
     state = model.training_state_dict()
     model.load_training_state_dict(state)
     query: Tensor = model.extract_features(images)
-    hidden: Tensor = model.extract_hidden_states(images)
-    output = model(images, labels, query=query, hidden=hidden)
+    output = model(images, labels, query=query)
     tasks: Tensor | None = model.chosen_tasks(output)
     mask: str = model.class_mask
     key: dict[str, object] = model.cache_key()

@@ -1,4 +1,4 @@
-"""Whether images, and features that a caller brings, fit a backbone; every error names the value and the mend."""
+"""Whether images and features that a caller passes fit the backbone; every error names the value and the mend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: di
     """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
     if not isinstance(images, Tensor):
         raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
-    if images.dim() == 0 or len(images) == 0:
+    if images.dim() == 0 or images.shape[0] == 0:
         raise ValueError(f"pixel_values has shape {list(images.shape)}: give at least one image")
     channels, size = expected_image(model, structure)
     if channels is None:  # SigLIP 2 takes patches
@@ -32,16 +32,8 @@ def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: di
 
 
 def check_query(query: Any, images: int, width: int) -> None:
-    """Raise if a query that a caller brings is no feature per image."""
+    """Raise if a query that a caller passes is not one feature per image."""
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
     if query.shape != (images, width):
         raise ValueError(f"query has shape {list(query.shape)}, expected {[images, width]}")
-
-
-def check_hidden(hidden: Any, images: int, width: int) -> None:
-    """Raise if hidden states that a caller brings are no sequence of tokens per image."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden must be a tensor [B, N, width] from extract_hidden_states, got {type(hidden).__name__}")
-    if hidden.dim() != 3 or len(hidden) != images or hidden.shape[2] != width:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [{images}, N, {width}]")

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.backbones.cache_key import NotTold, base_as_it_is
-from cl_prompts.backbones.feature_extractor import BareBackbone
+from cl_prompts.backbones.cache_key import backbone_cache_key
+from cl_prompts.backbones.feature_extractor import FeatureExtractor
 from cl_prompts.backbones.input_checks import check_images, check_query
 from cl_prompts.baselines.batch import Batch
 from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.interfaces import IGNORE_INDEX, LossPart, NotCacheableError
+from cl_prompts.interfaces import IGNORE_INDEX, LossPart
 from cl_prompts.learner.checks import check_labels, check_wrapper
 from cl_prompts.learner.losses import add_up
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
@@ -86,7 +86,7 @@ class Baseline(nn.Module):
         self.class_mask = mask
         self.options: dict[str, Any] = {"freeze_backbone": freeze_backbone, "pooling": pooling}
         self.options |= {"num_labels": num_labels, "class_mask": mask}
-        self.features = BareBackbone(backbone, pooling, frozen=freeze_backbone)
+        self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone)
         self.head = IncrementalHead(self.features.width)
         self.tasks = TaskState(AdapterState(base_fingerprint=self.features.fingerprint), num_labels)
         self.update_scaler = UpdateScaler()
@@ -349,10 +349,7 @@ class Baseline(nn.Module):
         Raises:
             cl_prompts.interfaces.NotCacheableError: the backbone has code or hooks of others, or is compiled.
         """
-        try:
-            return base_as_it_is(self)
-        except NotTold as error:
-            raise NotCacheableError(str(error)) from error
+        return backbone_cache_key(self.features.base, self.query_pooling)
 
     def fingerprint(self) -> str:
         """Sha256 of what defines the learner before it has learned: its name and options, and the backbone's weights."""

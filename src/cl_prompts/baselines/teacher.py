@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.backbones.feature_extractor import BareBackbone
+from cl_prompts.backbones.feature_extractor import FeatureExtractor
 from cl_prompts.baselines.base import Baseline
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.nested_tensors import below, prefixed
@@ -27,7 +27,7 @@ class Teacher(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, features: BareBackbone, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, features: FeatureExtractor, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.features = None if features.frozen else copy.deepcopy(features).requires_grad_(False)
         self.register_buffer("weight", weight.detach().clone())

@@ -6,6 +6,8 @@ from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.gaussian import GaussianStream
+from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
+from cl_prompts.continual.streams.iterable import IterableStream
 from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
 from cl_prompts.continual.streams.joint import JointStream
 from cl_prompts.continual.streams.scenarios import (
@@ -40,8 +42,11 @@ __all__ = [
     "Evaluation",
     "FrozenFeatures",
     "GaussianStream",
+    "IndexedStream",
+    "IndexedTask",
     "IterableClassIncrementalStream",
     "IterableDomainIncrementalStream",
+    "IterableStream",
     "JointStream",
     "JsonlTracker",
     "ProgressBar",

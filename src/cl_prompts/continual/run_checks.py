@@ -7,6 +7,7 @@ from collections.abc import Sized
 from accelerate import DistributedType
 
 from cl_prompts.continual.arguments import ContinualArguments
+from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream
 from cl_prompts.learner.protocol import Learner
 
@@ -20,9 +21,9 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
         args: settings.
         classifiers: the extra classifiers.
     """
-    if args.rehearses and not stream.random_access:
+    if args.rehearses and not isinstance(stream, IndexedStream):
         raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
-    if not stream.random_access and (model.needs_consolidation or classifiers):
+    if not isinstance(stream, IndexedStream) and (model.needs_consolidation or classifiers):
         raise ValueError(
             f"{type(model).__name__} or a further classifier looks at each task's images once more when it is learnt, "
             "which this stream cannot show again: load the data set whole, or leave out head, alignment and classifiers"

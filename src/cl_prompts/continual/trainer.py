@@ -30,6 +30,7 @@ from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.replay import Replay
 from cl_prompts.continual.run_checks import check_engine, check_run
 from cl_prompts.continual.state import TrainerState
+from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.continual.training_step import Throughput, training_step
 from cl_prompts.evaluation.evaluate import Evaluation, evaluate
@@ -170,9 +171,9 @@ class ContinualTrainer:
         if task.number:
             with self.feature_provider.eval_mode():
                 if model.needs_features_before:
-                    model.record_features(self.feature_provider.images(task.train_rows))
+                    model.record_features(self.feature_provider.task_images(task))
                 if self.extra_classifiers.needs_before:
-                    self.extra_classifiers.record(self.feature_provider.images(task.train_rows))
+                    self.extra_classifiers.record(self.feature_provider.task_images(task))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
         self.replay.begin_task(task)
@@ -192,8 +193,9 @@ class ContinualTrainer:
         with provider.eval_mode():
             if model.needs_consolidation:
                 memory = provider.images(self.memory.rows) if self.memory is not None and len(self.memory) else None
-                model.consolidate(provider.images(task.train_rows), memory)
-            self.extra_classifiers.fit(provider.images(task.train_rows))
+                model.consolidate(provider.task_images(task), memory)
+            if self.extra_classifiers.classifiers:
+                self.extra_classifiers.fit(provider.task_images(task))
         if not self.stream.task_free:
             model.end_task()
 
@@ -221,7 +223,7 @@ class ContinualTrainer:
             self.feature_provider.training_queries(epoch)
         self.feature_provider.queries(train=False)
         self._throughput = Throughput()
-        per_epoch = self._steps_per_epoch = self.stream.steps_per_epoch(task, args.batch_size, self.replay.rows)
+        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
         while progress.epoch < args.epochs:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
@@ -251,7 +253,7 @@ class ContinualTrainer:
 
     def _step(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Tensor]:
         args, accelerator = self.args, self.accelerator
-        images = self.stream.cut_on_device(to_device(batch, accelerator.device), (args.seed, self.progress.epoch))
+        images = self.stream.augment_on_device(to_device(batch, accelerator.device), (args.seed, self.progress.epoch))
         losses = training_step(wrapped, optimizer, images, accelerator, pieces=args.accumulation, max_norm=args.clip)
         self._throughput.add(len(batch["labels"]) * world_size())
         return losses
@@ -259,20 +261,20 @@ class ContinualTrainer:
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
         """The rest of the current epoch's global batches, this process's share of each."""
         args, progress = self.args, self.progress
-        return iter(
-            self.stream.train_batches(
-                task,
-                args.batch_size,
-                seed=args.seed,
-                epoch=progress.epoch,
-                queries=self.feature_provider.training_queries(progress.epoch),
-                workers=args.workers,
-                rows=self.replay.rows,
-                memory_rows=self.replay.mixed_rows,
-                memory_batch_size=args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
-                start=progress.step,
-            )
-        )
+        options: dict[str, Any] = {
+            "seed": args.seed,
+            "epoch": progress.epoch,
+            "num_workers": args.workers,
+            "start": progress.step,
+        }
+        if isinstance(self.stream, IndexedStream):
+            options |= {
+                "queries": self.feature_provider.training_queries(progress.epoch),
+                "rows": self.replay.rows,
+                "memory_rows": self.replay.mixed_rows,
+                "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
+            }
+        return iter(self.stream.train_batches(task, args.batch_size, **options))
 
     def _log(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()

@@ -12,16 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cl_prompts.backbones.cache_key import NotTold, base_as_it_is
+from cl_prompts.backbones.cache_key import backbone_cache_key
+from cl_prompts.backbones.fingerprint import fingerprint as base_fingerprint
+from cl_prompts.backbones.input_checks import check_images
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import Structure, expected_image
-from cl_prompts.backbones.structure import fingerprint as base_fingerprint
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.interfaces import NotCacheableError
 from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
-from cl_prompts.tuner.forward import WayOfABatch
+from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import restored_adapter, training_state_dict
 
@@ -33,21 +34,26 @@ class TaskAPI:
 
     Attributes:
         model: the frozen base model.
-        structure: where its parts are.
+        backbone: the base model with its hooks.
+        released: whether the base was given back by `unload`.
         pools: the adapters by name.
-        way: the forward.
         peft_config: configs by adapter name.
         active_adapters: names; the first one answers.
     """
 
     model: nn.Module
-    structure: Structure
+    backbone: PromptedBackbone
+    released: bool
     pools: PromptPoolLayer
-    way: WayOfABatch
     peft_config: Any
     active_adapters: Any
 
     # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def structure(self) -> Structure:
+        """Where the base's parts are."""
+        return self.backbone.structure
 
     @property
     def adapter(self) -> PoolAdapter:
@@ -190,7 +196,8 @@ class TaskAPI:
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
-        vectors = self.way.patch_embeddings(pixel_values, kwargs)
+        check_images(self.model, self.structure, pixel_values, kwargs)
+        vectors = self.backbone.patch_embeddings(pixel_values, kwargs)
         self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -250,7 +257,7 @@ class TaskAPI:
         `options` are torch's. Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that
         growing them compiles nothing again.
         """
-        self.model.forward = torch.compile(self.model.forward, **options)
+        self.backbone.compile(**options)
 
     # ---- passes over images outside training -------------------------------------------------------------------------
 
@@ -295,7 +302,7 @@ class TaskAPI:
             batch: with `pixel_values` and, if known, `query`.
         """
         own = {name: batch[name] for name in ("pixel_values", "query") if name in batch}
-        with self.way.prompted(self.adapter, (), own, training=False, only_features=True):
+        with prompted_forward(self.backbone, self.adapter, (), own, training=False, features_only=True):
             return self.model(**own).features
 
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
@@ -308,22 +315,13 @@ class TaskAPI:
         Returns:
             float32 [B, D], without gradient.
         """
-        return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
+        self._check_not_released()
+        check_images(self.model, self.structure, pixel_values, kwargs)
+        return self.backbone.features((), {"pixel_values": pixel_values, **kwargs}, self.adapter.query_pooling)[0]
 
-    def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """What enters the lowest prompted block of the frozen backbone, for `model(..., hidden=...)`.
-
-        Args:
-            pixel_values: images [B, 3, H, W].
-            kwargs: further inputs of the base.
-
-        Returns:
-            [B, N, D] for N tokens, in the precision of the pass, without gradient.
-
-        Raises:
-            ValueError: prompts enter block 0, or what is below them is trained, compiled or hooked.
-        """
-        return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
+    def _check_not_released(self) -> None:
+        if self.released:
+            raise ValueError("the base of this model was unloaded: wrap it anew with get_prompt_pool_model")
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
         """Task whose prompts answered for each image, as far as the method chooses prompts by task.
@@ -346,10 +344,7 @@ class TaskAPI:
         Raises:
             cl_prompts.interfaces.NotCacheableError: the base has code or hooks of others, or is compiled.
         """
-        try:
-            return base_as_it_is(self)
-        except NotTold as error:
-            raise NotCacheableError(str(error)) from error
+        return backbone_cache_key(self.model, self.query_pooling)
 
     def fingerprint(self) -> str:
         """Sha256 of what defines the learner before it has learned: its config, and the base's weights."""

@@ -25,8 +25,8 @@ from datasets import Dataset, Image
 from torch import Tensor
 
 import cl_prompts
+from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.loading import Rows, UnreadableImage, rank_and_processes, read_image
-from cl_prompts.continual.streams.stream import Stream
 from cl_prompts.interfaces import NotCacheableError
 from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.cpu import processor
@@ -37,9 +37,7 @@ LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "
 OWN_CODE = (
     "tuner/forward.py",
     "evaluation/evaluate.py",
-    "continual/streams/loading.py",
-    "continual/streams/augmentation.py",
-    "continual/streams/stream.py",
+    "continual/streams/*.py",
     "backbones/*.py",
 )
 BACKENDS = (
@@ -53,7 +51,7 @@ READ_AT_ONCE = 64  # rows
 
 def query_digest(
     model: Learner,
-    stream: Stream,
+    stream: IndexedStream,
     rows: Rows,
     *,
     train: bool,
@@ -158,7 +156,7 @@ def _transform(transform: Any) -> list[Any]:
     return [kind.__module__, kind.__qualname__, sources, settings()]
 
 
-def _images(stream: Stream, rows: Rows, *, train: bool) -> Iterator[bytes]:
+def _images(stream: IndexedStream, rows: Rows, *, train: bool) -> Iterator[bytes]:
     """This process's share of the images, byte by byte, and where they stand."""
     data, column = (stream.train if train else stream.test), stream.image_column
     own = np.array_split(rows, world_size())[rank_and_processes()[0]]

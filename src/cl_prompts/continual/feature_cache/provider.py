@@ -15,6 +15,7 @@ from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.batches import DeviceBatches, to_device
 from cl_prompts.continual.feature_cache.cache import QueryCache, folder_of_queries
 from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
+from cl_prompts.continual.streams.indexed import IndexedStream, require_indexed
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.evaluation.evaluate import stream_features
 from cl_prompts.interfaces import NotCacheableError
@@ -57,6 +58,10 @@ class FeatureProvider:
         folder = folder_of_queries(args.query_cache)
         self._cache = QueryCache(folder, args.query_cache_bytes, accelerator.print) if folder else None
 
+    @property
+    def _indexed(self) -> IndexedStream:
+        return require_indexed(self.stream, "computing features outside training")
+
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
         """The learner in eval mode under the run's precision; afterwards it is in the mode it was in before."""
@@ -93,13 +98,14 @@ class FeatureProvider:
     def _cached(self, view: ImageView) -> Tensor:
         """Features of the query cache; if it does not have them, they are computed and kept there."""
         train = view.train
-        rows, device = self.stream.all_rows(train=train), self.accelerator.device
+        stream, device = self._indexed, self.accelerator.device
+        rows = stream.all_rows(train=train)
         digest, why = None, ""
         if self._cache is not None:
             try:
                 digest = query_digest(
                     self.model,
-                    self.stream,
+                    stream,
                     rows,
                     train=train,
                     together=TOGETHER,
@@ -129,11 +135,12 @@ class FeatureProvider:
     def _computed(self, view: ImageView) -> Tensor:
         """Features of a pass over all images."""
         size, device, augmented_by = TOGETHER * world_size(), self.accelerator.device, view.augmented_by
-        batches = self.stream.all_images(
-            train=view.train, batch_size=size, workers=self.args.workers, augmented_by=augmented_by
+        stream = self._indexed
+        batches = stream.all_images(
+            train=view.train, batch_size=size, num_workers=self.args.workers, augmented_by=augmented_by
         )
-        batches_on_device = (self.stream.cut_on_device(to_device(batch, device), augmented_by) for batch in batches)
-        rows = len(self.stream.train_labels if view.train else self.stream.test_labels)
+        batches_on_device = (stream.augment_on_device(to_device(batch, device), augmented_by) for batch in batches)
+        rows = len(stream.train_labels if view.train else stream.test_labels)
         return stream_features(self.model, batches_on_device, rows, device)
 
     def queries(self, *, train: bool) -> Tensor | None:
@@ -145,23 +152,31 @@ class FeatureProvider:
         augmentation = self.stream.augmentation
         if augmentation is None:
             return self.queries(train=True)
-        return self._queries(ImageView(True, (self.args.seed, augmentation.view(epoch)))) if self.stream.repeats else None
+        if augmentation.views is None:
+            return None
+        return self._queries(ImageView(True, (self.args.seed, augmentation.view(epoch))))
 
     def _queries(self, view: ImageView) -> Tensor | None:
-        if not self.args.cache_queries or not self.model.needs_query or not self.stream.random_access:
+        if not self.args.cache_queries or not self.model.needs_query or not isinstance(self.stream, IndexedStream):
             return None
         return self._features_of(view) if self.base_is_frozen else None
+
+    def task_images(self, task: Task) -> DeviceBatches:
+        """Training images of a task, not augmented, batch by batch on the device."""
+        return self.images(self._indexed.tasks[task.number].train_rows)
 
     def images(self, rows: Any) -> DeviceBatches:
         """Training images of these rows, not augmented, batch by batch on the device."""
 
         def batches() -> Any:
             queries = self.queries(train=True)
-            return self.stream.images(rows, self.args.batch_size, queries=queries, workers=self.args.workers)
+            return self._indexed.images(rows, self.args.batch_size, queries=queries, num_workers=self.args.workers)
 
         return DeviceBatches(batches, self.accelerator.device)
 
     def test_batches(self, task: Task) -> Any:
         """A task's test images."""
-        queries = self.queries(train=False)
-        return self.stream.test_batches(task, self.args.batch_size, queries=queries, workers=self.args.workers)
+        size, num_workers = self.args.batch_size, self.args.workers
+        if isinstance(self.stream, IndexedStream):
+            return self.stream.test_batches(task, size, num_workers=num_workers, queries=self.queries(train=False))
+        return self.stream.test_batches(task, size, num_workers=num_workers)

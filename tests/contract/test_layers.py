@@ -51,6 +51,7 @@ FORBIDDEN: dict[str, set[str]] = {
 }
 MATHEMATICS = {"torch", "math", "__future__", "collections", "dataclasses", "typing", "abc", "cl_prompts"}
 
+<<<<<<< HEAD
 # Violations that stood when this test was written; entries may only be removed.
 KNOWN: set[str] = {
     "tuner/sharding.py imports model",
@@ -58,6 +59,8 @@ KNOWN: set[str] = {
 KNOWN_CIRCLES = 0
 KNOWN_LONG: set[str] = set()
 
+=======
+>>>>>>> main
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -103,7 +106,7 @@ def test_every_room_is_in_the_table() -> None:
 
 
 def test_rooms_import_only_what_the_table_allows() -> None:
-    assert violations() == KNOWN
+    assert violations() == set()
 
 
 def graph() -> dict[str, set[str]]:
@@ -152,7 +155,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    assert len(circles(graph())) == KNOWN_CIRCLES
+    assert circles(graph()) == []
 
 
 def test_the_search_for_circles_finds_one() -> None:
@@ -165,4 +168,4 @@ def test_at_most_nine_modules_stand_at_the_root() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_has_at_most_400_lines(path: Path) -> None:
-    assert path.read_text().count("\n") <= 400 or str(path.relative_to(PACKAGE)) in KNOWN_LONG
+    assert path.read_text().count("\n") <= 400

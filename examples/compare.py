@@ -4,7 +4,7 @@
     python examples/compare.py rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
 The YAML (of examples/recipes, or a file) has `settings`, arguments of all runs, and `rows`: the name of a row in the table,
-and its arguments, like `L2P: {recipe: l2p_cifar100_mini, clip: 1.0}`. Arguments that this script does not know go to every
+and its arguments, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know go to every
 run and have the last word. Each run is a process and a folder of its own: one that fails is named below the table
 and loses no other; called again, complete runs are read and killed ones go on. Rows with another number of tasks than most
 stand in tables of their own.
@@ -87,7 +87,7 @@ def read_rows(name: str) -> dict[str, dict[str, Any]]:
 
 
 def as_line(settings: Mapping[str, Any]) -> list[str]:
-    """{"lr": 0.1, "config": {"top_k": 2}} -> ["--lr", "0.1", "--config", "top_k=2"]; what is empty has no words."""
+    """{"seed": 1, "config": {"top_k": 2}} -> ["--seed", "1", "--config", "top_k=2"]; what is empty has no words."""
     words = []
     for name, value in settings.items():
         entries = [f"{k}={as_word(v)}" for k, v in value.items()] if isinstance(value, dict) else value

@@ -29,7 +29,7 @@ FILES = (
 )
 # Arguments that change nothing about the results.
 NOT_OF_THE_RUN = (
-    *("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every"),
+    *("output", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
     *("query_cache", "query_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")

@@ -130,8 +130,13 @@ def references(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
     )
-    lr = pairs(args.lrs).get("head", args.lr)
-    settings: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": lr, "seed": args.seed}
+    rate = pairs(args.learning_rates).get("head", args.learning_rate)
+    settings: dict[str, Any] = {
+        "num_train_epochs": args.num_train_epochs,
+        "batch_size": args.batch_size,
+        "learning_rate": rate,
+        "seed": args.seed,
+    }
     found = {"sequential linear probe": sequential_probe(data, **settings)}
     options = pairs(args.config)
     if options.get("head") == "cosine":

@@ -218,7 +218,7 @@ def picture_trainer(
     else:
         model = get_prompt_pool_model(base, {**METHODS, **WITH_CLASSIFIER}[method]())
     stream = picture_stream(**settings.pop("stream", {}))
-    told: dict[str, Any] = {"epochs": 1, "batch_size": 4, "checkpoint_every": 1} | settings
+    told: dict[str, Any] = {"num_train_epochs": 1, "batch_size": 4, "save_steps": 1} | settings
     args = ContinualArguments(str(output) if output else None, query_cache=str(cache), **told)
     return ContinualTrainer(model, stream, args, callbacks=callbacks)
 
@@ -296,7 +296,7 @@ def test_it_is_left_alone_where_it_is_not_valid(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("on_device", [False, True])
 def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
     """Each view is computed once, whatever the number of epochs; the queries are those of the images as they are shown."""
-    views: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(views=2, on_device=on_device)}, "epochs": 3}
+    views: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(views=2, on_device=on_device)}, "num_train_epochs": 3}
     plain, computed = run("l2p", "", cache_queries=False, **views)
     cold, again = run("l2p", tmp_path, **views)
     warm, read = run("l2p", tmp_path, **views)
@@ -314,14 +314,18 @@ def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
 
 
 def test_a_run_that_augments_on_the_device_is_resumed(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(on_device=True)}, "epochs": 2, "accumulation": 2}
+    settings: dict[str, Any] = {
+        "stream": {"augmentation": CropAndFlip(on_device=True)},
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+    }
     whole, _ = run("l2p", "", **settings)
     with pytest.raises(Stop):
         picture_trainer("l2p", "", tmp_path / "run", [StopAt(5)], **settings).train()
     resumed = picture_trainer("l2p", "", tmp_path / "run", **settings)
     resumed.train(resume=True)
     assert_same(whole, resumed, "resumed")
-    other, _ = run("l2p", "", epochs=2, accumulation=2)
+    other, _ = run("l2p", "", num_train_epochs=2, gradient_accumulation_steps=2)
     assert other.evaluations != whole.evaluations or any(
         not torch.equal(a, b) for a, b in zip(tensors(other).values(), tensors(whole).values(), strict=True)
     ), "it augments"

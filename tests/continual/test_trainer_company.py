@@ -22,7 +22,7 @@ from cl_prompts.storage.staging import ALIVE, PREFIX, STAGING
 def test_another_runs_folder_is_left_as_it_is(tmp_path: Path) -> None:
     small_trainer("l2p", tmp_path, tasks=1).train()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other = small_trainer("l2p", tmp_path, tasks=1, lr=0.1)
+    other = small_trainer("l2p", tmp_path, tasks=1, learning_rate=0.1)
     with pytest.raises(ValueError, match="are of another run, whose settings differ"):
         other.train()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -201,10 +201,10 @@ def test_un_prompted_features_need_no_training() -> None:
 
 
 def test_prompts_of_the_first_task_cost_its_steps_only() -> None:
-    trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, epochs=1)
+    trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, num_train_epochs=1)
     trainer.train()
     assert trainer.progress.global_step == 3
-    goes_on = small_trainer("l2p", config={"trained_tasks": "first"}, epochs=1)
+    goes_on = small_trainer("l2p", config={"trained_tasks": "first"}, num_train_epochs=1)
     goes_on.train()
     assert goes_on.progress.global_step == 9
 

@@ -44,7 +44,7 @@ class TrainerCallback:
         """After an epoch's last step."""
 
     def on_log(self, state: TrainerState, logs: dict[str, float]) -> None:
-        """Every `log_every` steps, with loss, its parts, learning rate and images per second."""
+        """Every `logging_steps` steps, with loss, its parts, learning rate and images per second."""
 
     def on_evaluate(self, state: TrainerState, evaluations: list[Evaluation]) -> None:
         """After the evaluation that follows a task: one for each task so far."""

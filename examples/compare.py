@@ -4,7 +4,7 @@
     python examples/compare.py rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
 The YAML (of examples/recipes, or a file) has `settings`, arguments of all runs, and `rows`: the name of a row in the table,
-and its arguments, like `L2P: {recipe: l2p_cifar100_mini, clip: 1.0}`. Arguments that this script does not know go to every
+and its arguments, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know go to every
 run and have the last word. Each run is a process and a folder of its own: one that fails is named below the table
 and loses no other; called again, complete runs are read and killed ones go on. Rows with another number of tasks than most
 stand in tables of their own.
@@ -33,7 +33,7 @@ from run_folder import described, differences, is_complete, read_results
 
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
@@ -87,7 +87,7 @@ def read_rows(name: str) -> dict[str, dict[str, Any]]:
 
 
 def as_line(settings: Mapping[str, Any]) -> list[str]:
-    """{"lr": 0.1, "config": {"top_k": 2}} -> ["--lr", "0.1", "--config", "top_k=2"]; what is empty has no words."""
+    """{"seed": 1, "config": {"top_k": 2}} -> ["--seed", "1", "--config", "top_k=2"]; what is empty has no words."""
     words = []
     for name, value in settings.items():
         entries = [f"{k}={as_word(v)}" for k, v in value.items()] if isinstance(value, dict) else value
@@ -204,7 +204,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
     numbers: dict[str, dict[str, Any]] = {}
     for result in [*results, *others]:
         numbers.setdefault(result.learner, {})[str(result.seed)] = result.matrix.to_dict()
-    write_whole(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
+    write_atomically(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
     failed = [f"- {run.row}, seed {run.arguments.seed}: {run.error}" for run in runs if run.error]
     missing = [f"- {run.row}, seed {run.arguments.seed}" for run in runs if not run.done and not run.error]
     seconds = sum(result.seconds or 0 for result in [*results, *others])
@@ -225,7 +225,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
         sections.append("![curves](curves.png)")
     sections.append(f"## Repeat it\n\n```sh\n{command}\n```\n\nA run of each row:")
     sections.append("```sh\n" + "\n".join(list(commands.values())[::-1]) + "\n```")
-    write_whole(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+    write_atomically(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
 
 
 def other_tables(others: list[Result]) -> list[str]:

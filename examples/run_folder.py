@@ -9,7 +9,7 @@ from typing import Any
 from arguments import Arguments, as_dict
 
 from cl_prompts.evaluation.report import PAGE, machine
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 
 
@@ -29,7 +29,7 @@ FILES = (
 )
 # Arguments that change nothing about the results.
 NOT_OF_THE_RUN = (
-    *("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every"),
+    *("output", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
     *("query_cache", "query_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -90,7 +90,7 @@ def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:
         changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
         if changed:
             print(f"resumed under other versions ({', '.join(changed)}): results may differ from an uninterrupted run's")
-    write_whole(folder / RUN, json.dumps(run, indent=1))
+    write_atomically(folder / RUN, json.dumps(run, indent=1))
 
 
 def is_complete(folder: Path) -> bool:

@@ -49,7 +49,7 @@ from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
 from cl_prompts.sharing.run_record import RunRecord
-from cl_prompts.storage.atomic import replacing
+from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -130,8 +130,13 @@ def references(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
     )
-    lr = pairs(args.lrs).get("head", args.lr)
-    settings: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": lr, "seed": args.seed}
+    rate = pairs(args.learning_rates).get("head", args.learning_rate)
+    settings: dict[str, Any] = {
+        "num_train_epochs": args.num_train_epochs,
+        "batch_size": args.batch_size,
+        "learning_rate": rate,
+        "seed": args.seed,
+    }
     found = {"sequential linear probe": sequential_probe(data, **settings)}
     options = pairs(args.config)
     if options.get("head") == "cosine":
@@ -245,9 +250,9 @@ def main() -> None:
         seconds=round(seconds, 1),
     )
     if args.method in BASELINES:
-        with replacing(folder / "adapter", "preprocessor_config.json") as whole:
-            learner.save_pretrained(whole)
-            processor.save_pretrained(whole)
+        with staging_folder(folder / "adapter") as staging:
+            learner.save_pretrained(staging)
+            processor.save_pretrained(staging)
     else:
         learner.save_pretrained(folder / "adapter", record=record, pictures=pictures, image_processor=processor)
     record.save(folder, None)  # last: a folder that has it is complete

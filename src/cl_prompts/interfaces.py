@@ -1,4 +1,4 @@
-"""What a pool gives and takes. Torch only: pools, backbones and the tuner all speak in these types.
+"""Input and output types of a prompt pool, shared by pools, backbones and the tuner. Torch only.
 
 Letters in shapes: B images, N tokens of a block, D width, P prompt tokens, H heads, d = D / H head width, k chosen prompts.
 """
@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 
-# Label of images that count nowhere: padding, or images to leave out. The `ignore_index` of torch and transformers.
+# Label of padding and of images to leave out: they enter no loss and no statistic. `ignore_index` of torch and
+# transformers.
 IGNORE_INDEX = -100
 
 
@@ -22,7 +23,7 @@ class NotCacheableError(Exception):
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """The sizes of a backbone that a pool needs to build its tensors.
+    """Sizes of a backbone that a pool needs to build its tensors.
 
     Args:
         width: hidden size D.
@@ -41,12 +42,12 @@ class BackboneShape:
 
 @dataclass(frozen=True)
 class LossPart:
-    """A term of the loss and how it adds up over a batch.
+    """One term of the loss and how it is reduced over a batch.
 
     Args:
         value: one number per image [B] for "mean" and "sum"; a scalar for "batch".
-        reduction: "mean" is averaged and "sum" is added up over the images of the global batch; "batch" is a term that
-            cannot be split by image (or depends on none) and enters as it is.
+        reduction: "mean" averages and "sum" adds the values over the valid images of the global batch. "batch" is for a
+            term that cannot be split by image, or depends on none; it is added unchanged.
     """
 
     value: Tensor
@@ -55,17 +56,17 @@ class LossPart:
 
 @dataclass
 class PrefixKV:
-    """Key/value prefixes of one block: they are put in front of the block's own keys and values.
+    """Key/value prefixes of one block, concatenated in front of the block's own keys and values.
 
     Args:
-        k: keys [B, H, P, d], behind the projections; or [B, P, D], to go through the block's own key projection.
-        v: values, likewise [B, H, P, d] or [B, P, D].
-        logit_bias: added to the attention logits towards the prefix, [B, H, N, P]; may be -inf.
-        normed: rows in the input space pass the norm in front of the block's attention first, as the block's tokens do.
-        ids: chosen prompts [B, k] (or [B, H, k] where each head chooses), for the output.
-        weights: their mixing weights, likewise [B, k] or [B, H, k], for the output.
-        scores: what the choice was made by, over the whole pool, [B, M] (or [B, H, M]).
-        losses: terms that join the cross entropy; those of one name are added up over the layers.
+        k: projected keys [B, H, P, d], or [B, P, D] in the input space, which the block's own key projection projects.
+        v: values, [B, H, P, d] or [B, P, D] as for `k`.
+        logit_bias: added to the attention logits of the prefix, [B, H, N, P]; may be -inf.
+        normed: apply the norm in front of the block's attention to rows in the input space before they are projected.
+        ids: selected prompts [B, k], or [B, H, k] if each head selects; for the output.
+        weights: their mixing weights [B, k] or [B, H, k]; for the output.
+        scores: selection scores of the whole pool, [B, M] or [B, H, M].
+        losses: terms that are added to the cross entropy, by name; terms of the same name are added over the layers.
     """
 
     k: Tensor
@@ -78,45 +79,45 @@ class PrefixKV:
     losses: dict[str, LossPart] = field(default_factory=dict)
 
 
-# A prefix that depends on what enters its block is a function of that block's input [B, N, D] and its attention queries
-# [B, H, N, d]; it is called inside the attention.
+# A prefix that depends on its block's input is a function (block input [B, N, D], attention queries [B, H, N, d]) ->
+# PrefixKV; it is called inside the attention.
 Prefix = PrefixKV | Callable[[Tensor, Tensor], PrefixKV]
 
 
 @dataclass
 class PoolInput:
-    """What a pool may know of a batch. At test `task` is None: nobody tells which task an image belongs to.
+    """Input of a pool's forward. It holds no labels, and at test no task.
 
     Args:
         batch_size: B.
-        query: features of the un-prompted pass [B, D], without gradient; None if the pool did not ask for it.
-        task: number of the current task (from 0) in training, None at test.
-        counted: True where an image is a real one, [B]; False for padding that fills a batch up. None: all are real.
+        query: features of the un-prompted pass [B, D], without gradient; None if the pool's `needs_query` is False.
+        task: number of the current task (from 0) in training; None at test.
+        valid: True for real images, False for padding [B]; None: all are real.
     """
 
     batch_size: int
     query: Tensor | None = None
     task: int | None = None
-    counted: Tensor | None = None
+    valid: Tensor | None = None
 
 
 @dataclass
 class Prompts:
-    """What a pool answers.
+    """Output of a pool's forward.
 
     Args:
         tokens: prompt tokens for the input sequence [B, P, D].
-        tokens_after_cls: put them behind the CLS token (True) or in front of the sequence (False).
-        tokens_take_cls_position: add the CLS token's position embedding to every prompt token.
+        tokens_after_cls: insert them after the CLS token (True) or in front of the sequence (False).
+        tokens_take_cls_position: add the position embedding of the CLS token to every prompt token.
         prefixes: key/value prefixes by block number (from 0).
-        losses: terms that join the cross entropy, by name, signs and weights already in.
-        ids: chosen prompts [B, k].
+        losses: terms that are added to the cross entropy, by name, with signs and weights applied.
+        ids: selected prompts [B, k].
         weights: their scores or mixing weights [B, k].
-        scores: what the choice was made by, over the whole pool, [B, M].
-        candidates: c > 1 asks for c prompted passes per image; tokens, prefixes, ids and weights then have c * B rows, the
-            candidates of one image next to each other.
-        combine: how candidates answer together: "confident" (the most confident one answers for its image) or "mean" (the
-            mean of their class probabilities, as log probabilities).
+        scores: selection scores of the whole pool [B, M].
+        candidates: number c of prompted passes per image. With c > 1, tokens, prefixes, ids and weights have c * B rows;
+            the candidates of one image are adjacent.
+        combine: how the candidates of an image are combined: "confident" (the answer of the most confident candidate) or
+            "mean" (log of the mean class probabilities).
     """
 
     tokens: Tensor | None = None

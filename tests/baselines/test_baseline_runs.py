@@ -100,7 +100,7 @@ def test_joint_training_sees_all_tasks_so_far() -> None:
 def test_joint_training_of_prompts_and_of_a_stream_without_tasks() -> None:
     stream = JointStream(small_stream(), only_last=True)
     assert len(stream) == 1
-    trainer = ContinualTrainer(small_model("l2p"), stream, ContinualArguments(epochs=1, batch_size=8))
+    trainer = ContinualTrainer(small_model("l2p"), stream, ContinualArguments(num_train_epochs=1, batch_size=8))
     trainer.train()
     assert trainer.model.classes == [4, 1, 0, 3, 2, 5]
     assert trainer.evaluations[0].images == 12
@@ -110,7 +110,9 @@ def test_joint_training_of_prompts_and_of_a_stream_without_tasks() -> None:
 
 
 def test_joint_training_needs_its_stream() -> None:
-    trainer = ContinualTrainer(small_learner("joint"), small_stream(2), ContinualArguments(epochs=1, batch_size=8))
+    trainer = ContinualTrainer(
+        small_learner("joint"), small_stream(2), ContinualArguments(num_train_epochs=1, batch_size=8)
+    )
     with pytest.raises(ValueError, match=r"classes \[1, 4\] do not come back .*JointStream"):
         trainer.train()
 
@@ -134,7 +136,7 @@ def gaussian() -> GaussianStream:
 @pytest.mark.parametrize("name", ["finetune", "frozen", "ncm", "er"])
 def test_streams_without_tasks(name: str) -> None:
     memory = {"memory_size": 6} if BASELINES[name].needs_memory else {}
-    args = ContinualArguments(epochs=1, batch_size=5, lr=1e-3, **memory)
+    args = ContinualArguments(num_train_epochs=1, batch_size=5, learning_rate=1e-3, **memory)
     trainer = ContinualTrainer(small_learner(name, num_labels=6), gaussian(), args)
     matrix = trainer.train()
     assert trainer.model.classes == list(range(6))
@@ -173,7 +175,7 @@ def test_every_learner_resumes_inside_a_task(name: str, tmp_path: Path) -> None:
 def test_accumulated_pieces_are_one_batch(name: str) -> None:
     runs = []
     for pieces in (1, 3):
-        settings = {"optimizer": "sgd", "lr": 0.02, "memory_batch_size": 2, "accumulation": pieces}
+        settings = {"optim": "sgd", "learning_rate": 0.02, "memory_batch_size": 2, "gradient_accumulation_steps": pieces}
         trainer = comparison_trainer(name, **settings)
         trainer.train()
         runs.append(tensors(trainer))

@@ -283,7 +283,7 @@ def compiled(how: str) -> Any:
 
 
 UNTOLD: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
-    "a function": (picture_model, lambda: picture_stream(transform=to_tensor), "transform to_tensor does not say"),
+    "a function": (picture_model, lambda: picture_stream(transform=to_tensor), r"transform to_tensor has no settings\(\)"),
     "no JSON": (picture_model, lambda: picture_stream(transform=Unsaid()), "cannot be written as JSON .*Tensor"),
     "no source": (picture_model, lambda: picture_stream(transform=made_elsewhere()), "source .* Elsewhere"),
     "numbers of images": (

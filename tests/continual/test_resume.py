@@ -18,6 +18,7 @@ from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCa
 from cl_prompts.continual.checkpointing.checkpoint import Checkpoints, join_tensors, split_tensors
 from cl_prompts.continual.checkpointing.parts import RandomState
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.storage.staging import PREFIX, STAGING
 
 
 def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
@@ -65,10 +66,10 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
     "settings",
     [
         {"mixed_precision": "bf16"},
-        {"schedule": "cosine", "warmup": 2, "optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1}},
-        {"keep_optimizer": True, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "lr": 0.05},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "adamw", "optim_args": {"weight_decay": 0.1}},
+        {"keep_optimizer": True, "optim": "sgd", "optim_args": {"momentum": 0.9}, "learning_rate": 0.05},
         {"memory_size": 5, "memory_batch_size": 3, "config": {"class_mask": "none"}},
-        {"accumulation": 2, "clip": 0.5},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     ],
     ids=lambda s: "-".join(s),
 )
@@ -109,7 +110,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
     before = sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
     for settings, what in (
-        ({"lr": 0.1}, "settings"),
+        ({"learning_rate": 0.1}, "settings"),
         ({"tasks": 2}, "stream"),
         ({"config": {"pool_size": 7}}, "learner"),
     ):
@@ -167,7 +168,7 @@ def test_the_settings_of_a_classifier_include_those_of_its_parts() -> None:
 
 def picture_trainer(folder: Path, transform: Any, *callbacks: TrainerCallback) -> ContinualTrainer:
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = ContinualArguments(str(folder), epochs=1, batch_size=8, checkpoint_every=1, cache_queries=False)
+    args = ContinualArguments(str(folder), num_train_epochs=1, batch_size=8, save_steps=1, cache_queries=False)
     return ContinualTrainer(small_model("l2p"), picture_stream(transform=transform), args, callbacks=callbacks)
 
 
@@ -246,15 +247,15 @@ def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
     folder = tmp_path / "checkpoints"
     newest = sorted(folder.iterdir())[-1]
-    shutil.copytree(newest, folder / ".000000099.saving")
-    (folder / ".000000099.saving" / "manifest.json").unlink()
+    shutil.copytree(newest, folder / f"{PREFIX}0{STAGING}")
+    (folder / f"{PREFIX}0{STAGING}" / "manifest.json").unlink()
     found = Checkpoints(folder).latest()
     assert found is not None
     assert found["parts"]["progress"] == json.loads((newest / "values.json").read_text())["parts"]["progress"]
 
 
 def test_the_log_has_every_step_once(tmp_path: Path) -> None:
-    killed_and_resumed("l2p", tmp_path, [5, 11], log_every=1)
+    killed_and_resumed("l2p", tmp_path, [5, 11], logging_steps=1)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
     assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]

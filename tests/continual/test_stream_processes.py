@@ -123,7 +123,7 @@ def skipping_trainer(folder: str, *callbacks: TrainerCallback) -> ContinualTrain
     stream = ClassIncrementalStream(
         birds(LABELS[:24], bad=UNREADABLE), birds([0, 1, 2, 3] * 2), [[0, 1], [2, 3]], Scaled(), on_bad_image="skip"
     )
-    args = ContinualArguments(folder, epochs=1, batch_size=4, checkpoint_every=1, cache_queries=False)
+    args = ContinualArguments(folder, num_train_epochs=1, batch_size=4, save_steps=1, cache_queries=False)
     return ContinualTrainer(small_model("l2p"), stream, args, callbacks=callbacks)
 
 

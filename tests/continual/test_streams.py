@@ -271,7 +271,7 @@ def test_nearest_class_mean() -> None:
     assert all(40 < a < 100 for column in columns for a in column), "the data must tell classifiers apart"
 
 
-SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 0.05}
+SETTINGS: dict[str, Any] = {"num_train_epochs": 3, "batch_size": 16, "learning_rate": 0.05}
 
 
 @pytest.mark.parametrize("probe", [sequential_probe, joint_linear_probe])
@@ -310,9 +310,9 @@ def test_sequential_probe_equals_a_head_per_task() -> None:
         torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
         weight.requires_grad_()
         bias = torch.zeros(len(weight), requires_grad=True)
-        optimizer = torch.optim.Adam([weight, bias], lr=SETTINGS["lr"])
+        optimizer = torch.optim.Adam([weight, bias], lr=SETTINGS["learning_rate"])
         targets = torch.tensor([data.classes[task].index(int(c)) for c in labels])
-        for _ in range(SETTINGS["epochs"]):
+        for _ in range(SETTINGS["num_train_epochs"]):
             for batch in torch.randperm(len(features)).split(SETTINGS["batch_size"]):
                 optimizer.zero_grad()
                 F.cross_entropy(features[batch] @ weight.T + bias, targets[batch]).backward()

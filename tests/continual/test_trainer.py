@@ -1,6 +1,6 @@
 """One task with transformers.Trainer: what it hands over, what it keeps, and that accumulating changes nothing.
 
-Also `accumulation` of every method in our own trainer, and which settings `ContinualArguments` refuses.
+Also `gradient_accumulation_steps` of every method in our own trainer, and which settings `ContinualArguments` refuses.
 """
 
 from collections.abc import Callable
@@ -108,10 +108,10 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(method: str) -> None:
     """
     comparing = "class_means" in small_model(method).adapter.pool.state_dict()
     config = {"contrastive_weight": 0.0} if comparing else {}
-    settings = {"tasks": 2, "epochs": 1, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "checkpoint_every": 0}
+    settings = {"tasks": 2, "num_train_epochs": 1, "batch_size": 8, "optim": "sgd", "learning_rate": 0.05, "save_steps": 0}
     runs = []
     for parts in (1, 3):
-        run = small_trainer(method, accumulation=parts, config=config, **settings)
+        run = small_trainer(method, gradient_accumulation_steps=parts, config=config, **settings)
         run.train()
         runs.append({name: tensor for name, tensor in tensors(run).items() if not name.endswith("pool.class_means")})
     assert_close(runs[1], runs[0], atol=5e-5, rtol=1e-5)

@@ -42,7 +42,7 @@ def learner() -> PromptPoolModel:
         (lambda: HashPromptConfig(delta=-0.1), r"delta=-0.1 must be a finite number of at least 0"),
         (lambda: HashPromptConfig(delta=float("nan")), r"delta=nan must be a finite number"),
         (lambda: L2PConfig(pull_coefficient="0.1"), r"pull_coefficient='0.1' must be a finite number"),
-        (lambda: HashPromptConfig(beta=0), r"beta=0 must lie in \(0, 1\]: 1 leaves updates as they are"),
+        (lambda: HashPromptConfig(beta=0), r"beta=0 must lie in \(0, 1\]: 1 does not change updates"),
         (lambda: HashPromptConfig(beta=1.5), r"beta=1.5 must lie in \(0, 1\]"),
         (lambda: HashPromptConfig(beta="high"), r"beta='high' must be a finite number"),
         (lambda: HashPromptConfig(history_decay=1.01), r"history_decay=1.01 must lie in \[0, 1\]"),

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"runtime", "version"},
     "backbones": {"runtime", "interfaces"},
     "heads": {"runtime", "interfaces"},
-    "methods": {"runtime", "interfaces", "storage", "version"},
+    "methods": {"runtime", "interfaces", "heads", "storage", "version"},
     "learner": {"runtime", "interfaces", "outputs", "heads", "storage"},
     "tuner": LOW | {"storage", "backbones", "heads", "methods", "learner"},
     "baselines": LOW | {"storage", "backbones", "heads", "learner"},
@@ -101,7 +101,7 @@ def test_every_room_is_in_the_table() -> None:
 
 
 def test_rooms_import_only_what_the_table_allows() -> None:
-    assert violations() == KNOWN
+    assert violations() == set()
 
 
 def graph() -> dict[str, set[str]]:
@@ -150,7 +150,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    assert len(circles(graph())) == KNOWN_CIRCLES
+    assert circles(graph()) == []
 
 
 def test_the_search_for_circles_finds_one() -> None:
@@ -163,4 +163,4 @@ def test_at_most_nine_modules_stand_at_the_root() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_has_at_most_400_lines(path: Path) -> None:
-    assert path.read_text().count("\n") <= 400 or str(path.relative_to(PACKAGE)) in KNOWN_LONG
+    assert path.read_text().count("\n") <= 400

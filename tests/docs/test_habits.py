@@ -34,7 +34,7 @@ def test_all_files_say_the_same_version() -> None:
 
 def test_the_papers_of_all_methods_are_cited() -> None:
     cited = {reference.get("url") for reference in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]}
-    assert {paper for config in METHODS.values() for paper in config.papers} <= cited
+    assert {paper for method in METHODS.values() for paper in method.config_class.papers} <= cited
 
 
 def test_hooks_have_the_versions_of_ci() -> None:

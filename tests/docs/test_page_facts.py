@@ -14,14 +14,17 @@ from support.paths import DOCS
 from cl_prompts import HashPromptConfig, NoPromptsConfig, get_prompt_pool_model
 from cl_prompts.backbones.structure import cls_position_embedding, find_structure
 from cl_prompts.interfaces import BackboneShape
-from cl_prompts.methods import METHODS, POOLS, PromptPoolConfig
+from cl_prompts.methods import METHODS, PromptPoolConfig
 from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig, QueriedPrefixConfig
 from cl_prompts.methods.shared.task_inference_config import TaskInferenceConfig
 
 
 SHARED = (PromptPoolConfig, ClassifierConfig, PrefixPromptConfig, QueriedPrefixConfig, TaskInferenceConfig)
-CONFIGS = {config.__name__: config for config in (*METHODS.values(), *SHARED) if config.__module__.startswith("cl_prompts")}
+OF_METHODS = {
+    name: method.config_class for name, method in METHODS.items() if method.config_class.__module__.startswith("cl_")
+}
+CONFIGS: dict[str, Any] = {config.__name__: config for config in (*OF_METHODS.values(), *SHARED)}
 NOT_CHOSEN = {"method", "state", "max_adapter_bytes", "strict_base", "verify", "declared"}  # kept by the model, not saved
 
 Row = dict[str, str]
@@ -86,7 +89,7 @@ def test_every_method_is_in_the_table_of_methods() -> None:
     text = (DOCS / "methods" / "index.md").read_text()
     listed = next(rows for _, rows in tables(text) if rows and "`method=`" in rows[0])
     found = {re.sub(r"\[`(\w+)`\].*", r"\1", row["`method=`"]): row["config"].strip("`") for row in listed}
-    assert found == {name: config.__name__ for name, config in METHODS.items() if config.__name__ in CONFIGS}
+    assert found == {name: config.__name__ for name, config in OF_METHODS.items()}
 
 
 @pytest.mark.parametrize(("page", "source", "rows"), QUOTED, ids=lambda value: value if isinstance(value, str) else "")
@@ -152,7 +155,8 @@ def test_what_a_task_adds() -> None:
     for row in table_below("choosing.md", "all methods"):
         name, _, deep = re.sub(r"\[(.+)\]\(.*", r"\1", row["method"]).partition(" ")
         with torch.device("meta"):
-            pool = POOLS[name](METHODS[name](**({"deep": True} if deep else {})), shape)
+            config_class, pool_class = METHODS[name]
+            pool = pool_class(config_class(**({"deep": True} if deep else {})), shape)
             pool.rebuild([range(10), range(10, 20)])
             before = size(pool)
             pool.rebuild([range(20, 30)])
@@ -230,6 +234,6 @@ def test_what_runs_without_tasks() -> None:
         model.train()(**inputs("vit", 4), labels=torch.arange(4)).loss.backward()
         assert model.eval()(**inputs("vit", 4)).logits.shape == (4, 4), name
     for closed in ({"head": "discriminant"}, {"head": "analytic"}, {"alignment": "covariance"}):
-        with pytest.raises(ValueError, match="without tasks nobody says when to look at their images"):
+        with pytest.raises(ValueError, match="without tasks there is no time to consolidate images"):
             HashPromptConfig(**free, **closed)
         NoPromptsConfig(**free, **closed)

@@ -150,7 +150,7 @@ def a_page(folder: Path, **changes: Any) -> Path:
         "data": "some/images",
         "arguments": {"lr": 0.005, "layers": [0, 1], "recipe": None, "pipe": "a|b"},
         "seconds": 3723.4,
-        "measured": [Evaluation(80.0, 50, None, 85.0, 90.0), Evaluation(70.0, 50, None, 75.0, 90.0)],
+        "evaluations": [Evaluation(80.0, 50, None, 85.0, 90.0), Evaluation(70.0, 50, None, 75.0, 90.0)],
         "selection": "- routing entropy: 0.5",
         **changes,
     }

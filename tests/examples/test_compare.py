@@ -52,9 +52,14 @@ def test_every_comparison_is_readable(name: str, tmp_path: Path) -> None:
 
 def test_a_line_from_settings() -> None:
     line = compare.as_line(
-        {"lr": 0.1, "augment": True, "config": {"layers": [0, 2], "top_k": 2}, "extra_classifiers": ["ridge", "aligned"]}
+        {
+            "learning_rate": 0.1,
+            "augment": True,
+            "config": {"layers": [0, 2], "top_k": 2},
+            "extra_classifiers": ["ridge", "aligned"],
+        }
     )
-    expected = "--lr 0.1 --augment True --config layers=[0, 2] top_k=2 --extra_classifiers ridge aligned"
+    expected = "--learning_rate 0.1 --augment True --config layers=[0, 2] top_k=2 --extra_classifiers ridge aligned"
     assert " ".join(line) == expected
     assert compare.as_line({"extra_classifiers": [], "config": {}, "memory_batch_size": None}) == []
     config = {"num_labels": None, "layers": [0, None], "kind": "a", "names": ["a"], "on": True, "lr": 1e-5}
@@ -78,17 +83,17 @@ def test_what_is_empty_is_left_out_or_refused(tmp_path: Path) -> None:
     assert (run.arguments.extra_classifiers, run.arguments.config, run.arguments.memory_batch_size) == ([], [], None)
     (run,) = compare.plan({"L2P": {"recipe": str(recipe), "config": {}}}, [0], tmp_path, [])
     assert run.arguments.config == ["top_k=2"]
-    (run,) = compare.plan({"L2P": {"epochs": None}}, [0], tmp_path, ["--epochs", "3"])
-    assert run.arguments.epochs == 3
+    (run,) = compare.plan({"L2P": {"num_train_epochs": None}}, [0], tmp_path, ["--num_train_epochs", "3"])
+    assert run.arguments.num_train_epochs == 3
     for row, message in (
         (
             {"recipe": str(recipe), "extra_classifiers": []},
             r"row 'L2P': extra_classifiers has no value in \[\]: give it one, or leave it out",
         ),
-        ({"epochs": None}, "row 'L2P': epochs has no value in None"),
+        ({"num_train_epochs": None}, "row 'L2P': num_train_epochs has no value in None"),
         ({"epochz": None}, "row 'L2P': epochz has no value in None"),
         ({"dataset": ["digits", None]}, r"row 'L2P': dataset has no value in \['digits', None\]"),
-        ({"epochs": "many"}, "row 'L2P': argument --epochs: invalid int value: 'many'$"),
+        ({"num_train_epochs": "many"}, "row 'L2P': argument --num_train_epochs: invalid int value: 'many'$"),
         ({"extra_classifiers": "rigde"}, "row 'L2P': --extra_classifiers rigde: there is"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -129,7 +134,7 @@ def test_complete_runs_are_read_and_a_failing_row_loses_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
 ) -> None:
     path = rows_file(tmp_path, {"L2P": {"method": "l2p", "extra_classifiers": ["discriminant"]}, "gone": {"method": "vpt"}})
-    common = ["--dataset", str(data), "--tasks", "2", "--epochs", "1", "--output", str(tmp_path / "out")]
+    common = ["--dataset", str(data), "--tasks", "2", "--num_train_epochs", "1", "--output", str(tmp_path / "out")]
     words = compare.plan({"L2P": compare.read_rows(path)["L2P"]}, [0, 1], tmp_path / "out", common[:-2])
     for run in words:
         monkeypatch.setattr(sys, "argv", ["train_cil.py", *run.words])
@@ -228,7 +233,7 @@ def first_cells(page: str) -> list[str]:
 @pytest.mark.slow
 def test_two_methods_two_seeds_and_one_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path) -> None:
     rows = {"L2P": {"method": "l2p"}, "no prompts": {"method": "none"}, "wrong": {"method": "l2p", "config": {"top_k": 99}}}
-    path = rows_file(tmp_path, rows, dataset=str(data), epochs=1)
+    path = rows_file(tmp_path, rows, dataset=str(data), num_train_epochs=1)
     common = ["--tasks", "2", "--batch_size", "16", "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="some runs failed"):
         called(monkeypatch, path, "--seeds", "0", "1", "--jobs", "2", *common)

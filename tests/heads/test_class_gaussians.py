@@ -61,9 +61,9 @@ def test_fit_map_refuses(kind: str, shapes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "shared", "diagonal"])
 def test_moments_are_those_of_the_images(kind: str) -> None:
-    features, columns = images([0, 1, 2])
-    found = gaussians_of(kind, features, columns, [0, 1, 2])
-    own = [features[columns == c].double().numpy() for c in range(3)]
+    features, targets = images([0, 1, 2])
+    found = gaussians_of(kind, features, targets, [0, 1, 2])
+    own = [features[targets == c].double().numpy() for c in range(3)]
     np.testing.assert_allclose(found.mean[:, 0].numpy(), [x.mean(0) for x in own], atol=1e-5)
     wanted = [np.cov(x.T) for x in own]
     if kind == "full":
@@ -77,9 +77,9 @@ def test_moments_are_those_of_the_images(kind: str) -> None:
 def test_the_shared_covariance_adds_up_over_tasks() -> None:
     found = ClassGaussians(WIDTH, "shared")
     for task in TASKS:
-        features, columns = images(task, 10 * len(task))
+        features, targets = images(task, 10 * len(task))
         found.begin_task(task)
-        found.add(features, columns)
+        found.add(features, targets)
     parts = [(images(task, 10 * len(task)), task) for task in TASKS]
     own = [f[c == column].double().numpy() for (f, c), task in parts for column in task]
     scatter = sum((x - x.mean(0)).T @ (x - x.mean(0)) for x in own)
@@ -92,12 +92,12 @@ def test_moved_gaussians_are_those_of_moved_images(kind: str) -> None:
     matrix, shift = affine()
     if kind in ("diagonal", "centroids"):
         matrix = torch.diag(matrix.diagonal())  # else variances alone do not tell
-    features, columns = images([0, 1], 60)
+    features, targets = images([0, 1], 60)
     moved = features.double() @ matrix + shift
-    found = gaussians_of(kind, features, columns, [0, 1])
-    wanted = gaussians_of(kind, moved.float(), columns, [0, 1])
+    found = gaussians_of(kind, features, targets, [0, 1])
+    wanted = gaussians_of(kind, moved.float(), targets, [0, 1])
     if kind == "centroids":  # the same clusters, whatever k-means finds in the new space
-        groups = found._clusters(features[columns == 0].double(), 0)
+        groups = found._clusters(features[targets == 0].double(), 0)
         wanted.mean[0] = torch.stack([(g @ matrix + shift).mean(0) for g in groups]).float()
         wanted.spread[0] = torch.stack([(g @ matrix).var(0) if len(g) > 1 else g[0] * 0 for g in groups]).float()
     newest, labels = images([2])
@@ -118,10 +118,10 @@ def test_moved_variances_are_the_diagonal_of_the_moved_covariance() -> None:
     matrix, shift = affine()
     variances = ClassGaussians(WIDTH, "diagonal")
     full = ClassGaussians(WIDTH, "full")
-    features, columns = images([0, 1])
+    features, targets = images([0, 1])
     for gaussians in (variances, full):
         gaussians.begin_task([0, 1])
-        gaussians.add(features, columns)
+        gaussians.add(features, targets)
     full.spread.copy_(torch.diag_embed(variances.spread))
     for gaussians in (variances, full):
         gaussians.begin_task([2])
@@ -132,8 +132,8 @@ def test_moved_variances_are_the_diagonal_of_the_moved_covariance() -> None:
 
 @pytest.mark.parametrize("kind", ["full", "shared", "diagonal", "centroids"])
 def test_drawn_features_have_the_moments(kind: str) -> None:
-    features, columns = images([0, 1], 200)
-    gaussians = gaussians_of(kind, features, columns, [0, 1])
+    features, targets = images([0, 1], 200)
+    gaussians = gaussians_of(kind, features, targets, [0, 1])
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     drawn, of = gaussians.sample(40_000, torch.Generator().manual_seed(1), own=1.0, spherical=0.0)
     again, _ = gaussians.sample(40_000, torch.Generator().manual_seed(1), own=1.0, spherical=0.0)
@@ -141,7 +141,7 @@ def test_drawn_features_have_the_moments(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     for column in (0, 1):
-        own, real = drawn[of == column].double(), features[columns == column].double()
+        own, real = drawn[of == column].double(), features[targets == column].double()
         assert_close(own.mean(0), real.mean(0), atol=0.05, rtol=0)
         wanted = gaussians.spread.double() if kind == "shared" else torch.cov(real.T)
         if kind in ("full", "shared"):
@@ -163,9 +163,9 @@ def test_clusters_are_drawn_as_often_as_they_have_images() -> None:
 
 
 def test_covariances_are_regularised_as_written() -> None:
-    features, columns = images([0, 1, 2], 12)
-    gaussians = gaussians_of("full", features, columns, [0, 1, 2])
-    each = np.stack([np.cov(features[columns == c].double().numpy().T) for c in range(3)])
+    features, targets = images([0, 1, 2], 12)
+    gaussians = gaussians_of("full", features, targets, [0, 1, 2])
+    each = np.stack([np.cov(features[targets == c].double().numpy().T) for c in range(3)])
     mixed = 0.3 * each + 0.7 * each.mean(0)
     wanted = [0.8 * m + 0.2 * np.trace(m) / WIDTH * np.eye(WIDTH) for m in mixed]
     np.testing.assert_allclose(gaussians.covariances(0.3, 0.2).numpy(), wanted, atol=1e-5)

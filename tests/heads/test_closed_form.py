@@ -201,10 +201,10 @@ def test_un_prompted_features_need_no_training() -> None:
 
 
 def test_prompts_of_the_first_task_cost_its_steps_only() -> None:
-    trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, epochs=1)
+    trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, num_train_epochs=1)
     trainer.train()
     assert trainer.progress.global_step == 3
-    goes_on = small_trainer("l2p", config={"trained_tasks": "first"}, epochs=1)
+    goes_on = small_trainer("l2p", config={"trained_tasks": "first"}, num_train_epochs=1)
     goes_on.train()
     assert goes_on.progress.global_step == 9
 
@@ -219,7 +219,7 @@ def test_classes_come_back_in_other_domains(method: str) -> None:
     assert answers(model).shape == (len(SEEN), 3)
     classifier = model.adapter.classifier
     if method == "hash discriminant":
-        assert classifier.gaussians.columns == [0, 1, 0, 1, 1, 2]
+        assert classifier.gaussians.class_indices == [0, 1, 0, 1, 1, 2]
         assert classifier.gaussians.count.flatten().tolist() == [6] * 6
         return
     parts = [task_images([4, 1]), task_images([4, 1], seed=5), task_images([1, 2], seed=6)]
@@ -237,6 +237,17 @@ def test_a_stream_without_tasks_has_one_look() -> None:
         answers(model)
     model.eval().consolidate([{"pixel_values": pixels, "labels": labels}])
     assert (answers(model, pixels).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_ridge_and_analytic_are_two_names_of_one_head(tmp_path: Path) -> None:
+    """The name is saved as it was given."""
+    models = {name: learnt_model("none analytic", head=name) for name in ("ridge", "analytic")}
+    assert torch.equal(answers(models["ridge"]), answers(models["analytic"]))
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path / name)
+        assert loaded.adapter.config.head == name
+        assert torch.equal(answers(loaded), answers(model))
 
 
 # ---- alignment ---------------------------------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ def test_alignment_changes_the_head_and_nothing_else(alignment: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_aligned(method: str) -> None:
-    """Head columns of the first task, which its own loss never compares with the second's, move when they meet."""
+    """Head targets of the first task, which its own loss never compares with the second's, move when they meet."""
     model = new_model(method, alignment="covariance")
     learn_task(model, CLASSES[0])
     images = task_images(CLASSES[1])

@@ -39,7 +39,7 @@ def others() -> dict[str, FeatureClassifier]:
 
 
 def result(run: str) -> dict[str, Any]:
-    settings = {**RUNS[run], "tasks": 2, "lr": 1e-3, "epochs": 1}
+    settings = {**RUNS[run], "tasks": 2, "learning_rate": 1e-3, "num_train_epochs": 1}
     extra = others() if "others" in run else None
     trainer = small_trainer(settings.pop("method"), classifiers=extra, **settings)
     trainer.train()
@@ -125,7 +125,7 @@ def test_every_image_is_recorded_once(two_processes: list[dict[str, Any]]) -> No
 
 def test_classifiers_beside_a_learner_resume(tmp_path: Path) -> None:
     """Killed in the second task, after the features before it were recorded."""
-    settings: dict[str, Any] = {"tasks": 2, "epochs": 1, "classifiers": others()}
+    settings: dict[str, Any] = {"tasks": 2, "num_train_epochs": 1, "classifiers": others()}
     whole = small_trainer("hash", **settings)
     whole.train()
     with pytest.raises(Stop):
@@ -143,7 +143,7 @@ def test_forward_transfer_with_classifiers_that_know_nothing_yet(method: str) ->
     """The same classes in every task: the trainer measures before training, when they have no answer."""
     stream = small_stream(2)
     stream.tasks = [replace(stream.tasks[0], number=n, classes=[4, 1], revisit=n > 0) for n in range(len(stream))]
-    args = ContinualArguments(epochs=1, batch_size=4, forward_transfer=True)
+    args = ContinualArguments(num_train_epochs=1, batch_size=4, forward_transfer=True)
     extra = {"aligned": AlignedClassifier(32, epochs=1)} if method == "hash" else {}
     trainer = ContinualTrainer(small_model(method), stream, args, classifiers=extra)
     trainer.train()

@@ -1,6 +1,8 @@
 """What every classifier made from features promises: drift, batches, seeds, bad input, files."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,13 @@ def test_drift_is_compensated(name: str) -> None:
 
     moving, still = make(name, drift="affine"), make(name, drift="affine")
     for number, task in enumerate(TASKS):
-        features, columns = images(task, 200)
+        features, targets = images(task, 200)
         for classifier, before, after in (
             (moving, space(features, number - 1), space(features, number)),
             (still, space(features, 2), space(features, 2)),
         ):
             classifier.begin_task(task)
-            classifier.fit(after, columns, before if number else None, trained_head())
+            classifier.fit(after, targets, before if number else None, trained_head())
     seen = torch.cat([space(images(task, 20, seed=7)[0], 2) for task in TASKS])
     truth = torch.cat([images(task, 20, seed=7)[1] for task in TASKS])
     right = [(c(seen).argmax(1) == truth).float().mean() for c in (moving, still)]
@@ -52,9 +54,9 @@ def test_drift_is_compensated(name: str) -> None:
         return
     left = make(name, drift="none")
     for number, task in enumerate(TASKS):
-        features, columns = images(task, 200)
+        features, targets = images(task, 200)
         left.begin_task(task)
-        left.fit(space(features, number), columns)
+        left.fit(space(features, number), targets)
     assert right[0] > (left(seen).argmax(1) == truth).float().mean() + 0.1
 
 
@@ -82,11 +84,11 @@ def test_mixed_precision_leaves_the_statistics_exact(name: str) -> None:
     """The trainer consolidates under autocast, answers are computed without."""
     plain, mixed = make(name, drift="affine"), make(name, drift="affine")
     for task in TASKS:
-        features, columns = images(task)
+        features, targets = images(task)
         for classifier, enabled in ((plain, False), (mixed, True)):
             classifier.begin_task(task)
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                classifier.fit(features, columns, features * 1.1, trained_head())
+                classifier.fit(features, targets, features * 1.1, trained_head())
     seen = images(range(6), 4, seed=3)[0]
     assert torch.equal(mixed(seen), plain(seen))
 
@@ -95,31 +97,31 @@ def test_mixed_precision_leaves_the_statistics_exact(name: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_not_finite_are_refused(name: str, value: float) -> None:
     classifier = make(name, drift="none")
-    features, columns = images([0, 1])
+    features, targets = images([0, 1])
     features[3, 2] = value
     classifier.begin_task([0, 1])
     with pytest.raises(ValueError, match="NaN or Inf"):
-        classifier.fit(features, columns, head=trained_head())
+        classifier.fit(features, targets, head=trained_head())
     assert int(classifier.fitted) == 0
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_calls_out_of_order_are_refused(name: str) -> None:
     classifier = make(name, drift="affine")
-    features, columns = images([0, 1])
+    features, targets = images([0, 1])
     head = trained_head()
     with pytest.raises(ValueError, match="all 0 tasks begun are fitted already"):
-        classifier.fit(features, columns, head=head)
+        classifier.fit(features, targets, head=head)
     classifier.begin_task([0, 1])
     with pytest.raises(ValueError, match="has seen no task yet"):
         classifier(features)
     other = make(name, drift="none")
     other.begin_task([1])
-    with pytest.raises(ValueError, match=r"columns \[0\] are of no class of the newest task, whose columns are \[1\]"):
-        other.fit(features, columns, head=head)
-    classifier.fit(features, columns, head=head)
+    with pytest.raises(ValueError, match=r"targets \[0\] are not in the newest task, whose class indices are \[1\]"):
+        other.fit(features, targets, head=head)
+    classifier.fit(features, targets, head=head)
     with pytest.raises(ValueError, match="all 1 tasks begun are fitted already"):
-        classifier.fit(features, columns, features, head)
+        classifier.fit(features, targets, features, head)
     classifier.begin_task([2])
     with pytest.raises(ValueError, match="needs the features of the task's images before the task"):
         classifier.fit(*images([2]), head=head)
@@ -150,11 +152,11 @@ def test_whatever_was_seen_answers_are_numbers(name: str, drift: str, sizes: lis
     classifier = make(name, drift=drift)
     for start in range(0, len(sizes), 2):
         task = list(range(start, min(start + 2, len(sizes))))
-        columns = torch.cat([torch.full((sizes[c],), c) for c in task])
-        features = scale * torch.randn(len(columns), WIDTH, generator=generator)
+        targets = torch.cat([torch.full((sizes[c],), c) for c in task])
+        features = scale * torch.randn(len(targets), WIDTH, generator=generator)
         features[:, 0] = scale  # the same in all images
         classifier.begin_task(task)
-        classifier.fit(features, columns, features + 0.1 * scale, trained_head(len(sizes)))
+        classifier.fit(features, targets, features + 0.1 * scale, trained_head(len(sizes)))
     answer = classifier(scale * torch.randn(5, WIDTH, generator=generator))
     assert answer.shape == (5, len(sizes))
     assert answer.isfinite().all()
@@ -191,11 +193,33 @@ def test_saved_statistics_go_on_as_if_never_saved(name: str, drift: str, tmp_pat
     for task in TASKS[:2]:
         loaded.begin_task(task)
     loaded.load_state_dict(load_file(tmp_path / "x.safetensors"))
-    features, columns = images(TASKS[2])
+    features, targets = images(TASKS[2])
     for classifier in (whole, loaded):
         classifier.begin_task(TASKS[2])
-        classifier.fit(features, columns, features * 1.1 if drift != "none" else None, trained_head())
+        classifier.fit(features, targets, features * 1.1 if drift != "none" else None, trained_head())
     seen = images(range(6), 4, seed=3)[0]
     assert torch.equal(whole(seen), loaded(seen))
     for (key, value), (_, other) in zip(whole.named_buffers(), loaded.named_buffers(), strict=True):
         assert torch.equal(value, other) or key == "counted", key
+
+
+@pytest.mark.parametrize("name", ["discriminant", "ridge"])
+def test_threads_that_ask_a_loaded_head_at_once_get_what_one_gets(name: str) -> None:
+    """The factors of a discriminant are computed by the first answer."""
+    saved = learnt(make(name, drift="none"), head=trained_head())
+    seen = images(range(6), 40, seed=3)[0]
+    wanted, state = saved(seen), saved.state_dict()
+    for _ in range(20):
+        loaded = make(name, drift="none")
+        for task in TASKS:
+            loaded.begin_task(task)
+        loaded.load_state_dict(state)
+        start = threading.Barrier(4)
+
+        def ask(_: int, loaded: Any = loaded, start: threading.Barrier = start) -> list[Tensor]:
+            start.wait()
+            return [loaded(seen) for _ in range(3)]
+
+        with ThreadPoolExecutor(4) as threads:
+            found = [answer for each in threads.map(ask, range(4)) for answer in each]
+        assert all(torch.equal(answer, wanted) for answer in found)

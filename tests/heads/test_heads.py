@@ -21,10 +21,10 @@ from cl_prompts.heads.ridge import HELD_OUT_EVERY, RELATIVE_RIDGES
 
 def ridge_oracle(classifier: RidgeClassifier, ridge: float) -> np.ndarray:
     """W of ridge regression on all images at once: least squares with sqrt(ridge) * I as further rows."""
-    features, columns = everything()
+    features, targets = everything()
     hidden = np.maximum(features @ classifier.projection.double().numpy(), 0)
     rows = np.vstack([hidden, math.sqrt(ridge) * np.eye(hidden.shape[1])])
-    target = np.vstack([np.eye(6)[columns], np.zeros((hidden.shape[1], 6))])
+    target = np.vstack([np.eye(6)[targets], np.zeros((hidden.shape[1], 6))])
     return np.asarray(np.linalg.lstsq(rows, target, rcond=None)[0])
 
 
@@ -44,33 +44,33 @@ def test_ridge_equals_the_regression_on_all_images_at_once(ridge: float) -> None
 
 def test_without_a_projection_it_is_linear_regression_with_a_constant() -> None:
     classifier = learnt(RidgeClassifier(WIDTH, projection_size=0, ridge=2.0, drift="none"))
-    features, columns = everything()
+    features, targets = everything()
     x = np.hstack([features, np.ones((len(features), 1))])
-    wanted = np.linalg.inv(x.T @ x + 2.0 * np.eye(WIDTH + 1)) @ x.T @ np.eye(6)[columns]
+    wanted = np.linalg.inv(x.T @ x + 2.0 * np.eye(WIDTH + 1)) @ x.T @ np.eye(6)[targets]
     np.testing.assert_allclose(classifier.solution.numpy(), wanted, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(3)), seed=st.integers(0, 2**31))
 def test_neither_the_order_of_tasks_nor_of_images_matters(order: list[int], seed: int) -> None:
-    """Same columns, other order: to 1e-6 in float64, although a task's images are cut into other parts."""
+    """Same targets, other order: to 1e-6 in float64, although a task's images are cut into other parts."""
     generator = torch.Generator().manual_seed(seed)
     first = learnt(RidgeClassifier(WIDTH, projection_size=40, ridge=10.0, drift="none"))
     other = RidgeClassifier(WIDTH, projection_size=40, ridge=10.0, drift="none")
     for number in order:
-        features, columns = images(TASKS[number])
+        features, targets = images(TASKS[number])
         shuffled = torch.randperm(len(features), generator=generator)
         other.begin_task(TASKS[number])
-        other.fit(features[shuffled], columns[shuffled])
+        other.fit(features[shuffled], targets[shuffled])
     assert_close(other._solve(10.0), first._solve(10.0), atol=1e-6, rtol=0)
 
 
 def test_the_ridge_is_chosen_on_held_out_images_and_all_are_then_used() -> None:
     classifier = learnt(RidgeClassifier(WIDTH, projection_size=50, drift="none"), TASKS[:2])
-    features, columns = images(TASKS[2])
+    features, targets = images(TASKS[2])
     held = np.arange(len(features)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     classifier.begin_task(TASKS[2])
-    classifier.fit(features, columns)
+    classifier.fit(features, targets)
 
     def sums(tasks: list[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
         hidden = [np.maximum(f.double().numpy() @ classifier.projection.double().numpy(), 0) for f, _ in tasks]
@@ -78,13 +78,13 @@ def test_the_ridge_is_chosen_on_held_out_images_and_all_are_then_used() -> None:
             h.T @ np.eye(6)[c.numpy()] for h, (_, c) in zip(hidden, tasks, strict=True)
         )
 
-    gram, total = sums([images(TASKS[0]), images(TASKS[1]), (features[~held], columns[~held])])
+    gram, total = sums([images(TASKS[0]), images(TASKS[1]), (features[~held], targets[~held])])
     scored = np.maximum(features[held].double().numpy() @ classifier.projection.double().numpy(), 0)
     errors = {}
     for relative in RELATIVE_RIDGES:
         ridge = relative * np.diag(gram).mean()
         weight = np.linalg.solve(gram + ridge * np.eye(50), total)
-        errors[ridge] = ((scored @ weight - np.eye(6)[columns[held].numpy()]) ** 2).mean()
+        errors[ridge] = ((scored @ weight - np.eye(6)[targets[held].numpy()]) ** 2).mean()
     chosen = min(errors, key=errors.__getitem__)
     assert float(classifier.chosen_ridge) == pytest.approx(chosen, rel=1e-9)
     np.testing.assert_allclose(classifier._solve(chosen).numpy(), ridge_oracle(classifier, chosen), atol=1e-6)
@@ -96,10 +96,10 @@ def test_the_chosen_ridge_follows_the_noise() -> None:
     features = torch.randn(50, 30, generator=generator)
     features[:, 0] = features[:, 0].sign()
     found = []
-    for columns in (torch.randint(2, (50,), generator=generator), (features[:, 0] > 0).long()):
+    for targets in (torch.randint(2, (50,), generator=generator), (features[:, 0] > 0).long()):
         classifier = RidgeClassifier(30, projection_size=0, drift="none")
         classifier.begin_task([0, 1])
-        classifier.fit(features, columns)
+        classifier.fit(features, targets)
         found.append(float(classifier.chosen_ridge / classifier.gram.diagonal().mean()))
     assert found[0] > 100 * found[1]
 
@@ -125,19 +125,19 @@ def test_projection_is_a_function_of_the_seed_and_of_nothing_else() -> None:
 
 def test_with_drift_the_regression_is_on_what_the_gaussians_draw() -> None:
     classifier = learnt(RidgeClassifier(WIDTH, projection_size=30, ridge=5.0, drift="affine", seed=3, samples=40))
-    features, columns = classifier._drawn(0)
-    assert columns.bincount().tolist() == [40] * 6
+    features, targets = classifier._drawn(0)
+    assert targets.bincount().tolist() == [40] * 6
     x = np.maximum(features.double().numpy() @ classifier.projection.double().numpy(), 0)
-    wanted = np.linalg.solve(x.T @ x + 5 * np.eye(30), x.T @ np.eye(6)[columns.numpy()])
+    wanted = np.linalg.solve(x.T @ x + 5 * np.eye(30), x.T @ np.eye(6)[targets.numpy()])
     np.testing.assert_allclose(classifier.solution.numpy(), wanted, atol=1e-5)
     assert classifier.gram.numel() == 0
 
 
 def test_a_class_without_images_is_never_answered() -> None:
-    features, columns = images([0])
+    features, targets = images([0])
     for classifier in (RidgeClassifier(WIDTH, projection_size=20, drift="none"), DiscriminantClassifier(WIDTH)):
         classifier.begin_task([0, 1])
-        classifier.fit(features, columns)
+        classifier.fit(features, targets)
         answer = classifier(features)
         assert answer[:, 0].isfinite().all()
         assert (answer[:, 1] == -math.inf).all()
@@ -189,10 +189,10 @@ def test_regularised_discriminant_is_the_density_of_scipy(kind: str) -> None:
 
 def test_features_far_from_the_origin_lose_no_digits() -> None:
     near, far = (DiscriminantClassifier(WIDTH) for _ in range(2))
-    features, columns = images([0, 1, 2])
+    features, targets = images([0, 1, 2])
     for classifier, shift in ((near, 0.0), (far, 1000.0)):
         classifier.begin_task([0, 1, 2])
-        classifier.fit(features + shift, columns)
+        classifier.fit(features + shift, targets)
     answers = [relative_to_the_first(c(features + shift)) for c, shift in ((near, 0.0), (far, 1000.0))]
     np.testing.assert_allclose(answers[1], answers[0], atol=0.05, rtol=1e-2)
 
@@ -201,13 +201,13 @@ def test_features_far_from_the_origin_lose_no_digits() -> None:
 def test_a_class_that_comes_back_is_as_likely_as_its_likeliest_visit(kind: str) -> None:
     classifier = DiscriminantClassifier(WIDTH, kind=kind, drift="none")
     first, second = images([0, 1]), images([2, 3])  # the second visit looks like other classes
-    for features, columns in (first, (second[0], second[1] - 2)):
+    for features, targets in (first, (second[0], second[1] - 2)):
         classifier.begin_task([0, 1])
-        classifier.fit(features, columns)
+        classifier.fit(features, targets)
     apart = DiscriminantClassifier(WIDTH, kind=kind, drift="none")
-    for task, (features, columns) in (([0, 1], first), ([2, 3], second)):
+    for task, (features, targets) in (([0, 1], first), ([2, 3], second)):
         apart.begin_task(task)
-        apart.fit(features, columns)
+        apart.fit(features, targets)
     seen = torch.cat([first[0], second[0]])
     scores = apart(seen)
     assert_close(classifier(seen), torch.maximum(scores[:, :2], scores[:, 2:]))
@@ -219,10 +219,10 @@ def test_what_is_made_of_the_gaussians_follows_them() -> None:
     classifier, again = DiscriminantClassifier(WIDTH, drift="none"), DiscriminantClassifier(WIDTH, drift="none")
     seen = images([0], 3, seed=8)[0]
     for number, task in enumerate(([0, 1], [2, 3], [4, 5])):  # of one size, so that as much is written into each
-        features, columns = images(task)
+        features, targets = images(task)
         for one in (classifier, again):
             one.begin_task(task)
-            one.fit(features, columns)
+            one.fit(features, targets)
         if number != 1:
             classifier(seen)
     assert torch.equal(classifier(seen), again(seen))
@@ -235,21 +235,21 @@ def test_what_is_made_of_the_gaussians_follows_them() -> None:
 
 def test_one_image_a_class_is_nearest_class_mean() -> None:
     for classifier in (DiscriminantClassifier(40), RidgeClassifier(40, projection_size=0, drift="affine")):
-        features, columns = images([0, 1, 2], 1, width=40)
+        features, targets = images([0, 1, 2], 1, width=40)
         classifier.begin_task([0, 1, 2])
-        classifier.fit(features, columns)
-        assert torch.equal(classifier(features).argmax(1), columns)
+        classifier.fit(features, targets)
+        assert torch.equal(classifier(features).argmax(1), targets)
 
 
 def test_more_dimensions_than_images() -> None:
-    features, columns = images([0, 1], 5, width=60)
+    features, targets = images([0, 1], 5, width=60)
     classifier = DiscriminantClassifier(60)
     classifier.begin_task([0, 1])
-    classifier.fit(features, columns)
-    assert torch.equal(classifier(features).argmax(1), columns)
+    classifier.fit(features, targets)
+    assert torch.equal(classifier(features).argmax(1), targets)
     singular = DiscriminantClassifier(60, own=1.0, spherical=0.0)
     singular.begin_task([0, 1])
-    singular.fit(features, columns)
+    singular.fit(features, targets)
     with pytest.raises(ValueError, match=r"cannot be inverted with own=1.0, spherical=0.0"):
         singular(features)
 
@@ -259,8 +259,8 @@ def test_more_dimensions_than_images() -> None:
 
 def test_alignment_is_sgd_on_drawn_features() -> None:
     """Against a loop of its own: a fresh draw every epoch, all classes competing, momentum, decay, cosine schedule."""
-    features, columns = images([0, 1, 2])
-    gaussians = gaussians_of("full", features, columns, [0, 1, 2])
+    features, targets = images([0, 1, 2])
+    gaussians = gaussians_of("full", features, targets, [0, 1, 2])
     head, own = trained_head(3), trained_head(3)
     align(head, gaussians, epochs=4, samples=10, batch_size=16, lr=0.02, seed=5)
     weight, bias = own.weight.detach().clone(), own.bias.detach().clone() if own.bias is not None else torch.zeros(3)

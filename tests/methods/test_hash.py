@@ -3,19 +3,16 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.families import build
-from support.hash_models import IMAGES, SMALL, TASKS, draw, images_of, labels_of, learn, new_model
+from support.hash_models import IMAGES, SMALL, TASKS, labels_of, learn, new_model
+from support.tensors import draw
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import PromptPoolModel
-from cl_prompts.backbones.structure import projection_names
 from cl_prompts.methods.hash.pool import TokenRouter
 from cl_prompts.methods.shared.history import routing_penalty
 
@@ -98,23 +95,6 @@ def test_training_routes_with_the_newest_router_and_all_earlier_tasks(decay: flo
             ids, weights = literal_choice(seen[layer][b], router[row], penalty[row], 2)
             assert torch.equal(output.prompt_ids[b, row], ids)
             assert_close(output.prompt_weights[b, row], weights, atol=1e-5, rtol=0)
-
-
-def test_input_space_goes_through_the_projections() -> None:
-    """Weights sum to 1, so mixing commutes with the projections: project the prompts by hand, then mix."""
-    through, by_hand = new_model(prefix_space="input"), new_model(prompt_length=4)
-    for model in (through, by_hand):
-        model.begin_task(TASKS[0])
-        model.eval()
-    by_hand.load_state_dict(through.state_dict())
-    structure, base = by_hand.base_model.structure, by_hand.base_model.model
-    with torch.no_grad():
-        prompts = by_hand.adapter.pool.prompts
-        for row, layer in enumerate(SMALL["layers"]):
-            attention = base.get_submodule(structure.attentions[layer])
-            _, k, v = (getattr(attention, name) for name in projection_names(attention))
-            prompts[row] = torch.cat([k(prompts[row, :, :2]), v(prompts[row, :, 2:])], 1)
-        assert_close(through(IMAGES).logits, by_hand(IMAGES).logits, atol=1e-5, rtol=0)
 
 
 def test_share_layers() -> None:
@@ -214,32 +194,6 @@ def test_average_is_the_mean_score(learned: PromptPoolModel) -> None:
         assert_close(output.prompt_weights[:, row], best.softmax(1), atol=1e-5, rtol=0)
 
 
-def test_prototype_is_the_nearest_class_mean(learned: PromptPoolModel) -> None:
-    query = learned.base_model.extract_features(IMAGES)
-    pool = learned.adapter.pool
-    # Learned sums: three steps a task, but each image counts once; labels took turns.
-    seen = [learned.base_model.extract_features(images_of(task)).double() for task in range(3)]
-    expected = torch.stack([features[i::2].sum(0) for features in seen for i in range(2)])
-    assert_close(pool.prototypes.sum, expected, atol=1e-5, rtol=0)
-    assert pool.prototypes.count.tolist() == [4] * 6
-
-    model = copy.deepcopy(learned)
-    pool = model.adapter.pool
-    means = F.normalize(draw(6, 32, seed=8).double(), dim=1) + 3 * F.normalize(query.double().mean(0), dim=0)
-    pool.prototypes.count.copy_(torch.tensor([5, 3, 0, 7, 1, 2]))
-    pool.prototypes.sum.copy_(means * pool.prototypes.count[:, None])
-    pool.prototypes.sum[2] = 0  # a class that no image of was seen is near to nothing
-    cosine = F.cosine_similarity(query.double()[:, None], means[None], dim=2)
-    cosine[:, 2] = -2
-    tasks = cosine.argmax(1) // 2
-    assert len(set(tasks.tolist())) > 1, "the images must disagree on the task"
-    with torch.no_grad():
-        each = [alone(model, task)(IMAGES) for task in range(3)]
-        for output in (model(IMAGES), model(IMAGES, query=query)):
-            for b, task in enumerate(tasks.tolist()):
-                assert_close(output.logits[b], each[task].logits[b], atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("rule", ["average", "prototype", "confidence", "last"])
 def test_each_rule_answers_image_by_image(learned: PromptPoolModel, rule: str) -> None:
     model = with_rule(learned, rule)
@@ -247,12 +201,3 @@ def test_each_rule_answers_image_by_image(learned: PromptPoolModel, rule: str) -
         batch = model(IMAGES).logits
         singles = torch.cat([model(image[None]).logits for image in IMAGES])
     assert_close(batch, singles, atol=1e-5, rtol=0)
-
-
-def test_learned_state_is_saved(learned: PromptPoolModel, tmp_path: Path) -> None:
-    learned.save_pretrained(tmp_path / "adapter")
-    loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path / "adapter")
-    for name, value in learned.adapter.pool.state_dict().items():
-        found = loaded.adapter.pool.get_buffer(name) if "." in name else getattr(loaded.adapter.pool, name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value), name

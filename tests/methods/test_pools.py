@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.families import build, inputs
+from support.methods import METHODS
+from support.tensors import draw, integers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -17,6 +19,7 @@ from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.losses import add_up
+from cl_prompts.methods.l2p.majority_vote import majority_vote
 from cl_prompts.methods.shared.history import (
     ActivationHistory,
     ScaleGradient,
@@ -24,15 +27,7 @@ from cl_prompts.methods.shared.history import (
     routing_penalty,
     update_factor,
 )
-from cl_prompts.methods.shared.selection import diversified_top_k, histogram, majority_vote, normalized, route
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def integers(high: int, *size: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, size, generator=torch.Generator().manual_seed(seed))
+from cl_prompts.methods.shared.selection import diversified_top_k, histogram, normalized
 
 
 # ---- selection -----------------------------------------------------------------------------------------------------
@@ -64,14 +59,6 @@ def test_histogram() -> None:
         assert torch.equal(histogram(ids, 6)[layer], torch.bincount(ids[:, layer].flatten(), minlength=6))
         expected = torch.bincount(ids[counted, layer].flatten(), minlength=6)
         assert torch.equal(histogram(ids, 6, counted)[layer], expected)
-
-
-def test_route() -> None:
-    scores = draw(5, 7)
-    ids, weights = route(scores, 3)
-    for row, i, w in zip(scores, ids, weights, strict=True):
-        assert i.tolist() == sorted(range(7), key=lambda m, row=row: -float(row[m]))[:3]
-        assert_close(w, row[i].exp() / row[i].exp().sum())
 
 
 def test_normalized_has_the_released_floor() -> None:
@@ -280,11 +267,6 @@ def test_where_prompts_stand(family: str, add: bool | None, added: bool, positio
         assert_close(prompted, torch.cat([plain[:, :at], tokens, plain[:, at:]], 1))
 
 
-def test_a_position_embedding_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="leave it at None"):
-        l2p("beit", add_cls_position_embedding=True)
-
-
 def test_diversified_selection_in_training_after_the_first_task() -> None:
     model, images = l2p(diversified_selection=True).train(), inputs("vit", 4)["pixel_values"]
     labels = torch.tensor([0, 1, 1, 0])
@@ -348,10 +330,10 @@ def test_logit_temperature_divides_at_test_only() -> None:
     assert_close(doubtful.loss, F.cross_entropy(sure.logits / 4, labels))
 
 
-@pytest.mark.parametrize("method", ["l2p", "hash"])
+@pytest.mark.parametrize("method", ["l2p", "hash", "l2p_prefix", "vq_prompt"])
 def test_images_are_counted_once_a_task(method: str, tmp_path: Path) -> None:
     """Over epochs, duplicates in a batch, padding and evaluation; without sample_ids every training forward counts."""
-    config = L2PConfig() if method == "l2p" else HashPromptConfig(layers=[0, 2], modulate="gradient")
+    config: Any = METHODS[method](**({"modulate": "gradient"} if method == "hash" else {}))
     model, images = get_prompt_pool_model(build("vit"), config), inputs("vit", 4)["pixel_values"]
     pool, size = model.adapter.pool, config.pool_size
     expected = []

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts import CodaPromptConfig, DualPromptConfig, L2PPrefixConfig, PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.methods import l2p_prefix
+from cl_prompts.methods.l2p_prefix import pool as l2p_prefix
 
 
 IMAGES = inputs("vit", 4, seed=7)["pixel_values"]
@@ -236,37 +236,3 @@ def test_coda_adds_orthogonal_components() -> None:
         assert (new[:, 0] * new[:, 1]).sum(1).abs().max() < 0.02
         assert F.cosine_similarity(new[:, :, None], old[:, None], dim=3).abs().max() < 0.3
     assert pool.prompt_table().shape == (2, 4, 8, 32)
-
-
-BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "overlap": (
-        lambda: DualPromptConfig(g_layers=[0, 1], e_layers=[1, 2]),
-        r"blocks \[1\] are in g_layers and in e_layers",
-    ),
-    "split g": (lambda: DualPromptConfig(split=True, g_length=5, e_length=20), "g_length=5 cannot be split"),
-    "split e": (lambda: DualPromptConfig(split=True, g_length=6, e_length=7), "e_length=7 cannot be split"),
-    "ensemble": (lambda: DualPromptConfig(ensemble=0), "ensemble=0 must be an integer of at least 1"),
-    "task init": (lambda: DualPromptConfig(task_init="last"), "task_init='last': choose one of"),
-    "coda length": (lambda: CodaPromptConfig(prompt_length=7), "prompt_length=7 cannot be split"),
-    "coda count": (lambda: CodaPromptConfig(components_per_task=0), "components_per_task=0 must be"),
-    "l2p top k": (lambda: L2PPrefixConfig(pool_size=3, top_k=5), "top_k=5 is larger than pool_size=3"),
-    "key loss": (lambda: L2PPrefixConfig(key_loss="batch"), "key_loss='batch': choose one of"),
-    "query": (lambda: L2PPrefixConfig(query_regularization=0.1), "set one_stage=True"),
-    "readout": (lambda: CodaPromptConfig(readout="prompt"), 'coda has key/value prefixes: use "auto"'),
-    "two stages": (lambda: METHODS["coda_layer_argmax"](one_stage=False), 'use method="coda"'),
-    "twice": (lambda: CodaPromptConfig(layers=[1, 1]), r"layers=\[1, 1\] names a block twice"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_settings_name_the_mend(name: str) -> None:
-    make, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize("field", ["g_layers", "e_layers"])
-def test_layers_beyond_the_base(field: str) -> None:
-    settings = {"g_layers": [0], "e_layers": [1], field: [2, 7]}
-    with pytest.raises(ValueError, match=r"layers \[7\] are out of range: the base has 3 blocks, 0 to 2"):
-        get_prompt_pool_model(build("vit"), DualPromptConfig(**settings))

@@ -1,11 +1,11 @@
 """The nearest keys of large pools: the same ids as from all scores at once, in memory that does not grow with the pool."""
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 from support.families import build, inputs
+from support.tensors import draw, integers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -13,22 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.interfaces import PoolInput
-from cl_prompts.methods import l2p
-from cl_prompts.methods.l2p.faiss_search import faiss_nearest
+from cl_prompts.methods.l2p import pool as l2p
 from cl_prompts.methods.shared.selection import CHUNK, nearest, top_k
 
 
 MANY = 100_000
 IMAGES = inputs("vit", 4)["pixel_values"]
 LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def integers(high: int, *size: int, seed: int = 0) -> Tensor:
-    return torch.randint(high, size, generator=torch.Generator().manual_seed(seed))
 
 
 def halves(count: int, seed: int) -> Tensor:
@@ -69,7 +60,6 @@ def test_a_hundred_thousand_prompts() -> None:
     ids, scores = nearest(query, keys, 20)
     assert torch.equal(ids, expected)
     assert_close(scores.double(), best, atol=1e-6, rtol=0)
-    assert torch.equal(faiss_nearest(query, keys, 20), expected)
 
 
 class Allocations(TorchDispatchMode):
@@ -143,12 +133,12 @@ def learnt(limit: int, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"diversified_selection": True}, {"key_type": "prompt_mean"}, {"search": "faiss"}],
-    ids=["plain", "diversified", "prompt_mean", "faiss"],
+    [{}, {"diversified_selection": True}, {"key_type": "prompt_mean"}],
+    ids=["plain", "diversified", "prompt_mean"],
 )
 def test_l2p_with_a_large_pool(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Same choices, losses and gradients as from all scores at once."""
-    small, expected = learnt(10**6, monkeypatch, **{**fields, "search": "torch"})
+    small, expected = learnt(10**6, monkeypatch, **fields)
     large, found = learnt(CHUNK, monkeypatch, **fields)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.scores is None
@@ -173,20 +163,3 @@ def test_a_loss_on_all_scores_gets_them() -> None:
     assert model.train()(IMAGES, labels=LABELS + 2).losses["collapse"] > 0
     with torch.no_grad():
         assert model.eval()(IMAGES).scores is None
-
-
-def test_faiss_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r'search="faiss" needs FAISS: `pip install faiss-cpu`, or set search="torch"'):
-        get_prompt_pool_model(build("vit"), L2PConfig(search="faiss"))
-    new_model()
-
-
-@pytest.mark.parametrize(
-    "fields", [{"diversified_selection": True}, {"entropy_weight": 0.1}, {"key_type": "none", "top_k": 10}]
-)
-def test_faiss_only_finds_the_nearest_keys(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r'search="faiss" finds the nearest keys and nothing else: set search="torch"'):
-        L2PConfig(search="faiss", **fields)
-    with pytest.raises(ValueError, match=r"search='hnsw': choose one of \['torch', 'faiss'\]"):
-        L2PConfig(search="hnsw")

@@ -1,6 +1,5 @@
 """SMoPE: the rest of its golden fixture, and plain loops where that does not look (counts, two tasks, padding)."""
 
-import copy
 import math
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from support.families import build
 from support.golden_cases import SMOPE, smope_choices
 from support.golden_harness import Case
+from support.tensors import draw
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -20,10 +20,6 @@ from cl_prompts.methods.smope.pool import ExpertRouter
 SMALL: dict[str, Any] = {"pool_size": 7, "top_k": 2, "layers": [0, 2], "router_weight": 0.1, "prototype_weight": 0.2}
 TASKS = ([4, 1], [0, 7], [3, 5])
 LAYERS, HEADS, EXPERTS, TOP = 2, 4, 7, 2
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def images_of(task: int) -> Tensor:
@@ -204,60 +200,9 @@ def test_counts_without_image_numbers() -> None:
     assert torch.equal(model.adapter.pool.history.counts[0], counted(first) + counted(second))
 
 
-def test_padding_enters_no_loss() -> None:
-    model = new_model()
-    for classes in TASKS[:2]:
-        model.begin_task(classes)
-        model.adapter.pool.history.counts[-1, :, :, :3] = 1
-        model.end_task()
-    model.begin_task(TASKS[2])
-    model.train()
-    bare = copy.deepcopy(model)
-    labels = torch.tensor([3, 5, 5, 3])
-    padded = model(torch.cat([images_of(0), 9 * images_of(1)]), labels=torch.cat([labels, torch.full((4,), -100)]))
-    alone = bare(images_of(0), labels=labels)
-    assert set(alone.losses) == {"cross_entropy", "router", "prototype"}
-    for name, value in alone.losses.items():
-        assert_close(padded.losses[name], value, atol=1e-6, rtol=1e-5)
-    for loss in (padded.loss, alone.loss):
-        loss.backward()
-    for ours, theirs in zip(model.adapter.pool.parameters(), bare.adapter.pool.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
-
-
-def test_task_free_and_batches_under_autocast() -> None:
-    """Without tasks nothing is counted and no expert excluded; in bf16 an image chooses as it does alone, in float32."""
-    model, images = new_model(num_labels=3, class_mask="none"), draw(5, 3, 32, 32)
-    model.train()
-    model(images, labels=torch.tensor([0, 1, 2, 0, 1])).loss.backward()
-    assert model.adapter.pool.expert_keys.grad.abs().sum() > 0
-    assert len(model.adapter.pool.history.counts) == 0
-    model.eval()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        together = model(images)
-        alone = [model(image[None]) for image in images]
-    assert together.prompt_ids.shape == (5, LAYERS, HEADS, TOP)
-    assert torch.equal(together.prompt_ids, together.scores.topk(TOP).indices)
-    assert torch.equal(together.prompt_ids, torch.cat([one.prompt_ids for one in alone]))
-    assert together.scores.dtype == torch.float32
-    assert_close(together.logits, torch.cat([one.logits for one in alone]), atol=0.05, rtol=0)
-
-
 def test_prompt_table_is_what_heads_choose_from() -> None:
     pool = new_model().adapter.pool
     table = pool.prompt_table()
     assert table.shape == (LAYERS * HEADS, EXPERTS, 2, 8)
     assert torch.equal(table[5, 3, 1], pool.expert_values[1, 3, 8:16])
     assert torch.equal(table[2, 6, 0], pool.expert_keys[0, 6, 16:24])
-
-
-def test_bad_fields() -> None:
-    for field, value in (
-        ("top_k", 26),
-        ("epsilon", -1.0),
-        ("readout", "prompt"),
-        ("layers", []),
-        ("alignment_weight", 0.1),
-    ):
-        with pytest.raises(ValueError, match=field):
-            SMoPEConfig(**{field: value})

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from support.families import build
-from support.hide_models import TASKS, answer, draw, images_of, labels_of, learn
+from support.hide_models import TASKS, answer, images_of, labels_of, learn
+from support.tensors import draw
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
@@ -55,7 +55,7 @@ def statistics_of(
 
 def by_class(found: ClassPrototypes, query: Tensor) -> Tensor:
     """Class scores in the order of the columns."""
-    return found.class_scores(query)[:, torch.tensor([column for _, column in found.of]).argsort()]
+    return found.class_scores(query)[:, torch.tensor([column for _, column in found.rows]).argsort()]
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -275,34 +275,7 @@ def test_dualprompt_trains_the_same(keys_per_layer: bool) -> None:
     assert extra == {"pool.prototypes.sum", "pool.prototypes.count"}
     pool = by["prototype"].adapter.pool
     assert pool.prototypes.count.tolist() == [3] * 6, "three steps a task, but an image counts once"
-    assert pool.prototypes.of == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_without_tasks_there_is_nothing_to_infer(method: str) -> None:
-    fields = {"task_statistics": "covariance", "num_labels": 8, "class_mask": "none"}
-    model = new_model(method, **fields)
-    model.train()(images_of(0), labels=labels_of(0)).loss.backward()
-    assert answer(model, images_of(0)).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_statistics_are_saved(method: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    model = learn(new_model(method, task_statistics="covariance", covariance_shrinkage=0.2), range(2))
-    model.save_pretrained(tmp_path)
-    loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert loaded.adapter.config.covariance_shrinkage == 0.2
-    assert torch.equal(answer(loaded, images_of(1)).logits, answer(model, images_of(1)).logits)
-    for one in (model, loaded):
-        torch.manual_seed(1)
-        learn(one, range(2, 3))
-    assert model.adapter.pool.prototypes.products.any()
-    for (name, buffer), other in zip(
-        model.adapter.named_buffers(), [b for _, b in loaded.adapter.named_buffers()], strict=True
-    ):
-        assert buffer.dtype == other.dtype, name
-        assert torch.equal(buffer, other), name
+    assert pool.prototypes.rows == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
 
 
 def test_a_pool_that_grows_keeps_its_statistics() -> None:
@@ -312,34 +285,3 @@ def test_a_pool_that_grows_keeps_its_statistics() -> None:
     after = dict(model.adapter.pool.prototypes.named_buffers())
     assert before.keys() == after.keys() == {"sum", "count", "products"}
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "statistics": ({"task_statistics": "variance"}, r"task_statistics='variance': choose one of \['mean', 'covariance'\]"),
-    "zero": (
-        {"task_statistics": "covariance", "covariance_shrinkage": 0.0},
-        "covariance_shrinkage=0 must be larger than 0",
-    ),
-    "above": ({"task_statistics": "covariance", "covariance_shrinkage": 1.5}, r"=1.5 must lie in \(0, 1\]"),
-    "text": ({"task_statistics": "covariance", "covariance_shrinkage": "oas"}, "='oas' must be a finite number"),
-    "mean": ({"covariance_shrinkage": 0.1}, r'=0.1 is for task_statistics="covariance": set that, or leave it at None'),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("method", METHODS)
-def test_bad_settings_name_the_mend(method: str, name: str) -> None:
-    fields, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        METHODS[method](**fields)
-
-
-def test_settings_that_nothing_would_read() -> None:
-    with pytest.raises(ValueError, match=r"'covariance' is for task_inference='prototype': set that, or leave it at"):
-        DualPromptConfig(task_statistics="covariance")
-    with pytest.raises(ValueError, match=r"'covariance' is for router_inference='prototype': set that, or leave it at"):
-        HashPromptConfig(task_statistics="covariance")
-    with pytest.raises(ValueError, match="task_inference='key': choose one of"):
-        DualPromptConfig(task_inference="key")
-    with pytest.raises(ValueError, match="reads the un-prompted pass, which one_stage=True leaves out"):
-        DualPromptConfig(task_inference="prototype", one_stage=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import BARE, CLASSIFIERS, build, inputs
+from support.tensors import draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -17,10 +18,6 @@ from cl_prompts.backbones.structure import attention_norm, find_structure
 
 
 LABELS = torch.tensor([0, 1, 1])
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def prompted(name: str, **fields: Any) -> PromptPoolModel:
@@ -246,35 +243,3 @@ def test_how_prompts_start() -> None:
     assert wide.std().item() == pytest.approx(math.sqrt(6 / 64) / math.sqrt(3), rel=0.02)
     plain = get_prompt_pool_model(build("vit"), VPTConfig(prompt_length=500, prompt_init="normal")).adapter.pool.prompts
     assert plain.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt_length": 0}, "prompt_length=0"),
-        ({"deep": 1}, "deep=1"),
-        ({"layers": [0]}, "set deep=True"),
-        ({"deep": True, "layers": [0, 0]}, "names a block twice"),
-        ({"deep": True, "position": "front"}, "position='front'"),
-        ({"deep": True, "add_cls_position_embedding": True}, "add_cls_position_embedding=True"),
-        ({"deep": True, "readout": "prompt"}, "readout"),
-        ({"prompt_init": "lower_layer"}, "prompt_init='lower_layer'"),
-        ({"position": "behind"}, "position='behind'"),
-        ({"add_cls_position_embedding": None}, "add_cls_position_embedding=None"),
-        ({"diversity_weight": 0.1}, "diversity_weight=0.1"),
-        ({"alignment_weight": 0.1}, "no keys"),
-        ({"entropy_weight": 0.1}, "selects nothing"),
-    ],
-)
-def test_bad_fields(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        VPTConfig(**fields)
-
-
-def test_fields_that_do_not_fit_the_base() -> None:
-    for family, fields, message in (
-        ("vit", {"deep": True, "layers": [3]}, "out of range"),
-        ("siglip", {"add_cls_position_embedding": True}, "no position embedding of a CLS token"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            get_prompt_pool_model(build(family), VPTConfig(**fields))

@@ -15,25 +15,25 @@ WIDTH = 6
 TASKS = [[0, 1], [2, 3, 4], [5]]
 
 
-def images(columns: Sequence[int], per_class: int = 30, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Features of correlated classes far from the origin, shuffled, and their columns."""
-    generator = torch.Generator().manual_seed(1000 * seed + sum(columns))
+def images(targets: Sequence[int], per_class: int = 30, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """Features of correlated classes far from the origin, shuffled, and their targets."""
+    generator = torch.Generator().manual_seed(1000 * seed + sum(targets))
     parts = []
-    for column in columns:
+    for column in targets:
         own = torch.Generator().manual_seed(column)
         mean, mix = 3 + torch.randn(width, generator=own), torch.randn(width, width, generator=own)
         noise = torch.randn(2, per_class, width, generator=generator)
         parts.append(mean + 0.4 * noise[0] @ mix + 0.3 * noise[1])
-    order = torch.randperm(per_class * len(columns), generator=generator)
-    return torch.cat(parts)[order], torch.tensor(list(columns)).repeat_interleave(per_class)[order]
+    order = torch.randperm(per_class * len(targets), generator=generator)
+    return torch.cat(parts)[order], torch.tensor(list(targets)).repeat_interleave(per_class)[order]
 
 
 def learnt(classifier: Any, tasks: Sequence[Sequence[int]] = TASKS, **more: Any) -> Any:
     """All tasks, whose features do not change."""
     for task in tasks:
-        features, columns = images(task)
+        features, targets = images(task)
         classifier.begin_task(task)
-        classifier.fit(features, columns, features if classifier.needs_before else None, **more)
+        classifier.fit(features, targets, features if classifier.needs_before else None, **more)
     return classifier
 
 
@@ -55,8 +55,8 @@ def affine(seed: int = 0) -> tuple[Tensor, Tensor]:
     return matrix.double(), torch.randn(WIDTH, generator=generator).double()
 
 
-def gaussians_of(kind: str, features: Tensor, columns: Tensor, task: Sequence[int], **more: Any) -> ClassGaussians:
+def gaussians_of(kind: str, features: Tensor, targets: Tensor, task: Sequence[int], **more: Any) -> ClassGaussians:
     gaussians = ClassGaussians(WIDTH, kind, **more)
     gaussians.begin_task(task)
-    gaussians.add(features, columns)
+    gaussians.add(features, targets)
     return gaussians

@@ -87,10 +87,10 @@ def comparison_trainer(
     args = ContinualArguments(
         **{
             "output_dir": str(folder) if folder else None,
-            "epochs": 1,
+            "num_train_epochs": 1,
             "batch_size": 4,
-            "lr": 1e-3,
-            "checkpoint_every": 1,
+            "learning_rate": 1e-3,
+            "save_steps": 1,
             **memory,
             **settings,
         }

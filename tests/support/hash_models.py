@@ -7,15 +7,12 @@ from torch import Tensor
 
 from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
 from support.families import build
+from support.tensors import draw
 
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TASKS = ([4, 1], [0, 7], [3, 5])
 SMALL: dict[str, Any] = {"pool_size": 6, "prompt_length": 4, "top_k": 2, "layers": [0, 2], "history_top": 2, "delta": 0.4}
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def labels_of(task: int) -> Tensor:

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from cl_prompts import HiDePromptConfig, PromptPoolModel, get_prompt_pool_model
 from support.families import build
+from support.tensors import draw
 
 
 TASKS = ([4, 1], [0, 7], [3, 5])
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 def images_of(task: int, count: int = 6) -> Tensor:

@@ -52,7 +52,13 @@ def small_trainer(
     AcceleratorState._reset_state(reset_partial_state=True)  # a process is made for one precision
     config, classifiers = settings.pop("config", {}), settings.pop("classifiers", None)
     args = ContinualArguments(
-        **{"output_dir": str(folder) if folder else None, "epochs": 2, "batch_size": 4, "checkpoint_every": 1, **settings}
+        **{
+            "output_dir": str(folder) if folder else None,
+            "num_train_epochs": 2,
+            "batch_size": 4,
+            "save_steps": 1,
+            **settings,
+        }
     )
     model = small_model(method, **config)
     return ContinualTrainer(model, small_stream(tasks), args, callbacks=callbacks, classifiers=classifiers)

@@ -11,14 +11,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cl_prompts.storage.atomic import read_whole, recover, replacing
+from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.storage.staging import finish_interrupted_save, read_together, staging_folder
 
 
 CONFIG_FILE, WEIGHTS_FILE = "learner.json", "learner.safetensors"
 
 
 def write_files(folder: str | os.PathLike[str], name: str, options: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write a baseline. The folder is replaced as a whole.
+    """Write a baseline. Readers find the old files or the new ones.
 
     Args:
         folder: where to.
@@ -28,9 +29,9 @@ def write_files(folder: str | os.PathLike[str], name: str, options: Mapping[str,
     """
     config = {"learner": name, "options": options, **state["values"]}
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state["tensors"].items()}
-    with replacing(folder, CONFIG_FILE, WEIGHTS_FILE) as new:
-        save_file(tensors, new / WEIGHTS_FILE)
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    with explain_disk_full(folder), staging_folder(folder) as staging:
+        save_file(tensors, staging / WEIGHTS_FILE)
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
 
 def read_files(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -42,7 +43,7 @@ def read_files(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dic
     Raises:
         ValueError: a file is missing or damaged.
     """
-    recover(folder)
+    finish_interrupted_save(folder)
 
     def read() -> tuple[str, dict[str, Any], dict[str, Any]]:
         try:
@@ -54,4 +55,4 @@ def read_files(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dic
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no baseline, or a damaged one ({error})") from error
 
-    return read_whole(folder, read)
+    return read_together([Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)], read)

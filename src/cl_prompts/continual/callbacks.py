@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.stream import Task
 from cl_prompts.evaluation.evaluate import Evaluation
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 class TrainerCallback:
@@ -44,7 +44,7 @@ class TrainerCallback:
         """After an epoch's last step."""
 
     def on_log(self, state: TrainerState, logs: dict[str, float]) -> None:
-        """Every `log_every` steps, with loss, its parts, learning rate and images per second."""
+        """Every `logging_steps` steps, with loss, its parts, learning rate and images per second."""
 
     def on_evaluate(self, state: TrainerState, evaluations: list[Evaluation]) -> None:
         """After the evaluation that follows a task: one for each task so far."""
@@ -133,4 +133,4 @@ class JsonlTracker(GeneralTracker):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))

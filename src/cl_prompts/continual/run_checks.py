@@ -36,8 +36,10 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
         )
     if stream.task_free and classifiers:
         raise ValueError("further classifiers look at each task's images, and this stream has no tasks: leave them out")
-    if stream.task_free and args.epochs != 1:
-        raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
+    if stream.task_free and args.num_train_epochs != 1:
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs}: a stream without task boundaries is passed over once, set num_train_epochs=1"
+        )
     if model.needs_memory and not args.rehearses:
         raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
     if stream.task_free and model.replay == "memory_only":

@@ -44,7 +44,7 @@ class TrainerState:
     @property
     def task_steps(self) -> int:
         """Optimizer steps of the task that is being trained."""
-        return self.args.epochs * self.steps_per_epoch
+        return self.args.num_train_epochs * self.steps_per_epoch
 
     @property
     def task_steps_done(self) -> int:

@@ -203,7 +203,9 @@ class ContinualTrainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        return build_optimizer(args.optimizer, self.model.parameter_groups(args.lr, **args.lrs), **args.optimizer_options)
+        return build_optimizer(
+            args.optim, self.model.parameter_groups(args.learning_rate, **args.learning_rates), **args.optim_args
+        )
 
     def _next_optimizer(self, before: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of a task, if asked for with the state of the last one; `before`: parameters before the task."""
@@ -219,30 +221,35 @@ class ContinualTrainer:
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
         # Before the loop, so that neither the bar nor the speed of the first steps includes these passes.
-        for epoch in range(args.epochs):
+        for epoch in range(args.num_train_epochs):
             self.feature_provider.training_queries(epoch)
         self.feature_provider.queries(train=False)
         self._throughput = Throughput()
         per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
-        while progress.epoch < args.epochs:
+        while progress.epoch < args.num_train_epochs:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
                 self._call("on_step_begin", task)
-                step, steps = progress.epoch * per_epoch + progress.step, args.epochs * per_epoch
-                set_rates(optimizer, rate_factor(args.schedule, step, steps, args.warmup, progress.epoch, args.epochs))
+                step, steps = progress.epoch * per_epoch + progress.step, args.num_train_epochs * per_epoch
+                set_rates(
+                    optimizer,
+                    rate_factor(
+                        args.lr_scheduler_type, step, steps, args.warmup_steps, progress.epoch, args.num_train_epochs
+                    ),
+                )
                 losses = self._step(wrapped, prepared, batch)
                 self.replay.observe(batch, accelerator.device)
                 progress.step += 1
                 progress.global_step += 1
                 self._call("on_step_end", task)
-                if progress.global_step % args.log_every == 0:
+                if progress.global_step % args.logging_steps == 0:
                     self._log(losses, optimizer, task)
-                if args.checkpoint_every and progress.global_step % args.checkpoint_every == 0:
+                if args.save_steps and progress.global_step % args.save_steps == 0:
                     self._save()
             self._call("on_epoch_end", task, progress.epoch)
             progress.epoch, progress.step = progress.epoch + 1, 0
         model.check_labels()
-        if args.checkpoint_every:
+        if args.save_steps:
             self._save()
         self._steps_per_epoch = 0
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
@@ -254,7 +261,9 @@ class ContinualTrainer:
     def _step(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Tensor]:
         args, accelerator = self.args, self.accelerator
         images = self.stream.augment_on_device(to_device(batch, accelerator.device), (args.seed, self.progress.epoch))
-        losses = training_step(wrapped, optimizer, images, accelerator, pieces=args.accumulation, max_norm=args.clip)
+        losses = training_step(
+            wrapped, optimizer, images, accelerator, pieces=args.gradient_accumulation_steps, max_norm=args.max_grad_norm
+        )
         self._throughput.add(len(batch["labels"]) * world_size())
         return losses
 
@@ -264,7 +273,7 @@ class ContinualTrainer:
         options: dict[str, Any] = {
             "seed": args.seed,
             "epoch": progress.epoch,
-            "num_workers": args.workers,
+            "num_workers": args.dataloader_num_workers,
             "start": progress.step,
         }
         if isinstance(self.stream, IndexedStream):
@@ -284,7 +293,7 @@ class ContinualTrainer:
                 f"the loss is {logs} in task {task.number}, epoch {self.progress.epoch}, step {self.progress.step}: lower "
                 "the learning rate, or clip the gradient"
             )
-        logs |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": self._throughput.read()}
+        logs |= {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": self._throughput.read()}
         logs |= {"task": task.number, "epoch": self.progress.epoch}
         self.accelerator.log(logs, step=self.progress.global_step)
         self._call("on_log", logs)

@@ -81,7 +81,7 @@ def evaluate(
         counts["images"] += real.sum()
         counts["hits"] += ((ids[predicted] == labels) & real).sum()
         counts["no numbers"] += (logits.isnan().any(1) & real).sum()
-        if own is not None:
+        if own is not None and task is not None:
             known = logits.masked_fill(~own, float("-inf")).argmax(1)
             counts["task_incremental"] += ((ids[known] == labels) & real).sum()
             counts["task_of_class"] += (own[predicted] & real).sum()

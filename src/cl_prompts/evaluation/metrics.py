@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 # Measures that are also taken of task-incremental accuracies, where there are any.
@@ -210,7 +210,7 @@ class AccuracyMatrix:
             cells = [repr(column[i]) if i < len(column) else "" for _, columns in parts for column in columns]
             ends = [repr(given[i]) if i in given else "" for given in aside.values()]
             writer.writerow([i, self.sizes[i], *cells, *ends])
-        write_whole(path, text.getvalue())
+        write_atomically(path, text.getvalue())
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> AccuracyMatrix:

@@ -80,15 +80,21 @@ def closed_form(data: FrozenFeatures, classifier: FeatureClassifier) -> Accuracy
 
 
 def sequential_probe(
-    data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int, cosine_scale: float | None = None
+    data: FrozenFeatures,
+    *,
+    num_train_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    cosine_scale: float | None = None,
 ) -> AccuracyMatrix:
     """A head trained task after task with Adam; the loss sees the current task's classes, as for the prompts.
 
     Args:
         data: features by task.
-        epochs: of a task, as for the prompts.
+        num_train_epochs: of a task, as for the prompts.
         batch_size: features of a step.
-        lr: learning rate.
+        learning_rate: of Adam.
         seed: of the order and the initial values.
         cosine_scale: None for a linear head, else the scale of a cosine head.
     """
@@ -100,15 +106,24 @@ def sequential_probe(
         for task, (features, labels) in enumerate(data.train):
             seen += [c for c in data.classes[task] if c not in seen]
             head.expand(seen, data.classes[task])
-            _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
+            _fit(
+                head,
+                features,
+                labels,
+                num_train_epochs=num_train_epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+            )
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
-def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int) -> AccuracyMatrix:
+def joint_linear_probe(
+    data: FrozenFeatures, *, num_train_epochs: int, batch_size: int, learning_rate: float, seed: int
+) -> AccuracyMatrix:
     """A linear head trained on all tasks so far at once, anew after each task: what no continual learner may do.
 
-    `data`, `epochs`, `batch_size`, `lr` and `seed` are as in `sequential_probe`.
+    `data`, `num_train_epochs`, `batch_size`, `learning_rate` and `seed` are as in `sequential_probe`.
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
@@ -119,7 +134,14 @@ def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr
             features, labels = (torch.cat(parts) for parts in zip(*data.train[: task + 1], strict=True))
             head = IncrementalHead(features.shape[1])
             head.expand(seen, seen)
-            _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
+            _fit(
+                head,
+                features,
+                labels,
+                num_train_epochs=num_train_epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+            )
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
@@ -129,10 +151,12 @@ def _targets(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return (labels[:, None] == torch.tensor(list(classes))).int().argmax(1)
 
 
-def _fit(head: IncrementalHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
+def _fit(
+    head: IncrementalHead, features: Tensor, labels: Tensor, *, num_train_epochs: int, batch_size: int, learning_rate: float
+) -> None:
     targets, _ = head.to_targets(labels)
-    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
-    for _ in range(epochs):
+    optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
+    for _ in range(num_train_epochs):
         for rows in torch.randperm(len(features)).split(batch_size):
             logits = head(features[rows]).masked_fill(~head.current, float("-inf"))
             loss = F.cross_entropy(logits, targets[rows])

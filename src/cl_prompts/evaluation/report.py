@@ -19,7 +19,7 @@ import torch
 from cl_prompts.evaluation.evaluate import Evaluation
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.runtime.cpu import processor
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 # Headings of the measures of `AccuracyMatrix.summary` in tables; the others only where some learner has them.
@@ -225,7 +225,7 @@ def run_page(
         f"## Repeat it\n\n```sh\n{command}\n```",
         _table(settings) if settings else "",
     ]
-    write_whole(home / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+    write_atomically(home / PAGE, "\n\n".join(filter(None, sections)) + "\n")
     return home / PAGE
 
 

@@ -1,9 +1,9 @@
-"""Classifiers made from features once a task is learnt; torch only. No image is kept."""
+"""Classifiers: the trained head, and those computed from the features of a task after its training. No image is kept."""
 
 from cl_prompts.heads.aligned import AlignedClassifier, align
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.build import build_classifier
-from cl_prompts.heads.class_means import ClassMeans
+from cl_prompts.heads.class_means import ClassMeans, class_means, class_sums
 from cl_prompts.heads.discriminant import DiscriminantClassifier
 from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
@@ -27,5 +27,7 @@ __all__ = [
     "RidgeClassifier",
     "align",
     "build_classifier",
+    "class_means",
+    "class_sums",
     "fit_map",
 ]

@@ -1,7 +1,7 @@
-"""Classifier alignment: a trained head is trained again on features drawn from Gaussians of every class seen.
+"""Classifier alignment: the trained head is trained again on features drawn from Gaussians of all classes.
 
-SLCA (Zhang et al., ICCV 2023); HiDe-Prompt's and NoRGa's task-adaptive prediction; released: SGD, lr 0.005, momentum 0.9,
-weight decay 5e-4, cosine schedule, 30 epochs. No image is kept.
+SLCA (Zhang et al., ICCV 2023); also the task-adaptive prediction of HiDe-Prompt and NoRGa, whose released code uses SGD
+with lr 0.005, momentum 0.9, weight decay 5e-4 and a cosine schedule for 30 epochs. No image is kept.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def align(
     lr: float = 5e-3,
     seed: int = 0,
 ) -> None:
-    """Train a head, in place, on features drawn anew for every epoch; all classes compete.
+    """Train a head in place, with all classes in the loss, on features that are drawn again for every epoch.
 
     SLCA, Zhang et al., ICCV 2023; defaults are those of HiDe-Prompt's released code.
 
     Args:
-        head: the classifier, with a column for every class.
-        gaussians: of the classes' features.
+        head: the classifier, with a logit for every class.
+        gaussians: of the features of the classes.
         epochs: of SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule.
-        samples: features of each class in an epoch.
-        batch_size: features of a step.
-        lr: learning rate at the start.
-        seed: draws features and their order.
+        samples: features per class in an epoch.
+        batch_size: features per step.
+        lr: initial learning rate.
+        seed: of the drawn features and their order.
     """
     generator = torch.Generator().manual_seed(seed)
     flags = [p.requires_grad for p in head.parameters()]
@@ -51,10 +51,10 @@ def align(
     with torch.enable_grad():
         for epoch in range(epochs):
             optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-            features, columns = gaussians.sample(samples, generator, own=0.5, spherical=1e-4)
-            order = torch.randperm(len(features), generator=generator).to(features.device)
+            features, targets = gaussians.sample(samples, generator, own=0.5, spherical=1e-4)
+            order = torch.randperm(features.shape[0], generator=generator).to(features.device)
             for rows in order.split(batch_size):
-                loss = F.cross_entropy(head(features[rows]), columns[rows])
+                loss = F.cross_entropy(head(features[rows]), targets[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -69,9 +69,9 @@ class AlignedClassifier(FeatureClassifier):
     Args:
         width: size D of the features.
         kind: of `ClassGaussians`.
-        drift: "none", "shift" or "affine": how statistics of old classes follow the features.
-        seed: draws the features.
-        save_statistics: save what is needed to go on with further tasks.
+        drift: how the statistics of old classes follow the features: "none", "shift" or "affine" (`fit_map`).
+        seed: of the drawn features.
+        save_statistics: save what learning further tasks needs.
         options: of `align`.
     """
 
@@ -91,26 +91,26 @@ class AlignedClassifier(FeatureClassifier):
         self.head: IncrementalHead | None = None
 
     def make_room(self) -> None:
-        """Rows of the Gaussians."""
+        """Allocate the rows of the Gaussians."""
         self.gaussians.make_room()
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Open rows for the task's classes."""
-        super().begin_task(columns)
-        self.gaussians.begin_task(columns)
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Add rows for the task's classes."""
+        super().begin_task(class_indices)
+        self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
+    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if head is None:
             raise ValueError("an aligned classifier starts from the trained head: pass head=")
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(fit_map(before, features, self.drift))
-        self.gaussians.add(features, columns, self.seed)
+        self.gaussians.add(features, targets, self.seed)
         self.head = copy.deepcopy(head).to(features.device)
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
     @torch.no_grad()
     def hand_over(self, head: IncrementalHead) -> None:
-        """Put the aligned head's values into `head`, and forget the copy."""
+        """Copy the aligned values into `head`, and drop the aligned copy."""
         assert self.head is not None
         for old, new in zip(head.parameters(), self.head.parameters(), strict=True):
             old.copy_(new)

@@ -1,4 +1,4 @@
-"""The classifier that a config asks for."""
+"""Builds the classifier that a config names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cl_prompts.heads.ridge import RidgeClassifier
 
 
 def build_classifier(config: Any, width: int) -> FeatureClassifier | None:
-    """The classifier that a `config` asks for, on features [B, `width`]; None where a trained head answers as it is."""
-    if config.head == "analytic":
+    """The classifier that `config` names, for features [B, `width`]; None for a trained head without alignment."""
+    if config.head in ("ridge", "analytic"):
         return RidgeClassifier(
             width,
             projection_size=config.projection_size,

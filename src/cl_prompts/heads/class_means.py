@@ -1,13 +1,39 @@
-"""Nearest class mean: running means of each class's features, and the cosine of a feature with each."""
+"""Sums and means of features by class, and the cosine of a feature with each mean."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def class_sums(
+    features: Tensor, targets: Tensor, classes: Sequence[int], *, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Sum of the features of each of `classes`, and the number of its images.
+
+    The sums are products with a one-hot matrix: unlike those of `index_add_`, they are deterministic on a GPU.
+
+    Args:
+        features: [n, D]; rows that are left out may hold anything, NaN included.
+        targets: class of each row [n]; rows of other classes, and of padding (-100), are left out.
+        classes: the C classes.
+        dtype: type of the sums. Apple's devices have no float64.
+
+    Returns:
+        sums [C, D] in `dtype`, and counts [C] in int64.
+    """
+    member = targets[:, None] == torch.tensor(list(classes), dtype=torch.int64, device=targets.device)
+    taken = torch.where(member.any(1, keepdim=True), features, 0.0).to(dtype)  # 0 * NaN would be NaN
+    return member.T.to(dtype) @ taken, member.sum(0)
+
+
+def class_means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means [C, D] from the `sums` [C, D] and `counts` [C] of `class_sums`; zeros for a class without images."""
+    return sums / counts.clamp_min(1)[:, None]
 
 
 class ClassMeans:
@@ -34,10 +60,9 @@ class ClassMeans:
             targets: index of each image's class [n], 0 to `num_classes` - 1.
             num_classes: C, at least as many as before.
         """
-        sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
-        sums[: len(self.sums)] = self.sums
-        sums.index_add_(0, targets, features.double())
-        counts = torch.bincount(targets, minlength=num_classes).double()
+        sums, counts = class_sums(features, targets, range(num_classes))
+        sums[: len(self.sums)] += self.sums.to(sums.device)
+        counts = counts.double()
         counts[: len(self.counts)] += self.counts.to(counts.device)
         self.sums, self.counts = sums, counts
 

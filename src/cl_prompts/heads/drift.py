@@ -1,9 +1,9 @@
-"""Drift compensation: where features of old classes went while a new task was learnt.
+"""Drift compensation: moves the statistics of old classes to the features after a new task.
 
-Training a task changes the features of all images. Those of old tasks are gone, but the current task's are seen before and
-after: a map fitted on them carries the statistics of old classes into the new feature space. Semantic Drift Compensation
-(Yu et al., CVPR 2020) shifts class means by the drift of nearby images; here one affine map, shrunk towards the identity,
-moves means and covariances alike.
+Training a task changes the features of all images. Images of old tasks are not available, but those of the current task are
+seen before and after its training. A map fitted to their features moves the statistics of old classes. Semantic Drift
+Compensation (Yu et al., CVPR 2020) shifts class means by the drift of nearby images; here one affine map, shrunk towards
+the identity, moves means and covariances.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class FeatureMap:
 def fit_map(before: Tensor, after: Tensor, kind: str = "affine", ridge: float = 0.1) -> FeatureMap:
     """The map from features before a task to features after it. Ours, after Yu et al., CVPR 2020, which moves means only.
 
-    With X, Y the centred features, A = I + (X'X + r I)^-1 X'(Y - X), r = `ridge` * n * mean variance of X: least squares
-    for the change, shrunk towards none. b maps mean to mean.
+    For centered features X and Y, A = I + (X'X + r I)^-1 X'(Y - X) with r = `ridge` * n * mean variance of X: ridge
+    regression of the change. b maps the mean of X to that of Y.
 
     Args:
-        before: features of images [n, D], before the task.
-        after: features of the same images [n, D], after it.
+        before: features of images before the task [n, D].
+        after: features of the same images after it [n, D].
         kind: "affine", or "shift" for A = I.
-        ridge: how much A is shrunk towards the identity.
+        ridge: strength of the shrinkage of A towards the identity.
 
     Raises:
-        ValueError: an unknown kind, or features of other shapes.
+        ValueError: an unknown kind, or features of different shapes.
     """
     if kind not in KINDS[1:]:
         raise ValueError(f"kind={kind!r}: choose one of {KINDS[1:]}")
-    if before.shape != after.shape or not len(before):
+    if before.shape != after.shape or not before.shape[0]:
         raise ValueError(f"features of the same images are needed, got {list(before.shape)} and {list(after.shape)}")
     before, after = before.double(), after.double()
     start, end = before.mean(0), after.mean(0)
@@ -55,6 +55,6 @@ def fit_map(before: Tensor, after: Tensor, kind: str = "affine", ridge: float = 
     matrix = identity
     if kind == "affine":
         x, change = before - start, (after - end) - (before - start)
-        size = (ridge * x.square().mean() * len(x)).clamp_min(1e-12)
+        size = (ridge * x.square().mean() * x.shape[0]).clamp_min(1e-12)
         matrix = identity + torch.linalg.solve(x.T @ x + size * identity, x.T @ change)
     return FeatureMap(matrix, end - start @ matrix)

@@ -3,13 +3,12 @@
     h = relu(x P),  P [D, M] random and fixed;   G = sum of h h',  B = sum of h y' over all images so far
     logits = h W,   W = (G + ridge * I)^-1 B
 
-G and B are sums, so W does not depend on the order of tasks, and no image is kept. The ridge is the one with the smallest
-squared error on every fifth image of the newest task, when fitted to all sums so far without them; with fewer than five
+G and B are sums, so W does not depend on the order of tasks, and no image is kept. The ridge is the candidate with the
+smallest squared error on every fifth image of the newest task, when fitted to all other images so far. With fewer than five
 images it is the largest candidate.
 
-Where features change from task to task, sums of old features are of no use. Then each class keeps its Gaussian, which
-follows the drift, G and B are sums over features drawn from the Gaussians of all classes, and so are the features that the
-ridge is chosen on (ours).
+If features change from task to task, sums of old features are out of date. Then each class has a Gaussian that follows the
+drift, and G, B and the held-out features are drawn from the Gaussians of all classes (ours).
 """
 
 from __future__ import annotations
@@ -27,31 +26,30 @@ from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
 
 
-# Candidates for the ridge, in mean squares of a random feature summed over the images.
+# Candidates for the ridge, in units of the mean diagonal of G.
 RELATIVE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_EVERY = 5
 
 
 class RidgeClassifier(FeatureClassifier):
-    """Ridge regression onto the classes, on random ReLU features.
+    """Ridge regression from random ReLU features to the classes: RanPAC's head, McDonnell et al., NeurIPS 2023.
 
-    RanPAC's head, McDonnell et al., NeurIPS 2023: h = relu(x P), logits = h (G + ridge I)^-1 B, where G is the sum of h h'
-    and B that of h y' over all images so far.
+    h = relu(x P), logits = h (G + ridge I)^-1 B, where G is the sum of h h' and B that of h y' over all images so far.
 
     Args:
         width: size D of the features.
         projection_size: M; 0: no projection, h = (x, 1).
         ridge: None: chosen on held-out training images.
-        drift: "none": exact sums, for features that do not change. "shift" or "affine": sums over features drawn from
+        drift: "none": exact sums, for features that do not change. "shift" or "affine": sums over features drawn from the
             Gaussians of all classes, which follow the drift (ours).
-        seed: draws the projection and, with drift, the features.
+        seed: of the projection and, with drift, of the drawn features.
         samples: features drawn from each class, with drift.
-        save_statistics: save what is needed to go on with further tasks (G alone has M * M numbers), not only to answer.
+        save_statistics: save what learning further tasks needs (G alone has M * M numbers).
 
     Attributes:
         projection: P [D, M].
         solution: W [M, C].
-        gram, sums: G [M, M] and B [M, C] in float64 (float32 on Apple's devices); without rows where they are not at hand.
+        gram, sums: G [M, M] and B [M, C] in float64 (float32 on Apple's devices); without rows if they are not available.
         chosen_ridge: the ridge of the solution.
     """
 
@@ -76,7 +74,7 @@ class RidgeClassifier(FeatureClassifier):
         self.width, self.size, self.ridge = width, projection_size or width + 1, ridge
         self.seed, self.samples = seed, samples
         projection = torch.empty(width, projection_size)
-        if projection.device.type != "meta":  # where only sizes are asked for
+        if projection.device.type != "meta":  # where only shapes are needed
             generator = torch.Generator().manual_seed(seed)
             projection.copy_(torch.randn(width, projection_size, generator=generator, device="cpu"))
         self.register_buffer("projection", projection)
@@ -90,7 +88,7 @@ class RidgeClassifier(FeatureClassifier):
             self.gaussians = ClassGaussians(width, save=save_statistics)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Sums stay in float64 whatever else is cast; Apple's devices have none."""
+        """Keep sums in float64 when a model is cast, except on Apple's devices, which have no float64."""
         sums = ("gram", "sums", "chosen_ridge")
         if fn(self.fitted).device.type == "mps":
             for name in sums:
@@ -108,47 +106,47 @@ class RidgeClassifier(FeatureClassifier):
 
     @property
     def bytes_to_learn(self) -> int:
-        """G, with the ridge on its diagonal, and the Cholesky factor of that."""
+        """Bytes of G + ridge I and of its Cholesky factor."""
         return 8 * (3 * self.size**2 - self.gram.numel())
 
     def make_room(self) -> None:
-        """G and B, or rows of the Gaussians."""
+        """Allocate G and B, or the rows of the Gaussians."""
         if self.drift != "none":
             self.gaussians.make_room()
-        elif not len(self.gram):
+        elif not self.gram.shape[0]:
             self._new_sums()
 
     def _new_sums(self) -> None:
         self.gram, self.sums = self.gram.new_zeros(self.size, self.size), self.sums.new_zeros(self.size, self.num_classes)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Open columns for the task's classes."""
-        super().begin_task(columns)
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Add columns for the task's classes."""
+        super().begin_task(class_indices)
         added = self.num_classes - self.solution.shape[1]
         self.solution = F.pad(self.solution, (0, added))
         self.sums = F.pad(self.sums, (0, added))
         if self.drift != "none":
-            self.gaussians.begin_task(columns)
+            self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, columns: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
+    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if self.drift == "none":
-            held = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+            held = torch.zeros(features.shape[0], dtype=torch.bool, device=features.device)
             if self.ridge is None:
                 held[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
-            self._add(features[~held], columns[~held])
-            ridge = self._choose(features[held], columns[held])
-            self._add(features[held], columns[held])
+            self._add(features[~held], targets[~held])
+            ridge = self._choose(features[held], targets[held])
+            self._add(features[held], targets[held])
         else:
             if before is not None and int(self.fitted):
                 self.gaussians.move(fit_map(before, features, self.drift))
-            self.gaussians.add(features, columns)
+            self.gaussians.add(features, targets)
             self._new_sums()
             self._add(*self._drawn(0))
             ridge = self._choose(*self._drawn(1))
         self.chosen_ridge.fill_(ridge)
-        # As it will be loaded: products of column-major matrices differ in the last bit.
+        # Contiguous as after loading: products with a column-major matrix differ in the last bit.
         self.solution = self._solve(ridge).float().contiguous()
-        if self.drift != "none":  # drawn anew after the next task
+        if self.drift != "none":  # they are drawn again after the next task
             self.gram, self.sums = self.gram.new_zeros(0, 0), self.sums.new_zeros(0, self.num_classes)
 
     def _drawn(self, stream: int) -> tuple[Tensor, Tensor]:
@@ -156,13 +154,13 @@ class RidgeClassifier(FeatureClassifier):
         return self.gaussians.sample(self.samples, generator, own=0.5, spherical=1e-4)
 
     def _hidden(self, features: Tensor) -> Tensor:
-        """h [n, M] in the features' type."""
+        """h [n, M] in the type of `features`."""
         if self.projection.shape[1]:
             return (features @ self.projection.to(features.dtype)).relu()
         return F.pad(features, (0, 1), value=1.0)
 
-    def _add(self, features: Tensor, columns: Tensor) -> None:
-        for part, own in zip(features.split(1024), columns.split(1024), strict=True):
+    def _add(self, features: Tensor, targets: Tensor) -> None:
+        for part, own in zip(features.split(1024), targets.split(1024), strict=True):
             hidden = self._hidden(part.double())
             self.gram += hidden.T @ hidden
             self.sums.index_add_(1, own, hidden.T)
@@ -170,26 +168,26 @@ class RidgeClassifier(FeatureClassifier):
     def _scale(self) -> float:
         return float(self.gram.diagonal().mean())
 
-    def _choose(self, features: Tensor, columns: Tensor) -> float:
+    def _choose(self, features: Tensor, targets: Tensor) -> float:
         if self.ridge is not None:
             return self.ridge
-        if not len(features):
+        if not features.shape[0]:
             return RELATIVE_RIDGES[-1] * self._scale()
-        hidden, target = self._hidden(features.double()), F.one_hot(columns, self.num_classes).double()
+        hidden, target = self._hidden(features.double()), F.one_hot(targets, self.num_classes).double()
         candidates = [relative * self._scale() for relative in RELATIVE_RIDGES]
         errors = [float((hidden @ self._solve(ridge) - target).square().mean()) for ridge in candidates]
         return candidates[errors.index(min(errors))]
 
     def _solve(self, ridge: float) -> Tensor:
-        regularised = self.gram.clone()
-        regularised.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(regularised)
+        regularized = self.gram.clone()
+        regularized.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(regularized)
         if failed:
             raise ValueError(f"ridge={ridge:g} is too small to solve for {self.size} random features: choose a larger one")
         return torch.cholesky_solve(self.sums, factor)
 
     def forward(self, features: Tensor) -> Tensor:
-        """h W, [B, C]."""
+        """h W for `features` [B, D]: [B, C]."""
         self.check_fitted()
-        # No image of a class, no weight.
+        # A class without images has zero weights.
         return (self._hidden(features.float()) @ self.solution).masked_fill((self.solution == 0).all(0), float("-inf"))

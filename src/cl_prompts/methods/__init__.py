@@ -1,7 +1,7 @@
-"""Prompt methods, one folder each. Importing this package registers all of them."""
+"""Prompt methods, one folder each. Importing a folder registers its method, importing this package all of them."""
 
 from cl_prompts.methods.coda import CodaLayerArgmaxConfig, CodaLayerArgmaxPool, CodaPool, CodaPromptConfig
-from cl_prompts.methods.config import METHODS, PromptPoolConfig
+from cl_prompts.methods.config import PromptPoolConfig
 from cl_prompts.methods.dualprompt import DualPromptConfig, DualPromptPool
 from cl_prompts.methods.hash import HashPool, HashPromptConfig
 from cl_prompts.methods.hide import HidePool, HiDePromptConfig
@@ -10,7 +10,8 @@ from cl_prompts.methods.l2p_prefix import L2PPrefixConfig, L2PPrefixPool
 from cl_prompts.methods.layer_grouped import LayerGroupedPool, LayerGroupedPromptConfig
 from cl_prompts.methods.no_prompts import NoPrompts, NoPromptsConfig
 from cl_prompts.methods.norga import NoRGaConfig, NorgaPool
-from cl_prompts.methods.pool import POOLS, Observation, PromptPool
+from cl_prompts.methods.pool import Observation, PromptPool
+from cl_prompts.methods.registry import METHODS, PromptMethod, register_prompt_method
 from cl_prompts.methods.smope import SMoPEConfig, SMoPEPool
 from cl_prompts.methods.vpt import VPTConfig, VPTPool
 from cl_prompts.methods.vq_prompt import VQPromptConfig, VQPromptPool
@@ -18,7 +19,6 @@ from cl_prompts.methods.vq_prompt import VQPromptConfig, VQPromptPool
 
 __all__ = [
     "METHODS",
-    "POOLS",
     "CodaLayerArgmaxConfig",
     "CodaLayerArgmaxPool",
     "CodaPool",
@@ -40,6 +40,7 @@ __all__ = [
     "NoRGaConfig",
     "NorgaPool",
     "Observation",
+    "PromptMethod",
     "PromptPool",
     "PromptPoolConfig",
     "SMoPEConfig",
@@ -48,4 +49,5 @@ __all__ = [
     "VPTPool",
     "VQPromptConfig",
     "VQPromptPool",
+    "register_prompt_method",
 ]

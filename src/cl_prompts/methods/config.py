@@ -1,27 +1,27 @@
-"""Configs: one class per method. A field that a method does not use does not exist on its config.
+"""The base class of all method configs. A config has only the fields that its method uses.
 
-Every field's default is the paper's or the released code's value, or says whose choice it is.
+The default of a field is the value of the paper or of the released code; "Ours" marks our own fields and defaults.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cl_prompts.methods.head_config import ClassifierConfig
+from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, positive_number
 from cl_prompts.runtime.text import shown
-from cl_prompts.storage.adapter_files import WHERE, adapter_folder
+from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
-from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, declared_tensors, digest_file
+from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
 from cl_prompts.version import __version__
 
-
-METHODS: dict[str, type[PromptPoolConfig]] = {}
 
 READOUTS = ("auto", "cls", "mean", "cls_mean", "pooler", "prompt")
 POOLINGS = ("auto", "cls", "mean", "pooler")
@@ -31,11 +31,11 @@ LAYER_INITS = (*INITS, "lower_layer")
 
 
 class _ByMethod(type):
-    """Makes `PromptPoolConfig(method="l2p", ...)` build an `L2PConfig`.
+    """Metaclass that makes `PromptPoolConfig(method="l2p", ...)` build an `L2PConfig`.
 
-    PEFT knows one config class per PEFT type and filters unknown keys of a file by that class's signature, which would
-    drop every field of the method. So the class is chosen by `method` first, and unknown keys of a saved file (told by
-    the `peft_type` that only files carry) are dropped here.
+    PEFT knows one config class per PEFT type and drops the keys of a file that this class does not have, which would be
+    every field of the method. Therefore the class is chosen by `method` first, and unknown keys are dropped afterwards.
+    Only files have the key `peft_type`.
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -49,82 +49,84 @@ class _ByMethod(type):
 def _class_of(method: Any) -> type[PromptPoolConfig]:
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"unknown method {shown(method)}: choose one of {sorted(METHODS)}")
-    return METHODS[method]
+    return METHODS[method].config_class
 
 
 def _runtime(default: Any, text: str) -> Any:
-    """A field that is this process's business and never enters or leaves a file."""
+    """A field of the running process, which is neither saved nor loaded."""
     return field(default=default, compare=False, metadata={"help": text, "runtime": True})
 
 
 @dataclass
 class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
-    """Base of all method configs; `PromptPoolConfig(method=name, ...)` is the same as that method's own class.
+    """Base class of all method configs. `PromptPoolConfig(method="l2p", ...)` is the same as `L2PConfig(...)`.
 
-    Fields that choose the classifier (`head`, `alignment`, ...) are those of `ClassifierConfig`.
+    The fields of the classifier (`head`, `alignment`, ...) are inherited from `ClassifierConfig`.
 
     Args:
         method: name of the method.
-        readout: what the classifier reads: "cls" (CLS after the final norm), "mean" (of the patches), "cls_mean" (both, 2 D
-            numbers), "pooler" (the model's own pooled feature), "prompt" (mean of the prompt tokens' outputs) or "auto" (as
-            the query).
-        query_pooling: which feature of the un-prompted pass is the query: "cls", "mean", "pooler" or "auto" (CLS where
-            there is one behind a final norm, else the model's pooled feature, else the mean of the patches).
-        class_mask: which logits the training loss sees: "task" (classes of the current task, others -inf), "batch"
-            (labels present in the global batch) or "none".
-        logit_temperature: logits are divided by it at test (calibration); the answer's class stays the same.
-        diversity_weight: weight of a loss term that keeps the prompts of a layer apart (`pools.regularisers.diversity`).
-        alignment_weight: weight of 1 - cosine between a prompt's mean row and its key. Only methods with keys.
-        entropy_weight: weight of log M - entropy of the batch's mean selection: keeps a pool from collapsing onto few
-            prompts. Only methods that select.
-        num_labels: fixed number of classes with ids 0..num_labels-1 for task-free training, without `begin_task`.
-        modules_to_save: names of modules of the base to train and save along, as in PEFT.
-        state: what the adapter has learned so far; kept by the model.
-        max_adapter_bytes: an adapter whose tensors would take more is refused before memory is allocated. Not saved.
-        strict_base: a base with other weights than the adapter was made for is an error instead of a warning. Not saved.
+        readout: input of the classifier: "cls" (CLS after the final norm), "mean" (of the patches), "cls_mean" (both
+            concatenated, width 2 D), "pooler" (the model's pooled feature), "prompt" (mean of the prompt tokens' outputs)
+            or "auto" (same as the query).
+        query_pooling: feature of the un-prompted pass that is the query: "cls", "mean", "pooler" or "auto" (CLS if the
+            model has one and a final norm, else its pooled feature, else the mean of the patches).
+        class_mask: logits that the training loss uses: "task" (classes of the current task, others -inf), "batch" (classes
+            of the labels in the global batch) or "none" (all).
+        logit_temperature: divides the logits at test (calibration). The predicted class does not change.
+        diversity_weight: weight of the mean squared cosine between different prompts of a layer
+            (`cl_prompts.methods.shared.regularizers.diversity`).
+        alignment_weight: weight of 1 - cosine between the mean row of a prompt and its key. Only for methods with keys.
+        entropy_weight: weight of log M - entropy of the batch's mean selection, which keeps a pool from collapsing onto few
+            prompts. Only for methods that select prompts.
+        num_labels: number of classes, with ids 0..num_labels-1, for task-free training without `begin_task`.
+        modules_to_save: names of modules of the base that are trained and saved with the adapter, as in PEFT.
+        state: tasks, classes and counters of the adapter; set by the model.
+        max_adapter_bytes: an adapter with more bytes of tensors is refused before memory is allocated. Not saved.
+        strict_base: raise an error, instead of a warning, if the base has other weights than the one of training. Not
+            saved.
         verify: compare the checksum of loaded tensors. Not saved.
-        declared: what the header of the weights beside a file declares, compared with what the config implies before memory
-            is allocated. Not saved.
+        declared: tensors that the header of the weights file declares; compared with the shapes that the config implies
+            before memory is allocated. Not saved.
 
     Raises:
-        ValueError: a field is out of range, or fields do not fit each other. Whether they fit the backbone is told when the
-            config is put on one.
+        ValueError: a field is out of range, or two fields contradict each other. Whether the fields fit a backbone is
+            checked when the model is made.
     """
 
     method: str = ""
-    readout: str = field(default="auto", metadata={"help": "what the classifier reads"})
-    query_pooling: str = field(default="auto", metadata={"help": "which un-prompted feature is the query"})
-    class_mask: str = field(default="task", metadata={"help": "which logits the training loss sees"})
+    readout: str = field(default="auto", metadata={"help": "input of the classifier"})
+    query_pooling: str = field(default="auto", metadata={"help": "feature of the un-prompted pass that is the query"})
+    class_mask: str = field(default="task", metadata={"help": "logits that the training loss uses"})
     logit_temperature: float = field(default=1.0, metadata={"help": "divides the logits at test"})
-    diversity_weight: float = field(default=0.0, metadata={"help": "keeps the prompts of a layer apart"})
-    alignment_weight: float = field(default=0.0, metadata={"help": "pulls keys and their prompts together"})
-    entropy_weight: float = field(default=0.0, metadata={"help": "spreads the selection over the pool"})
+    diversity_weight: float = field(default=0.0, metadata={"help": "weight of the cosines between prompts of a layer"})
+    alignment_weight: float = field(default=0.0, metadata={"help": "weight of the distance between keys and prompts"})
+    entropy_weight: float = field(default=0.0, metadata={"help": "weight of the entropy of the selection"})
     num_labels: int | None = field(default=None, metadata={"help": "fixed number of classes, task-free"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules of the base to train along"})
-    state: AdapterState = field(default_factory=AdapterState, metadata={"help": "kept by the model"})
-    max_adapter_bytes: int = _runtime(8 * 2**30, "largest adapter that is loaded")
-    strict_base: bool = _runtime(False, "another base is an error")
-    verify: bool = _runtime(True, "compare checksums")
-    declared: Mapping[str, Declared] | None = _runtime(None, "tensors that are going to be loaded")
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules of the base that are trained with the adapter"}
+    )
+    state: AdapterState = field(default_factory=AdapterState, metadata={"help": "set by the model"})
+    max_adapter_bytes: int = _runtime(8 * 2**30, "largest size of an adapter in bytes")
+    strict_base: bool = _runtime(False, "raise an error on a base with other weights")
+    verify: bool = _runtime(True, "compare the checksum of loaded tensors")
+    declared: Mapping[str, Declared] | None = _runtime(None, "tensors that the weights file declares")
 
     papers: ClassVar[tuple[str, ...]] = ()
+    # Whether training must call `attach_optimizer`.
     needs_optimizer: ClassVar[bool] = False
+    # Whether prompts have keys, and whether a score selects among prompts.
     has_keys: ClassVar[bool] = True
     selects: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "method" in cls.__dict__:  # fields that several methods share have a class of their own, which is no method
-            METHODS[cls.__dict__["method"]] = cls
+    # Fields of older files that had no influence on an answer; they are ignored without a warning.
+    retired_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
             raise ValueError(f"task_type={shown(self.task_type)}: PEFT has no image task type; leave it out")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        own = type(self).__dict__["method"] if type(self) is not PromptPoolConfig else self.method
-        if self.method != own:
-            raise ValueError(f"{type(self).__name__} is for method={own!r}, not {shown(self.method)}")
+        if self.method != type(self).method:
+            raise ValueError(f"{type(self).__name__} is for method={type(self).method!r}, not {shown(self.method)}")
         if self.state is None:
             self.state = AdapterState()
         elif not isinstance(self.state, AdapterState):
@@ -155,7 +157,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     @classmethod
     def _drop_unknown(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         saved = {f.name for f in fields(cls) if f.init and not f.metadata.get("runtime")}
-        unknown = sorted(set(kwargs) - saved)
+        unknown = sorted(set(kwargs) - saved - set(cls.retired_fields))
         if unknown:
             warnings.warn(
                 f"unknown fields {shown(unknown)} in the file of a {cls.__name__} are ignored: it was written by a newer "
@@ -166,10 +168,10 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PromptPoolConfig:
-        """Build the config of the method that `kwargs` name as "method"; unknown keys of a file are dropped with a warning.
+        """Build the config of a method from `kwargs`, which name it as "method"; unknown keys are dropped with a warning.
 
         Raises:
-            ValueError: no method has that name, or this class is another method's.
+            ValueError: no method has that name, or this class is the config of another method.
         """
         config = PromptPoolConfig(**{"peft_type": PEFT_TYPE, **kwargs})
         if cls is not PromptPoolConfig and not isinstance(config, cls):
@@ -178,46 +180,43 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: AdapterSource, subfolder: str | None = None, **kwargs: Any
     ) -> PromptPoolConfig:
         """Read `adapter_config.json` from a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or the files that `find_adapter` found.
             subfolder: folder of the adapter in it.
-            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub; the rest as in PEFT.
+            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub; other names are ignored, as in PEFT.
 
         Raises:
             ValueError: the folder holds no adapter, or one whose weights are not safetensors.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
-        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
-        folder = adapter_folder(
-            pretrained_model_name_or_path, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **where
-        )
-        config: PromptPoolConfig = super().from_pretrained(os.fspath(folder), **kwargs)
-        config.declared = declared_tensors(folder)
+        hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        limit = PromptPoolConfig.max_adapter_bytes
+        files = find_adapter(pretrained_model_name_or_path, subfolder, max_bytes=limit, **hub)
+        config = cls.from_peft_type(**copy.deepcopy(dict(files.config)))
+        config.declared = files.tensors
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields that belong in a file."""
+        """All fields that are saved."""
         values = super().to_dict()
         return {f.name: values[f.name] for f in fields(self) if not f.metadata.get("runtime")}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the checksum of the weights that lie beside it.
+        """Write `adapter_config.json`, with the checksum of the weights in the same folder.
 
         Args:
             save_directory: folder to write to.
             kwargs: as in PEFT.
 
         Raises:
-            ValueError: it is larger than any that is loaded.
+            ValueError: the file would be larger than the limit of loading.
         """
         self.state.format_version, self.state.written_by = FORMAT_VERSION, __version__  # not those of a file it came from
-        self.state.weights_sha256 = digest_file(save_directory)
-        try:
-            super().save_pretrained(os.fspath(save_directory), **kwargs)
-            check_config_size(Path(save_directory, CONFIG_FILE))
-        finally:
-            self.state.weights_sha256 = None  # that of this one file, not of what is trained on
+        saved = copy.copy(self)  # other threads may save or train this config
+        saved.state = replace(self.state, weights_sha256=digest_file(save_directory))
+        super(PromptPoolConfig, saved).save_pretrained(os.fspath(save_directory), **kwargs)
+        check_config_size(Path(save_directory, CONFIG_FILE))

@@ -1,4 +1,4 @@
-"""Fields of the classifier: trained along with the prompts, aligned afterwards, or in closed form."""
+"""Config fields of the classifier: trained with the prompts, aligned after each task, or computed in closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cl_prompts.runtime.text import shown
 
 
 TRAINED_HEADS = ("linear", "cosine")
-CLOSED_FORM = ("analytic", "discriminant")
+RIDGE = ("ridge", "analytic")  # two names of one head; "analytic" is RanPAC's
+CLOSED_FORM = (*RIDGE, "discriminant")
 ALIGNMENTS = ("none", "covariance", "diagonal", "centroids")
 DRIFTS = ("none", "shift", "affine")
 COVARIANCES = ("full", "shared", "diagonal")
@@ -20,79 +21,85 @@ COVARIANCES = ("full", "shared", "diagonal")
 
 @dataclass
 class ClassifierConfig(PeftConfig):
-    """What answers, and how it comes to know old classes that the loss no longer sees.
+    """The classifier, and how it keeps the classes of earlier tasks.
 
-    With a closed-form head or alignment each task's images are looked at once more when its training is done
-    (`model.consolidate(images)`), and, with drift compensation, once before it (`model.record_features(images)`).
+    A closed-form head and alignment read the images of each task once more after its training
+    (`model.consolidate(images)`). Drift compensation also reads them before it (`model.record_features(images)`).
 
     Args:
-        head: "linear" (w.x + b, the papers), "cosine" (head_scale * cos(w, x): rows of different tasks stay comparable,
-            although no loss ever compares them under class_mask="task"), or in closed form: "analytic" (ridge regression on
-            random ReLU features, RanPAC) or "discriminant" (regularised discriminant analysis).
+        head: "linear" (w.x + b, the papers), "cosine" (head_scale * cos(w, x); rows of different tasks stay comparable,
+            although class_mask="task" never compares them in a loss), or in closed form: "ridge" (ridge regression on
+            random ReLU features, RanPAC; also called "analytic") or "discriminant" (regularized discriminant analysis).
         head_scale: scale of the cosine head.
-        loss_head: the head that the loss reads while prompts are trained for a closed-form `head`: "linear" or "cosine".
-        alignment: train the head again, after each task, on features drawn from Gaussians of all classes: with each class's
-            "covariance", its variances ("diagonal"), or means and variances of ten clusters ("centroids"). "none": do not.
-        trained_tasks: "all", or "first": prompts are trained on the first task and frozen, so features stay what they are.
-        drift_compensation: how statistics of old classes follow features that change: "affine" (a map fitted on the new
-            task's images, before and after), "shift" (their mean's way) or "none". Nothing to do if prompts are frozen.
-        projection_size: random features M of the analytic head; 0: none. RanPAC: 10,000 for width 768.
-        ridge: of the analytic head; None: chosen after each task on held-out images of it.
-        class_covariance: of the discriminant head: of each class ("full": 4 * D * D bytes a class), one for all ("shared")
-            or variances ("diagonal").
-        own_covariance: weight of a class's own covariance against the one of all classes. Ours, chosen on held-out images.
-        spherical_covariance: weight of a multiple of the identity against both. Ours, likewise.
-        save_statistics: save what a closed-form or aligned head needs to learn further tasks, not only to answer. The
-            discriminant head answers from it and always does.
-        classifier_seed: draws the projection, and features from Gaussians.
+        loss_head: head of the training loss if `head` is in closed form: "linear" or "cosine".
+        alignment: train the head again, after each task, on features drawn from Gaussians of all classes with full
+            covariances ("covariance"), with variances ("diagonal"), or with the means and variances of ten clusters per
+            class ("centroids"). "none": no alignment.
+        trained_tasks: "all", or "first": prompts are trained on the first task and then frozen, so features do not change.
+        drift_compensation: how the statistics of old classes follow features that change: "affine" (a map fitted on the new
+            task's images before and after its training), "shift" (the change of their mean) or "none". Not used if prompts
+            are frozen.
+        projection_size: number M of random features of the ridge head; 0: no projection. RanPAC: 10,000 for width 768.
+        ridge: regularization of the ridge head; None: chosen after each task on held-out images of it.
+        class_covariance: covariance of the discriminant head: one per class ("full", 4 * D * D bytes per class), one for
+            all ("shared") or variances ("diagonal").
+        own_covariance: weight of a class's own covariance; the pooled covariance has the rest. Ours, chosen on held-out
+            images.
+        spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out
+            images.
+        save_statistics: save what a ridge or aligned head needs to learn further tasks. The discriminant head always saves
+            its statistics, because its answers need them.
+        classifier_seed: seed of the projection and of features drawn from Gaussians.
     """
 
-    head: str = field(default="linear", metadata={"help": "linear, cosine, analytic or discriminant"})
+    head: str = field(default="linear", metadata={"help": "linear, cosine, ridge or discriminant"})
     head_scale: float = field(default=20.0, metadata={"help": "scale of the cosine head"})
-    loss_head: str = field(default="linear", metadata={"help": "what the loss reads where the head is in closed form"})
+    loss_head: str = field(default="linear", metadata={"help": "head of the training loss if the head is in closed form"})
     alignment: str = field(default="none", metadata={"help": "train the head again on Gaussians of all classes"})
     trained_tasks: str = field(default="all", metadata={"help": "train prompts on all tasks, or on the first"})
     drift_compensation: str = field(default="affine", metadata={"help": "how statistics follow the features"})
-    projection_size: int = field(default=5000, metadata={"help": "random features of the analytic head"})
-    ridge: float | None = field(default=None, metadata={"help": "of the analytic head; None: chosen on held-out images"})
-    class_covariance: str = field(default="full", metadata={"help": "of the discriminant head"})
+    projection_size: int = field(default=5000, metadata={"help": "random features of the ridge head"})
+    ridge: float | None = field(
+        default=None, metadata={"help": "regularization of the ridge head; None: chosen on held-out images"}
+    )
+    class_covariance: str = field(default="full", metadata={"help": "covariance of the discriminant head"})
     own_covariance: float = field(default=0.1, metadata={"help": "weight of a class's own covariance"})
     spherical_covariance: float = field(default=0.1, metadata={"help": "weight of the identity in a covariance"})
-    save_statistics: bool = field(default=False, metadata={"help": "save what further tasks need"})
-    classifier_seed: int = field(default=0, metadata={"help": "of the projection and of drawn features"})
+    save_statistics: bool = field(default=False, metadata={"help": "save what learning further tasks needs"})
+    classifier_seed: int = field(default=0, metadata={"help": "seed of the projection and of drawn features"})
 
     trains_prompts: ClassVar[bool] = True
 
     @property
     def closed_form(self) -> bool:
-        """Whether the head is computed instead of trained."""
+        """Whether the head is computed in closed form instead of trained."""
         return self.head in CLOSED_FORM
 
     @property
     def consolidates(self) -> bool:
-        """Whether a task's images are looked at once more when its training is done."""
+        """Whether a task's images are read once more after its training."""
         return self.closed_form or self.alignment != "none"
 
     @property
     def trains_features(self) -> bool:
-        """Whether training changes what the classifier reads: prompts, or modules of the base."""
-        return self.trains_prompts or bool(getattr(self, "modules_to_save", None))  # a field of the class below
+        """Whether training changes the input of the classifier: prompts, or modules of the base."""
+        return self.trains_prompts or bool(getattr(self, "modules_to_save", None))  # a field of PromptPoolConfig
 
     @property
     def drift(self) -> str:
-        """`drift_compensation` where features change at all."""
+        """`drift_compensation` if features change, else "none"."""
         return self.drift_compensation if self.trained_tasks == "all" and self.trains_features else "none"
 
     @property
     def scale(self) -> float | None:
-        """Scale of the trained head, None for a linear one."""
+        """Scale of the trained head; None for a linear one."""
         return self.head_scale if "cosine" in (self.head, self.closed_form and self.loss_head) else None
 
     def check_classifier(self, num_labels: int | None) -> None:
-        """See that the fields fit each other, and the config's `num_labels`.
+        """Validate the fields, also against the config's `num_labels`.
 
         Raises:
-            ValueError: they do not.
+            ValueError: a field is out of range, or two fields contradict each other.
         """
         choice(self, "head", (*TRAINED_HEADS, *CLOSED_FORM))
         positive_number(self, "head_scale")
@@ -113,11 +120,14 @@ class ClassifierConfig(PeftConfig):
         if type(self.classifier_seed) is not int or not 0 <= self.classifier_seed < 2**31:
             raise ValueError(f"classifier_seed={shown(self.classifier_seed)} must be an integer from 0 to 2**31 - 1")
         if self.trained_tasks == "first" and getattr(self, "modules_to_save", None):
-            raise ValueError('trained_tasks="first" freezes prompts, but modules_to_save would go on: leave one out')
+            raise ValueError('trained_tasks="first" freezes prompts, but modules_to_save would be trained on: remove one')
         if self.closed_form and self.alignment != "none":
-            raise ValueError(f"alignment={self.alignment!r}: head={self.head!r} knows all classes anyway; leave it at none")
+            raise ValueError(
+                f"alignment={self.alignment!r}: head={self.head!r} is fitted to all classes and needs no alignment; set "
+                '"none"'
+            )
         if self.consolidates and num_labels is not None and self.trains_features:
             raise ValueError(
-                f"num_labels={num_labels}: without tasks nobody says when to look at their images; use a trained head "
+                f"num_labels={num_labels}: without tasks there is no time to consolidate images; use a trained head "
                 'without alignment, or method "none", whose features do not change'
             )

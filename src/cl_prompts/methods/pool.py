@@ -1,4 +1,4 @@
-"""The contract of a method: what a prompt pool must say and do. One method, one file."""
+"""The contract of a prompt pool: what a method implements, and what it is given to learn from."""
 
 from __future__ import annotations
 
@@ -11,43 +11,38 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prompts
-from cl_prompts.methods.shared.history import ActivationHistory
-from cl_prompts.methods.shared.per_task import PerTask
-from cl_prompts.methods.shared.prototypes import ClassPrototypes
-from cl_prompts.methods.shared.regularisers import alignment, collapse, diversity
-
-
-POOLS: dict[str, type[PromptPool]] = {}
+from cl_prompts.methods.shared.per_task import TaskTensors
+from cl_prompts.methods.shared.regularizers import alignment, collapse, diversity
 
 
 @dataclass
 class Observation:
-    """What a training step showed, for a pool's statistics. All tensors are without gradient.
+    """A training step as a pool's statistics see it. All tensors are without gradient.
 
     Args:
-        ids: prompts the step used, as in `Prompts.ids` or [B, layers, k] for prefixes chosen inside the attention.
+        ids: prompts that the step used, as in `Prompts.ids`; [B, layers, k] for prefixes selected inside the attention.
         query: un-prompted features [B, D], or None.
-        columns: head column of each image's class [B], or None without labels.
-        counted: True where an image counts: real, and not counted before in this task [B].
-        scores: what the step chose by, as in `Prompts.scores` or [B, layers, ..., M].
-        features: what the classifier read [B, D].
-        real: True for real images, counted before or not [B].
+        targets: index of the logit of each image's class [B], -100 for padding; None without labels.
+        valid: True for real images, False for padding [B].
+        first_seen: True for real images that the current task has not shown before [B].
+        scores: selection scores, as in `Prompts.scores` or [B, layers, ..., M].
+        features: input of the classifier [B, D].
     """
 
     ids: Tensor | None
     query: Tensor | None
-    columns: Tensor | None
-    counted: Tensor
+    targets: Tensor | None
+    valid: Tensor
+    first_seen: Tensor
     scores: Tensor | None = None
     features: Tensor | None = None
-    real: Tensor | None = None
 
 
 class PromptPool(nn.Module, ABC):
-    """Base of all methods. A subclass names itself: `class L2PPool(PromptPool, method="l2p")`.
+    """Base class of all methods; `register_prompt_method` gives a subclass its name.
 
-    What is trained now lives in one stacked Parameter per kind of tensor. What the method freezes lives in buffers: a
-    zero gradient does not freeze a row under momentum or weight decay.
+    Trained values are one stacked Parameter per kind of tensor. Frozen values are buffers: a zero gradient does not freeze
+    a row under momentum or weight decay.
 
     Args:
         config: the method's config.
@@ -56,20 +51,17 @@ class PromptPool(nn.Module, ABC):
 
     # Parameter name -> group of `parameter_groups`: "prompts", "keys" or "routers".
     roles: ClassVar[dict[str, str]] = {}
-    # Parameters of the group "prompts" whose rows are no prompt tokens.
+    # Parameters of the group "prompts" whose rows are not prompt tokens.
     no_rows: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if method is not None:  # what several methods share is no method
-            POOLS[method] = cls
 
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__()
         self.config = config
         self.shape = shape
         self.num_tasks = 0
-        self.rebuilding = False  # tasks are replayed for their shapes; values come from a file
+        self.rebuilding = False  # True while tasks are replayed for their shapes; the values then come from a file
+
+    # ---- what a method says of itself ----------------------------------------------------------------------------------
 
     @property
     def needs_query(self) -> bool:
@@ -81,55 +73,33 @@ class PromptPool(nn.Module, ABC):
         """Blocks that may get key/value prefixes."""
         return ()
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Grow for the next task, whose classes have the head `columns`. Also replayed to rebuild shapes for loading."""
-        self.num_tasks += 1
-
-    def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Grow as `begin_task` for the columns of each of `tasks` would, in time linear in their number; values follow."""
-        self.rebuilding = True
-        for columns in tasks[:2]:
-            self.begin_task(columns)
-        if len(tasks) > 3:
-            self.make_room(tasks[2:-1])
-        for columns in tasks[2:][-1:]:
-            self.begin_task(columns)
-        self.rebuilding = False
-
-    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Rows for `tasks` that are neither the first two nor the newest, all together.
-
-        A pool extends it that keeps more by task than `PerTask`, `ActivationHistory` and `ClassPrototypes` do.
-        """
-        for part in self.modules():
-            if isinstance(part, (PerTask, ActivationHistory)):
-                part.make_room(len(tasks))
-            elif isinstance(part, ClassPrototypes):
-                part.make_room(tasks, self.num_tasks)
-        self.num_tasks += len(tasks)
-
-    def end_task(self) -> None:
-        """Close the current task."""
-
     @property
     def heads(self) -> int | None:
-        """Heads that prefix rows are cut into; None leaves them in the input space (`prefix_space`)."""
+        """Number of heads that prefix rows are split into; None keeps them in the input space (`prefix_space`)."""
         return self.shape.num_heads if self.config.prefix_space == "projected" else None
 
+    # ---- forward -------------------------------------------------------------------------------------------------------
+
     @abstractmethod
-    def prompt_table(self) -> Tensor:
-        """All prompts in use now, by group (layer, or head of a layer): [groups, M, rows, D], with gradient."""
+    def forward(self, batch: PoolInput) -> Prompts:
+        """Select and build the prompts of a `batch`."""
 
-    def key_table(self) -> Tensor | None:
-        """The prompts' keys [groups or 1, M, D], with gradient; None without keys."""
-        return None
+    def feature_losses(self, features: Tensor, targets: Tensor, valid: Tensor) -> dict[str, LossPart]:
+        """Terms of the training loss on the input of the classifier.
 
-    def regularisers(self, scores: Tensor | None, counted: Tensor) -> dict[str, LossPart]:
-        """The config's `diversity_weight`, `alignment_weight` and `entropy_weight` as terms of the training loss.
+        Args:
+            features: [B, D], with gradient.
+            targets: index of the logit of each image's class [B]; -100 for padding.
+            valid: True for real images [B].
+        """
+        return {}
+
+    def regularizers(self, scores: Tensor | None, valid: Tensor) -> dict[str, LossPart]:
+        """The terms of the config's `diversity_weight`, `alignment_weight` and `entropy_weight`.
 
         Args:
             scores: as in `Observation`, [B, M] or [B, layers, M], with gradient.
-            counted: True for real images [B].
+            valid: True for real images [B].
         """
         config, parts = self.config, {}
         if config.diversity_weight:
@@ -138,51 +108,79 @@ class PromptPool(nn.Module, ABC):
         if config.alignment_weight and keys is not None:
             parts["alignment"] = config.alignment_weight * alignment(self.prompt_table(), keys)
         if config.entropy_weight and scores is not None:
-            parts["collapse"] = config.entropy_weight * collapse(scores, counted)
+            parts["collapse"] = config.entropy_weight * collapse(scores, valid)
         return {name: LossPart(value, "batch") for name, value in parts.items()}
 
-    def feature_losses(self, features: Tensor, columns: Tensor, counted: Tensor) -> dict[str, LossPart]:
-        """Terms of the training loss on what the classifier reads.
+    @abstractmethod
+    def prompt_table(self) -> Tensor:
+        """All prompts in use, by group (layer, or head of a layer): [groups, M, rows, D], with gradient."""
+
+    def key_table(self) -> Tensor | None:
+        """Their keys [groups or 1, M, D]; None for a method without keys."""
+        return None
+
+    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
+        """Task whose prompts have the largest weight, for each image of a test pass.
 
         Args:
-            features: [B, D], with gradient.
-            columns: head column of each image's class [B]; -100 for padding.
-            counted: True for real images [B].
+            ids: `prompt_ids` of `PromptPoolOutput`, [B, k] or [B, layers, k].
+            weights: its `prompt_weights`, [B, k] or [B, layers, k].
+            query: its `query` [B, D].
+
+        Returns:
+            Task numbers [B], or [B, layers] if each layer selects. None if prompts belong to no single task.
         """
+        return None
+
+    # ---- training ------------------------------------------------------------------------------------------------------
+
+    def observe(self, seen: Observation) -> None:
+        """Update statistics with a training step, `seen`. A pool sums over processes itself."""
+
+    def update_factors(self) -> dict[str, Tensor]:
+        """Factors in [0, 1], by parameter name, that scale an optimizer's steps; they broadcast to the parameter."""
         return {}
 
     @torch.no_grad()
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Overwrite the trainable prompts, row by row, with `vectors` [n, D] (patch embeddings) that `generator` draws."""
+        """Set every row of the trainable prompts to one of `vectors` [n, D] (patch embeddings), drawn by `generator`."""
         for name, role in self.roles.items():
-            tensor = self._tensor(name)
+            owner, _, last = name.rpartition(".")
+            tensor = getattr(self.get_submodule(owner), last)
             if role == "prompts" and name not in self.no_rows and isinstance(tensor, nn.Parameter):
-                rows = torch.randint(len(vectors), (tensor.numel() // vectors.shape[1],), generator=generator)
+                rows = torch.randint(vectors.shape[0], (tensor.numel() // vectors.shape[1],), generator=generator)
                 tensor.copy_(vectors[rows.to(vectors.device)].view_as(tensor))
 
-    def _tensor(self, name: str) -> Any:
-        owner, _, last = name.rpartition(".")
-        return getattr(self.get_submodule(owner), last)
+    # ---- tasks ---------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def forward(self, batch: PoolInput) -> Prompts:
-        """Choose and build the prompts of a `batch`."""
-
-    def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
-        """Task whose prompts answer most for each image of a test pass: [B], or [B, layers] where each layer chooses.
-
-        None where prompts belong to no single task, or are not chosen by task.
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Add what the next task needs; also replayed to rebuild shapes before values are loaded.
 
         Args:
-            ids: as `prompt_ids` of `PromptPoolOutput`, [B, k] or [B, layers, k].
-            weights: as its `prompt_weights`, likewise [B, k] or [B, layers, k].
-            query: as its `query`, [B, D].
+            class_indices: logit indices of the task's classes.
         """
-        return None
+        self.num_tasks += 1
 
-    def observe(self, seen: Observation) -> None:
-        """Take statistics of a training step, `seen`; sums over processes are the pool's business."""
+    def end_task(self) -> None:
+        """Close the current task."""
 
-    def update_factors(self) -> dict[str, Tensor]:
-        """Factors in [0, 1], by parameter name, that scale the steps an optimizer takes (broadcast to the parameter)."""
-        return {}
+    def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Replay `begin_task` for `tasks` (class indices of each), in linear time; the values come from a file."""
+        self.rebuilding = True
+        for class_indices in tasks[:2]:
+            self.begin_task(class_indices)
+        if len(tasks) > 3:
+            self.make_room(tasks[2:-1])
+        for class_indices in tasks[2:][-1:]:
+            self.begin_task(class_indices)
+        self.rebuilding = False
+
+    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
+        """Allocate the tensors of `tasks`, which are neither the first two nor the newest, at once.
+
+        A pool that keeps tensors per task outside of `TaskTensors` modules extends this method.
+        """
+        for part in self.modules():
+            if isinstance(part, TaskTensors):
+                part.make_room(tasks, self.num_tasks)
+        self.num_tasks += len(tasks)

@@ -14,7 +14,7 @@ from typing import Any
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.report import machine
 from cl_prompts.evaluation.results import TrainingResult
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
 
 
@@ -90,7 +90,7 @@ class RunRecord:
         values = {name: value for name, value in vars(self).items() if name != "results"}
         results = {name: matrix.to_dict() for name, matrix in self.results.items()}
         content = values | {"weights_sha256": weights_sha256, "results": results}
-        write_whole(Path(folder, RESULTS_FILE), json.dumps(content, indent=1, default=str))
+        write_atomically(Path(folder, RESULTS_FILE), json.dumps(content, indent=1, default=str))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:

@@ -1,4 +1,4 @@
-"""What an adapter remembers besides its tensors: the tasks it has seen, the names of its classes, the base it fits."""
+"""State of an adapter besides its tensors: tasks, class names, and the base it was trained on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AdapterState:
         base_width, base_layers, base_heads: sizes of that base.
         pooling: how the base's un-prompted feature was taken ("cls", "mean" or "pooler").
         image_size: height and width of the input in pixels, where the base has a fixed one.
-        image_mean, image_std: normalisation of the input, one number per channel.
+        image_mean, image_std: normalization of the input, one number per channel.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
 

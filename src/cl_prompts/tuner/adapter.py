@@ -16,7 +16,7 @@ from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.optimizer_hook import UpdateScaler
 from cl_prompts.learner.sample_counter import SampleCounter
 from cl_prompts.learner.task_state import TaskState
-from cl_prompts.methods import POOLS, PromptPool, PromptPoolConfig
+from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
 
 
 class PoolAdapter(nn.Module):
@@ -44,7 +44,7 @@ class PoolAdapter(nn.Module):
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
         self.tasks = TaskState(config.state, config.num_labels)
-        self.pool: PromptPool = POOLS[config.method](config, shape)
+        self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
         self.head = IncrementalHead(width, config.scale)
         self.classifier = build_classifier(config, width)

@@ -236,5 +236,5 @@ def observe(inputs: Inputs, query: Tensor | None, chosen: Selection, features: T
     """Show the pool what this training forward chose, each image once in a task where it has a number."""
     first_seen = inputs.adapter.sample_counter.first_seen(inputs.sample_ids, inputs.valid)
     inputs.adapter.pool.observe(
-        Observation(chosen.ids, query, inputs.targets, first_seen, chosen.scores, features, inputs.valid)
+        Observation(chosen.ids, query, inputs.targets, inputs.valid, first_seen, chosen.scores, features)
     )

@@ -73,7 +73,7 @@ def method_losses(
     for found in (
         prompts.losses,
         *(prefix.losses for prefix in used.values()),
-        pool.regularisers(chosen.scores, valid),
+        pool.regularizers(chosen.scores, valid),
         pool.feature_losses(features, targets, valid),
     ):
         for name, part in found.items():

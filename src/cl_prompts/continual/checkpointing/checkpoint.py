@@ -18,7 +18,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cl_prompts.runtime.files import write_whole
+from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.storage.staging import finish_interrupted_save, staging_folder
 
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
@@ -47,18 +48,14 @@ class Checkpoints:
             The checkpoint's folder.
         """
         target = self.folder / f"{number:09d}"
-        new = self.folder / f".{target.name}.saving"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
         tensors, values = split_tensors(state)
         # A file holds each tensor once, whole: views and shared storage become copies.
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         files = {TENSORS: save(own), VALUES: json.dumps(values).encode()}
-        for name, content in files.items():
-            write_whole(new / name, content)
-        write_whole(new / MANIFEST, json.dumps({name: _sha256(content) for name, content in files.items()}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(new, target)
+        files[MANIFEST] = json.dumps({name: _sha256(content) for name, content in files.items()}).encode()
+        with explain_disk_full(target), staging_folder(target) as staging:
+            for name, content in files.items():
+                (staging / name).write_bytes(content)
         for old in self._folders()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return target
@@ -66,6 +63,7 @@ class Checkpoints:
     def latest(self) -> dict[str, Any] | None:
         """State of the newest whole checkpoint, None without one; damaged ones are skipped with a warning."""
         for folder in self._folders():
+            finish_interrupted_save(folder)
             try:
                 manifest = json.loads((folder / MANIFEST).read_text())
                 contents = {name: (folder / name).read_bytes() for name in (TENSORS, VALUES)}
@@ -79,8 +77,8 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints and unfinished ones; other files of the folder stay."""
-        for folder in [*self._folders(), *self.folder.glob(".*.saving")]:
+        """Remove all checkpoints, and nothing else that lies there."""
+        for folder in self._folders():
             shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:

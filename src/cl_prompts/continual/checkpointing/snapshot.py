@@ -19,7 +19,7 @@ from cl_prompts.runtime.distributed import world_size
 FORMAT = 3  # of a checkpoint; other versions of this library may have other numbers
 
 # Settings that do not change the result.
-NOT_OF_THE_RUN = ("output_dir", "workers", "log_every", "checkpoint_every", "query_cache", "query_cache_bytes")
+NOT_OF_THE_RUN = ("output_dir", "dataloader_num_workers", "logging_steps", "save_steps", "query_cache", "query_cache_bytes")
 
 
 def run_identity(

@@ -12,18 +12,19 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_prompts.storage.staging import staging_folder
+
 
 VARIABLE = "CL_PROMPTS_CACHE"  # names a folder for what this library keeps over runs
 FEATURES = "features"
 HEADER = 4096  # bytes that a file may have besides its numbers
-OWN = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}\.writing")
+OWN = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
 def folder_of_queries(asked_for: str | None) -> Path | None:
@@ -82,23 +83,18 @@ class QueryCache:
         if table.nbytes + HEADER > self.max_bytes:
             self.say(f"query cache: {table.nbytes:,} bytes are not kept, query_cache_bytes is {self.max_bytes:,}")
             return False
-        new = self.folder / f".{key}.{uuid4().hex}.writing"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({FEATURES: table.contiguous()}, new, metadata={"key": key, "sha256": _sha256(table)})
-            os.chmod(new, self.folder.stat().st_mode & 0o666)  # safetensors lets nobody else read what it has written
-            os.replace(new, self.path(key))
+            with staging_folder(self.folder) as staging:
+                metadata = {"key": key, "sha256": _sha256(table)}
+                save_file({FEATURES: table.contiguous()}, staging / self.path(key).name, metadata=metadata)
             self._make_room(self.path(key))
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             self.say(f"query cache: nothing could be kept in {self.folder} ({error})")
             return False
-        finally:
-            with suppress(OSError):
-                new.unlink()
         return True
 
     def _make_room(self, kept: Path) -> None:
-        """Remove files, and leftovers of killed writers, by their last use until the rest and `kept` fit."""
+        """Remove files by their last use until the rest and `kept` fit."""
         found = []
         for path in self.folder.iterdir():
             if OWN.fullmatch(path.name):

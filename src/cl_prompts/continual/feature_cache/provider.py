@@ -137,7 +137,7 @@ class FeatureProvider:
         size, device, augmented_by = TOGETHER * world_size(), self.accelerator.device, view.augmented_by
         stream = self._indexed
         batches = stream.all_images(
-            train=view.train, batch_size=size, num_workers=self.args.workers, augmented_by=augmented_by
+            train=view.train, batch_size=size, num_workers=self.args.dataloader_num_workers, augmented_by=augmented_by
         )
         batches_on_device = (stream.augment_on_device(to_device(batch, device), augmented_by) for batch in batches)
         rows = len(stream.train_labels if view.train else stream.test_labels)
@@ -170,13 +170,15 @@ class FeatureProvider:
 
         def batches() -> Any:
             queries = self.queries(train=True)
-            return self._indexed.images(rows, self.args.batch_size, queries=queries, num_workers=self.args.workers)
+            return self._indexed.images(
+                rows, self.args.batch_size, queries=queries, num_workers=self.args.dataloader_num_workers
+            )
 
         return DeviceBatches(batches, self.accelerator.device)
 
     def test_batches(self, task: Task) -> Any:
         """A task's test images."""
-        size, num_workers = self.args.batch_size, self.args.workers
+        size, num_workers = self.args.batch_size, self.args.dataloader_num_workers
         if isinstance(self.stream, IndexedStream):
             return self.stream.test_batches(task, size, num_workers=num_workers, queries=self.queries(train=False))
         return self.stream.test_batches(task, size, num_workers=num_workers)

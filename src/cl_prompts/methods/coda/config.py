@@ -1,4 +1,4 @@
-"""The configs of CODA-Prompt and its one-prompt-per-layer form."""
+"""The configs of CODA-Prompt and of its variant with one component per layer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cl_prompts.methods.shared.prefix_config import QueriedPrefixConfig
 
 @dataclass
 class CodaPromptConfig(QueriedPrefixConfig):
-    """CODA-Prompt: every prompt component, weighted by the query's attention to it.
+    """CODA-Prompt: the sum of all prompt components, weighted by the query's attention to them.
 
     Smith et al., "CODA-Prompt: COntinual Decomposed Attention-based Prompting for Rehearsal-Free Continual Learning", CVPR
-    2023. Defaults are those of the released scripts: 100 components over ten tasks are 10 per task, length 8, blocks 0-4.
+    2023. Defaults are those of the released scripts: 100 components for ten tasks (10 per task), length 8, blocks 0-4.
 
     Args:
-        components_per_task: components that each task adds, per layer (M / T in the released code).
-        prompt_length: rows of a component; the first half are keys, the second half values.
+        components_per_task: components that each task adds to a layer (M / T in the released code).
+        prompt_length: rows of a component; the first half is keys, the second half is values.
         layers: blocks that get prefixes, from 0.
-        orthogonality_weight: mu (paper 0.1; 0 in the released scripts, where Gram-Schmidt starts new components).
+        orthogonality_weight: mu (paper 0.1; 0 in the released scripts, which start new components by Gram-Schmidt).
     """
 
     method: str = "coda"
@@ -41,10 +41,10 @@ class CodaPromptConfig(QueriedPrefixConfig):
 
 @dataclass
 class CodaLayerArgmaxConfig(CodaPromptConfig):
-    """CODA-Prompt as some texts describe it: each layer takes the one component that suits its own CLS best.
+    """CODA-Prompt as some texts describe it: each layer uses the one component with the best score for its own CLS token.
 
-    After Smith et al., CVPR 2023, but not the released method: its numbers are not comparable with the paper's. One pass;
-    `entropy_weight` is the diversity loss on the selection.
+    After Smith et al., CVPR 2023, but not the released method; results are not comparable with the paper's. It needs one
+    pass. `entropy_weight` is the diversity loss on the selection.
     """
 
     method: str = "coda_layer_argmax"
@@ -54,4 +54,4 @@ class CodaLayerArgmaxConfig(CodaPromptConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.one_stage:
-            raise ValueError('one_stage=False: coda_layer_argmax asks with each layer\'s own CLS; use method="coda"')
+            raise ValueError('one_stage=False: the query of coda_layer_argmax is each layer\'s own CLS; use method="coda"')

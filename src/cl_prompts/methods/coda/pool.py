@@ -2,12 +2,12 @@
 
 Per layer, components P_m [Lp, D] with keys K_m and attention vectors A_m [D]. For an image with query q:
 
-    w_m = cosine(q * A_m, K_m)                  * elementwise; no softmax, may be negative   (eq. 5)
-    p   = sum_m w_m P_m;  first half of its rows -> keys, second half -> values              (eq. 3)
-    loss = CE + mu * sum over layers and X in {K, A, P} of mean((X X^T - I)^2)               (eq. 7)
+    w_m  = cosine(q * A_m, K_m)                 * is elementwise; no softmax, may be negative   (eq. 5)
+    p    = sum_m w_m P_m;  first half of its rows -> keys, second half -> values                (eq. 3)
+    loss = CE + mu * sum over layers and X in {K, A, P} of mean((X X^T - I)^2)                  (eq. 7)
 
-Each task adds components, orthogonal to the earlier ones by Gram-Schmidt; those of earlier tasks are frozen and go on
-contributing. Components are added task by task: the number of tasks need not be known.
+Each task adds components that start orthogonal to the earlier ones (Gram-Schmidt). Those of earlier tasks are frozen, but
+keep contributing. The number of tasks need not be known in advance.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
-from cl_prompts.methods.shared.initialisation import gram_schmidt
+from cl_prompts.methods.shared.initialization import gram_schmidt
 from cl_prompts.methods.shared.per_task import PerTask
 from cl_prompts.methods.shared.prefixes import split_prefix
 from cl_prompts.methods.shared.queried import QueriedPool
-from cl_prompts.methods.shared.regularisers import orthogonality
+from cl_prompts.methods.shared.regularizers import orthogonality
 
 
-class CodaPool(QueriedPool, method="coda"):
+class CodaPool(QueriedPool):
     """The CODA-Prompt pool; c is `components_per_task`.
 
     Tensors, each as `.current` (trained) and `.earlier` [tasks - 1, ...] (frozen): `components` [layers, c, Lp, D],
@@ -54,25 +54,25 @@ class CodaPool(QueriedPool, method="coda"):
         """The config's `layers`."""
         return tuple(self.config.layers)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Freeze the components in use and add orthogonal ones."""
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Freeze the current components and add orthogonal ones."""
         if self.num_tasks:
             for tensor in (self.components, self.keys, self.attention):
                 tensor.next(room_for_rows if self.rebuilding else new_rows)
-        super().begin_task(columns)
+        super().begin_task(class_indices)
 
     def prompt_table(self) -> Tensor:
         """Components in use [layers, tasks * c, Lp, D]."""
         return in_use(self.components)
 
     def key_table(self) -> Tensor | None:
-        """Their keys [layers, tasks * c, D]."""
+        """Keys in use [layers, tasks * c, D]."""
         return in_use(self.keys)
 
     def score(self, row: int, query: Tensor) -> Tensor:
         """w_m = cosine(q * A_m, K_m) for queries [B, D]: [B, tasks * c]."""
         attention, keys = in_layer(self.attention, row), in_layer(self.keys, row)
-        # |q * A|^2 = q^2 . A^2, so no [B, M, D] tensor is needed
+        # |q * A|^2 = q^2 . A^2 needs no tensor [B, M, D].
         length = (query.square() @ attention.square().T).clamp_min(1e-12).sqrt()
         return query @ (attention * keys).T / length / keys.norm(dim=1).clamp_min(1e-12)
 
@@ -92,30 +92,31 @@ class CodaPool(QueriedPool, method="coda"):
         return answer
 
     def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """All components of a layer, weighted by scores [B, M]."""
-        # Earlier tasks' components apart: joined to the current ones they would be copied, and get gradients nobody needs.
+        """The sum of the components of layer number `row`, weighted by `scores` [B, M]; subclasses use `learning`."""
+        # Components of earlier tasks are not concatenated with the current ones: that would copy them and compute
+        # gradients.
         earlier, current = self.components.earlier[:, row].flatten(0, 1), self.components.current[row]
-        old, new = scores.split([len(earlier), len(current)], dim=1)
+        old, new = scores.split([earlier.shape[0], current.shape[0]], dim=1)
         mixed = (old @ earlier.flatten(1) + new @ current.flatten(1)).unflatten(1, current.shape[1:])
-        ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+        ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
         return replace(split_prefix(mixed, self.heads), ids=ids, weights=scores.detach(), scores=scores)
 
 
-class CodaLayerArgmaxPool(CodaPool, method="coda_layer_argmax"):
-    """One component per layer, the best for that layer's own CLS, as some texts describe CODA-Prompt.
+class CodaLayerArgmaxPool(CodaPool):
+    """One component per layer, that with the best score for the layer's own CLS, as some texts describe CODA-Prompt.
 
-    The forward value is the chosen component itself; the gradient of its score is that of the weighted sum, so that keys
-    and attention vectors learn (straight through). In training the current task's components compete, at test all: else the
-    trained keys of earlier tasks win and new components never learn (ours). `entropy_weight` is the diversity loss on the
-    selection.
+    The value of the forward is the selected component. The gradient of its score is that of the weighted sum (straight
+    through), so that keys and attention vectors learn. In training only the current task's components can be selected
+    (ours): the trained keys of earlier tasks would win, and new components would never learn. At test all can.
+    `entropy_weight` is the diversity loss on the selection.
     """
 
     def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
-        """The task that each layer's component was made in."""
+        """The task that added each layer's component."""
         return ids[..., 0] // self.config.components_per_task if self.num_tasks else None
 
     def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """The component of a layer with the largest score."""
+        """The component of layer `row` with the largest of `scores` [B, M]; if `learning`, of the current task's only."""
         components = in_layer(self.components, row)
         first = scores.shape[1] - self.config.components_per_task if learning else 0
         scores = scores[:, first:]
@@ -136,14 +137,14 @@ def in_layer(tensor: PerTask, row: int) -> Tensor:
 
 
 def room_for_rows(earlier: Tensor) -> Tensor:
-    """Zeros of the size of a task's rows, where the values come from a file."""
+    """Zeros of the size of a task's rows, for values that come from a file."""
     return earlier.new_zeros(earlier.shape[1:])
 
 
 def new_rows(earlier: Tensor) -> Tensor:
     """A task's new rows [layers, c, ...], orthonormal to each other and orthogonal to `earlier` [tasks, layers, c, ...]."""
     size = earlier.shape[1:]
-    if earlier.is_meta:  # only the sizes are asked for
+    if earlier.is_meta:  # only shapes are needed
         return room_for_rows(earlier)
     raw = torch.randn(*size).to(earlier.device).flatten(2)
     before = earlier.transpose(0, 1).flatten(1, 2).flatten(2)

@@ -17,26 +17,28 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
 
     Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning", ECCV 2022. Defaults are those
     of the released code for CIFAR-100 (google-research/l2p and JH-LEE-KR/dualprompt-pytorch), without its vote over the
-    batch. E-prompts are not counted in advance: every `begin_task` adds one, so no task ever shares an earlier one's.
+    batch. Every `begin_task` adds an E-prompt, so the number of tasks is not fixed and no two tasks share one.
 
     Args:
         g_layers: blocks with G-prompts, from 0.
-        e_layers: blocks with E-prompts, from 0; none may be in both.
-        g_length: keys, and as many values, of a G-prompt. With `split`, rows in all.
-        e_length: keys, and as many values, of an E-prompt (paper: 20). With `split`, rows in all.
-        split: a prompt's rows are split along its length: first half keys, second half values (CODA-Prompt's repository,
-            g_length 6, e_length 20).
-        keys_per_layer: each E-layer has its own key per task (CODA-Prompt's repository) instead of one for all.
+        e_layers: blocks with E-prompts, from 0. No block may be in both.
+        g_length: number of keys, and of values, of a G-prompt. With `split`, number of its rows.
+        e_length: number of keys, and of values, of an E-prompt (paper: 20). With `split`, number of its rows.
+        split: split a prompt's rows along its length: the first half is keys, the second half is values (CODA-Prompt's
+            repository, with g_length 6 and e_length 20).
+        keys_per_layer: each E-layer has its own key per task (CODA-Prompt's repository) instead of one key for all.
         prompt_init: as in `L2PConfig`.
         key_init: as in `L2PConfig`.
-        task_init: a task's E-prompt starts as a copy of the "previous" one (released code) or "fresh". Keys start fresh.
+        task_init: a task's E-prompt starts as a copy of the "previous" one (released code) or "fresh", by `prompt_init`.
+            Keys start fresh.
         pull_coefficient: lambda, weight of the key loss.
-        key_loss: "similarity" -lambda * cosine, mean over images (released), or "distance" lambda * (1 - cosine), added up
+        key_loss: "similarity" -lambda * cosine, mean over images (released), or "distance" lambda * (1 - cosine), summed
             over layers and batch (CODA-Prompt's repository).
-        task_inference: whose E-prompt answers at test. "keys": that of the nearest key (the paper). "prototype": that of
-            the task whose class statistics fit the un-prompted feature best (`task_statistics`; after HiDe-Prompt).
+        task_inference: which task's E-prompt is used at test. "keys": that of the nearest key (the paper). "prototype":
+            that of the task whose class statistics fit the un-prompted feature best (`task_statistics`; after HiDe-Prompt).
             Training is the same, keys included. Ours.
-        ensemble: at test, average the answers of this many nearest E-prompts; 1 is the paper. Each costs a pass. Ours.
+        ensemble: at test, average the class probabilities of this many nearest E-prompts; 1 is the paper. Each costs a
+            pass. Ours.
     """
 
     method: str = "dualprompt"
@@ -62,7 +64,7 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
         check_layers(self, "g_layers", "e_layers")
         both = sorted(set(self.g_layers) & set(self.e_layers))
         if both:
-            raise ValueError(f"blocks {both} are in g_layers and in e_layers: a block has G-prompts or E-prompts")
+            raise ValueError(f"blocks {both} are in g_layers and in e_layers: a block has either G-prompts or E-prompts")
         positive(self, "g_length", "e_length", "ensemble")
         flag(self, "split", "keys_per_layer")
         if self.split:

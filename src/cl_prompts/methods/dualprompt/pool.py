@@ -1,12 +1,13 @@
 """DualPrompt: Complementary Prompting for Rehearsal-free Continual Learning (Wang et al., ECCV 2022).
 
-G-prompts, trained on every task, are key/value prefixes in some layers; E-prompts, one per task, in others. With query q:
+G-prompts, trained by every task, are key/value prefixes in some layers. E-prompts, one per task, are prefixes in others.
+With query q:
 
     training:  E-prompt of the current task,   loss = CE - lambda * cosine(q, k_task)
     test:      E-prompt whose key is nearest to q, or (`task_inference`, ours) of the task whose classes fit q best
 
-The prompts stand behind the key and value projections, as in all published code. One key serves all E-layers, as in the
-authors' code, or each layer has its own (`keys_per_layer`), as in CODA-Prompt's repository.
+Prefixes are used after the key and value projections, as in all published code. There is one key for all E-layers, as in
+the authors' code, or one for each (`keys_per_layer`), as in CODA-Prompt's repository.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cl_prompts.interfaces import BackboneShape, PoolInput, PrefixKV, Prompts
 from cl_prompts.methods.pool import Observation
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.per_task import PerTask
 from cl_prompts.methods.shared.prefixes import split_prefix
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
@@ -28,12 +29,12 @@ from cl_prompts.methods.shared.queried import QueriedPool
 from cl_prompts.methods.shared.selection import cosine_scores, top_k
 
 
-class DualPromptPool(QueriedPool, method="dualprompt"):
-    """The DualPrompt pool. An E-prompt's rows are its keys, then its values.
+class DualPromptPool(QueriedPool):
+    """The DualPrompt pool. The rows of a prompt are its keys, then its values.
 
     Tensors: `g_prompts` [G-layers, rows, D]; `e_prompts.current` [E-layers, rows, D] and `.earlier` [tasks - 1, ...],
     frozen; `keys.current` [E-layers or 1, D] and `.earlier`, frozen; for task_inference="prototype" the class statistics
-    `prototypes`. The ids of what was chosen are numbers of tasks.
+    `prototypes`. The ids of selected prompts are task numbers.
     """
 
     roles: ClassVar[dict[str, str]] = {"g_prompts": "prompts", "e_prompts.current": "prompts", "keys.current": "keys"}
@@ -53,8 +54,8 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
         """G-layers and E-layers."""
         return (*self.config.g_layers, *self.config.e_layers)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Freeze the last E-prompt and key; start the next ones."""
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Freeze the current E-prompt and key, and start the next task's."""
         if self.num_tasks:
             config = self.config
 
@@ -64,14 +65,14 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
             copied = config.task_init == "previous"
             self.e_prompts.next(None if copied else lambda earlier: fresh(config.prompt_init, earlier))
             self.keys.next(lambda earlier: fresh(config.key_init, earlier))
-        super().begin_task(columns)
+        super().begin_task(class_indices)
         if self.config.infers_task:
-            self.prototypes.begin_task(columns, self.num_tasks - 1)
+            self.prototypes.begin_task(class_indices, self.num_tasks - 1)
 
     def observe(self, seen: Observation) -> None:
-        """For "prototype", follow the class statistics, each image once a task."""
-        if self.config.infers_task and self.num_tasks and seen.query is not None and seen.columns is not None:
-            self.prototypes.add(seen.query, seen.columns, seen.counted)
+        """For "prototype", add the features of new images to the class statistics."""
+        if self.config.infers_task and self.num_tasks and seen.query is not None and seen.targets is not None:
+            self.prototypes.add(seen.query, seen.targets, seen.first_seen)
 
     def prompt_table(self) -> Tensor:
         """E-prompts [E-layers, tasks, rows, D]."""
@@ -86,47 +87,48 @@ class DualPromptPool(QueriedPool, method="dualprompt"):
         return cosine_scores(query, self.keys.all()[:, row if self.config.keys_per_layer else 0])
 
     def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
-        """The task of the nearest E-prompt."""
+        """The task of the first E-prompt."""
         return ids[..., 0] if self.num_tasks else None
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """G-prefixes, and E-prefixes of the current task or, at test, of the task(s) inferred."""
+        """G-prefixes, and E-prefixes of the current task or, at test, of the inferred tasks."""
         config = self.config
-        candidates = min(config.ensemble, len(self.keys.earlier) + 1) if batch.task is None else 1
+        candidates = min(config.ensemble, self.keys.earlier.shape[0] + 1) if batch.task is None else 1
         e_prompts = self.e_prompts.all()
         answer = Prompts(candidates=candidates, combine="mean")
 
-        def choose(scores: Tensor) -> Tensor:
-            if batch.task is not None:
-                return torch.full((len(scores), 1), len(e_prompts) - 1, device=scores.device)
-            nearest = top_k(scores.detach(), candidates)
-            if len(scores) == batch.batch_size:
-                return nearest.view(-1, 1)
-            return nearest.view(batch.batch_size, candidates, -1).diagonal(dim1=1, dim2=2).reshape(-1, 1)
-
-        def chosen(row: int, ids: Tensor) -> PrefixKV:
+        def of_task(row: int, ids: Tensor) -> PrefixKV:
             return split_prefix(e_prompts[:, row][ids[:, 0]], self.heads)
 
-        def layer(row: int, query: Tensor) -> PrefixKV:
-            scores = self.score(row, query)
-            ids = choose(scores)
-            own = scores.repeat_interleave(len(ids) // len(scores), 0).gather(1, ids)
+        def by_key(row: int, query: Tensor) -> PrefixKV:
+            """The prefix that the keys select, for queries [B, D], or [candidates * B, D] in one stage."""
+            scores = own = self.score(row, query)
+            if batch.task is not None:
+                ids = torch.full_like(scores[:, :1], e_prompts.shape[0] - 1, dtype=torch.int64)
+            else:
+                ids = top_k(scores.detach(), candidates)
+                if config.one_stage:  # candidate number n of an image gets the prompt of rank n
+                    ids = ids.view(batch.batch_size, candidates, candidates).diagonal(dim1=1, dim2=2)
+                else:
+                    own = scores.repeat_interleave(candidates, 0)
+                ids = ids.reshape(-1, 1)
+            own = own.gather(1, ids)
             losses = {"pull": self.pull(own)} if batch.task is not None else {}
-            return replace(chosen(row, ids), ids=ids, weights=own.detach(), scores=scores, losses=losses)
+            return replace(of_task(row, ids), ids=ids, weights=own.detach(), scores=scores, losses=losses)
 
         if batch.task is None and config.infers_task and self.num_tasks:
             assert batch.query is not None
             tasks, answer.scores = self.prototypes.nearest_tasks(batch.query, candidates)
             answer.ids, answer.weights = tasks.reshape(-1, 1), answer.scores.gather(1, tasks).reshape(-1, 1)
-            answer.prefixes = {block: chosen(row, answer.ids) for row, block in enumerate(config.e_layers)}
+            answer.prefixes = {block: of_task(row, answer.ids) for row, block in enumerate(config.e_layers)}
         elif config.keys_per_layer or config.one_stage:
-            answer.prefixes = self.per_layer(config.e_layers, layer, batch)
-        else:  # one choice for all layers, pulled once
+            answer.prefixes = self.per_layer(config.e_layers, by_key, batch)
+        else:  # one selection, and one key loss, for all layers
             assert batch.query is not None
-            first = layer(0, batch.query)
+            first = by_key(0, batch.query)
             assert first.ids is not None
             answer.ids, answer.weights, answer.scores, answer.losses = first.ids, first.weights, first.scores, first.losses
-            answer.prefixes = {block: chosen(row, first.ids) for row, block in enumerate(config.e_layers)}
+            answer.prefixes = {block: of_task(row, first.ids) for row, block in enumerate(config.e_layers)}
         for row, block in enumerate(config.g_layers):
             rows = self.g_prompts[row].expand(batch.batch_size * candidates, -1, -1)
             answer.prefixes[block] = split_prefix(rows, self.heads)

@@ -20,40 +20,40 @@ from cl_prompts.methods.shared.task_inference_config import TaskInferenceConfig
 
 @dataclass
 class HashPromptConfig(TaskInferenceConfig):
-    """Hash: one pool of prompts for all tasks, a router per task, and a history of which prompts were used.
+    """Hash: one pool of prompts for all tasks, a router per task, and a history of how often prompts were used.
 
     Li et al., "Is Parameter Isolation Better for Prompt-Based Continual Learning?" (History-Aware prompt-SHaring), CVPR
-    2026, arXiv 2601.20894. No code is public and the paper leaves open most sizes, the router's input and which router
-    answers at test: those fields are our reading, and their defaults our choice. docs/results.md has the trials on held-out
-    training images that they rest on: pool sizes 10 to 40, delta 0.03 to 0.3 and the router at test made no difference
-    (62.3 to 63.4, one seed), beta did (0.1: 63.4, 0.5: 65.4, no HGM: 66.4).
+    2026, arXiv 2601.20894. No code is public, and the paper does not state most sizes, the input of the router and which
+    router is used at test. Those fields are our reading, and their defaults are ours, chosen on held-out training images
+    (docs/results.md): pool sizes 10 to 40, delta 0.03 to 0.3 and the router at test made no difference (62.3 to 63.4, one
+    seed); beta did (0.1: 63.4, 0.5: 65.4, no HGM: 66.4).
 
     Args:
-        pool_size: prompts in the pool, per layer. Ours.
-        prompt_length: rows of one prompt; the first half are keys, the second half values. Ours.
-        top_k: prompts mixed for an image. Ours.
+        pool_size: number of prompts M of a layer's pool. Ours.
+        prompt_length: rows of one prompt; the first half is keys, the second half is values. Ours.
+        top_k: number of prompts that are mixed for an image. Ours.
         layers: blocks that get prefixes, from 0. The paper's default is blocks 1-4.
         share_layers: one pool for all layers instead of one per layer. Ours.
-        prompt_init: as in `L2PConfig`, or "lower_layer": each layer's prompts are those of the layer below, plus noise.
+        prompt_init: as in `L2PConfig`, or "lower_layer": each layer's prompts are those of the layer below plus noise.
             Ours.
         router_init: a new task's router starts as a copy of the "previous" one, or from "normal" noise (std 0.02). Ours.
-        router_inference: which router answers at test. "average": mean score over all routers. "prototype": the router
-            of the task whose class statistics fit the un-prompted feature best (`task_statistics`). "confidence": each
-            router in turn, the most confident answer wins. "last": the newest. Ours.
+        router_inference: router used at test. "average": the mean score of all routers. "prototype": the router of the task
+            whose class statistics fit the un-prompted feature best (`task_statistics`). "confidence": one pass with each
+            router; the most confident answer is taken. "last": the newest router. Ours.
         hdr: form of the routing penalty phi(H): "constant" (delta for the `history_top` most activated prompts; the
             paper's default), "log" delta * log(1 + H), "power" delta * H^alpha, or "none".
         delta: size of the routing penalty. Ours.
         alpha: exponent of the "power" form. Ours.
         history_top: size of the most-activated set A_t. Ours.
-        hgm: form of the update factor psi(H): "constant" (beta for the same set; the paper's default), "reciprocal"
+        hgm: form of the update factor psi(H): "constant" (beta for the set A_t; the paper's default), "reciprocal"
             1 / (1 + zeta H), "exponential" exp(-zeta H), or "none".
         beta: factor of the "constant" form, in (0, 1]. Ours; 0.5 was chosen over 0.1 on held-out images.
         zeta: rate of the other two forms, and weight of `modulate="quadratic"`. Ours.
-        modulate: what psi scales. "update": the step that was taken (exact under Adam, where a constant factor on a
-            gradient cancels). "gradient": the gradient, as the text reads. "quadratic": adds the loss term
-            zeta / 2 * sum_e H_e |theta_e - theta_e^t|^2 instead.
-        history_decay: weight of a task's counts one task later; 1.0 is the paper's plain sum. Smaller values let prompts
-            that were busy long ago come back. Ours.
+        modulate: what psi scales. "update": the optimizer's step (exact under Adam, in which a constant factor on a
+            gradient cancels). "gradient": the gradient, as in the text. "quadratic": nothing; the loss term
+            zeta / 2 * sum_e H_e |theta_e - theta_e^t|^2 is added instead.
+        history_decay: factor on a task's counts for each later task; 1.0 is the paper's sum. With smaller values, prompts
+            that were used only by early tasks are penalized less. Ours.
     """
 
     method: str = "hash"
@@ -96,11 +96,11 @@ class HashPromptConfig(TaskInferenceConfig):
         if self.history_top > self.pool_size:
             raise ValueError(f"history_top={self.history_top} is larger than pool_size={self.pool_size}")
         if not 0 < self.beta <= 1:
-            raise ValueError(f"beta={self.beta} must lie in (0, 1]: 1 leaves updates as they are")
+            raise ValueError(f"beta={self.beta} must lie in (0, 1]: 1 does not change updates")
         if not 0 <= self.history_decay <= 1:
             raise ValueError(f"history_decay={self.history_decay} must lie in [0, 1]")
 
     @property
     def needs_optimizer(self) -> bool:  # type: ignore[override]
-        """Whether training must call `attach_optimizer`: steps are scaled."""
+        """Whether training must call `attach_optimizer`, because steps are scaled."""
         return self.hgm != "none" and self.modulate == "update"

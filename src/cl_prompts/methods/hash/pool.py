@@ -1,15 +1,15 @@
-"""Hash: History-Aware prompt-SHaring (Li et al., CVPR 2026, arXiv 2601.20894). No code is public: our reading.
+"""Hash: History-Aware prompt-SHaring (Li et al., CVPR 2026, arXiv 2601.20894). Our reading; no code is public.
 
-Per layer one pool of M prompts p_m [Lp, D] shared by all tasks, and per task t one router W_t [M, D]. With x [N, D] the
-block's input before its norm:
+Each layer has one pool of M prompts p_m [Lp, D], shared by all tasks, and one router W_t [M, D] per task t. With the
+block's input x [N, D] before its norm:
 
-    s      = mean over tokens of x W_t^T / sqrt(D) - phi(H)          routing, with the HDR penalty
-    chosen = the k largest of s,  w = softmax(s_chosen)
-    p      = sum_chosen w_m p_m;  first half -> keys, second half -> values, in front of the block's own
-    update of p_m in training is scaled by psi(H_m)                  HGM
+    s        = mean over tokens of x W_t^T / sqrt(D) - phi(H)        routing scores with the HDR penalty
+    selected = the k largest of s,  w = softmax(s_selected)
+    p        = sum_selected w_m p_m;  first half -> keys, second half -> values, in front of the block's own
+    the update of p_m in training is scaled by psi(H_m)              HGM
 
-H counts how many images of earlier tasks used a prompt. Each router keeps the penalty it was trained with, so that an
-image routed by it at test chooses what it would have chosen in training.
+H counts the images of earlier tasks that used a prompt. At test each router has the penalty of its training, so that it
+selects what it would have selected then.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ from torch.nn import functional as F
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.prefixes import split_prefix
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
-from cl_prompts.methods.shared.selection import route
 
 
 @dataclass
 class TokenRouter:
-    """Chooses and mixes one layer's prompts by what enters the block; called inside the attention.
+    """Selects and mixes one layer's prompts by the block's input; called inside the attention.
 
     Args:
-        prompts: that layer's prompts [M, Lp, D].
+        prompts: the layer's prompts [M, Lp, D].
         routers: router weights [R, M, D].
         penalties: their routing penalties [R, M].
-        which: the router of each image [B]; None when there is one.
+        which: router of each image [B]; None if there is one router.
         top_k: prompts per image.
-        heads: attention heads, or None to leave the prefix in the input space.
+        heads: number of attention heads; None keeps the prefix in the input space.
     """
 
     prompts: Tensor
@@ -53,27 +52,28 @@ class TokenRouter:
     heads: int | None
 
     def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
-        """The prefix of each image for a block input [B, N, D]; scores and mixing run in float32."""
+        """The prefix of each image for a block input [B, N, D]. Scores and mixing are in float32."""
         with torch.autocast(block_input.device.type, enabled=False):
-            # The mean over tokens commutes with the router, which is linear.
+            # The router is linear, so the mean over tokens can be taken first.
             mean = block_input.mean(1, dtype=torch.float32)
             scores = torch.einsum("bd,rmd->brm", mean, self.routers) / math.sqrt(mean.shape[1]) - self.penalties
             if self.which is None:
                 scores = scores[:, 0]
             else:
-                scores = scores[torch.arange(len(scores), device=scores.device), self.which]
-            ids, weights = route(scores, self.top_k)
+                scores = scores[torch.arange(scores.shape[0], device=scores.device), self.which]
+            best, ids = scores.topk(self.top_k, dim=1)
+            weights = best.softmax(dim=1)
             mixed = F.embedding_bag(ids, self.prompts.flatten(1), per_sample_weights=weights, mode="sum")
-            prefix = split_prefix(mixed.view(len(ids), *self.prompts.shape[1:]), self.heads)
+            prefix = split_prefix(mixed.view(ids.shape[0], *self.prompts.shape[1:]), self.heads)
         return replace(prefix, ids=ids, weights=weights.detach(), scores=scores)
 
 
-class HashPool(PromptPool, method="hash"):
+class HashPool(PromptPool):
     """The Hash pool.
 
     Tensors: `prompts` [layers (1 if shared), M, Lp, D]; `router` [layers, M, D] of the current task; `old_routers`
     [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; for router_inference="prototype" the class
-    statistics `prototypes`; for modulate="quadratic" the prompts at the task's start, `anchor`.
+    statistics `prototypes`; for modulate="quadratic" the prompts at the start of the task, `anchor`.
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers"}
@@ -94,7 +94,7 @@ class HashPool(PromptPool, method="hash"):
 
     @property
     def needs_query(self) -> bool:
-        """Only the class statistics are taken from un-prompted features."""
+        """True for router_inference="prototype", whose class statistics are of un-prompted features."""
         return bool(self.config.infers_task)
 
     @property
@@ -102,8 +102,8 @@ class HashPool(PromptPool, method="hash"):
         """The config's `layers`."""
         return tuple(self.config.layers)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Freeze the last router, start a new one, open a row of counts and rows of class sums."""
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Freeze the current router, start a new one, and add rows of counts and class statistics."""
         if self.num_tasks:
             closed = self.router.detach()[None]
             # PEFT's low_cpu_mem_usage builds parameters on the meta device, but not buffers.
@@ -112,15 +112,15 @@ class HashPool(PromptPool, method="hash"):
             if self.config.router_init == "normal":
                 start.normal_(std=0.02)
             self.router = nn.Parameter(start, requires_grad=self.router.requires_grad)
-        super().begin_task(columns)
+        super().begin_task(class_indices)
         self.history.begin_task()
         if self.needs_query:
-            self.prototypes.begin_task(columns, self.num_tasks - 1)
+            self.prototypes.begin_task(class_indices, self.num_tasks - 1)
         if self.config.modulate == "quadratic":
             self.anchor = self.prompts.detach().clone()
 
     def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Rows of routers, too."""
+        """See `PromptPool`; adds routers."""
         super().make_room(tasks)
         rows = self.router.detach().expand(len(tasks), *self.router.shape).clone()
         if self.config.router_init == "normal":
@@ -128,7 +128,7 @@ class HashPool(PromptPool, method="hash"):
         self.old_routers = torch.cat([self.old_routers.to(rows.device), rows])
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """One prefix function per layer; in training the current router, at test the one(s) of `router_inference`."""
+        """One prefix function per layer, with the current router in training and those of `router_inference` at test."""
         rule = "last" if batch.task is not None or self.num_tasks <= 1 else self.config.router_inference
         which, candidates = None, 1
         if rule == "last":
@@ -143,7 +143,7 @@ class HashPool(PromptPool, method="hash"):
             assert batch.query is not None
             which = self.prototypes.nearest_task(batch.query)
         elif rule == "confidence":
-            candidates = len(routers)
+            candidates = routers.shape[0]
             which = torch.arange(candidates, device=routers.device).repeat(batch.batch_size)
 
         prompts = self._modulated_prompts()
@@ -157,7 +157,7 @@ class HashPool(PromptPool, method="hash"):
         return answer
 
     def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
-        """The task of the router, where class statistics choose one."""
+        """The task of the router, for router_inference="prototype"."""
         if self.config.router_inference != "prototype" or not self.num_tasks or query is None:
             return None
         return self.prototypes.nearest_task(query)
@@ -167,23 +167,23 @@ class HashPool(PromptPool, method="hash"):
         return self.prompts
 
     def observe(self, seen: Observation) -> None:
-        """Count activations [B, layers, k] and, for "prototype", sum the features of each class."""
+        """Count activations [B, layers, k] and, for "prototype", add features to the class statistics."""
         if not self.num_tasks:
             return
         if seen.ids is not None:
-            self.history.add(seen.ids, seen.counted)
-        if self.needs_query and seen.query is not None and seen.columns is not None:
-            self.prototypes.add(seen.query, seen.columns, seen.counted)
+            self.history.add(seen.ids, seen.first_seen)
+        if self.needs_query and seen.query is not None and seen.targets is not None:
+            self.prototypes.add(seen.query, seen.targets, seen.first_seen)
 
     def update_factors(self) -> dict[str, Tensor]:
-        """psi(H) on the prompts' steps, for modulate="update"."""
+        """psi(H) for the steps of the prompts, with modulate="update"."""
         return {"prompts": self._factor()} if self.config.hgm != "none" and self.config.modulate == "update" else {}
 
     def _history(self, task: int) -> Tensor:
         return self.history.before(task, self.config.history_decay)
 
     def _prompt_history(self) -> Tensor:
-        """H of each row of `prompts`: [layers, M], or summed over layers where they share prompts."""
+        """H of each row of `prompts` [layers, M]; summed over layers [1, M] if they share prompts."""
         history = self._history(max(self.num_tasks - 1, 0))
         return history.sum(0, keepdim=True) if self.config.share_layers else history
 

@@ -12,23 +12,23 @@ from cl_prompts.methods.shared.task_inference_config import TaskInferenceConfig
 
 @dataclass
 class HiDePromptConfig(TaskInferenceConfig):
-    """HiDe-Prompt, its prompted stage: one prompt per task, without keys, and a contrastive term on what is read.
+    """HiDe-Prompt's prompted stage: one prompt per task, without keys, and a contrastive loss term on the features.
 
     Wang et al., "Hierarchical Decomposition of Prompt-Based Continual Learning: Rethinking Obscured Sub-optimality",
     NeurIPS 2023. Defaults are those of the released code (thu-ml/HiDe-Prompt) for CIFAR-100, which trains the head with a
     tenth of the prompts' learning rate: `parameter_groups(learning_rate, head=0.1 * learning_rate)`.
 
     Args:
-        prompt_length: keys, and as many values, of a prompt. ImageNet-R: 20.
+        prompt_length: number of keys, and of values, of a prompt. ImageNet-R: 20.
         layers: blocks that get prefixes, from 0.
         prompt_init: as in `L2PConfig`, or "lower_layer" (`HashPromptConfig`).
         task_init: a task's prompt starts as a copy of the "previous" one (released code) or "fresh".
-        prompt_momentum: tau in [0, 1]: a task trains, and leaves behind, (1 - tau) * its prompt + tau * the mean of the
-            earlier tasks' prompts.
+        prompt_momentum: tau in [0, 1]; the prompt of a task is (1 - tau) * its own values + tau * the mean of the earlier
+            tasks' prompts, in training and afterwards.
         contrastive_weight: weight of the contrastive term. ImageNet-R: 0.5.
-        temperature: what its dot products are divided by.
-        ensemble: at test, average the answers with the prompts of this many nearest tasks; 1 is the paper. Each costs a
-            pass. Ours.
+        temperature: divides the dot products of the contrastive term.
+        ensemble: at test, average the class probabilities with the prompts of this many nearest tasks; 1 is the paper. Each
+            costs a pass. Ours.
     """
 
     method: str = "hide"
@@ -54,6 +54,6 @@ class HiDePromptConfig(TaskInferenceConfig):
         not_negative(self, "prompt_momentum", "contrastive_weight")
         positive_number(self, "temperature")
         if self.prompt_momentum > 1:
-            raise ValueError(f"prompt_momentum={self.prompt_momentum} must lie in [0, 1]: 0 mixes no earlier prompts in")
+            raise ValueError(f"prompt_momentum={self.prompt_momentum} must lie in [0, 1]: 0 uses no earlier prompts")
         if self.readout == "cls_mean":
             raise ValueError('readout="cls_mean": the contrastive term compares features of width D; use "cls" or "mean"')

@@ -1,21 +1,21 @@
 """HiDe-Prompt: Hierarchical Decomposition of Prompt-Based Continual Learning (Wang et al., NeurIPS 2023); prompted stage.
 
-Each task t has one prompt P_t: key/value prefixes behind the projections, in every layer its own. With tau the
+Each task t has one prompt P_t: key/value prefixes after the projections, different in every layer. With tau =
 `prompt_momentum`, features f of the batch and class means mu of the earlier tasks' classes:
 
-    training:  prompt (1 - tau) P_t + tau * mean of P_0..P_(t-1), by which P_t is replaced when the task ends
+    training:  prompt (1 - tau) P_t + tau * mean of P_0..P_(t-1), which replaces P_t when the task ends
                loss = CE + w * CE(M M^T / temperature, identity),  M = [mu; f],  mean over the rows of M
-    test:      the prompt of the task that the image seems to belong to
+    test:      the prompt of the inferred task
 
-The class means. Published: features of all training images with the finished prompt, in an extra pass when a task ends. A
-pool has no images, so here (ours) each class keeps a running mean of the features that training shows: per batch with
-images of the class, 0.9 * mean + 0.1 * theirs. A caller who makes that pass writes its means into `class_means`.
+Class means. Published: features of all training images with the final prompt, in an extra pass at the end of a task. A pool
+has no images, so here (ours) each class has a running mean of the features seen in training: for a batch with images of the
+class, 0.9 * mean + 0.1 * mean of the batch. A caller who makes the extra pass can write its means into `class_means`.
 
-A pool is not told when the optimizer steps. Of a batch that is cut into parts (gradient accumulation) each part is a batch
-here: it moves the means of its classes once, and the M of its contrastive term has its own f only.
+With gradient accumulation, each part of a batch counts as a batch: it updates the means of its classes once, and the M of
+its contrastive term has the features of this part only.
 
-The task. Published: a classifier of its own on un-prompted features. Here (ours) the class whose un-prompted features fit
-best (`pools.prototypes`); `task_inference` takes another way.
+Task inference. Published: a classifier on un-prompted features. Here (ours): the class statistics of `ClassPrototypes`, or
+any function given as `task_inference`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prefix, Prompts
+from cl_prompts.heads.class_means import class_means, class_sums
+from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape, LossPart, PoolInput, Prefix, Prompts
 from cl_prompts.methods.pool import Observation, PromptPool
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.per_task import PerTask
 from cl_prompts.methods.shared.prefixes import prefix_of
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
@@ -39,16 +40,17 @@ from cl_prompts.runtime.distributed import gather_with_gradient, sum_over_proces
 MEAN_MOMENTUM = 0.9  # of the running class means
 
 
-class HidePool(PromptPool, method="hide"):
+class HidePool(PromptPool):
     """The HiDe-Prompt pool.
 
     Tensors: `prompts.current` [layers, 2 (keys, values), Lp, D] and `.earlier` [tasks - 1, ...], frozen; `pending`, the
-    weight of the earlier prompts' mean that is still to go into the current prompt: tau until the task ends, then 0;
-    `class_means` [classes, D] by head column, zeros where a class has none yet; `prototypes`, of un-prompted features.
+    weight with which the mean of the earlier prompts is mixed into the current prompt: tau during a task, 0 after its end,
+    when the mix is stored; `class_means` [classes, D] by class index, zeros for a class without a mean; `prototypes`, class
+    statistics of un-prompted features.
 
     Attributes:
-        task_inference: whose task an image is, at test: un-prompted features [B, D] -> task numbers [B], or
-            [B, `ensemble`] nearest first (as many as there are tasks, if fewer). None: by class statistics. Not saved.
+        task_inference: function un-prompted features [B, D] -> task numbers [B] or [B, `ensemble`] (at most the number of
+            tasks), nearest first. None: by class statistics. Not saved.
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts.current": "prompts"}
@@ -62,11 +64,11 @@ class HidePool(PromptPool, method="hide"):
         self.register_buffer("pending", torch.zeros(()))
         self.register_buffer("class_means", torch.zeros(0, shape.width))
         self.task_inference: Callable[[Tensor], Tensor] | None = None
-        self._current: set[int] = set()  # head columns of the current task
+        self._current: set[int] = set()  # class indices of the current task
 
     @property
     def needs_query(self) -> bool:
-        """Un-prompted features tell the task; without tasks there is one prompt for all images."""
+        """True with tasks, which are inferred from un-prompted features; without tasks there is one prompt."""
         return self.num_tasks > 0
 
     @property
@@ -74,24 +76,24 @@ class HidePool(PromptPool, method="hide"):
         """The config's `layers`."""
         return tuple(self.config.layers)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Freeze the last prompt, start the next one, open rows of class means."""
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Freeze the current prompt, start the next one, and add rows of class means."""
         if self.num_tasks:
             copied = self.config.task_init == "previous"
             self.prompts.next(None if copied else self._fresh)
             self.pending = torch.full_like(self.pending, self.config.prompt_momentum)
-        super().begin_task(columns)
-        self._current = set(columns)
-        self._open_means(max(columns))
-        self.prototypes.begin_task(columns, self.num_tasks - 1)
+        super().begin_task(class_indices)
+        self._current = set(class_indices)
+        self._add_means(max(class_indices))
+        self.prototypes.begin_task(class_indices, self.num_tasks - 1)
 
     def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Rows of class means, too."""
+        """See `PromptPool`; adds rows of class means."""
         super().make_room(tasks)
-        self._open_means(max(map(max, tasks)))
+        self._add_means(max(map(max, tasks)))
 
-    def _open_means(self, last: int) -> None:
-        rows = max(0, last + 1 - len(self.class_means))
+    def _add_means(self, last: int) -> None:
+        rows = max(0, last + 1 - self.class_means.shape[0])
         self.class_means = torch.cat([self.class_means, self.class_means.new_zeros(rows, self.shape.width)])
 
     def _fresh(self, earlier: Tensor) -> Tensor:
@@ -99,13 +101,13 @@ class HidePool(PromptPool, method="hide"):
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Replace the current prompt by the mix that was trained."""
+        """Store the mix that was trained as the current prompt."""
         self.prompts.current.copy_(self.current_prompt())
         self.pending.zero_()
 
     def current_prompt(self) -> Tensor:
-        """What training uses and the task will leave behind [layers, 2, Lp, D], with gradient."""
-        if not len(self.prompts.earlier):
+        """The current prompt, mixed with the earlier ones [layers, 2, Lp, D], with gradient."""
+        if not self.prompts.earlier.shape[0]:
             return self.prompts.current
         return torch.lerp(self.prompts.current, self.prompts.earlier.mean(0), self.pending)
 
@@ -115,12 +117,16 @@ class HidePool(PromptPool, method="hide"):
         return every.transpose(0, 1).flatten(2, 3)
 
     def chosen_tasks(self, ids: Tensor, weights: Tensor | None, query: Tensor | None) -> Tensor | None:
-        """The task that an image seems to belong to most."""
+        """The inferred task."""
         return ids[:, 0] if self.num_tasks else None
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """The current task's prompt in training; at test that of the task(s) an image seems to belong to."""
-        current, scores, newest = self.current_prompt(), None, len(self.prompts.earlier)
+        """The current task's prompt in training, those of the inferred tasks at test.
+
+        Raises:
+            ValueError: `task_inference` returned task numbers of another shape.
+        """
+        current, scores, newest = self.current_prompt(), None, self.prompts.earlier.shape[0]
         if batch.task is not None or not newest:
             ids = torch.full((batch.batch_size, 1), newest, device=current.device)
             rows = current.expand(batch.batch_size, *current.shape)
@@ -139,52 +145,50 @@ class HidePool(PromptPool, method="hide"):
         )
 
     def prefix(self, row: int, keys: Tensor, values: Tensor) -> Prefix:
-        """The prefix of layer number `row` of the pool, for keys and values [B, Lp, D]."""
+        """The prefix of the pool's layer number `row`, for `keys` [B, Lp, D] and `values` [B, Lp, D]."""
         return prefix_of(keys, values, self.heads)
 
     def _tasks_of(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tasks whose prompts answer for each image [B, candidates], and what they were told by [B, tasks]."""
+        """Inferred tasks of each image [B, candidates], nearest first, and their scores [B, tasks] if there are."""
         candidates = min(self.config.ensemble, self.num_tasks)
         if self.task_inference is None:
             return self.prototypes.nearest_tasks(query, candidates)
         tasks = self.task_inference(query)
         ids = tasks[:, None] if tasks.dim() == 1 else tasks
-        if ids.shape != (len(query), candidates):
+        if ids.shape != (query.shape[0], candidates):
             raise ValueError(
-                f"task_inference gave task numbers of shape {list(tasks.shape)} for {len(query)} images: expected "
-                f"[images, {candidates}], one for each prompt that answers (ensemble={self.config.ensemble})"
+                f"task_inference gave task numbers of shape {list(tasks.shape)} for {query.shape[0]} images: expected "
+                f"[images, {candidates}], one for each prompt that is used (ensemble={self.config.ensemble})"
             )
         return ids, None
 
-    def feature_losses(self, features: Tensor, columns: Tensor, counted: Tensor) -> dict[str, LossPart]:
+    def feature_losses(self, features: Tensor, targets: Tensor, valid: Tensor) -> dict[str, LossPart]:
         """The contrastive term, over the images of all processes."""
         if not self.config.contrastive_weight:
             return {}
-        old = [column for column in range(len(self.class_means)) if column not in self._current]
+        old = [index for index in range(self.class_means.shape[0]) if index not in self._current]
         means = self.class_means[old]
-        # padding may hold anything, and 0 * inf is no number
-        own = torch.where(counted[:, None], features.float(), 0.0)
+        own = torch.where(valid[:, None], features.float(), 0.0)  # padding may hold NaN, and 0 * NaN is NaN
         rows = torch.cat([means, gather_with_gradient(own)])
-        images = gather_with_gradient(counted.float()[:, None])[:, 0] > 0
+        images = gather_with_gradient(valid.float()[:, None])[:, 0] > 0
         taken = torch.cat([means.any(1), images])
         value = self.config.contrastive_weight * contrastive(rows, taken, self.config.temperature)
         return {"contrastive": LossPart(value, "batch")}
 
     def observe(self, seen: Observation) -> None:
-        """Follow the class means: of un-prompted features, each image once a task; of prompted ones, batch by batch."""
-        if not self.num_tasks or seen.columns is None:
+        """Update the class statistics with new images, and the running means of prompted features with the batch."""
+        if not self.num_tasks or seen.targets is None:
             return
         if seen.query is not None:
-            self.prototypes.add(seen.query, seen.columns, seen.counted)
-        if seen.features is not None and seen.real is not None:
-            classes = torch.arange(len(self.class_means), device=seen.columns.device)
-            member = ((seen.columns[:, None] == classes) & seen.real[:, None]).to(self.class_means)
-            features = torch.where(seen.real[:, None], seen.features.to(self.class_means), 0.0)
-            count = sum_over_processes(member.sum(0))[:, None]
-            mean = sum_over_processes(member.T @ features) / count.clamp_min(1)
+            self.prototypes.add(seen.query, seen.targets, seen.first_seen)
+        if seen.features is not None:
+            targets = torch.where(seen.valid, seen.targets, IGNORE_INDEX)
+            sums, counts = class_sums(seen.features, targets, range(self.class_means.shape[0]), dtype=torch.float32)
+            counts = sum_over_processes(counts)
+            mean = class_means(sum_over_processes(sums), counts)
             known = self.class_means.any(1, keepdim=True)
             moved = torch.where(known, torch.lerp(mean, self.class_means, MEAN_MOMENTUM), mean)
-            self.class_means.copy_(torch.where(count > 0, moved, self.class_means))
+            self.class_means.copy_(torch.where(counts[:, None] > 0, moved, self.class_means))
 
 
 def contrastive(rows: Tensor, taken: Tensor, temperature: float) -> Tensor:
@@ -192,9 +196,9 @@ def contrastive(rows: Tensor, taken: Tensor, temperature: float) -> Tensor:
 
     Args:
         rows: [n, D].
-        taken: the rows that M consists of [n].
+        taken: True for the rows of M [n].
         temperature: divides the dot products.
     """
     logits = (rows @ rows.T / temperature).masked_fill(~taken, float("-inf"))
-    target = torch.arange(len(rows), device=rows.device).masked_fill(~taken, -100)
-    return F.cross_entropy(logits, target, ignore_index=-100, reduction="sum") / taken.sum().clamp_min(1)
+    target = torch.arange(rows.shape[0], device=rows.device).masked_fill(~taken, IGNORE_INDEX)
+    return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum") / taken.sum().clamp_min(1)

@@ -18,30 +18,28 @@ from cl_prompts.methods.shared.field_checks import (
 
 @dataclass
 class L2PConfig(PromptPoolConfig):
-    """L2P: the prompts of a shared pool whose keys are nearest to the image's query go in front of its patches.
+    """L2P: prompts of a shared pool, selected by the distance of their keys to the query, in front of the patches.
 
     Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022. Defaults are those of the released PyTorch code
-    (JH-LEE-KR/l2p-pytorch), except that the choice is made per image; the paper's text has pull_coefficient 0.5.
+    (JH-LEE-KR/l2p-pytorch), except that prompts are selected per image. The paper's text has pull_coefficient 0.5. A pool
+    of more than 4,096 prompts is searched in chunks, exactly, and the output then has no `scores`.
 
     Args:
         pool_size: number of prompts M.
-        prompt_length: tokens of one prompt Lp.
-        top_k: prompts per image N (paper) or K.
+        prompt_length: tokens Lp of one prompt.
+        top_k: prompts per image K (N in the paper).
         prompt_init: "uniform" U(-1, 1) (released PyTorch code), "unit_uniform" U[0, 1), "small_uniform" U[0, 0.01)
             (released JAX code), "normal" (std 0.02) or "zeros".
-        key_init: likewise.
-        key_type: "learned" keys; "prompt_mean" takes a prompt's mean token as its key (ablation "w/o key"); "none" uses
-            every prompt for every image, without a query (with pool_size=1: ablation "w/o pool", a single prompt).
-        pull_coefficient: lambda, weight of the cosine between query and chosen keys (eq. 5).
-        diversified_selection: in training, weigh distances by how often a prompt was chosen in earlier tasks (eq. 4).
-        batchwise_selection: one set of prompts for the whole batch by majority vote, in training and at test, as in the
-            released code. Answers then depend on the batch; only for comparison with published figures.
+        key_init: as `prompt_init`.
+        key_type: "learned"; "prompt_mean", the mean token of a prompt is its key (ablation "w/o key"); or "none", every
+            image gets every prompt, without a query (with pool_size=1: ablation "w/o pool", a single prompt).
+        pull_coefficient: lambda, weight of the cosine between query and selected keys (eq. 5).
+        diversified_selection: in training, multiply distances by the frequency of a prompt in earlier tasks (eq. 4).
+        batchwise_selection: select the same prompts for the whole batch by majority vote, in training and at test, as in
+            the released code. Answers then depend on the batch. Only for comparison with published figures.
         position: "after_cls" [CLS, prompts, patches] (first release, PyTorch code) or "front" [prompts, CLS, patches].
         add_cls_position_embedding: add CLS's position embedding to each prompt token (first release, PyTorch code).
-            None: do so where the backbone has one.
-        search: what finds the nearest keys, exactly in both cases: "torch" (in pools of more than 4,096 prompts chunk by
-            chunk, in memory that does not grow with the pool; the output then has no `scores`) or "faiss" (`pip install
-            faiss-cpu`; on the CPU, never with `scores`). Ours.
+            None: add it if the backbone has one.
     """
 
     method: str = "l2p"
@@ -57,9 +55,9 @@ class L2PConfig(PromptPoolConfig):
     batchwise_selection: bool = False
     position: str = "after_cls"
     add_cls_position_embedding: bool | None = None
-    search: str = "torch"
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2112.08654",)
+    retired_fields: ClassVar[tuple[str, ...]] = ("search",)  # which library found the nearest keys, always exactly
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +66,6 @@ class L2PConfig(PromptPoolConfig):
         choice(self, "key_init", INITS)
         choice(self, "key_type", ("learned", "prompt_mean", "none"))
         choice(self, "position", ("after_cls", "front"))
-        choice(self, "search", ("torch", "faiss"))
         not_negative(self, "pull_coefficient")
         flag(self, "diversified_selection", "batchwise_selection")
         if self.add_cls_position_embedding is not None:
@@ -84,15 +81,12 @@ class L2PConfig(PromptPoolConfig):
                     f'key_type="none" uses every prompt: set top_k={self.pool_size} (the pool_size), not {self.top_k}'
                 )
             if self.diversified_selection or self.batchwise_selection:
-                raise ValueError('key_type="none" chooses nothing: leave diversified and batchwise selection off')
-        if self.search == "faiss" and (self.diversified_selection or self.entropy_weight or self.key_type == "none"):
-            raise ValueError(
-                'search="faiss" finds the nearest keys and nothing else: set search="torch" with diversified_selection, '
-                'entropy_weight or key_type="none"'
-            )
+                raise ValueError(
+                    'key_type="none" selects nothing: set diversified_selection and batchwise_selection to False'
+                )
         if self.batchwise_selection:
             warnings.warn(
-                "batchwise_selection=True lets the images of a batch vote on their prompts: an image's answer then "
-                "depends on what else is in its batch, and test batches of one task leak the task",
+                "batchwise_selection=True selects prompts by a vote of the batch: an image's answer then depends on what "
+                "else is in its batch, and test batches of one task leak the task",
                 stacklevel=2,
             )

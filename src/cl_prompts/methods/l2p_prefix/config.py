@@ -14,20 +14,20 @@ from cl_prompts.methods.shared.prefix_config import QueriedPrefixConfig
 class L2PPrefixConfig(QueriedPrefixConfig):
     """L2P with key/value prefixes: "L2P++" (block 0) and "Deep L2P++" (blocks 0-4) of CODA-Prompt's tables.
 
-    Smith et al., "CODA-Prompt", CVPR 2023. Defaults are those of its released scripts, except that an image's key loss sees
-    its own choice only.
+    Smith et al., "CODA-Prompt", CVPR 2023. Defaults are those of its released scripts, except that the key loss of an image
+    depends on its own selection only.
 
     Args:
         pool_size: number of prompts M of a layer.
-        prompt_length: rows of one prompt; the first half are keys, the second half values.
+        prompt_length: rows of one prompt; the first half is keys, the second half is values.
         top_k: prompts per image K.
         layers: blocks that get prefixes, from 0; each has its own pool. Deep: [0, 1, 2, 3, 4].
-        prompt_init: as in `L2PConfig`; "unit_uniform" in the released code. On held-out images of a short run with ViT-Tiny
-            "normal" was better (57.5 against 54.0, docs/results.md).
+        prompt_init: as in `L2PConfig`; "unit_uniform" in the released code. In a short run with ViT-Tiny, "normal" was
+            better on held-out images (57.5 against 54.0, docs/results.md).
         key_init: as in `L2PConfig`; "unit_uniform" in the released code.
         pull_coefficient: lambda, weight of the key loss.
-        key_loss: "distance" lambda * (1 - cosine) over the image's chosen keys, added up over layers and batch. "coupled":
-            as released, where an index slip pulls every image to the chosen keys of all images of the batch.
+        key_loss: "distance": lambda * (1 - cosine) of the image's selected keys, summed over layers and batch. "coupled":
+            as in the released code, whose indexing error uses the keys selected by all images of the batch for every image.
             "similarity": -lambda * cosine, mean over images, as in L2P.
     """
 

@@ -1,7 +1,7 @@
-"""L2P with prefixes, "L2P++" of CODA-Prompt's tables (Smith et al., CVPR 2023): L2P's pool inside attention.
+"""L2P with key/value prefixes, "L2P++" of CODA-Prompt's tables (Smith et al., CVPR 2023).
 
-Each prefix layer has its own pool of M prompts [Lp, D] and keys. The K nearest prompts' rows stand in front of the block's
-keys (first half of each prompt) and values (second half), prompt by prompt. The classifier reads the CLS token.
+Each prefix layer has its own pool of M prompts [Lp, D] and keys. The rows of the K nearest prompts are concatenated in
+front of the block's keys (first half of each prompt) and values (second half). The classifier reads the CLS token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cl_prompts.methods.shared.selection import CHUNK, cosine_of, cosine_scores,
 from cl_prompts.runtime.distributed import sum_over_processes
 
 
-class L2PPrefixPool(KeyedLayers, QueriedPool, method="l2p_prefix"):
+class L2PPrefixPool(KeyedLayers, QueriedPool):
     """The pool. Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M]."""
 
     def score(self, row: int, query: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ class L2PPrefixPool(KeyedLayers, QueriedPool, method="l2p_prefix"):
 
     @property
     def _scores_all(self) -> bool:
-        """Whether every image is compared with every key at once; a large pool's [B, M] only if a loss needs it."""
+        """Whether the scores [B, M] of the whole pool are computed at once: for small pools, or if a loss needs them."""
         config = self.config
         needed = config.key_loss == "coupled" or config.entropy_weight or config.query_regularization
         return bool(config.pool_size <= CHUNK or (needed and self.training))
 
     def _coupled(self, scores: Tensor, ids: Tensor, batch: PoolInput) -> LossPart:
-        """As released: every image is pulled to the keys that any image of the batch chose, as often as they did."""
-        chosen = sum_over_processes(histogram(ids, scores.shape[1], batch.counted))
+        """The released key loss: every image uses the keys that all images of the batch selected, by their counts."""
+        chosen = sum_over_processes(histogram(ids, scores.shape[1], batch.valid))
         return LossPart(self.config.pull_coefficient * (chosen * (1 - scores)).sum(1), "sum")

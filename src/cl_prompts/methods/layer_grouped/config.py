@@ -12,26 +12,26 @@ from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig
 
 @dataclass
 class LayerGroupedPromptConfig(PrefixPromptConfig):
-    """Layer-grouped prompts: a task's prompts in all layers are made from one root prompt, group of layers by group.
+    """Layer-grouped prompts: a task's prompts are generated from one root prompt, with one generator per group of layers.
 
     Jiang et al., "Teaching Prompts to Coordinate: Hierarchical Layer-Grouped Prompt Tuning", arXiv 2511.12090. Our reading
-    of its abstract and of summaries: no code is public, and its equations were not at hand. Told are the grouping, the root
-    of length 10 and how it starts, generators carried over, a position embedding per layer, and soft task matching at
-    test; everything else is a field with a default of ours. With these a task of ViT-B/16 has fewer parameters than a
-    prompt in each of 12 layers would have (108,336 to 184,320), as the paper says of itself.
+    of its abstract and of summaries: no code is public, and we do not have its equations. These state the grouping, the
+    root of length 10 and its initialization, generators carried over between tasks, a position embedding per layer, and
+    soft task matching at test. All other fields and defaults are ours. With the defaults a task of ViT-B/16 has fewer
+    parameters than a prompt in each of 12 layers (108,336 against 184,320), as the paper says of its method.
 
     Args:
-        prompt_length: keys, and as many values, of the root prompt, and so of every layer's.
-        num_groups: number of groups; each is of consecutive `layers`, sizes differ by at most one, larger groups first.
+        prompt_length: number of keys, and of values, of the root prompt and of every layer's prompt.
+        num_groups: number of groups of consecutive `layers`. Their sizes differ by at most one; larger groups come first.
             Ours.
         layers: blocks that get prefixes, from 0; None: all. Ours.
         bottleneck: width of the hidden layer of a group's generator. Ours.
-        prompt_init: how the first task's root starts, as in `L2PConfig`. Published: Gaussian; its width is ours.
-        generator_init: how the generators' up-projections start, likewise. With "zeros" a fresh generator changes nothing.
-            Ours.
-        position_init: how the position embeddings start, likewise. Ours.
-        key_init: how every task's key starts, likewise. Ours.
-        temperature: tau; at test the tasks' prompts are mixed by softmax(cosine(query, key) / tau). Ours.
+        prompt_init: initial values of the first task's root, as in `L2PConfig`. Published: Gaussian; its std is ours.
+        generator_init: initial values of the generators' up-projections, as in `L2PConfig`. With "zeros" a new generator is
+            the identity. Ours.
+        position_init: initial values of the position embeddings, as in `L2PConfig`. Ours.
+        key_init: initial values of each task's key, as in `L2PConfig`. Ours.
+        temperature: tau; at test the prompts of all tasks are mixed with weights softmax(cosine(query, key) / tau). Ours.
         pull_coefficient: lambda, weight of the cosine between the query and the current task's key. Ours.
     """
 
@@ -48,7 +48,7 @@ class LayerGroupedPromptConfig(PrefixPromptConfig):
     pull_coefficient: float = 1.0
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2511.12090",)
-    selects: ClassVar[bool] = False  # in training an image has its own task's prompt
+    selects: ClassVar[bool] = False  # training uses the current task's prompt
 
     def __post_init__(self) -> None:
         super().__post_init__()

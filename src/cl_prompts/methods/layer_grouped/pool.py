@@ -1,17 +1,17 @@
 """Layer-grouped prompts (Jiang et al., "Teaching Prompts to Coordinate: Hierarchical Layer-Grouped Prompt Tuning", 2025).
 
-arXiv 2511.12090. Our reading: no code is public, and the paper's equations were not at hand. Each task t has a root prompt
+arXiv 2511.12090. Our reading: no code is public, and we do not have the paper's equations. Each task t has a root prompt
 R_t [2 (keys, values), L, D], a generator for each group of consecutive layers, a position embedding for each layer, and a
 key K_t [D]:
 
-    generator of group g:   G_g(x) = x + gelu(x A_g + a_g) B_g                    row by row
+    generator of group g:   G_g(x) = x + gelu(x A_g + a_g) B_g                    for each row
     prompt of layer l:      P_tl = G_g(l)(R_t) + E_l
     training:               P_t of the current task, loss = CE - lambda * cosine(q, K_t), mean over images
     test:                   sum over tasks of softmax(cosine(q, K) / tau)_t P_t
 
-with q the un-prompted feature. A task's root, generators and embeddings start as copies of the previous task's, its key
-afresh; those of earlier tasks are frozen, so that their prompts stay what they were. The generators need no bias behind B:
-the position embeddings are one.
+with the un-prompted feature q. A task's root, generators and embeddings start as copies of the previous task's; its key is
+newly initialized. Those of earlier tasks are frozen, so that their prompts do not change. The generators have no bias after
+B, because the position embeddings are one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.nn import functional as F
 
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prompts
 from cl_prompts.methods.pool import PromptPool
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.per_task import PerTask
 from cl_prompts.methods.shared.prefixes import prefix_of
 from cl_prompts.methods.shared.selection import cosine_scores
 
 
-class LayerGroupedPool(PromptPool, method="layer_grouped"):
+class LayerGroupedPool(PromptPool):
     """The pool of layer-grouped prompts.
 
     Tensors, each as `.current` (trained) and `.earlier` [tasks - 1, ...] (frozen), for G groups and bottleneck r: `root`
@@ -39,6 +39,9 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
 
     Attributes:
         groups: number of each layer's group.
+
+    Raises:
+        ValueError: there are more groups than layers.
     """
 
     roles: ClassVar[dict[str, str]] = {
@@ -67,19 +70,19 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
 
     @property
     def layers(self) -> Sequence[int]:
-        """The config's `layers`, or all."""
+        """The config's `layers`; all by default."""
         return self._layers
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Freeze what the last task learned; start from copies of it, with a fresh key."""
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Freeze the tensors of the current task; the next task starts from copies of them, with a new key."""
         if self.num_tasks:
             for tensor in self._makers():
                 tensor.next()
             self.keys.next(lambda earlier: initial(self.config.key_init, self.shape.width).detach())
-        super().begin_task(columns)
+        super().begin_task(class_indices)
 
     def _makers(self) -> tuple[PerTask, ...]:
-        """What a task's prompts are made from."""
+        """The tensors that a task's prompts are made from."""
         return self.root, self.down, self.bias, self.up, self.positions
 
     def current_prompts(self) -> Tensor:
@@ -88,7 +91,7 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
 
     def all_prompts(self) -> Tensor:
         """All tasks' prompts [tasks, layers, 2, L, D]."""
-        # made from buffers: no autograd graph
+        # These are made from buffers, without gradient.
         earlier = self._made(*(tensor.earlier for tensor in self._makers()))
         return torch.cat([earlier, self.current_prompts()[None]])
 
@@ -111,18 +114,18 @@ class LayerGroupedPool(PromptPool, method="layer_grouped"):
         return weights.argmax(1) if self.num_tasks and weights is not None else None
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """The current task's prompts in training, at test the mix of all tasks'."""
+        """The current task's prompts in training, the mix of all tasks' prompts at test."""
         assert batch.query is not None
         if batch.task is None:
             scores = cosine_scores(batch.query, self.keys.all())
             weights = (scores / self.config.temperature).softmax(1)
-            ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+            ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
             rows = torch.einsum("bt,tspld->bspld", weights, self.all_prompts())
             answer = Prompts(ids=ids, weights=weights.detach(), scores=scores)
         else:
             rows = self.current_prompts().expand(batch.batch_size, -1, -1, -1, -1)
             cosine = cosine_scores(batch.query, self.keys.current[None])
-            answer = Prompts(ids=torch.full_like(cosine, len(self.keys.earlier), dtype=torch.int64))
+            answer = Prompts(ids=torch.full_like(cosine, self.keys.earlier.shape[0], dtype=torch.int64))
             answer.weights = torch.ones_like(cosine)
             answer.losses["pull"] = LossPart(-self.config.pull_coefficient * cosine[:, 0], "mean")
         for place, layer in enumerate(self.layers):

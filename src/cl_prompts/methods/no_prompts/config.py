@@ -11,11 +11,11 @@ from cl_prompts.methods.shared.field_checks import no_prompt_readout
 
 @dataclass
 class NoPromptsConfig(PromptPoolConfig):
-    """A classifier on the frozen, un-prompted features: what every prompt method has to beat.
+    """A classifier on the frozen, un-prompted features: a baseline for every prompt method.
 
-    With head="linear" it is sequential training of a linear classifier, with head="analytic" RanPAC without its first
-    adaptation (McDonnell et al., NeurIPS 2023), with head="discriminant" FeCAM's setting (Goswami et al., NeurIPS 2023).
-    Features never change, so a closed-form head is trained by one look at each image.
+    With head="linear" it is sequential training of a linear classifier; with head="ridge", RanPAC without its first-session
+    adaptation (McDonnell et al., NeurIPS 2023); with head="discriminant", FeCAM's setting (Goswami et al., NeurIPS 2023).
+    Features do not change, so a closed-form head needs to see each image once.
     """
 
     method: str = "none"

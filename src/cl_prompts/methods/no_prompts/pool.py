@@ -1,4 +1,4 @@
-"""No prompts: the features of the frozen backbone as they are."""
+"""No prompts: the features of the frozen backbone."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from cl_prompts.interfaces import PoolInput, Prompts
 from cl_prompts.methods.pool import PromptPool
 
 
-class NoPrompts(PromptPool, method="none"):
+class NoPrompts(PromptPool):
     """A pool without prompts."""
 
     @property
     def needs_query(self) -> bool:
-        """One pass."""
+        """False: one pass is enough."""
         return False
 
     def prompt_table(self) -> Tensor:
-        """Nothing [0, 0, 0, D]."""
+        """Empty: [0, 0, 0, D]."""
         return torch.zeros(0, 0, 0, self.shape.width)
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """Nothing to put in."""
+        """No prompts."""
         return Prompts()
 
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
-        """Raise ValueError: there is nothing to start."""
-        raise ValueError('method "none" has no prompts to start from images')
+        """There is nothing to fill.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError('method "none" has no prompts to initialize from images')

@@ -11,10 +11,10 @@ from cl_prompts.methods.shared.field_checks import choice
 
 @dataclass
 class NoRGaConfig(HiDePromptConfig):
-    """NoRGa: HiDe-Prompt whose attention towards prompts passes a non-linear residual gate.
+    """NoRGa: HiDe-Prompt with a non-linear residual gate on the attention logits of prompts.
 
     Le et al., "Mixture of Experts Meets Prompt-Based Continual Learning", NeurIPS 2024. Defaults are those of the released
-    scripts (Minhchuyentoancbn/MoE_PromptCL) for CIFAR-100, which train the prompts unmixed.
+    scripts (Minhchuyentoancbn/MoE_PromptCL) for CIFAR-100, which do not mix prompts.
 
     Args:
         gate: activation of the gate: "sigmoid" (released scripts) or "tanh" (default of the released code).
@@ -31,6 +31,6 @@ class NoRGaConfig(HiDePromptConfig):
         choice(self, "gate", ("sigmoid", "tanh"))
         if self.prefix_space != "projected":
             raise ValueError(
-                f"prefix_space={self.prefix_space!r}: the gate works on dot products with prefix keys behind the "
-                'projections; leave it at "projected"'
+                f"prefix_space={self.prefix_space!r}: the gate needs dot products with projected prefix keys; "
+                'leave it at "projected"'
             )

@@ -1,10 +1,10 @@
 """NoRGa: Non-linear Residual Gates (Le et al., "Mixture of Experts Meets Prompt-Based Continual Learning", NeurIPS 2024).
 
-HiDe-Prompt (`pools/hide.py`) with a gate on the attention logit z = q . k / sqrt(d) towards each prefix key:
+HiDe-Prompt (`methods/hide/pool.py`) with a gate on the attention logit z = q . k / sqrt(d) of each prefix key:
 
     z  ->  z + gate(z * a) * b
 
-a and b are scalars of the layer, for all tasks: trained in task 0, then frozen.
+a and b are scalars of a layer for all tasks, trained in the first task and then frozen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "tanh"
 
 @dataclass
 class GatedPrefix:
-    """One layer's prefix with the gate's part of its attention logits; called inside the attention.
+    """One layer's prefix with the gate as a bias of its attention logits; called inside the attention.
 
     Args:
         prefix: keys and values [B, H, P, d].
@@ -39,16 +39,17 @@ class GatedPrefix:
     gate: str
 
     def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
-        """The prefix for attention queries [B, H, N, d]; the gate runs in float32."""
+        """The prefix for attention queries [B, H, N, d]. The gate is computed in float32."""
         with torch.autocast(queries.device.type, enabled=False):
             logits = queries.float() @ self.prefix.k.mT * queries.shape[-1] ** -0.5
             return replace(self.prefix, logit_bias=GATES[self.gate](logits * self.scale[0]) * self.scale[1])
 
 
-class NorgaPool(HidePool, method="norga"):
-    """The NoRGa pool: HiDe-Prompt's tensors and `gate_scale` [layers, 2], a Parameter in task 0, later a buffer."""
+class NorgaPool(HidePool):
+    """The NoRGa pool: HiDe-Prompt's tensors and `gate_scale` [layers, 2], a Parameter in the first task, then a buffer."""
 
-    # The gate learns at the prompts' rate, as released, unless `parameter_groups` is given one for routers.
+    # The gate has the learning rate of the prompts, as in the released code, unless `parameter_groups(routers=...)` is
+    # given.
     roles: ClassVar[dict[str, str]] = {**HidePool.roles, "gate_scale": "routers"}
     gate_scale: Tensor
 
@@ -56,14 +57,14 @@ class NorgaPool(HidePool, method="norga"):
         super().__init__(config, shape)
         self.gate_scale = nn.Parameter(torch.ones(len(config.layers), 2))
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """As HiDe-Prompt; the second task freezes the gate."""
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """As for HiDe-Prompt; the second task freezes the gate."""
         if self.num_tasks == 1:
             learned = self.gate_scale.detach().clone()
             del self.gate_scale
             self.register_buffer("gate_scale", learned)
-        super().begin_task(columns)
+        super().begin_task(class_indices)
 
     def prefix(self, row: int, keys: Tensor, values: Tensor) -> Prefix:
-        """The gated prefix of layer number `row` of the pool."""
+        """The gated prefix of the pool's layer number `row`, for `keys` [B, Lp, D] and `values` [B, Lp, D]."""
         return GatedPrefix(prefix_of(keys, values, self.shape.num_heads), self.gate_scale[row], self.config.gate)

@@ -1,4 +1,4 @@
-"""Checks of config fields; every error names the field, its value and what would do."""
+"""Checks of config fields. Every error is a ValueError that names the field, its value and the values allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cl_prompts.runtime.text import shown
 
 
 def choice(config: Any, name: str, options: tuple[str, ...]) -> None:
-    """The field is one of `options`."""
+    """The field `name` is one of `options`."""
     if getattr(config, name) not in options:
         raise ValueError(f"{name}={shown(getattr(config, name))}: choose one of {list(options)}")
 
@@ -30,7 +30,7 @@ def flag(config: Any, *names: str) -> None:
 
 
 def kind(config: Any, expected: type, called: str, *names: str) -> None:
-    """The fields are None or of a type."""
+    """The fields are None or of the type `expected`, which a message calls `called`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not isinstance(value, expected):
@@ -54,13 +54,13 @@ def positive_number(config: Any, *names: str) -> None:
 
 
 def check_top_k(config: Any) -> None:
-    """No more prompts are chosen than there are."""
+    """`top_k` is at most `pool_size`."""
     if config.top_k > config.pool_size:
         raise ValueError(f"top_k={config.top_k} is larger than pool_size={config.pool_size}: choose at most all prompts")
 
 
 def check_layers(config: Any, *names: str) -> None:
-    """The fields are lists of different block numbers; they are sorted."""
+    """The fields are lists of different block numbers. They are sorted in place."""
     for name in names or ("layers",):
         layers = getattr(config, name)
         if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int and i >= 0 for i in layers):
@@ -71,13 +71,13 @@ def check_layers(config: Any, *names: str) -> None:
 
 
 def no_prompt_readout(config: Any) -> None:
-    """The classifier does not read prompt tokens, of which there are none."""
+    """`readout` is not "prompt", for methods without prompt tokens."""
     if config.readout == "prompt":
         raise ValueError(f'readout="prompt" needs prompt tokens; {config.method} has key/value prefixes: use "auto"')
 
 
 def splits_in_two(config: Any, *names: str) -> None:
-    """The lengths can be split into keys and values."""
+    """The lengths are even, so that they can be split into keys and values."""
     for name in names:
         if getattr(config, name) % 2:
             raise ValueError(f"{name}={getattr(config, name)} cannot be split into keys and values: use an even number")

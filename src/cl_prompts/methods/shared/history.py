@@ -1,27 +1,30 @@
-"""How often each prompt was used, and what follows from it: the routing penalty (HDR) and the update factor (HGM).
+"""How often each prompt was used; Hash's routing penalty (HDR) and update factor (HGM), which depend on it.
 
-Hash, CVPR 2026 (arXiv 2601.20894); L2P eq. 4 uses the same counts.
+Hash, CVPR 2026 (arXiv 2601.20894). L2P eq. 4 uses the same counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.selection import histogram
 from cl_prompts.runtime.distributed import sum_over_processes
 
 
-class ActivationHistory(nn.Module):
-    """Activation counts per task, saved with the adapter.
+class ActivationHistory(TaskTensors):
+    """Activation counts of each task, saved with the adapter.
 
     Args:
-        rows: shape of the counted table behind the pool axis, for instance (layers,) or ().
+        rows: shape of the counts between the axes of tasks and prompts, for instance (layers,) or ().
         pool_size: number of prompts M.
 
-    `counts` is int64 [tasks, *rows, M]: how many images of a task used a prompt.
+    Attributes:
+        counts: how many images of a task used a prompt, int64 [tasks, *rows, M].
     """
 
     counts: Tensor
@@ -31,48 +34,51 @@ class ActivationHistory(nn.Module):
         self.register_buffer("counts", torch.zeros(0, *rows, pool_size, dtype=torch.int64))
 
     def begin_task(self) -> None:
-        """Open the next task's row."""
-        self.make_room(1)
+        """Add the next task's row."""
+        self._add_rows(1)
 
-    def make_room(self, tasks: int) -> None:
-        """Open the rows of so many `tasks`."""
-        self.counts = torch.cat([self.counts, self.counts.new_zeros(tasks, *self.counts.shape[1:])])
+    def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
+        """See `TaskTensors`."""
+        self._add_rows(len(tasks))
 
-    def add(self, ids: Tensor, counted: Tensor) -> None:
-        """Count the choices `ids` [B, *rows, k] of the images where `counted` [B] is True, over all processes."""
-        self.counts[-1] += sum_over_processes(histogram(ids, self.counts.shape[-1], counted))
+    def _add_rows(self, count: int) -> None:
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(count, *self.counts.shape[1:])])
+
+    def add(self, ids: Tensor, first_seen: Tensor) -> None:
+        """Count the selections `ids` [B, *rows, k] of the images where `first_seen` [B] is True, over all processes."""
+        self.counts[-1] += sum_over_processes(histogram(ids, self.counts.shape[-1], first_seen))
 
     def before(self, task: int, decay: float = 1.0) -> Tensor:
-        """Cumulative activations H up to the end of task `task - 1`, float64 [*rows, M].
+        """Cumulative activations H at the end of task `task - 1`, float64 [*rows, M].
 
         Args:
-            task: number of the task about to be trained, from 0.
-            decay: weight of a task's counts one task later.
+            task: number of the task that starts then, from 0.
+            decay: factor on a task's counts for each later task.
         """
         age = torch.arange(task - 1, -1, -1, dtype=self._dtype, device=self.counts.device)
         return torch.tensordot(decay**age, self.counts[:task].to(self._dtype), dims=1)
 
     def before_each(self, decay: float = 1.0) -> Tensor:
-        """`before(task, decay)` of every task so far, with the same `decay`: float64 [tasks, *rows, M]."""
-        task = torch.arange(len(self.counts), dtype=self._dtype, device=self.counts.device)
+        """`before(task, decay)` for every task so far, with one `decay`: float64 [tasks, *rows, M]."""
+        task = torch.arange(self.counts.shape[0], dtype=self._dtype, device=self.counts.device)
         age = task[:, None] - 1 - task
         weight = torch.where(age >= 0, decay ** age.clamp_min(0), 0.0)
         return torch.tensordot(weight, self.counts.to(self._dtype), dims=1)
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Counts stay exact in float64, which Apple's devices lack; float32 is exact up to 16 million images."""
+        """float64, in which counts are exact. Apple's devices lack it; float32 is exact up to 16 million images."""
         return torch.float32 if self.counts.device.type == "mps" else torch.float64
 
 
 def most_activated(history: Tensor, top: int) -> Tensor:
-    """The set A_t as a mask: the `top` most activated of H [..., M] among those used at all (ties: the lower number)."""
+    """The set A_t as a mask: the `top` most activated prompts of H [..., M] that were used; ties: the lower number."""
     order = history.argsort(dim=-1, descending=True, stable=True)[..., :top]
     return torch.zeros_like(history, dtype=torch.bool).scatter(-1, order, True) & (history > 0)
 
 
 def routing_penalty(history: Tensor, config: Any) -> Tensor:
-    """HDR: what is subtracted from a prompt's routing score, phi(H), for H [..., M].
+    """HDR: the penalty phi(H) that is subtracted from a prompt's routing score, for H [..., M].
 
     "constant": delta for the most activated prompts, else 0 (the paper's default). "log": delta * log(1 + H).
     "power": delta * H^alpha. "none": 0.
@@ -106,16 +112,16 @@ def update_factor(history: Tensor, config: Any) -> Tensor:
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a factor: the literal reading of HGM."""
+    """Identity whose gradient is multiplied by a factor: HGM as the paper writes it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, factor: Tensor) -> Tensor:
-        """Pass `values` on."""
+        """Return `values`."""
         ctx.save_for_backward(factor)
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Scale the gradient."""
+        """Scale `gradient` by the factor."""
         (factor,) = ctx.saved_tensors
         return gradient * factor, None

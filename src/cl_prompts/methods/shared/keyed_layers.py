@@ -1,4 +1,4 @@
-"""Prefix layers that each have a pool of prompts with keys, of a fixed size, shared by all tasks."""
+"""Prefix layers with a pool of prompts and keys each, of a fixed size, shared by all tasks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 
 
 class KeyedLayers(PromptPool):
-    """Base of L2P with prefixes and VQ-Prompt: the tensors, and the counts of what was chosen.
+    """Base of L2P with prefixes and VQ-Prompt: the tensors, and the counts of selected prompts.
 
     Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M].
     """
@@ -33,9 +33,9 @@ class KeyedLayers(PromptPool):
         """The config's `layers`."""
         return tuple(self.config.layers)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Open a row of counts."""
-        super().begin_task(columns)
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Add a row of counts."""
+        super().begin_task(class_indices)
         self.history.begin_task()
 
     def prompt_table(self) -> Tensor:
@@ -47,6 +47,6 @@ class KeyedLayers(PromptPool):
         return self.keys
 
     def observe(self, seen: Observation) -> None:
-        """Count which prompts the images of this task use, by layer."""
+        """Count the prompts that the images of this task use, by layer."""
         if seen.ids is not None and self.num_tasks:
-            self.history.add(seen.ids, seen.counted)
+            self.history.add(seen.ids, seen.first_seen)

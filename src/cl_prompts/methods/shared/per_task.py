@@ -1,21 +1,30 @@
-"""Tensors of which each task gets its own: the current one is trained, earlier ones are frozen."""
+"""Tensors that a pool keeps for each task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
-class PerTask(nn.Module):
-    """One tensor per task. Earlier tasks' lie in a buffer, which no optimizer knows: they stay bit-equal.
+class TaskTensors(nn.Module, ABC):
+    """A part of a pool that has tensors for each task."""
+
+    @abstractmethod
+    def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
+        """Allocate the tensors of `tasks` (class indices of each), numbered from `first`; values come from a file."""
+
+
+class PerTask(TaskTensors):
+    """One tensor per task. The current one is trained; those of earlier tasks are frozen in a buffer and stay bit-equal.
 
     Args:
         first: the first task's tensor.
 
     Attributes:
-        current: the current task's, trainable.
+        current: the current task's tensor, trainable.
         earlier: those of earlier tasks, [tasks - 1, *size].
     """
 
@@ -38,9 +47,9 @@ class PerTask(nn.Module):
         fresh = closed.clone() if start is None else start(self.earlier)
         self.current = nn.Parameter(fresh.to(closed), requires_grad=self.current.requires_grad)
 
-    def make_room(self, tasks: int) -> None:
-        """As `next` for so many `tasks`, for values that come from a file."""
-        self.earlier = torch.cat([self.earlier, self.current.detach().expand(tasks, *self.current.shape)])
+    def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
+        """See `TaskTensors`."""
+        self.earlier = torch.cat([self.earlier, self.current.detach().expand(len(tasks), *self.current.shape)])
 
     def all(self) -> Tensor:
         """The tensors of all tasks [tasks, *size], the current one's with gradient."""

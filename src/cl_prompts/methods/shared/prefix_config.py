@@ -1,4 +1,4 @@
-"""Fields that methods with key/value prefixes share."""
+"""Config fields of methods with key/value prefixes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class PrefixPromptConfig(PromptPoolConfig):
     """Base of methods whose prompts are key/value prefixes inside attention.
 
     Args:
-        prefix_space: "projected" (keys and values are learned behind the frozen projections, as all published code does)
-            or "input" (prompts go through them, as the formulas read).
+        prefix_space: "projected" (learned keys and values are used after the frozen projections, as in all published code)
+            or "input" (prompts are projected by them, as in the formulas).
     """
 
     prefix_space: str = "projected"
@@ -27,16 +27,16 @@ class PrefixPromptConfig(PromptPoolConfig):
 
 @dataclass
 class QueriedPrefixConfig(PrefixPromptConfig):
-    """Base of prefix methods that compare a query with keys, in two passes or in one.
+    """Base of prefix methods that compare a query with keys, in two passes or in one stage.
 
     One stage is OS-Prompt's: Kim et al., "One-stage Prompt-based Continual Learning", ECCV 2024.
 
     Args:
-        one_stage: the query of a layer is the CLS token that enters it (the tokens' mean where there is no CLS), without
-            gradient; there is no un-prompted pass, and inference costs one pass.
-        query_regularization: OS-Prompt++'s lambda, in training: pulls each layer's selection towards that of the
-            un-prompted CLS feature, lambda * sum over layers |softmax(cos(q_l, K_l)) - softmax(cos(r, K_l))|^2 (published
-            1e-4). Training then runs the un-prompted pass, inference does not.
+        one_stage: the query of a layer is the CLS token of its input (the mean of the tokens without a CLS), without
+            gradient. There is no un-prompted pass, so inference costs one pass.
+        query_regularization: lambda of OS-Prompt++, in training: the term lambda * sum over layers
+            |softmax(cos(q_l, K_l)) - softmax(cos(r, K_l))|^2 with the un-prompted CLS feature r (published: 1e-4). Training
+            then runs the un-prompted pass; inference does not.
     """
 
     one_stage: bool = False
@@ -48,6 +48,6 @@ class QueriedPrefixConfig(PrefixPromptConfig):
         not_negative(self, "query_regularization")
         if self.query_regularization and not self.one_stage:
             raise ValueError(
-                f"query_regularization={self.query_regularization} regularises one-stage queries: set one_stage=True, or "
+                f"query_regularization={self.query_regularization} regularizes one-stage queries: set one_stage=True, or "
                 "leave it at 0"
             )

@@ -1,4 +1,4 @@
-"""Rows of prompts as key/value prefixes, and the query that a layer makes by itself. Shared by the methods.
+"""Key/value prefixes made of prompt rows, and queries taken from a layer's input.
 
 Letters in shapes: B images, N tokens, D width, H heads, d head width, P prefix rows.
 """
@@ -14,26 +14,26 @@ from cl_prompts.interfaces import PrefixKV
 
 
 def prefix_of(keys: Tensor, values: Tensor, heads: int | None) -> PrefixKV:
-    """A prefix of `keys` [B, P, D] and `values` [B, P, D], cut into `heads`, [B, H, P, d]; None: in the input space."""
+    """A prefix of `keys` and `values` [B, P, D], split into `heads`: [B, H, P, d]. With heads=None in the input space."""
     if heads is None:
         return PrefixKV(keys, values)
     return PrefixKV(*(rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (keys, values)))
 
 
 def split_prefix(rows: Tensor, heads: int | None) -> PrefixKV:
-    """A prefix of prompts, `rows` [B, Lp, D] or [B, k, Lp, D]: the first half of each prompt are keys, the second values.
+    """A prefix of prompts, `rows` [B, Lp, D] or [B, k, Lp, D]: the first half of each prompt is keys, the second is values.
 
-    `heads` as in `prefix_of`.
+    `heads` is as in `prefix_of`.
     """
     keys, values = (half.flatten(1, -2) for half in rows.chunk(2, dim=-2))
     return prefix_of(keys, values, heads)
 
 
 class LayerQuery:
-    """A prefix whose query is what enters its layer (OS-Prompt): the CLS token, or the tokens' mean without one.
+    """A prefix whose query is the CLS token of its layer's input, or the mean of the tokens without one (OS-Prompt).
 
     Args:
-        answer: query [B, D] -> the layer's prefix.
+        answer: function query [B, D] -> the layer's prefix.
         has_cls: whether token 0 is a CLS token.
     """
 
@@ -42,7 +42,7 @@ class LayerQuery:
         self.has_cls = has_cls
 
     def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
-        """The prefix for a block input [B, N, D]; it carries no gradient to the layers below."""
+        """The prefix for a block input [B, N, D]. No gradient flows to the layers below."""
         with torch.autocast(block_input.device.type, enabled=False):
             tokens = block_input.detach().float()
             return self.answer(tokens[:, 0] if self.has_cls else tokens.mean(1))

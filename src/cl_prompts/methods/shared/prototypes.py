@@ -1,13 +1,13 @@
-"""Whose task is this image? That of the class whose un-prompted features it fits best. Shared by the methods.
+"""Task inference by class statistics: an image belongs to the task of the class that its un-prompted feature fits best.
 
-With the mean mu_c of each class, and the images' covariance S around their own class's mean, which all classes share:
+With the mean mu_c of each class and the covariance S of the images around their class means, shared by all classes:
 
     "mean":        score of a class = cosine(q, mu_c)
     "covariance":  score of a class = q' P mu_c - mu_c' P mu_c / 2,   P = inverse of (1 - r) S + r * trace(S) / D * I
 
-The second, the linear discriminant with equal priors, is -1/2 of the squared Mahalanobis distance but for a term that all
-classes share (Hayes & Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis", CVPR-W 2020). A
-task scores as its best class does.
+The second is the linear discriminant with equal priors: -1/2 of the squared Mahalanobis distance up to a term that is the
+same for all classes (Hayes & Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis", CVPR-W
+2020). The score of a task is that of its best class.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cl_prompts.heads.class_means import class_means, class_sums
+from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.selection import normalized
 from cl_prompts.runtime.distributed import sum_over_processes
 
 
-class ClassPrototypes(nn.Module):
-    """Statistics of un-prompted features, saved with the adapter: sums, so that neither order nor batches matter.
+class ClassPrototypes(TaskTensors):
+    """Sums of un-prompted features by class, saved with the adapter. They do not depend on the order of images or tasks.
 
     Args:
         width: size D of the features.
         statistics: "mean" or "covariance".
-        shrinkage: r of the shared covariance in (0, 1]; None: `oas_shrinkage`.
+        shrinkage: r in (0, 1] of the shared covariance; None: `oas_shrinkage`.
 
     Attributes:
-        sum: sums of features, for each class of each task, float64 [rows, D].
-        count: images in each sum, int64 [rows].
-        products: sum of q q' over the images of all rows, float64 [D, D]; for "covariance" only.
-        of: (task, head column) of each row; a class that comes back in a later task gets a row there.
+        sum: sum of the features of each class of each task, float64 [rows, D].
+        count: number of images in each sum, int64 [rows].
+        products: sum of q q' over the images of all rows, float64 [D, D]; only for "covariance".
+        rows: (task, class index) of each row. A class that returns in a later task has a row for each task.
 
-    On Apple's devices, which lack float64, the sums are float32; everywhere else float64.
+    On Apple's devices, which have no float64, the sums are float32.
     """
 
     sum: Tensor
@@ -52,7 +55,7 @@ class ClassPrototypes(nn.Module):
         self.register_buffer("count", torch.zeros(0, dtype=torch.int64))
         if statistics == "covariance":
             self.register_buffer("products", torch.zeros(width, width, dtype=torch.float64))
-        self.of: list[tuple[int, int]] = []
+        self.rows: list[tuple[int, int]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(self.count).device.type == "mps":
@@ -67,66 +70,68 @@ class ClassPrototypes(nn.Module):
     def _sums(self) -> list[tuple[str, Tensor]]:
         return [(name, buffer) for name, buffer in self.named_buffers() if name != "count"]
 
-    def begin_task(self, columns: Sequence[int], task: int) -> None:
-        """Open rows for the classes of task number `task`, which have the head `columns`."""
-        self.make_room([columns], task)
+    def begin_task(self, class_indices: Sequence[int], task: int) -> None:
+        """Add rows for the classes, `class_indices`, of task number `task`."""
+        self.make_room([class_indices], task)
 
     def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
-        """Open rows for the classes of `tasks`, numbered from `first`, each by its head columns."""
-        self.of += [(number, column) for number, columns in enumerate(tasks, start=first) for column in columns]
-        rows = len(self.of) - len(self.count)
-        self.sum = torch.cat([self.sum, self.sum.new_zeros(rows, self.sum.shape[1])])
-        self.count = torch.cat([self.count, self.count.new_zeros(rows)])
+        """See `TaskTensors`."""
+        self.rows += [(number, index) for number, task in enumerate(tasks, start=first) for index in task]
+        added = len(self.rows) - self.count.shape[0]
+        self.sum = torch.cat([self.sum, self.sum.new_zeros(added, self.sum.shape[1])])
+        self.count = torch.cat([self.count, self.count.new_zeros(added)])
 
-    def add(self, query: Tensor, columns: Tensor, counted: Tensor) -> None:
+    def add(self, query: Tensor, targets: Tensor, first_seen: Tensor) -> None:
         """Add images of the newest task, over all processes.
 
         Args:
             query: un-prompted features [B, D].
-            columns: head column of each image's class [B]; images of no class of that task are left out.
-            counted: True where an image counts [B].
+            targets: class index of each image [B]; images of other classes than that task's are left out.
+            first_seen: True for the images to add [B].
         """
-        rows = [row for row, (task, _) in enumerate(self.of) if task == self.of[-1][0]]
-        own = torch.tensor([self.of[row][1] for row in rows], device=columns.device)
-        member = (columns[:, None] == own) & counted[:, None]
-        # Padding may hold anything, and 0 * inf is no number.
-        features = torch.where(member.any(1, keepdim=True), query, 0.0).to(self.sum.dtype)
-        self.sum[rows] += sum_over_processes(member.T.to(features) @ features)
-        self.count[rows] += sum_over_processes(member.sum(0))
+        newest = self.rows[-1][0]
+        rows = [row for row, (task, _) in enumerate(self.rows) if task == newest]
+        classes = [self.rows[row][1] for row in rows]
+        targets = torch.where(first_seen, targets, IGNORE_INDEX)
+        sums, counts = class_sums(query, targets, classes, dtype=self.sum.dtype)
+        self.sum[rows] += sum_over_processes(sums)
+        self.count[rows] += sum_over_processes(counts)
         if self.statistics == "covariance":
+            added = torch.isin(targets, torch.tensor(classes, device=targets.device))
+            features = torch.where(added[:, None], query, 0.0).to(self.sum.dtype)
             self.products += sum_over_processes(features.T @ features)
 
     def covariance(self) -> Tensor:
-        """The shared covariance, shrunk: float64 [D, D]; the identity while it is zero."""
+        """The shared covariance after shrinkage, float64 [D, D]; the identity while it is zero."""
         total, products, count = _float64(self.sum), _float64(self.products), _float64(self.count)
-        # Rows that hold no image sum up to zero. Each mean takes a degree of freedom from the images.
+        # Each class mean uses one degree of freedom. Rows without images have sum 0.
         freedom = (count - 1).clamp_min(0).sum()
-        scatter = products - total.T @ (total / count.clamp_min(1)[:, None])
+        scatter = products - total.T @ class_means(total, count)
         covariance = scatter / freedom.clamp_min(1)
-        scale = covariance.trace() / len(covariance)
+        scale = covariance.trace() / covariance.shape[0]
         shrinkage = oas_shrinkage(covariance, freedom) if self.shrinkage is None else self.shrinkage
-        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
         shrunk = (1 - shrinkage) * covariance + shrinkage * scale * identity
-        # Rounding leaves a trace of images that are all at their class's mean.
+        # If all images lie at their class means, rounding leaves a small trace.
         return torch.where(scale > 1e-12 * products.trace() / count.sum().clamp_min(1), shrunk, identity)
 
     def class_scores(self, query: Tensor) -> Tensor:
-        """How well each feature of `query` [B, D] fits each class of each task: [B, rows]; -inf where no image was seen.
+        """Score of each class of each task for each feature of `query` [B, D]: [B, rows]; -inf for a class without images.
 
         Raises:
-            ValueError: the statistics give no covariance that can be inverted.
+            ValueError: the covariance cannot be inverted.
         """
-        means = self.sum / self.count.clamp_min(1)[:, None]
+        means = class_means(self.sum, self.count)
         if self.statistics == "mean":
             scores = normalized(query) @ normalized(means.to(query.dtype)).T
         else:
-            # Worked out anew for every batch: D^3 / 3 steps cost a fraction of one image's pass through the backbone.
+            # Computed for every batch: D^3 / 3 operations are a fraction of one image's pass through the backbone.
             means = _float64(means)
             factor, failed = torch.linalg.cholesky_ex(self.covariance())
-            if failed:
+            if not torch.compiler.is_compiling() and failed:  # a graph cannot branch on a tensor
                 raise ValueError(
-                    f"covariance_shrinkage={self.shrinkage}: the classes' shared covariance cannot be inverted; shrink it "
-                    "more, or leave that to None"
+                    f"covariance_shrinkage={self.shrinkage}: the classes' shared covariance cannot be inverted; use a "
+                    "larger value, or None"
                 )
             weight = torch.cholesky_solve(means.T, factor)
             exact = _float64(query) @ weight - (means.T * weight).sum(0) / 2
@@ -134,16 +139,17 @@ class ClassPrototypes(nn.Module):
         return scores.masked_fill(self.count == 0, -math.inf)
 
     def task_scores(self, query: Tensor) -> Tensor:
-        """Score of each task's best class for each feature of `query` [B, D]: [B, tasks]; -inf where no image was seen."""
+        """Score of each task's best class for `query` [B, D]: [B, tasks]; -inf for a task without images."""
         scores = self.class_scores(query)
-        tasks = torch.tensor([task for task, _ in self.of], device=query.device)
-        best = scores.new_full((len(query), self.of[-1][0] + 1), -math.inf)
-        return best.scatter_reduce(1, tasks.expand(len(query), -1), scores, "amax")
+        tasks = torch.tensor([task for task, _ in self.rows], device=query.device)
+        best = scores.new_full((query.shape[0], self.rows[-1][0] + 1), -math.inf)
+        return best.scatter_reduce(1, tasks.expand(query.shape[0], -1), scores, "amax")
 
     def nearest_tasks(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The `k` best tasks of each feature of `query` [B, D]: [B, k], best first, of equal ones the lower number.
+        """The `k` best tasks of each feature of `query` [B, D], and the scores of all tasks.
 
-        And `task_scores`.
+        Returns:
+            Task numbers [B, k], best first, of equal scores the lower number; and `task_scores` [B, tasks].
         """
         scores = self.task_scores(query)
         return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
@@ -154,17 +160,17 @@ class ClassPrototypes(nn.Module):
 
 
 def oas_shrinkage(covariance: Tensor, images: Tensor) -> Tensor:
-    """How far to shrink a covariance [D, D] of so many Gaussian vectors towards the scaled identity: in (0, 1].
+    """Shrinkage in (0, 1] of a covariance [D, D], estimated from so many `images`, towards the scaled identity.
 
-    OAS: Chen et al., "Shrinkage Algorithms for MMSE Covariance Estimation", IEEE TSP 58(10), 2010, eq. 23. Unlike Ledoit
-    and Wolf's it needs no fourth moments, so it follows from running sums.
+    OAS: Chen et al., "Shrinkage Algorithms for MMSE Covariance Estimation", IEEE TSP 58(10), 2010, eq. 23. Unlike
+    Ledoit and Wolf's it needs no fourth moments, so running sums suffice.
     """
-    width = len(covariance)
+    width = covariance.shape[0]
     square, trace2 = covariance.square().sum(), covariance.trace().square()
     below = (images + 1 - 2 / width) * (square - trace2 / width)
     return torch.where(below > 0, ((1 - 2 / width) * square + trace2) / below, 1.0).clamp(max=1)
 
 
 def _float64(values: Tensor) -> Tensor:
-    """A tensor in float64, on the CPU where its device has none."""
+    """A tensor in float64; on the CPU if its device has no float64."""
     return (values.cpu() if values.device.type == "mps" else values).double()

@@ -1,4 +1,4 @@
-"""Prefixes chosen by comparing a query with keys: in two passes (the un-prompted feature asks) or in one (OS-Prompt)."""
+"""Prefixes selected by a query: the un-prompted feature (two passes), or each layer's own CLS token (one stage)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from cl_prompts.methods.shared.prefixes import LayerQuery
 
 
 class QueriedPool(PromptPool):
-    """Base of the methods whose config is a `QueriedPrefixConfig`.
+    """Base of methods whose config is a `QueriedPrefixConfig`.
 
-    One stage (Kim et al., "One-stage Prompt-based Continual Learning", ECCV 2024, OS-Prompt): each layer's query is the CLS
-    token that enters it. OS-Prompt++ adds, in training, lambda * |softmax(scores of q_l) - softmax(scores of r)|^2 per
-    layer and image, r being the un-prompted feature.
+    One stage (Kim et al., "One-stage Prompt-based Continual Learning", ECCV 2024, OS-Prompt): each layer's query q_l is the
+    CLS token of its input. OS-Prompt++ adds, in training, lambda * |softmax(scores of q_l) - softmax(scores of r)|^2 per
+    layer and image, for the un-prompted feature r.
     """
 
     @property
     def needs_query(self) -> bool:
-        """The un-prompted pass; with one-stage queries only for their regularisation, in training."""
+        """True for two-stage queries. One-stage queries need it only in training, for their regularization."""
         if not self.config.one_stage:
             return True
         return self.training and self.config.query_regularization > 0
 
     @abstractmethod
     def score(self, row: int, query: Tensor) -> Tensor:
-        """What layer number `row` of the pool chooses by, for each `query` [B, D]: [B, M]."""
+        """Selection scores of the pool's layer number `row` for each `query` [B, D]: [B, M]."""
 
     def per_layer(
         self, layers: list[int], answer: Callable[[int, Tensor], PrefixKV], batch: PoolInput
     ) -> dict[int, Prefix]:
-        """Each layer's prefix, or for one-stage queries the function that makes it inside the layer.
+        """Each layer's prefix; for one-stage queries, the function that makes it inside the layer.
 
         Args:
             layers: block numbers.
-            answer: (row in `layers`, query [B, D]) -> prefix.
-            batch: the pool's input.
+            answer: function (row in `layers`, query [B, D]) -> prefix.
+            batch: input of the pool.
         """
         if not self.config.one_stage:
             assert batch.query is not None
@@ -60,10 +60,10 @@ class QueriedPool(PromptPool):
         return {layer: inside(row) for row, layer in enumerate(layers)}
 
     def pull(self, chosen_scores: Tensor) -> LossPart:
-        """The term that pulls keys to queries, from the chosen keys' cosines, `chosen_scores` [B, k].
+        """The key loss, from the cosines of the selected keys, `chosen_scores` [B, k].
 
-        `key_loss` "similarity": -lambda * sum of the cosines, mean over images (L2P eq. 5). "distance": lambda * sum of
-        1 - cosine, added up over the batch (CODA-Prompt's repository).
+        With `key_loss` "similarity": -lambda * sum of the cosines, mean over images (L2P eq. 5). With "distance": lambda *
+        sum of 1 - cosine, summed over the batch (CODA-Prompt's repository).
         """
         weight = self.config.pull_coefficient
         if self.config.key_loss == "similarity":

@@ -1,4 +1,4 @@
-"""Fields of the methods that can tell an image's task by class statistics (`pools.prototypes`)."""
+"""Config fields of methods that can infer the task of an image from class statistics (`ClassPrototypes`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig
 
 @dataclass
 class TaskInferenceConfig(PrefixPromptConfig):
-    """Base of prefix methods that can infer the task from un-prompted features, at test. Both fields are ours.
+    """Base of prefix methods that can infer an image's task at test, from its un-prompted feature. The fields are ours.
 
     Args:
-        task_statistics: an image belongs to the task of the class that its un-prompted feature fits best, by "mean"
-            (largest cosine with the class mean) or by "covariance" (smallest Mahalanobis distance from the class mean,
-            under one covariance for all classes; it adds 8 * width^2 bytes to the adapter: 4.7 MB for ViT-B).
-        covariance_shrinkage: r in (0, 1] of (1 - r) S + r * trace(S) / width * I; 1 compares Euclidean distances. None: OAS
-            (Chen et al., IEEE TSP 2010), from the statistics themselves.
+        task_statistics: how the best class, and with it the task, of a feature is found: "mean" (largest cosine with the
+            class mean) or "covariance" (smallest Mahalanobis distance from the class mean, with one covariance for all
+            classes; adds 8 * width^2 bytes to the adapter, 4.7 MB for ViT-B).
+        covariance_shrinkage: r in (0, 1] of (1 - r) S + r * trace(S) / width * I; with 1, distances are Euclidean. None:
+            OAS (Chen et al., IEEE TSP 2010), from the statistics themselves.
     """
 
     task_statistics: str = "mean"
     covariance_shrinkage: float | None = None
 
-    # The field, and its value, by which a method infers tasks from class statistics; None: it always does.
+    # Field and value with which a method infers tasks from class statistics; None: it always does.
     infers_task_by: ClassVar[tuple[str, str] | None] = None
 
     def __post_init__(self) -> None:
@@ -48,5 +48,5 @@ class TaskInferenceConfig(PrefixPromptConfig):
 
     @property
     def infers_task(self) -> bool:
-        """Whether the task of an image is inferred from class statistics."""
+        """Whether tasks are inferred from class statistics."""
         return self.infers_task_by is None or getattr(self, self.infers_task_by[0]) == self.infers_task_by[1]

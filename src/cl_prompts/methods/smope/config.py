@@ -18,24 +18,25 @@ from cl_prompts.methods.shared.field_checks import (
 
 @dataclass
 class SMoPEConfig(PromptPoolConfig):
-    """SMoPE: one prefix shared by all tasks, whose rows are experts that each head chooses from.
+    """SMoPE: one prefix per layer for all tasks, whose rows are experts; each head selects some of them.
 
     Le et al., "One-Prompt Strikes Back: Sparse Mixture of Experts for Prompt-based Continual Learning", ICLR 2026. Defaults
     are those of the released CIFAR-100 script (AdamW, experts at five times the head's rate). Its ImageNet-R scripts have
     epsilon 0.7 / 0.5 / 0.3, router_weight 1e-4 / 5e-5 / 1e-4 and prototype_weight 1e-5 / 1e-4 / 5e-5 for 5 / 10 / 20 tasks.
 
-    Not done here: the released code trains task 0 twice, first for half the epochs with all experts in use (top_k =
-    pool_size). Its last stage, which re-trains the classifier on class statistics, is no part of the pool.
+    Not included: the released code trains the first task twice, first for half the epochs with all experts (top_k =
+    pool_size), and retrains the classifier on class statistics in a last stage.
 
     Args:
-        pool_size: experts of a head, in each layer (the released "prompt length" of 50 is 25 keys and 25 values).
-        top_k: experts that a head uses for an image.
+        pool_size: number of experts E of a head (the released "prompt length" of 50 is 25 keys and 25 values).
+        top_k: number of experts K that a head selects for an image.
         layers: blocks that get experts, from 0.
-        prompt_init: how experts start, as in `L2PConfig`; "unit_uniform" in the released code.
-        epsilon: in training, what an expert that was frequently used in earlier tasks loses in the choice, in units of the
-            range of the image's scores; also the margin of the router loss.
-        router_weight: weight of the loss that sharpens the choice.
-        prototype_weight: weight of the loss that keeps the choice of earlier tasks; their keys stand for their images.
+        prompt_init: initial values of the experts, as in `L2PConfig`; "unit_uniform" in the released code.
+        epsilon: penalty, in training, on the score of an expert that earlier tasks used frequently, in units of the range
+            of the image's scores; also the margin of the router loss.
+        router_weight: weight of the router loss, which sharpens the selection.
+        prototype_weight: weight of the prototype loss, which preserves the selection of earlier tasks. It uses their keys
+            in place of their images.
     """
 
     method: str = "smope"
@@ -48,7 +49,7 @@ class SMoPEConfig(PromptPoolConfig):
     prototype_weight: float = 1e-5
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2509.24483",)
-    has_keys: ClassVar[bool] = False  # an expert is found by its prefix key
+    has_keys: ClassVar[bool] = False  # an expert is selected by its prefix key
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,19 +1,19 @@
 """SMoPE: sparse mixture of prompt experts (Le et al., "One-Prompt Strikes Back", ICLR 2026).
 
-Each prefix layer has E rows of keys and values, shared by all tasks. Head h's part of row e is one of that head's experts,
-(k_e, v_e). With the attention queries q_n of an image's N tokens in that head:
+Each prefix layer has E rows of keys and values, shared by all tasks. The slice of row e for head h is one of that head's
+experts, (k_e, v_e). With the attention queries q_n of an image's N tokens in that head:
 
-    score_e = mean over n of q_n . k_e                               one pass, no query feature
-    chosen  = the K largest of score_e - pen_e * (max score - min score)
-    the attention logit of every token towards a chosen expert is score_e / sqrt(d); its value is v_e
+    score_e  = mean over n of q_n . k_e                              one pass, no query feature
+    selected = the K largest of score_e - pen_e * (max score - min score)
+    the attention logit of every token for a selected expert is score_e / sqrt(d); its value is v_e
 
-pen_e is, in training, epsilon for experts that earlier tasks used frequently; at test 2, which excludes, for experts that
-no task used. The training loss adds, for each layer and head, with CE over the E experts and summed over the K ranks:
+In training, pen_e is epsilon for experts that earlier tasks used frequently. At test it is 2, which excludes an expert, for
+experts that no task used. The training loss adds, for each layer and head, with CE over the E experts, summed over K ranks:
 
-    router:     CE(score + epsilon * range where not chosen, chosen), mean over images
+    router:     CE(score + epsilon * range if not selected, selected), mean over images
     prototype:  CE(u . keys, the K largest of u . old keys), mean over u = old keys of frequently used experts
 
-Old keys are those at the end of the previous task.
+Old keys are the keys at the end of the previous task.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from torch.nn import functional as F
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prefix, PrefixKV, Prompts
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.selection import histogram
 from cl_prompts.runtime.distributed import sum_over_processes
 
 
-EXCLUDED = 2.0  # penalty in units of the scores' range; as released
+EXCLUDED = 2.0  # penalty in units of the range of the scores, as in the released code
 
 
 @dataclass
 class ExpertRouter:
-    """Chooses each head's experts of one layer; called inside the attention.
+    """Selects each head's experts of one layer; called inside the attention.
 
     Args:
         keys: expert keys [H, E, d].
         values: expert values [H, E, d].
-        penalty: what an expert loses in the choice, in units of the scores' range [H, E].
+        penalty: penalty on each expert's score, in units of the range of the scores [H, E].
         top_k: experts per head.
         epsilon: margin of the router loss.
         loss_weight: weight of the router loss, 0 at test.
@@ -59,20 +59,20 @@ class ExpertRouter:
     loss_weight: float
 
     def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
-        """The prefix for attention queries [B, H, N, d]; scores and choice run in float32."""
+        """The prefix for attention queries [B, H, N, d]. Scores and selection are in float32."""
         with torch.autocast(queries.device.type, enabled=False):
             mean = queries.mean(2, dtype=torch.float32)
             scores = torch.einsum("bhd,hed->bhe", mean, self.keys)
             span = (scores.amax(2, keepdim=True) - scores.amin(2, keepdim=True)).detach()
             ids = (scores.detach() - self.penalty * span).topk(self.top_k, dim=2).indices
-            chosen = scores.gather(2, ids)
+            selected = scores.gather(2, ids)
             heads, experts, width = self.values.shape
             first = experts * torch.arange(heads, device=ids.device)[:, None]
             values = F.embedding(ids + first, self.values.flatten(0, 1))
-            # Zero keys leave the whole attention logit to the bias, which is the same for all tokens.
-            bias = (chosen / math.sqrt(width))[:, :, None].expand(-1, -1, queries.shape[2], -1)
+            # Keys are zero, so that the attention logit is the bias, which is the same for all tokens.
+            bias = (selected / math.sqrt(width))[:, :, None].expand(-1, -1, queries.shape[2], -1)
             losses = {"router": LossPart(self._loss(scores, ids, span), "mean")} if self.loss_weight else {}
-        weights = chosen.detach()
+        weights = selected.detach()
         return PrefixKV(torch.zeros_like(values), values, bias, ids=ids, weights=weights, scores=scores, losses=losses)
 
     def _loss(self, scores: Tensor, ids: Tensor, span: Tensor) -> Tensor:
@@ -85,14 +85,14 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.shape[-1] * logits.logsumexp(-1) - logits.gather(-1, targets).sum(-1)
 
 
-class SMoPEPool(PromptPool, method="smope"):
+class SMoPEPool(PromptPool):
     """The pool.
 
-    An image counts once per task and head for each of its K best experts, without penalty, as its newest complete pass saw
-    it: the released code counts in a pass of its own at the end of the task.
+    For each head, an image counts once per task for each of its K best experts, without penalty, as selected in the newest
+    complete pass over the task's images. The released code counts in an extra pass at the end of the task.
 
-    Tensors: `expert_keys` and `expert_values` [layers, E, D], whose rows each head takes its part of; `history.counts`
-    [tasks, layers, H, E]; `old_keys` [layers, E, D], with a prototype loss only.
+    Tensors: `expert_keys` and `expert_values` [layers, E, D], of which each head uses a slice of D; `history.counts`
+    [tasks, layers, H, E]; `old_keys` [layers, E, D], only with a prototype loss.
     """
 
     roles: ClassVar[dict[str, str]] = {"expert_keys": "prompts", "expert_values": "prompts"}
@@ -107,12 +107,12 @@ class SMoPEPool(PromptPool, method="smope"):
         self.history = ActivationHistory((len(config.layers), shape.num_heads), config.pool_size)
         if config.prototype_weight:
             self.register_buffer("old_keys", torch.zeros(*size))
-        # Choices of images that were counted before in this task, until they make up a complete pass.
+        # Counts of images that this task has shown before, until they make up a complete pass.
         self.register_buffer("again", torch.zeros_like(self.history.counts.sum(0)), persistent=False)
 
     @property
     def needs_query(self) -> bool:
-        """One pass."""
+        """False: one pass is enough."""
         return False
 
     @property
@@ -120,9 +120,9 @@ class SMoPEPool(PromptPool, method="smope"):
         """The config's `layers`."""
         return tuple(self.config.layers)
 
-    def begin_task(self, columns: Sequence[int]) -> None:
-        """Open a row of counts and keep the keys as they are now."""
-        super().begin_task(columns)
+    def begin_task(self, class_indices: Sequence[int]) -> None:
+        """Add a row of counts and keep a copy of the keys."""
+        super().begin_task(class_indices)
         self.history.begin_task()
         self.again.zero_()
         if self.config.prototype_weight:
@@ -146,10 +146,10 @@ class SMoPEPool(PromptPool, method="smope"):
         return answer
 
     def frequently_used(self) -> Tensor:
-        """Experts that were used at least as often as the mean used one, at the end of any earlier task [layers, H, E]."""
+        """Experts used at least as often as the mean of the used ones, at the end of any earlier task [layers, H, E]."""
         counts = self.history.counts[: max(self.num_tasks - 1, 0)].cumsum(0)
         used = counts > 0
-        # count >= sum / number of used experts, in whole numbers
+        # count >= sum / number of used experts, in integers
         return (used & (counts * used.sum(-1, keepdim=True) >= counts.sum(-1, keepdim=True))).any(0)
 
     def prompt_table(self) -> Tensor:
@@ -158,13 +158,13 @@ class SMoPEPool(PromptPool, method="smope"):
         return pairs.flatten(0, 1)
 
     def observe(self, seen: Observation) -> None:
-        """Count each head's best experts, without penalty."""
+        """Count each head's K best experts, without penalty."""
         if seen.scores is None or not self.num_tasks:
             return
         ids = seen.scores.topk(self.config.top_k, dim=-1).indices
         experts = seen.scores.shape[-1]
-        known = torch.zeros_like(seen.counted) if seen.real is None else seen.real & ~seen.counted
-        new, again = sum_over_processes(torch.stack([histogram(ids, experts, who) for who in (seen.counted, known)]))
+        images = (seen.first_seen, seen.valid & ~seen.first_seen)
+        new, again = sum_over_processes(torch.stack([histogram(ids, experts, which) for which in images]))
         row, again = self.history.counts[-1] + new, self.again + again
         complete = again.sum() >= row.sum()
         self.history.counts[-1] = torch.where(complete, again, row)
@@ -176,13 +176,13 @@ class SMoPEPool(PromptPool, method="smope"):
 
 
 def prototype_loss(keys: Tensor, old_keys: Tensor, frequent: Tensor, k: int) -> Tensor:
-    """Cross entropy of the experts' choice by old keys, summed over ranks, heads and layers, meaned over frequent experts.
+    """Cross entropy of the selection by old keys, summed over ranks, heads and layers, mean over frequent experts.
 
     Args:
         keys: [layers, H, E, d], with gradient.
-        old_keys: likewise, of the end of the previous task.
-        frequent: whose old keys stand for images [layers, H, E].
-        k: experts chosen.
+        old_keys: keys at the end of the previous task, same shape.
+        frequent: experts whose old keys are used in place of images [layers, H, E].
+        k: number of selected experts.
     """
     targets = (old_keys @ old_keys.mT).topk(k, dim=-1).indices
     each = cross_entropies(old_keys @ keys.mT, targets)

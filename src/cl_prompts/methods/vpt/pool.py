@@ -1,11 +1,11 @@
 """VPT: Visual Prompt Tuning (Jia et al., ECCV 2022): one prompt for all tasks and images.
 
-Shallow: P tokens join the sequence before block 0 and pass through all blocks. Deep: P new tokens enter each block, in
-place of what the block before made of its own.
+Shallow: P tokens are inserted before block 0 and pass through all blocks. Deep: P new tokens enter each block and replace
+the prompt outputs of the block before.
 
-Deep prompts need no place in the sequence. A block's prompt tokens reach the others only through its attention, as further
-keys and values behind the block's norm; their own outputs are dropped. So they are a prefix in the input space, and the
-block computes neither their queries nor their MLP.
+Deep prompts are computed without a longer sequence. A block's prompt tokens influence the others only through its
+attention, as further keys and values after the block's norm, and their own outputs are dropped. They are therefore a prefix
+in the input space, and their queries and their MLP need not be computed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape, PoolInput, PrefixKV, Prompts
 from cl_prompts.methods.pool import PromptPool
-from cl_prompts.methods.shared.initialisation import initial
+from cl_prompts.methods.shared.initialization import initial
 
 
-class VPTPool(PromptPool, method="vpt"):
+class VPTPool(PromptPool):
     """The pool. Tensor: `prompts` [layers (1 if shallow), P, D], trained by every task."""
 
     roles: ClassVar[dict[str, str]] = {"prompts": "prompts"}
@@ -38,12 +38,12 @@ class VPTPool(PromptPool, method="vpt"):
 
     @property
     def needs_query(self) -> bool:
-        """Nothing is asked."""
+        """False: nothing is selected."""
         return False
 
     @property
     def layers(self) -> Sequence[int]:
-        """Blocks with prompts of their own: none if shallow."""
+        """Blocks with their own prompts; none if shallow."""
         return self._layers
 
     def forward(self, batch: PoolInput) -> Prompts:

@@ -19,22 +19,22 @@ from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig
 
 @dataclass
 class VQPromptConfig(PrefixPromptConfig):
-    """VQ-Prompt: the pool's prompts are mixed, and the mixture is snapped to the nearest of them.
+    """VQ-Prompt: the prompts of a pool are mixed, and the mixture is quantized to the nearest of them.
 
     Jiao et al., "Vector Quantization Prompting for Continual Learning", NeurIPS 2024. Defaults are those of the released
-    code, which trains prompts and keys at five times the head's rate (AdamW without weight decay). Its second stage, which
-    re-balances the classifier on class statistics, is no part of the pool.
+    code, which trains prompts and keys at five times the head's rate (AdamW without weight decay). Its second stage,
+    which rebalances the classifier on class statistics, is not included.
 
     Args:
-        pool_size: prompts M of a layer, shared by all tasks; nothing is frozen.
-        prompt_length: rows of one prompt; the first half are keys, the second half values.
+        pool_size: number of prompts M of a layer, shared by all tasks and never frozen.
+        prompt_length: rows of one prompt; the first half is keys, the second half is values.
         layers: blocks that get prefixes, from 0; each has its own pool.
         prompt_init: as in `L2PConfig`; "unit_uniform" in the released code.
-        key_init: likewise.
-        temperature: tau; the scores are divided by it before the softmax. The query is not normalised, so tau is on the
-            scale of the features.
-        soft_to_hard_weight: weight of the squared distance that pulls the mixture to the prompt it is snapped to.
-        hard_to_soft_weight: weight of the squared distance that pulls that prompt to the mixture.
+        key_init: as `prompt_init`.
+        temperature: tau; divides the scores before the softmax. The query is not normalized, so tau is on the scale of the
+            features.
+        soft_to_hard_weight: weight of the squared distance that moves the mixture to its nearest prompt.
+        hard_to_soft_weight: weight of the squared distance that moves the nearest prompt to the mixture.
     """
 
     method: str = "vq_prompt"

@@ -1,12 +1,12 @@
 """VQ-Prompt: Vector Quantization Prompting for Continual Learning (Jiao et al., NeurIPS 2024).
 
 Each prefix layer has a pool of M prompts P_m [Lp, D] with keys k_m [D]. For an image with query q (un-prompted feature, not
-normalised):
+normalized):
 
     alpha = softmax(q . k_m / |k_m| / tau)
     soft  = sum_m alpha_m P_m
     hard  = the P_m with the smallest squared distance to soft
-    prefix = hard in value, soft in gradient (straight through): keys and all mixed prompts learn from the cross entropy
+    prefix = value of hard, gradient of soft (straight through): keys and all mixed prompts learn from the cross entropy
     loss  = CE + sum over layers (0.4 mse(soft, hard as constant) + 0.1 mse(hard, soft as constant))
 
 The pool is shared by all tasks and nothing is frozen.
@@ -26,11 +26,11 @@ from cl_prompts.methods.shared.prefixes import split_prefix
 from cl_prompts.methods.shared.selection import normalized
 
 
-class VQPromptPool(KeyedLayers, method="vq_prompt"):
+class VQPromptPool(KeyedLayers):
     """The pool. Tensors: `prompts` [layers, M, Lp, D], `keys` [layers, M, D], `history.counts` [tasks, layers, M]."""
 
     def forward(self, batch: PoolInput) -> Prompts:
-        """Each layer's mixture, snapped to the nearest prompt."""
+        """Each layer's mixture, quantized to the nearest prompt."""
         query = batch.query
         assert query is not None
         prefixes: dict[int, Prefix] = {layer: self._layer(row, query, batch) for row, layer in enumerate(self.layers)}
@@ -55,9 +55,9 @@ class VQPromptPool(KeyedLayers, method="vq_prompt"):
 
 
 def nearest_prompt(mixtures: Tensor, prompts: Tensor) -> Tensor:
-    """Number of the prompt [M, n] nearest to each mixture [B, n]: [B]; of equally near ones the lowest.
+    """Index of the prompt [M, n] nearest to each mixture [B, n]: [B]; of equal distances the lowest index.
 
-    Differences are squared and added up directly, without a [B, M, n] tensor: |a|^2 - 2ab + |b|^2 would lose the small
-    distances of a pool whose prompts have grown alike, and could tell equal prompts apart by rounding.
+    Squared differences are summed directly, without a tensor [B, M, n]. |a|^2 - 2ab + |b|^2 would lose the small distances
+    between similar prompts, and rounding could separate equal ones.
     """
     return torch.cdist(mixtures, prompts, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

@@ -1,4 +1,4 @@
-"""How prompts and keys start."""
+"""Initial values of prompts and keys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def initial(init: str, *size: int) -> nn.Parameter:
 
     Args:
         init: "uniform" U(-1, 1), "unit_uniform" U[0, 1), "small_uniform" U[0, 0.01), "normal" (std 0.02), "zeros", or
-            "lower_layer": along the first axis, each slice is the one before plus normal noise (std 0.02); the first is
-            "uniform".
+            "lower_layer": the first slice of the first axis is "uniform", each other one is the slice before plus normal
+            noise (std 0.02).
         size: its shape.
     """
     values = torch.empty(*size)
@@ -33,14 +33,14 @@ def initial(init: str, *size: int) -> nn.Parameter:
 
 
 def gram_schmidt(rows: Tensor, earlier: Tensor) -> Tensor:
-    """CODA-Prompt's start of new components: random rows, made orthogonal to all rows before them, of length 1.
+    """Initial values of new CODA-Prompt components: random rows, orthogonalized to all rows before them, of length 1.
 
-    One pass of classical Gram-Schmidt, as released: the projections are taken of the raw row. Rows that `earlier` rows and
-    those before them leave no room for (more rows than dimensions) stay in the direction they were drawn in.
+    One pass of classical Gram-Schmidt, as in the released code: all projections are taken of the raw row. A row that has no
+    orthogonal part left (more rows than dimensions) keeps its random direction.
 
     Args:
         rows: random rows [n, F].
-        earlier: rows that are in use, of any length [m, F]; rows of zeros are ignored.
+        earlier: rows in use, of any length [m, F]; rows of zeros are ignored.
 
     Returns:
         [n, F].
@@ -50,7 +50,7 @@ def gram_schmidt(rows: Tensor, earlier: Tensor) -> Tensor:
     for row in rows:
         coefficients = (basis @ row) / basis.square().sum(1).clamp_min(1e-12)
         rest = row - coefficients @ basis
-        # Rows that fill the space leave rounding noise or, once some of them are not orthogonal, a copy of one of those.
+        # Rows that span the space leave rounding noise or, if some of them are not orthogonal, a copy of one of them.
         room = (basis.square().sum(1) > 0).sum() < row.numel()
         rest = torch.where(room & (rest.norm() > 1e-4 * row.norm()), rest, row)
         done.append(rest / rest.norm().clamp_min(1e-12))

@@ -7,15 +7,12 @@ import pytest
 import torch
 from support.families import build, inputs
 from support.methods import METHODS
+from support.tensors import draw
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, VPTConfig, get_prompt_pool_model
-from cl_prompts.methods.shared.regularisers import alignment, collapse, diversity, orthogonality
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+from cl_prompts import PromptPoolModel, get_prompt_pool_model
+from cl_prompts.methods.shared.regularizers import alignment, collapse, diversity, orthogonality
 
 
 def everyone(count: int) -> Tensor:
@@ -165,15 +162,6 @@ def test_they_join_the_loss_and_move_what_they_are_about(method: str) -> None:
         assert set(model.eval()(IMAGES, labels=LABELS).losses) == {"cross_entropy"}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name]().selects])
-def test_padding_counts_nowhere(method: str) -> None:
-    whole = taught(method, entropy_weight=0.7)(IMAGES[:3], labels=LABELS[:3])
-    padded = torch.cat([IMAGES[:1], 9 * IMAGES[3:], IMAGES[1:3]])
-    labels = torch.tensor([LABELS[0], -100, LABELS[1], LABELS[2]])
-    found = taught(method, entropy_weight=0.7)(padded, labels=labels)
-    assert_close(found.losses["collapse"], whole.losses["collapse"], atol=1e-6, rtol=1e-5)
-
-
 def test_a_few_steps_do_what_they_say() -> None:
     model = taught("l2p", diversity_weight=5.0, alignment_weight=5.0)
     optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=0.05))
@@ -187,18 +175,3 @@ def test_a_few_steps_do_what_they_say() -> None:
         optimizer.zero_grad()
     for name in ("diversity", "alignment"):
         assert losses[-1][name] < 0.5 * losses[0][name]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: HashPromptConfig(alignment_weight=0.1), r"alignment_weight=0.1: hash has no keys to align; leave it at 0"),
-        (lambda: L2PConfig(alignment_weight=0.1, key_type="prompt_mean"), r"needs learned keys: set key_type="),
-        (lambda: L2PConfig(entropy_weight=1.0, key_type="none", top_k=10), r"selects nothing; leave it at 0"),
-        (lambda: VPTConfig(diversity_weight=0.1), r"diversity_weight=0.1: vpt has one prompt; leave it at 0"),
-        (lambda: L2PConfig(diversity_weight=-1.0), r"diversity_weight=-1.0 must be a finite number of at least 0"),
-    ],
-)
-def test_weights_that_make_no_sense(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -1,9 +1,11 @@
-"""Loss terms on prompts, keys and selections that any pool can use (`diversity_weight` and the like of a config).
+"""Loss terms on prompts, keys and selections, for any pool (`diversity_weight` and the like in a config).
 
 Letters in shapes: L groups (layers), M prompts of a group, D width.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -21,36 +23,37 @@ def orthogonality(vectors: Tensor) -> Tensor:
 def diversity(prompts: Tensor) -> Tensor:
     """Mean squared cosine between different prompts of a group, for `prompts` [L, M, n], averaged over groups: a scalar.
 
-    0 when they are orthogonal, 1 when they have collapsed onto one direction; unlike `orthogonality`, blind to length.
+    0 if the prompts are orthogonal, 1 if they have one direction. Unlike `orthogonality` it does not depend on their
+    length.
     """
     count = prompts.shape[1]
     if count < 2:
         return prompts.sum() * 0
     unit = normalized(prompts)
-    # X X^T and X^T X have one sum of squares; the smaller one is made, so that a large pool costs no [M, M].
+    # X X^T and X^T X have the same sum of squares. The smaller one is used, so that a large pool needs no [M, M].
     gram = unit @ unit.mT if count <= unit.shape[2] else unit.mT @ unit
     return (gram.square().sum((1, 2)) - count).mean() / (count * (count - 1))
 
 
 def alignment(prompts: Tensor, keys: Tensor) -> Tensor:
-    """Mean of 1 - cosine between each prompt's mean row and its key, a scalar.
+    """Mean of 1 - cosine between each prompt's mean row and its key: a scalar.
 
-    For `prompts` [L, M, rows, D] and `keys` [L or 1, M, D].
+    `prompts` are [L, M, rows, D], `keys` [L or 1, M, D].
     """
     return 1 - (normalized(prompts.mean(2)) * normalized(keys)).sum(-1).mean()
 
 
-def collapse(scores: Tensor, counted: Tensor) -> Tensor:
-    """log M - entropy of the mean selection softmax(scores) over the global batch's images, a scalar: 0 when spread evenly.
+def collapse(scores: Tensor, valid: Tensor) -> Tensor:
+    """log M - entropy of softmax(scores) averaged over the images of the global batch: a scalar, 0 for an even selection.
 
     Args:
-        scores: [B, ..., M]; further axes (layers, heads) are averaged over.
-        counted: True for real images [B].
+        scores: [B, ..., M]; the term is averaged over further axes (layers, heads).
+        valid: True for real images [B].
     """
-    real = counted.view(-1, *[1] * (scores.dim() - 1))
-    p = torch.where(real, scores.float(), 0.0).softmax(-1) * real  # padding may hold anything, and 0 * nan is no number
+    real = valid.view(-1, *[1] * (scores.dim() - 1))
+    p = torch.where(real, scores.float(), 0.0).softmax(-1) * real  # padding may hold NaN, and 0 * NaN is NaN
     everywhere = gather_with_gradient(p)
-    images = gather_with_gradient(counted.float()[:, None]).sum().clamp_min(1)
+    images = gather_with_gradient(valid.float()[:, None]).sum().clamp_min(1)
     mean = everywhere.sum(0) / images
     entropy = -(mean * mean.clamp_min(1e-12).log()).sum(-1)
-    return (torch.log(torch.tensor(float(scores.shape[-1]))) - entropy).mean()
+    return (math.log(scores.shape[-1]) - entropy).mean()

@@ -7,15 +7,12 @@ import torch
 from support.families import build, inputs
 from support.golden_harness import Case
 from support.methods import METHODS
+from support.tensors import draw
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.methods.shared.initialisation import gram_schmidt, initial
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+from cl_prompts.methods.shared.initialization import gram_schmidt, initial
 
 
 def new_model(family: str = "vit", config: Any = None) -> PromptPoolModel:

@@ -51,16 +51,6 @@ FORBIDDEN: dict[str, set[str]] = {
 }
 MATHEMATICS = {"torch", "math", "__future__", "collections", "dataclasses", "typing", "abc", "cl_prompts"}
 
-<<<<<<< HEAD
-# Violations that stood when this test was written; entries may only be removed.
-KNOWN: set[str] = {
-    "tuner/sharding.py imports model",
-}
-KNOWN_CIRCLES = 0
-KNOWN_LONG: set[str] = set()
-
-=======
->>>>>>> main
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts

@@ -39,7 +39,7 @@ def step(variant: str, options: argparse.Namespace) -> int:
         vit.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_prompt_pool_model(vit, PromptPoolConfig(method=options.method, **METHODS[options.method]))
     model.begin_task(range(10))
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-3))
     model.attach_optimizer(optimizer)
     images, labels = torch.randn(options.batch, 3, 224, 224), torch.arange(options.batch) % 10
     query = None

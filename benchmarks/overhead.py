@@ -47,7 +47,7 @@ def through_the_library(vit: Any, images: torch.Tensor, labels: torch.Tensor) ->
     """The same step with an adapter."""
     model = get_prompt_pool_model(vit, VPTConfig(prompt_length=5)).train()
     model.begin_task(range(10))
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-3))
     model.attach_optimizer(optimizer)
 
     def step() -> None:

@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTModel
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
 from cl_prompts.continual import freed_memory_kept
 from cl_prompts.evaluation.report import machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -97,7 +97,7 @@ def measure(
         if task < tasks - 1:
             model.end_task()
     labels = (torch.arange(len(images)) % 10 + 10 * (tasks - 1)).to(options.device)
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-3))
     model.attach_optimizer(optimizer)
     query = torch.randn(len(images), vit.config.hidden_size, device=options.device) if model.needs_query else None
 
@@ -170,8 +170,8 @@ def main() -> None:
             numbers.append({"method": name, "batch": batch, "seconds": found})
             print(rows[-1], flush=True)
     if options.output:
-        write_whole(options.output / "speed.md", "\n".join([*head, *rows]) + "\n")
-        write_whole(options.output / "speed.json", json.dumps({"settings": settings, "found": numbers}, indent=1))
+        write_atomically(options.output / "speed.md", "\n".join([*head, *rows]) + "\n")
+        write_atomically(options.output / "speed.json", json.dumps({"settings": settings, "found": numbers}, indent=1))
 
 
 if __name__ == "__main__":

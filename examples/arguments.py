@@ -20,7 +20,7 @@ from cl_prompts.methods import METHODS
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
-PAIRS = ("config", "lrs", "optimizer_options")  # lists of name=value, mappings in recipes
+PAIRS = ("config", "learning_rates", "optim_args")  # lists of name=value, mappings in recipes
 
 
 def setting(default: Any, text: str) -> Any:
@@ -74,27 +74,31 @@ class Arguments:
 
     method: str = setting(
         "hash",
-        f"a prompt method ({', '.join(sorted(METHODS))}) or a comparison learner ({', '.join(sorted(BASELINES))})",
+        f"a prompt method ({', '.join(sorted(METHODS))}) or a baseline ({', '.join(sorted(BASELINES))})",
     )
-    also: list[str] = field(
+    extra_classifiers: list[str] = field(
         default_factory=list,
-        metadata={"help": f"further classifiers measured on the same features: {', '.join(sorted(CLASSIFIERS))}"},
+        metadata={"help": f"classifiers that are measured too, on the same features: {', '.join(sorted(CLASSIFIERS))}"},
     )
     config: list[str] = field(default_factory=list, metadata={"help": "its own settings: pool_size=20 layers=[0,1,2]"})
 
-    epochs: int = setting(5, "epochs per task")
+    num_train_epochs: int = setting(5, "epochs per task")
     batch_size: int = setting(64, "images of an optimizer step, over all processes")
-    accumulation: int = setting(1, "parts that a batch is cut into: less memory, for most methods the same step")
-    optimizer: str = setting("adam", "adam, adamw or sgd, anew for every task")
-    optimizer_options: list[str] = field(
+    gradient_accumulation_steps: int = setting(
+        1, "parts that a batch is cut into: less memory, for most methods the same step"
+    )
+    optim: str = setting("adam", "adam, adamw or sgd, anew for every task")
+    optim_args: list[str] = field(
         default_factory=list, metadata={"help": "further options of torch's optimizer: weight_decay=0.01"}
     )
     keep_optimizer: bool = setting(False, "carry the optimizer's state from task to task")
-    lr: float = setting(5e-3, "learning rate")
-    lrs: list[str] = field(default_factory=list, metadata={"help": "other rates by group: head=1e-3 prompts=1e-2"})
-    clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
-    schedule: str = setting("constant", "constant, cosine, linear or coda, anew for every task")
-    warmup: int = setting(0, "steps of a linear warm-up of every task")
+    learning_rate: float = setting(5e-3, "learning rate")
+    learning_rates: list[str] = field(
+        default_factory=list, metadata={"help": "other rates by group: head=1e-3 prompts=1e-2"}
+    )
+    max_grad_norm: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    lr_scheduler_type: str = setting("constant", "constant, cosine, linear or coda, anew for every task")
+    warmup_steps: int = setting(0, "steps of a linear warm-up of every task")
     mixed_precision: str = setting("no", "no, bf16 or fp16")
     cache_queries: bool = setting(
         True, "compute un-prompted features once where images come again (no --augment, or --views)"
@@ -108,9 +112,9 @@ class Arguments:
     memory_batch_size: int | None = setting(None, "rehearsed images that join each batch; default: batch_size")
     forward_transfer: bool = setting(False, "evaluate a task also before it is trained, where its classes are known")
     seed: int = setting(0, "seed of everything")
-    workers: int = setting(0, "loader processes")
-    log_every: int = setting(20, "steps between two lines of the log")
-    checkpoint_every: int = setting(100, "steps between two checkpoints; 0: only after every task")
+    dataloader_num_workers: int = setting(0, "loader processes")
+    logging_steps: int = setting(20, "steps between two lines of the log")
+    save_steps: int = setting(100, "steps between two checkpoints; 0: only after every task")
     trackers: list[str] = field(
         default_factory=list, metadata={"help": "tensorboard, wandb, trackio, ... besides log.jsonl"}
     )
@@ -126,13 +130,13 @@ class Arguments:
         return bool(self.memory_size or self.memory_per_class)
 
     def of_trainer(self) -> ContinualArguments:
-        """What the trainer is told.
+        """The trainer's settings.
 
         Raises:
             ValueError: a setting is out of range.
         """
         own = {f.name: getattr(self, f.name) for f in fields(ContinualArguments) if f.name != "output_dir"}
-        own |= {name: pairs(own[name]) for name in ("lrs", "optimizer_options")}
+        own |= {name: pairs(own[name]) for name in ("learning_rates", "optim_args")}
         return ContinualArguments(output_dir=str(self.folder), **own)
 
 
@@ -157,7 +161,7 @@ def read_arguments(line: Sequence[str] | None = None) -> Arguments:
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in PAIRS})
     arguments: Arguments = parser.parse_args_into_dataclasses(words)[0]
     # What a recipe says in pairs is of its own method (or optimizer); the command line changes single ones.
-    owner = {"config": "method", "lrs": "method", "optimizer_options": "optimizer"}
+    owner = {"config": "method", "learning_rates": "method", "optim_args": "optim"}
     for name in PAIRS:
         same = getattr(arguments, owner[name]) == settings.get(owner[name], getattr(Arguments(), owner[name]))
         setattr(arguments, name, merged(settings.get(name, []) if same else [], getattr(arguments, name)))
@@ -171,7 +175,7 @@ def check(arguments: Arguments) -> None:
         ("scenario", SCENARIOS),
         ("method", sorted({*METHODS, *BASELINES})),
         ("trackers", [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]),
-        ("also", sorted(CLASSIFIERS)),
+        ("extra_classifiers", sorted(CLASSIFIERS)),
     ):
         given = getattr(arguments, name)
         absent = sorted(set(given if isinstance(given, list) else [given]) - set(known))

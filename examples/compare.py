@@ -4,7 +4,7 @@
     python examples/compare.py rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
 The YAML (of examples/recipes, or a file) has `settings`, arguments of all runs, and `rows`: the name of a row in the table,
-and its arguments, like `L2P: {recipe: l2p_cifar100_mini, clip: 1.0}`. Arguments that this script does not know go to every
+and its arguments, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know go to every
 run and have the last word. Each run is a process and a folder of its own: one that fails is named below the table
 and loses no other; called again, complete runs are read and killed ones go on. Rows with another number of tasks than most
 stand in tables of their own.
@@ -33,7 +33,7 @@ from run_folder import described, differences, is_complete, read_results
 
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
@@ -87,7 +87,7 @@ def read_rows(name: str) -> dict[str, dict[str, Any]]:
 
 
 def as_line(settings: Mapping[str, Any]) -> list[str]:
-    """{"lr": 0.1, "config": {"top_k": 2}} -> ["--lr", "0.1", "--config", "top_k=2"]; what is empty has no words."""
+    """{"seed": 1, "config": {"top_k": 2}} -> ["--seed", "1", "--config", "top_k=2"]; what is empty has no words."""
     words = []
     for name, value in settings.items():
         entries = [f"{k}={as_word(v)}" for k, v in value.items()] if isinstance(value, dict) else value
@@ -111,9 +111,9 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
     twice = sorted({run.row for run in runs if folders.count(run.folder) > 1})
     if twice:
         sys.exit(f"rows {twice} or their seeds would share a results folder: give them names that differ in letters")
-    taken = {f"{run.row} + {classifier}" for run in runs for classifier in run.arguments.also} & set(rows)
+    taken = {f"{run.row} + {classifier}" for run in runs for classifier in run.arguments.extra_classifiers} & set(rows)
     if taken:
-        sys.exit(f"rows {sorted(taken)} are named like another row with a classifier of its `also`: give them other names")
+        sys.exit(f"rows {sorted(taken)} are named like another row with an extra classifier: give them other names")
     return runs
 
 
@@ -152,17 +152,16 @@ def execute(run: Run, launcher: list[str], threads: int) -> None:
 
 
 def read_run(run: Run) -> dict[str, Result]:
-    """What a complete run reached, by the names that results.json has; nothing, and an error, if that is damaged."""
+    """Results of a complete run, by the names in results.json; none, and an error, if that is damaged."""
     try:
-        content, matrices = read_results(run.folder)
+        record = read_results(run.folder)
     except ValueError as error:
         run.error = str(error)
         return {}
-    seconds, trainable = float(content["arguments"]["seconds"]), content["trainable"]
     method, seed = run.arguments.method, run.arguments.seed
     return {
-        name: Result(name, matrix, seed, trainable.get(name), seconds if name == method else None)
-        for name, matrix in matrices.items()
+        name: Result(name, matrix, seed, record.trainable.get(name), record.seconds if name == method else None)
+        for name, matrix in record.results.items()
     }
 
 
@@ -205,7 +204,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
     numbers: dict[str, dict[str, Any]] = {}
     for result in [*results, *others]:
         numbers.setdefault(result.learner, {})[str(result.seed)] = result.matrix.to_dict()
-    write_whole(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
+    write_atomically(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
     failed = [f"- {run.row}, seed {run.arguments.seed}: {run.error}" for run in runs if run.error]
     missing = [f"- {run.row}, seed {run.arguments.seed}" for run in runs if not run.done and not run.error]
     seconds = sum(result.seconds or 0 for result in [*results, *others])
@@ -226,7 +225,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
         sections.append("![curves](curves.png)")
     sections.append(f"## Repeat it\n\n```sh\n{command}\n```\n\nA run of each row:")
     sections.append("```sh\n" + "\n".join(list(commands.values())[::-1]) + "\n```")
-    write_whole(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+    write_atomically(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
 
 
 def other_tables(others: list[Result]) -> list[str]:

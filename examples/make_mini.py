@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, Features, Image
 from images import load_image_data
 
-from cl_prompts.storage.atomic import replacing
+from cl_prompts.storage.staging import staging_folder
 
 
 def first_of_each(rows: Dataset, label_column: str, count: int) -> Dataset:
@@ -68,7 +68,7 @@ def make(source: str, output: Path, train: int, test: int, image_column: str | N
         split: self_contained(first_of_each(rows, data.label_column, count), *columns)
         for split, (rows, count) in parts.items()
     }
-    with replacing(output) as folder:
+    with staging_folder(output) as folder:
         for split, rows in small.items():
             rows.to_parquet(str(folder / f"{split}.parquet"))
     for split, rows in small.items():

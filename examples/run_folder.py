@@ -1,4 +1,4 @@
-"""The results folder of a run: run.json says what was run and is written first, results.json ends it."""
+"""The results folder of a run: run.json describes the run and is written first, results.json, its record, last."""
 
 import json
 import sys
@@ -8,16 +8,16 @@ from typing import Any
 
 from arguments import Arguments, as_dict
 
-from cl_prompts.continual import AccuracyMatrix
 from cl_prompts.evaluation.report import PAGE, machine
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
+from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 
 
-RUN, RESULTS = "run.json", "results.json"
+RUN = "run.json"
 # All that a run writes; results.json last, so that a folder that has it is complete.
 FILES = (
     RUN,
-    RESULTS,
+    RESULTS_FILE,
     PAGE,
     "matrix.csv",
     "log.jsonl",
@@ -29,7 +29,7 @@ FILES = (
 )
 # Arguments that change nothing about the results.
 NOT_OF_THE_RUN = (
-    *("output", "recipe", "resume", "trackers", "workers", "log_every", "checkpoint_every"),
+    *("output", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
     *("query_cache", "query_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -83,39 +83,36 @@ def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:
 
     The log and the checkpoints are the trainer's, who clears them itself.
     """
-    if (folder / RESULTS).exists() and not resume:
-        (folder / RESULTS).unlink()
+    if (folder / RESULTS_FILE).exists() and not resume:
+        (folder / RESULTS_FILE).unlink()
     if resume and (folder / RUN).exists():
         then, now = json.loads((folder / RUN).read_text()).get("versions", {}), run["versions"]
         changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
         if changed:
             print(f"resumed under other versions ({', '.join(changed)}): results may differ from an uninterrupted run's")
-    write_whole(folder / RUN, json.dumps(run, indent=1))
+    write_atomically(folder / RUN, json.dumps(run, indent=1))
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the run in the folder has come to its end."""
-    return (folder / RESULTS).is_file()
+    return (folder / RESULTS_FILE).is_file()
 
 
-def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, AccuracyMatrix]]:
-    """results.json as it is, and its accuracy matrices by learner.
+def read_results(folder: Path) -> RunRecord:
+    """The record of a complete run; the first of its learners is the one that was trained.
 
     Raises:
         ValueError: the file is damaged.
     """
-    file = folder / RESULTS
+    file = folder / RESULTS_FILE
     try:
-        content = json.loads(file.read_text())
-        matrices = {name: AccuracyMatrix.from_dict(values) for name, values in content["results"].items()}
-        own = content["arguments"]["method"]
-        for matrix in (matrices[own], *matrices.values()):
+        record = RunRecord.load(file)
+        for matrix in record.results.values():
             matrix.summary()
-        for number in (content["arguments"]["seconds"], *content["trainable"].values()):
-            float(number)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if record.seconds is None or next(iter(record.results)) not in record.trainable:
+            raise ValueError("it has no seconds or no number of trained parameters")
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}): remove it, the run then goes on from its last "
-            "checkpoint when it is resumed"
+            f"{file} is damaged ({error}): remove it, the run then continues from its last checkpoint when it is resumed"
         ) from error
-    return content, matrices
+    return record

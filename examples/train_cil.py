@@ -1,4 +1,4 @@
-"""Continual learning with a prompt pool on a frozen vision transformer, or with a comparison learner.
+"""Continual learning with a prompt pool on a frozen vision transformer, or with a baseline.
 
     accelerate launch examples/train_cil.py                                   # digits on the micro ViT, two minutes
     accelerate launch examples/train_cil.py --model google/vit-base-patch16-224-in21k --dataset path/to/images
@@ -11,10 +11,10 @@ The results folder holds settings, log, checkpoints, the accuracy matrix, a page
 References on features of the untrained backbone stand in the table: what does not beat them is not worth its training.
 """
 
-import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import Arguments, as_dict, pairs, read_arguments
 from images import ToTensor, load_stream
-from run_folder import RESULTS, begin, described, is_complete, read_results, refuse_another_run
+from run_folder import begin, described, is_complete, read_results, refuse_another_run
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
-from cl_prompts.baselines import BASELINES, JointStream, get_comparison_learner
+from cl_prompts.baselines import BASELINES, get_baseline
 from cl_prompts.continual import (
     AccuracyMatrix,
     ContinualTrainer,
     CropAndFlip,
+    Evaluation,
     FrozenFeatures,
+    IndexedStream,
+    JointStream,
     ProgressBar,
     Stream,
     closed_form,
@@ -46,7 +49,7 @@ from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
 from cl_prompts.sharing.run_record import RunRecord
-from cl_prompts.storage.atomic import replacing, write_whole
+from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -89,24 +92,24 @@ def build_stream(args: Arguments, processor: Any) -> Stream:
 
 
 def build_learner(args: Arguments, stream: Stream) -> Any:
-    """A prompt pool on a frozen backbone, or a comparison learner on one that may be trained."""
+    """A prompt pool on a frozen backbone, or a baseline on one that may be trained."""
     options = pairs(args.config)
     backbone = load_backbone(args.model, args.attention)
     if stream.task_free:
         options = {"num_labels": max(stream.classes) + 1} | options
     if args.method in BASELINES:
-        return get_comparison_learner(args.method, backbone, **options)
+        return get_baseline(args.method, backbone, **options)
     options = {"classifier_seed": args.seed} | options
     if stream.task_free:
         options = {"class_mask": "batch"} | options
     return get_prompt_pool_model(backbone, PromptPoolConfig(method=args.method, **options))
 
 
-def side_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifier]:
-    """Classifiers beside the learner's own, on its features."""
+def extra_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifier]:
+    """Classifiers that are measured too, on the learner's features."""
     frozen = learner.features.frozen if args.method in BASELINES else learner.adapter.config.drift == "none"
     found: dict[str, FeatureClassifier] = {}
-    for name in args.also:
+    for name in args.extra_classifiers:
         make: Any = CLASSIFIERS[name]
         seed = {"seed": args.seed} if "seed" in signature(make).parameters else {}
         found[name] = make(learner.head.weight.shape[1], drift="none" if frozen else "affine", **seed)
@@ -115,17 +118,25 @@ def side_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifi
 
 def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
     """Un-prompted features of all training and all test images by row number, each [rows, D]; asked of all processes."""
-    return trainer.frozen_features(train=True).cpu(), trainer.frozen_features(train=False).cpu()
+    provider = trainer.feature_provider
+    return provider.frozen_features(train=True).cpu(), provider.frozen_features(train=False).cpu()
 
 
-def references(train: torch.Tensor, test: torch.Tensor, stream: Stream, args: Arguments) -> dict[str, AccuracyMatrix]:
+def references(
+    train: torch.Tensor, test: torch.Tensor, stream: IndexedStream, args: Arguments
+) -> dict[str, AccuracyMatrix]:
     """Learners without prompts on the frozen features of the same images, with the head's own learning rate."""
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
     )
-    lr = pairs(args.lrs).get("head", args.lr)
-    settings: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": lr, "seed": args.seed}
+    rate = pairs(args.learning_rates).get("head", args.learning_rate)
+    settings: dict[str, Any] = {
+        "num_train_epochs": args.num_train_epochs,
+        "batch_size": args.batch_size,
+        "learning_rate": rate,
+        "seed": args.seed,
+    }
     found = {"sequential linear probe": sequential_probe(data, **settings)}
     options = pairs(args.config)
     if options.get("head") == "cosine":
@@ -138,15 +149,16 @@ def references(train: torch.Tensor, test: torch.Tensor, stream: Stream, args: Ar
     return found
 
 
-def report_selection(trainer: ContinualTrainer, folder: Path) -> tuple[str, list[Path]]:
-    """Which prompts the last evaluation chose for which task: a few lines and a picture, none where none are chosen."""
-    chosen = [m.prompt_ids for m in trainer.measured if m.prompt_ids is not None]
+def report_selection(evaluations: Sequence[Evaluation], learner: Any, folder: Path) -> tuple[str, list[Path]]:
+    """Which prompts were chosen for which task: a few lines and a picture; nothing for learners that choose none."""
+    chosen = [e.prompt_ids for e in evaluations if e.prompt_ids is not None]
     if not chosen:
         return "", []
+    prompts = learner.adapter.pool.prompt_table().detach()
     tasks = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(ids) for ids in chosen]))
-    size = trainer.model.adapter.pool.prompt_table().shape[1]
+    size = prompts.shape[1]
     counts = selection_counts(torch.cat(chosen), tasks, size)
-    similarity = prompt_similarity(trainer.model) if size <= 1000 else None  # one number for every two prompts
+    similarity = prompt_similarity(prompts) if size <= 1000 else None  # one number for every two prompts
     return selection_summary(counts, similarity), [draw_selection(counts, similarity, folder)]
 
 
@@ -158,13 +170,11 @@ def main() -> None:
     refuse_another_run(described(args), folder)
     if args.resume and is_complete(folder):
         try:
-            content, matrices = read_results(folder)
+            record = read_results(folder)
         except ValueError as error:
             sys.exit(str(error))
-        print(comparison_table([Result(name, matrix, args.seed) for name, matrix in matrices.items()]))
-        print(
-            f"the run in {folder} was complete ({content['arguments']['seconds']:.0f} s); without --resume it starts over"
-        )
+        print(comparison_table([Result(name, matrix, args.seed) for name, matrix in record.results.items()]))
+        print(f"the run in {folder} was complete ({record.seconds:.0f} s); without --resume it starts over")
         return
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision, project_dir=folder)
@@ -174,7 +184,7 @@ def main() -> None:
     learner = build_learner(args, stream)
     if args.shard_backbone:
         shard_frozen_blocks(learner.to(accelerator.device))
-    run = described(args, stream=stream.fingerprint(), learner=learner.describe(), processes=accelerator.num_processes)
+    run = described(args, stream=stream.fingerprint(), learner=learner.fingerprint(), processes=accelerator.num_processes)
     refuse_another_run(run, folder)
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
     trainer = ContinualTrainer(
@@ -184,28 +194,29 @@ def main() -> None:
         accelerator=accelerator,
         callbacks=[ProgressBar()],
         trackers=args.trackers,
-        classifiers=side_classifiers(args, learner),
+        classifiers=extra_classifiers(args, learner),
     )
     accelerator.wait_for_everyone()  # all have looked at the folder before it is written to
     if accelerator.is_main_process:
         begin(run, folder, resume=args.resume)
     untrained = None
-    if stream.random_access and not trainer.viewer.base_is_frozen:
+    if isinstance(stream, IndexedStream) and not trainer.feature_provider.base_is_frozen:
         untrained = features_of(trainer)  # now: afterwards they are those of a base that has learnt
     before = time.perf_counter() - started
-    matrix = trainer.train(resume=args.resume)
+    trainer.train(resume=args.resume)
     trained = time.perf_counter()
 
-    matrices = {args.method: matrix}
-    matrices |= {f"{args.method} + {name}": found for name, found in trainer.side.matrices.items()}
-    if stream.random_access:
+    result = trainer.result()
+    matrices = {args.method: result.matrix}
+    matrices |= {f"{args.method} + {name}": found for name, found in result.extra_matrices.items()}
+    if isinstance(stream, IndexedStream):
         matrices |= references(*(untrained or features_of(trainer)), stream, args)
     skipped = own_stream.count_skipped()
     accelerator.state.destroy_process_group()  # what follows is for one
     if not accelerator.is_main_process:
         return
-    seconds = before + trainer.progress.seconds + time.perf_counter() - trained
-    trainable = {args.method: sum(p.numel() for p in learner.parameters() if p.requires_grad)}
+    seconds = before + result.seconds + time.perf_counter() - trained
+    trainable = {args.method: result.trainable_parameters}
     results = [Result(name, found, args.seed, trainable.get(name)) for name, found in matrices.items()]
     print(f"\n{comparison_table(results)}\n\n{remarks(results)}\n")
     if skipped:
@@ -214,8 +225,8 @@ def main() -> None:
     settings = as_dict(args) | {"seconds": round(seconds, 1), "processes": accelerator.num_processes, "skipped": skipped}
     command = f"accelerate launch examples/train_cil.py {shlex.join(sys.argv[1:])}".strip()
     data = f"{', '.join(args.dataset)} ({stream.scenario})"
-    matrix.to_csv(folder / "matrix.csv")
-    selection, pictures = report_selection(trainer, folder)
+    result.matrix.to_csv(folder / "matrix.csv")
+    selection, pictures = report_selection(result.evaluations, learner, folder)
     run_page(
         folder,
         results,
@@ -224,33 +235,27 @@ def main() -> None:
         data=data,
         arguments=settings,
         seconds=seconds,
-        measured=trainer.measured,
+        evaluations=result.evaluations,
         selection=selection,
         plots=[*draw(matrices, folder), *pictures],
     )
+    record = RunRecord.of(
+        result,
+        args.method,
+        results=matrices,
+        data=data,
+        datasets=[name for name in args.dataset if "/" in name and not Path(name).exists()],
+        command=command,
+        settings=settings,
+        seconds=round(seconds, 1),
+    )
     if args.method in BASELINES:
-        with replacing(folder / "adapter", "preprocessor_config.json") as whole:
-            learner.save_pretrained(whole)
-            processor.save_pretrained(whole)
+        with staging_folder(folder / "adapter") as staging:
+            learner.save_pretrained(staging)
+            processor.save_pretrained(staging)
     else:
-        on_the_hub = [name for name in args.dataset if "/" in name and not Path(name).exists()]
-        record = RunRecord.of(
-            trainer,
-            args.method,
-            results=matrices,
-            data=data,
-            datasets=on_the_hub,
-            command=command,
-            settings=settings,
-            seconds=seconds,
-        )
         learner.save_pretrained(folder / "adapter", record=record, pictures=pictures, image_processor=processor)
-    content = {
-        "arguments": settings,
-        "trainable": trainable,
-        "results": {name: found.to_dict() for name, found in matrices.items()},
-    }
-    write_whole(folder / RESULTS, json.dumps(content, indent=1))
+    record.save(folder, None)  # last: a folder that has it is complete
     print(f"{seconds:.0f} s; results, plots and adapter in {folder}")
 
 

@@ -21,8 +21,8 @@ from cl_prompts.sharing.base_models import BASE_FOLDER, built_bytes
 from cl_prompts.sharing.card import hub_base
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
-from cl_prompts.storage.adapter_files import adapter_folder, commit_of, further_file
-from cl_prompts.storage.hub_errors import explained
+from cl_prompts.storage.adapter_files import find_adapter
+from cl_prompts.storage.hub_errors import explain_hub_errors
 
 
 HERE = Path(__file__).resolve().parent
@@ -118,28 +118,27 @@ def open_files(paths: Sequence[str | Path]) -> OpenPool:
 
 def _opened(source: str | Path, name: str) -> OpenPool:
     _check_room()
-    folder = adapter_folder(source, max_bytes=MAX_ADAPTER_BYTES, **PUBLIC)
-    where = PUBLIC | {"revision": commit_of(source, folder)}
-    config = PromptPoolConfig.from_pretrained(folder)
+    files = find_adapter(source, max_bytes=MAX_ADAPTER_BYTES, **PUBLIC)
+    config = PromptPoolConfig.from_pretrained(files)
     on_micro_vit = config.state.base_fingerprint == micro_vit_fingerprint()
     if not on_micro_vit:
-        _check_base(config, str(source) if isinstance(source, str) else None, where["revision"])
-    facts = describe_adapter(source, **where) | {"adapter": name}
+        _check_base(config, files.repo_id, files.commit)
+    facts = describe_adapter(files) | {"adapter": name}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         pipe = PromptPoolPipeline.from_pretrained(
-            source,
+            files,
             base=str(MICRO_VIT) if on_micro_vit else None,
             is_trainable=True,
             max_adapter_bytes=MAX_ADAPTER_BYTES,
-            **where,
+            **PUBLIC,
         )
-    results = further_file(source, RESULTS_FILE, max_bytes=MAX_RESULTS_BYTES, **where)
+    results = files.further_file(RESULTS_FILE, MAX_RESULTS_BYTES)
     record = RunRecord.load(results) if results is not None else None
     if record is not None and record.weights_sha256 != config.state.weights_sha256:
         record = None  # it speaks of other weights
-    picture = further_file(source, PICTURE, max_bytes=MAX_PICTURE_BYTES, **where) if record is not None else None
+    picture = files.further_file(PICTURE, MAX_PICTURE_BYTES) if record is not None else None
     pipe.model.eval()
     pool = OpenPool(
         name,
@@ -173,7 +172,7 @@ def _check_base(config: PromptPoolConfig, repo_id: str | None, revision: str | N
         raise ValueError("the adapter names no base model on the Hub, and it was not made on this page's own")
     if constants.is_offline_mode():  # nothing is fetched then
         return
-    with explained(base):
+    with explain_hub_errors(base):
         commit = revision if inside else config.revision
         found = HfApi(token=False).model_info(base, revision=commit, files_metadata=True)
     files = [file for file in found.siblings or () if file.rfilename.endswith(".safetensors")]

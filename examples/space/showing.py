@@ -142,7 +142,7 @@ def _histograms(pool: OpenPool, counts: Tensor) -> str:
             + "</span>"
             for prompt, column in enumerate(zip(*table, strict=True))
         )
-        adapter = pool.model.adapter
+        adapter: Any = pool.model.adapter
         title = row_name(adapter, adapter.pool.history.counts.shape[1:-1], row) or "the pool"
         drawn.append(f'<figure><figcaption>{title}</figcaption><div class="bars">{bars}</div></figure>')
     legend = "".join(

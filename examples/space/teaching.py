@@ -83,13 +83,12 @@ def teach(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, ti
     if len(images) < MIN_IMAGES:
         raise ValueError(f"{len(images)} pictures are too few: give at least {MIN_IMAGES}")
     with pool.lock:
-        tensors, values = pool.model.training_state()
-        before = {key: tensor.clone() for key, tensor in tensors.items()}, copy.deepcopy(values)
+        before = copy.deepcopy(pool.model.training_state_dict())
         mask = pool.model.adapter.config.class_mask
         try:
             said = _taught(pool, name, images, way, tick)
         except BaseException:
-            pool.model.load_training_state(*before)
+            pool.model.load_training_state_dict(before)
             raise
         finally:
             pool.model.adapter.config.class_mask = mask
@@ -156,7 +155,7 @@ class Lesson:
 def _look(model: Any, lesson: Lesson) -> int:
     """Let the method count and take its statistics, as in training, but take no step."""
     model.train()
-    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.0)))
+    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.0)))
     for batch in lesson.batches():
         model(**batch)
     return 0
@@ -169,7 +168,7 @@ def _train(model: Any, lesson: Lesson, tick: Tick) -> tuple[int, float]:
     """
     model.adapter.config.class_mask = "none"  # alone in its task, the class would have nothing to learn from
     model.train()
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=LR))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=LR))
     model.attach_optimizer(optimizer)
     with ExitStack() as hooks:
         for parameter in model.head.parameters():

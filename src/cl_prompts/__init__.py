@@ -20,7 +20,7 @@ from cl_prompts.methods import (
     VPTConfig,
     VQPromptConfig,
 )
-from cl_prompts.model import PromptPoolModel, extract_features, extract_hidden_states, get_prompt_pool_model
+from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.pipeline import PromptPoolPipeline
 from cl_prompts.tuner.tuner import PromptPoolTuner
@@ -49,6 +49,5 @@ __all__ = [
     "VQPromptConfig",
     "__version__",
     "extract_features",
-    "extract_hidden_states",
     "get_prompt_pool_model",
 ]

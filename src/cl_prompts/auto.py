@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.model import PromptPoolModel
 from cl_prompts.sharing.base_models import load_base
-from cl_prompts.storage.adapter_files import WHERE, adapter_folder
+from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
 
 
 class AutoPromptPoolModel:
     """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter.
 
     Raises:
-        TypeError: somebody tried to make one; it only loads.
+        TypeError: on an attempt to make an instance.
     """
 
     def __init__(self) -> None:
-        raise TypeError("AutoPromptPoolModel is not made, it makes: call AutoPromptPoolModel.from_pretrained(adapter)")
+        raise TypeError("AutoPromptPoolModel has no instances: call AutoPromptPoolModel.from_pretrained(adapter)")
 
     @classmethod
     def from_pretrained(
         cls,
-        model_id: str | os.PathLike[str],
+        model_id: AdapterSource,
         adapter_name: str = "default",
         is_trainable: bool = False,
         *,
@@ -39,7 +37,7 @@ class AutoPromptPoolModel:
         Only model classes of transformers itself are built, from safetensors; no code of a repository is run.
 
         Args:
-            model_id: folder or Hub id of the adapter.
+            model_id: folder or Hub id of the adapter, or the files that `find_adapter` found.
             adapter_name: name of the adapter in the model.
             is_trainable: whether training goes on.
             strict_base: a base with other weights is an error instead of a warning.
@@ -52,17 +50,14 @@ class AutoPromptPoolModel:
             ValueError: the adapter is damaged, or names no base that can be loaded here.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
-        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
-        subfolder = kwargs.pop("subfolder", None)
+        hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
-        folder = adapter_folder(model_id, subfolder, max_bytes=limit, **where)
-        config = PromptPoolConfig.from_pretrained(folder)
-        shared = {name: where[name] for name in ("token", "cache_dir", "local_files_only") if name in where}
-        remote = not Path(model_id, subfolder or "").exists()
-        base = load_base(config, folder, os.fspath(model_id) if remote else None, **shared, **kwargs)
+        files = find_adapter(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **hub)
+        shared = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+        base = load_base(PromptPoolConfig.from_pretrained(files), files, **shared, **kwargs)
         return PromptPoolModel.from_pretrained(
             base,
-            folder,
+            files,
             adapter_name,
             is_trainable,
             strict_base=strict_base,

@@ -19,8 +19,7 @@ from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.push import push_folder
 
 
-# What our code and the libraries below it raise for files, networks, devices and memory. Anything else is a bug of ours,
-# whose traceback somebody will need.
+# Errors of files, networks, devices and memory. Any other error is a bug, and its traceback is shown.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
@@ -36,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = given.run
     try:
-        with _told_on_stderr():
+        with _warnings_on_stderr():
             code = run(given)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `cl-prompts ... | head`: nobody listens any more, at the exit neither
+    except BrokenPipeError:  # `cl-prompts ... | head`: the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     push.set_defaults(run=_push)
     push.add_argument("folder", metavar="DIR", help="folder written by save_pretrained or by a training run")
     push.add_argument("repo_id", metavar="ID", help="name on the Hub, like me/birds")
-    push.add_argument("--private", action="store_true", default=None, help="only you and your organisation see it")
+    push.add_argument("--private", action="store_true", default=None, help="only you and your organization see it")
     push.add_argument("--revision", metavar="R", help="branch to push to (default: main)")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing to the branch")
     push.add_argument("--message", metavar="M", help="of the commit")
@@ -141,8 +140,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for name, part in facts["parts"].items():
         yield f"  {name}: {part['numbers']:,} numbers, {part['bytes']:,} bytes"
     for name, figures in facts["figures"].items():
-        told = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
-        yield f"figures   {name}: " + ", ".join(f"{words} {figures[key]:.1f}" for key, words in told.items())
+        headings = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
+        yield f"figures   {name}: " + ", ".join(f"{words} {figures[key]:.1f}" for key, words in headings.items())
 
 
 def _push(given: argparse.Namespace) -> int:
@@ -163,10 +162,10 @@ def _push(given: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _told_on_stderr() -> Iterator[None]:
-    """Warnings, of another base for example, as lines like those of errors."""
+def _warnings_on_stderr() -> Iterator[None]:
+    """Print warnings, like that of another base, as lines on stderr."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what libraries tell those who program with them
+        warnings.simplefilter("ignore")  # warnings of libraries to programmers
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_: _complain(message, "warning: ")
         yield
@@ -178,5 +177,5 @@ def _complain(what: Warning | str | Exception, kind: str = "") -> None:
 
 
 def _plain(text: str) -> str:
-    """Without what steers a terminal: names in an adapter's files are a stranger's."""
+    """The text without terminal control characters: names in an adapter's files are untrusted."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -17,6 +17,10 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
+class NotCacheableError(Exception):
+    """Features cannot be cached, because something that decides them does not say what it does."""
+
+
 @dataclass(frozen=True)
 class BackboneShape:
     """Sizes of a backbone that a pool needs to build its tensors.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +20,14 @@ from peft.mapping import (
 )
 from torch import Tensor, nn
 
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.sharing.image_processor import PROCESSOR_FILE
-from cl_prompts.storage.adapter_files import WHERE, adapter_folder
-from cl_prompts.storage.atomic import read_whole, replacing, telling_full_disk
-from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, digest_file
-from cl_prompts.tuner.forward import ways_through
+from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
+from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
+from cl_prompts.storage.staging import staging_folder
+from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
@@ -38,12 +41,15 @@ PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PromptPoolTuner
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PromptPoolTuner.prefix
 
 
-class PromptPoolModel(PeftModel):
+_PEFT_SAVES = threading.Lock()  # PEFT sets fields of the shared configs while it saves, and back afterwards
+
+
+class PromptPoolModel(TaskAPI, PeftModel):
     """A frozen vision transformer with a prompt pool.
 
-    What it does lives in `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class adds
-    the signature of the forward and saves that replace a folder as a whole. Tasks: `begin_task`, `end_task`,
-    `parameter_groups`, `attach_optimizer`, `classes`; prompts: `initialize_prompts`, `grow_pool` (see `PromptPoolTuner`).
+    The adapters live on the `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class
+    adds the signature of the forward and saves that replace a folder as a whole. `TaskAPI` has the methods for tasks,
+    training and features.
     """
 
     def forward(
@@ -52,7 +58,6 @@ class PromptPoolModel(PeftModel):
         labels: Tensor | None = None,
         *,
         query: Tensor | None = None,
-        hidden: Tensor | None = None,
         sample_ids: Any = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -63,8 +68,6 @@ class PromptPoolModel(PeftModel):
             pixel_values: images [B, 3, H, W], normalised as the base expects.
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: un-prompted features [B, D] if the caller has them (`extract_features`); spares the un-prompted pass.
-            hidden: what enters the lowest prompted block [B, N, D] if the caller has it (`extract_hidden_states`); spares
-                the blocks below it, in both passes where each image has one candidate of prompts.
             sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
                 task. Without them every training forward counts.
             num_items_in_batch: number of images of the whole accumulated batch, a scalar; `transformers.Trainer` passes it.
@@ -76,7 +79,6 @@ class PromptPoolModel(PeftModel):
         own = {
             "labels": labels,
             "query": query,
-            "hidden": hidden,
             "sample_ids": sample_ids,
             "num_items_in_batch": num_items_in_batch,
         }
@@ -97,8 +99,8 @@ class PromptPoolModel(PeftModel):
     ) -> None:
         """Save adapters as `adapter_config.json` and `adapter_model.safetensors` ("default" at the top, others by name).
 
-        Each gets a model card, `README.md`. The folder is swapped in as a whole: whoever looks finds the old adapter or the
-        new one. Its other files stay.
+        Each gets a model card, `README.md`. Several threads and processes may save into one folder: the last one wins, and
+        whoever loads finds one whole adapter. Other files in the folder stay untouched.
 
         Args:
             save_directory: folder to write.
@@ -115,7 +117,7 @@ class PromptPoolModel(PeftModel):
                 that is not saved.
             OSError: the disk is full; what was there before is still there.
         """
-        from cl_prompts.sharing.card import add_pictures, write_card  # knows results, which know the model
+        from cl_prompts.sharing.card import add_pictures, card_inputs, write_card  # knows results, which know the model
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
@@ -127,10 +129,16 @@ class PromptPoolModel(PeftModel):
                 f"record= speaks of the active adapter, {self.active_adapters}; saved are {names}: set_adapter first"
             )
         places = {name: "" if name == "default" else f"{name}/" for name in names}
-        files = (CONFIG_FILE, WEIGHTS_FILE) + ((PROCESSOR_FILE,) if image_processor is not None else ())
-        written = [f"{place}{file}" for place in places.values() for file in files]
-        with telling_full_disk(save_directory), replacing(save_directory, *written) as folder:
-            super().save_pretrained(str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs)
+        inputs = [
+            f"{glob.escape(place)}{pattern}"
+            for place in places.values()
+            for pattern in card_inputs(Path(save_directory, place))
+        ]
+        with explain_disk_full(save_directory), staging_folder(save_directory, inputs) as folder:
+            with _PEFT_SAVES:
+                super().save_pretrained(
+                    str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs
+                )
             for name, place in places.items():
                 if image_processor is not None:
                     image_processor.save_pretrained(folder / place)
@@ -205,7 +213,7 @@ class PromptPoolModel(PeftModel):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | os.PathLike[str],
+        model_id: AdapterSource,
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
@@ -233,26 +241,25 @@ class PromptPoolModel(PeftModel):
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
+        hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
+        limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
 
-        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
-        subfolder, limit = kwargs.pop("subfolder", None), max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
-
-        def load() -> PromptPoolModel:
-            folder = adapter_folder(model_id, subfolder, max_bytes=limit, **where)
-            chosen = PromptPoolConfig.from_pretrained(folder) if config is None else config
+        def load(files: AdapterFiles) -> PromptPoolModel:
+            chosen = PromptPoolConfig.from_pretrained(files) if config is None else config
             if not isinstance(chosen, PromptPoolConfig):
                 raise TypeError(f"config must be a PromptPoolConfig, got {type(chosen).__name__}")
             chosen.strict_base, chosen.verify, chosen.max_adapter_bytes = strict_base, verify, limit
             with _left_as_it_was(model):
-                return super(PromptPoolModel, cls).from_pretrained(
-                    model, str(folder), adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
+                loaded: PromptPoolModel = super(PromptPoolModel, cls).from_pretrained(
+                    model, files, adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
                 )
+                if not verify and files.were_replaced():  # a checksum would have told
+                    raise ValueError(f"{files.folder} was saved again while it was loaded: try again")
+            return loaded
 
-        return read_whole(Path(model_id, subfolder or ""), load)
+        return load_with_retry(find_adapter(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **hub), load)
 
-    def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> Any:
+    def load_adapter(self, model_id: AdapterSource, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
         """Load one more adapter, as in PEFT; if that fails the model is as before and the name is free.
 
         Args:
@@ -265,23 +272,36 @@ class PromptPoolModel(PeftModel):
             ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
-        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = PromptPoolConfig.max_adapter_bytes
-        folder = adapter_folder(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **where)
+        files = find_adapter(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **hub)
+        own = self.peft_config.get(adapter_name)
+        if own is not None and own.state.weights_sha256 is not None:  # `from_pretrained` has just read it from these files
+            return self._load_files(files, adapter_name, is_trainable, **kwargs)
+        return load_with_retry(files, lambda found: self._load_files(found, adapter_name, is_trainable, **kwargs))
+
+    def _load_files(self, files: AdapterFiles, adapter_name: str, is_trainable: bool, **kwargs: Any) -> Any:
         new = adapter_name not in self.peft_config
         if not new and self.peft_config[adapter_name].state.weights_sha256 is None:
-            # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint. A checksum that is
-            # still to be compared came with the config that was just read, and tells whether the tensors belong to it.
-            saved, own = PromptPoolConfig.from_pretrained(folder).state, self.peft_config[adapter_name].state
+            # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint. The checksum of the
+            # saved config tells whether the tensors belong to it.
+            saved, own = PromptPoolConfig.from_pretrained(files).state, self.peft_config[adapter_name].state
             if saved.tasks != own.tasks:
                 raise ValueError(
-                    f"adapter {adapter_name!r} knows the tasks {own.tasks}, the one in {model_id} {saved.tasks}: load it "
-                    "under another name"
+                    f"adapter {adapter_name!r} knows the tasks {own.tasks}, the one in {files.source} {saved.tasks}: "
+                    "load it under another name"
                 )
             own.weights_sha256 = saved.weights_sha256
         with _left_as_it_was(self.get_base_model()):
             try:
-                return super().load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
+                if new:  # as PEFT would do, which reads the config twice more
+                    config = PromptPoolConfig.from_pretrained(files)
+                    config.inference_mode = not is_trainable
+                    options = ("low_cpu_mem_usage", "autocast_adapter_dtype")
+                    self.add_adapter(adapter_name, config, **{k: kwargs[k] for k in options if k in kwargs})
+                    if is_trainable:
+                        self.set_requires_grad(adapter_name)
+                return super().load_adapter(str(files.folder), adapter_name, is_trainable=is_trainable, **kwargs)
             except BaseException as error:
                 if new and adapter_name in self.peft_config:
                     self.delete_adapter(adapter_name)
@@ -325,48 +345,28 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
     Returns:
         float32 [B, D], without gradient.
     """
-    return model.base_model.extract_features(pixel_values, **kwargs)
-
-
-def extract_hidden_states(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-    """What enters the lowest prompted block of a frozen backbone: the same in every epoch, for `model(..., hidden=...)`.
-
-    Args:
-        model: a model with a prompt pool whose prompts enter above block 0 (`layers=[6, 7]`).
-        pixel_values: images [B, 3, H, W].
-        kwargs: further inputs of the base.
-
-    Returns:
-        [B, N, D] for N tokens, in the precision of the pass, without gradient.
-
-    Raises:
-        ValueError: prompts enter block 0, or what is below them is trained, compiled or hooked.
-    """
-    return model.base_model.extract_hidden_states(pixel_values, **kwargs)
+    return model.extract_features(pixel_values, **kwargs)
 
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients, and whose it is."""
-    ways = [(way, way.prefixes.layers) for way in ways_through(model)]
-    attributes = dict(vars(model))
+    attributes, backbone = dict(vars(model)), PromptedBackbone.existing(model)
+    users = set() if backbone is None else set(backbone.users)
     modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for way in ways_through(model) - {way for way, _ in ways}:
-            way.uninstall()
         for module, training, children in modules:
             module.training = training
             module._modules.update(children)
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
-        for way, layers in ways:
-            if way.installed:
-                way.prefixes.uninstall(keep=layers)
-            else:
-                way.install(layers)
+        backbone = PromptedBackbone.existing(model)
+        if backbone is not None:
+            for user in set(backbone.users) - users:
+                backbone.release(user)
         for name in set(vars(model)) - set(attributes):
             delattr(model, name)
         if "peft_config" in attributes:

@@ -14,7 +14,7 @@ class PromptPoolOutput(ModelOutput):
 
     Args:
         loss: cross entropy plus all further parts, a scalar; only with labels.
-        logits: [B, known classes]; columns follow `model.classes`. In training, classes that the loss does not see are
+        logits: [B, known classes], in the order of `model.classes`. In training, classes that the loss does not see are
             -inf (`class_mask`).
         losses: the parts of the loss, by name ("cross_entropy" and the method's own).
         prompt_ids: chosen prompts [B, k], or [B, layers, k] where each layer chooses.

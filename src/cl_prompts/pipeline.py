@@ -1,10 +1,9 @@
-"""Images in, labels and scores out: what somebody who found an adapter wants from it."""
+"""Image classification with an adapter: images in, labels and scores out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -17,7 +16,7 @@ from cl_prompts.model import PromptPoolModel
 from cl_prompts.sharing.base_models import load_base
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE, check_processor, load_processor
 from cl_prompts.sharing.images import ImageSource, rgb_image
-from cl_prompts.storage.adapter_files import WHERE, adapter_folder, commit_of, further_file
+from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
@@ -28,7 +27,8 @@ class PromptPoolPipeline:
     """Classifies images as transformers' image-classification pipeline does, with an adapter's own class names.
 
     An image's answer does not depend on the images beside it: each goes through the image processor alone, and only
-    images that come out in one shape share a forward. A model in training answers as at test too, and stays in training.
+    images that come out in one shape share a forward. Several threads may call one pipeline. The mode of the model is not
+    changed: without gradients its forward is that of the test, also in training mode.
 
     Args:
         model: a model with a prompt pool, `PromptPoolModel` or plain `PeftModel`; its active adapter answers.
@@ -38,8 +38,8 @@ class PromptPoolPipeline:
 
     Raises:
         TypeError: the model has no prompt pool.
-        ValueError: the image processor fails, or makes images of another size than the adapter was trained on; the device
-            does not exist.
+        ValueError: `batch_size` is below 1; the image processor fails, or makes images of another size than the adapter was
+            trained on; the device does not exist.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PromptPoolPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        adapter: str | os.PathLike[str],
+        adapter: AdapterSource,
         *,
         base: nn.Module | str | os.PathLike[str] | None = None,
         image_processor: Any = None,
@@ -78,7 +78,7 @@ class PromptPoolPipeline:
         """Load an adapter, its base model and its image processor. No code from the Hub is ever run.
 
         Args:
-            adapter: folder or Hub id.
+            adapter: folder or Hub id, or the files that `find_adapter` found.
             base: a base model, or its folder or Hub id, instead of the one that the adapter names.
             image_processor: instead of the adapter's own `preprocessor_config.json` or, where it has none, the base's.
             revision: branch, tag or commit of the adapter on the Hub.
@@ -90,26 +90,25 @@ class PromptPoolPipeline:
         Raises:
             ValueError: files are missing, damaged or foreign, or do not fit each other.
         """
-        where = {"revision": revision, "token": token, **{k: kwargs[k] for k in (*WHERE, "subfolder") if k in kwargs}}
+        hub = {"revision": revision, "token": token} | {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = kwargs.get("max_adapter_bytes") or PromptPoolConfig.max_adapter_bytes
-        folder = adapter_folder(adapter, max_bytes=limit, **where)
-        where["revision"] = commit_of(adapter, folder, kwargs.get("subfolder"))  # everything of one commit
+        files = find_adapter(adapter, kwargs.pop("subfolder", None), max_bytes=limit, **hub)
+        shared = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
         base_revision = None
         if base is None:
-            model = AutoPromptPoolModel.from_pretrained(adapter, **kwargs | where)
+            model = AutoPromptPoolModel.from_pretrained(files, **shared, **kwargs)
             base_revision = model.adapter.config.revision
         elif isinstance(base, nn.Module):
-            model = PromptPoolModel.from_pretrained(base, adapter, **kwargs | where)
+            model = PromptPoolModel.from_pretrained(base, files, **kwargs)
         else:
-            config = PromptPoolConfig.from_pretrained(folder)
+            config = PromptPoolConfig.from_pretrained(files)
             config.base_model_name_or_path, config.revision = os.fspath(base), None
-            named = load_base(config, Path(), None, token=token)
-            model = PromptPoolModel.from_pretrained(named, adapter, **kwargs | where)
+            model = PromptPoolModel.from_pretrained(load_base(config, **shared), files, **kwargs)
         if image_processor is None:
-            own = further_file(adapter, PROCESSOR_FILE, **where)
-            base_name = model.get_base_model().name_or_path
+            own = files.further_file(PROCESSOR_FILE)
+            base_name = str(model.get_base_model().name_or_path)
             image_processor = (
-                load_processor(own.parent) if own else load_processor(base_name, revision=base_revision, token=token)
+                load_processor(own.parent) if own else load_processor(base_name, revision=base_revision, **shared)
             )
         return cls(model, image_processor, batch_size=batch_size, device=device)
 
@@ -162,7 +161,7 @@ class PromptPoolPipeline:
                 answers[number] = self._best(row, top_k)
         return answers
 
-    @torch.no_grad()  # which also makes a model in training answer as at test
+    @torch.no_grad()  # for this thread only; without gradients a model in training mode answers as at test
     def _scores(self, inputs: dict[str, Tensor]) -> Tensor:
         base = self.model.get_base_model()
         like = next(base.parameters())

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, get_prompt_pool_model
-from cl_prompts.backbones.prefix import PrefixInjector
-from cl_prompts.backbones.readout import in_order_noise, whole_image
+from cl_prompts.backbones.plan import PassPlan
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import cls_position_embedding, find_structure, projection_names
-from cl_prompts.backbones.tokens import TokenInjector
 from cl_prompts.interfaces import PrefixKV
 
 
@@ -78,29 +77,24 @@ def random_prefixes(model: nn.Module, batch: int, length: int = 5, scale: float 
     return {layer: PrefixKV(rows(), rows()) for layer in (0, 2)}
 
 
-def run(model: Any, values: dict[str, Tensor]) -> Tensor:
-    """Last hidden state before the final norm."""
-    structure = find_structure(model)
-    recorder = TokenInjector(model, structure)
-    with whole_image(model, structure):
-        model(**values, **in_order_noise(model, structure, values, values["pixel_values"]))
-    recorder.uninstall()
-    assert recorder.hidden is not None
-    return recorder.hidden
+def run(backbone: PromptedBackbone, values: dict[str, Tensor], **planned: Any) -> Tensor:
+    """Last hidden state before the final norm, of a pass under a plan."""
+    plan = PassPlan(**planned)
+    with backbone.prompted(plan):
+        backbone.model(**values)
+    assert plan.record.hidden is not None
+    return plan.record.hidden
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(("name", "classifier"), ALL, ids=NAMES)
 def test_prefixes_equal_the_token_extension(name: str, classifier: bool, attention: str) -> None:
     model, values = build(name, classifier=classifier, attention=attention).requires_grad_(False), inputs(name)
-    prefixes = random_prefixes(model, 3)
-    plain = run(model, values)
+    backbone, prefixes = PromptedBackbone(model), random_prefixes(model, 3)
+    plain = run(backbone, values)
     with token_extension(model, prefixes):
-        expected = run(model, values)
-    injector = PrefixInjector(model, find_structure(model))
-    injector.install(prefixes)
-    injector.prefixes = prefixes
-    actual = run(model, values)
+        expected = run(backbone, values)
+    actual = run(backbone, values, prefixes=prefixes)
     assert_close(actual, expected, atol=1e-5, rtol=0)
     assert (actual - plain).abs().max() > 1e-3
     assert actual.shape == plain.shape
@@ -110,31 +104,24 @@ def test_prefixes_equal_the_token_extension(name: str, classifier: bool, attenti
         for part in (prefix.k, prefix.v):
             assert part.grad is not None
             assert (part.grad.flatten(2).abs().sum(2) > 0).all()
-
-    injector.clear()
-    assert torch.equal(run(model, values), plain)
-    injector.uninstall()
-    assert torch.equal(run(model, values), plain)
+    assert torch.equal(run(backbone, values), plain)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_prefix_logit_bias_and_input_space(attention: str) -> None:
     """-inf on all of a prefix switches it off; rows in the input space go through the block's own projections."""
     model, values = build("beit_relative", attention=attention), inputs("beit_relative")
-    plain = run(model, values)
-    injector = PrefixInjector(model, find_structure(model))
-    injector.install([1])
+    backbone = PromptedBackbone(model)
+    plain = run(backbone, values)
     for bias, same in ((float("-inf"), True), (0.0, False)):
         k, v = (p.detach() for p in (random_prefixes(model, 3)[0].k, random_prefixes(model, 3)[2].v))
-        injector.prefixes = {1: PrefixKV(k, v, logit_bias=torch.full((3, 4, 17, 5), bias))}
-        assert torch.allclose(run(model, values), plain, atol=1e-5) == same
+        biased = run(backbone, values, prefixes={1: PrefixKV(k, v, logit_bias=torch.full((3, 4, 17, 5), bias))})
+        assert torch.allclose(biased, plain, atol=1e-5) == same
     rows = torch.randn(3, 5, 32)
-    injector.prefixes = {1: PrefixKV(rows, rows)}
-    through = run(model, values)
+    through = run(backbone, values, prefixes={1: PrefixKV(rows, rows)})
     attention_module = model.get_submodule(find_structure(model).attentions[1])
     k, v = (p(rows).view(3, 5, 4, 8).transpose(1, 2) for p in (attention_module.k_proj, attention_module.v_proj))
-    injector.prefixes = {1: PrefixKV(k, v)}
-    assert_close(through, run(model, values), atol=1e-6, rtol=0)
+    assert_close(through, run(backbone, values, prefixes={1: PrefixKV(k, v)}), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -142,23 +129,21 @@ def test_prefix_logit_bias_and_input_space(attention: str) -> None:
 def test_tokens_equal_a_sequence_built_by_hand(name: str, classifier: bool, attention: str) -> None:
     """Tokens at any position are seen by every token, leave the sequence at the end, and get gradients."""
     model, values = build(name, classifier=classifier, attention=attention).requires_grad_(False), inputs(name)
-    structure = find_structure(model)
+    backbone = PromptedBackbone(model)
+    structure = backbone.structure
     tokens = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    plain = run(model, values)
+    plain = run(backbone, values)
     outputs = []
     for index in (0, int(structure.has_cls)):
-        injector = TokenInjector(model, structure)
-        injector.tokens, injector.index = tokens, index
-        with whole_image(model, structure):
-            noise = in_order_noise(model, structure, values, values["pixel_values"])
-            blocks = record_block_inputs(model, structure.blocks[0])
-            model(**values, **noise)
-        injector.uninstall()
-        assert injector.hidden is not None
-        assert injector.prompt_hidden is not None
-        outputs.append((injector.hidden, injector.prompt_hidden))
+        plan = PassPlan(tokens=tokens, token_index=index)
+        blocks = record_block_inputs(model, structure.blocks[0])
+        with backbone.prompted(plan):
+            model(**values)
+        assert plan.record.hidden is not None
+        assert plan.record.prompt_hidden is not None
+        outputs.append((plan.record.hidden, plan.record.prompt_hidden))
         assert torch.equal(blocks[0][:, index : index + 4], tokens)
-        assert injector.hidden.shape == plain.shape
+        assert plan.record.hidden.shape == plain.shape
     # Attention does not depend on the order of tokens.
     for here, there in zip(*outputs, strict=True):
         assert_close(here, there, atol=1e-5, rtol=0)

@@ -22,18 +22,18 @@ def new_model(name: str, config: Any, **more: Any) -> Any:
     model = get_prompt_pool_model(build(name, **more), config)
     model.begin_task([0, 1])
     if config.needs_optimizer:
-        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.1)))
     return model
 
 
 @contextmanager
 def all_tokens(model: Any) -> Iterator[None]:
     """Passes that compute all tokens, for comparison."""
-    model.base_model.way.last.read = lambda *rows: None
+    model.base_model.backbone.readable = lambda *tokens: None
     try:
         yield
     finally:
-        del model.base_model.way.last.read
+        del model.base_model.backbone.readable
 
 
 def numbers(model: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def tokens_computed(model: Any, values: dict[str, Tensor], **more: Any) -> list[
     """How many tokens leave the attention of the last block, in each pass of a forward."""
     structure = model.base_model.structure
     seen: list[int] = []
-    model.base_model.way.last.prove()
+    model.base_model.backbone.readable(0, 1)  # the trial runs once, before the first pass
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         seen.append(output[0].shape[1])
@@ -174,3 +174,4 @@ def test_the_base_is_given_back_whole() -> None:
         assert torch.equal(model(**values).last_hidden_state, expected)
     assert torch.equal(model.unload()(**values).last_hidden_state, expected)
     assert not any(hooks for m in base.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))
+    assert not any(name.startswith("_cl_") or name == "forward" for m in base.modules() for name in vars(m))

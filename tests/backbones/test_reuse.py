@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from cl_prompts import (
     CodaPromptConfig,
     DualPromptConfig,
-    HashPromptConfig,
     L2PConfig,
     L2PPrefixConfig,
-    extract_hidden_states,
     get_prompt_pool_model,
 )
 
@@ -46,7 +44,7 @@ def blocks_run(model: Any, values: dict[str, Tensor], **more: Any) -> tuple[list
         return note
 
     attentions = [model.get_base_model().get_submodule(name) for name in model.base_model.structure.attentions]
-    model.base_model.way.last.prove()
+    model.base_model.backbone.readable(0, 1)  # the trial runs once, before the first pass
     handles = [attention.register_forward_hook(count(i)) for i, attention in enumerate(attentions)]
     answer = model(**values, **more)
     for handle in handles:
@@ -71,7 +69,7 @@ def test_the_numbers_are_bit_equal(method: str, name: str) -> None:
 
     own = numbers()
     assert own.pop("blocks").tolist() == [1 if i < lowest else 2 for i in range(3)]
-    model.base_model.way.lower.may_skip = lambda below: False
+    model.base_model.backbone.unprompted_blocks = lambda lowest: 0
     plain = numbers()
     assert plain.pop("blocks").tolist() == [2, 2, 2]
     assert own.keys() == plain.keys()
@@ -104,7 +102,6 @@ def test_the_base_is_whole_afterwards_and_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError):
         model(**values)
     handle.remove()
-    assert not any("forward" in vars(block) for block in model.get_base_model().layers)
     with model.disable_adapter():
         assert torch.equal(model(**values).last_hidden_state, expected)
 
@@ -118,79 +115,10 @@ def test_blocks_with_a_forward_of_their_own_keep_it() -> None:
             counts[0] += 1
             return args, kwargs
 
-    hidden = extract_hidden_states(model, **values)
+    model(**values)  # the trial of the last block runs once
     for block in model.get_base_model().layers:
         add_hook_to_module(block, Counting())
     for number in (1, 2):
         model(**values)
         assert counts == [number * 6], "two passes through three blocks"
-    with pytest.raises(ValueError, match="what is below is trained, compiled or hooked"):
-        model(**values, hidden=hidden)
     assert all("forward" in vars(block) for block in model.get_base_model().layers)
-
-
-@pytest.mark.parametrize("name", BARE)
-@pytest.mark.parametrize("method", HIGH)
-def test_kept_states_spare_them_in_both_passes(method: str, name: str) -> None:
-    model, values = new_model(name, HIGH[method]()), with_noise(name, inputs(name))
-    lowest = min(model.base_model.adapter.pool.layers)
-    hidden = extract_hidden_states(model, **values)
-    assert not hidden.requires_grad
-    assert torch.equal(hidden, extract_hidden_states(model.train(), **values))
-    model(**values, labels=LABELS, hidden=hidden)  # the first ones are compared with the real ones
-    for mode, more in (("train", {"labels": LABELS}), ("eval", {})):
-        getattr(model, mode)()
-        expected = model(**values, **more)
-        counts, answer = blocks_run(model, values, hidden=hidden, **more)
-        assert counts == [0 if i < lowest else 2 for i in range(3)]
-        assert torch.equal(answer.logits, expected.logits)
-        counts, answer = blocks_run(model, values, hidden=hidden, query=expected.query, **more)
-        assert counts == [0 if i < lowest else 1 for i in range(3)]
-        assert torch.equal(answer.logits, expected.logits)
-    assert blocks_run(model, values)[0] == [1 if i < lowest else 2 for i in range(3)], "nothing is left behind"
-
-
-def test_kept_states_under_another_precision() -> None:
-    model, values = new_model("vit", HIGH["coda"]()).eval(), inputs("vit")
-    for dtype in (torch.bfloat16, torch.float32):
-        model.get_base_model().to(dtype)
-        for autocast in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                pixels = {"pixel_values": values["pixel_values"].to(dtype)}
-                hidden = extract_hidden_states(model, **pixels)
-                expected = model(**pixels).logits
-                assert torch.equal(model(**pixels, hidden=hidden.float()).logits, expected)
-                assert torch.equal(model(**pixels, hidden=hidden.float()).logits, expected)
-
-
-def test_states_that_are_not_those() -> None:
-    model, values = new_model("vit", HIGH["coda"]()).eval(), inputs("vit")
-    hidden = extract_hidden_states(model, **values)
-    for wrong, error, why in (
-        (hidden.tolist(), TypeError, "hidden must be a tensor"),
-        (hidden[:2], ValueError, r"hidden has shape \[2, "),
-        (hidden[:, :-1], ValueError, "is not what enters block 1"),
-        (hidden.flip(0), ValueError, "is not what enters block 1"),
-        (hidden * torch.nan, ValueError, "is not what enters block 1"),
-    ):
-        with pytest.raises(error, match=why):
-            model(**values, hidden=wrong)
-    assert torch.equal(model(**values, hidden=hidden).logits, model(**values).logits)
-    low = new_model("vit", L2PConfig(top_k=2)).eval()
-    with pytest.raises(ValueError, match="the prompts enter block 0"):
-        extract_hidden_states(low, **values)
-    with pytest.raises(ValueError, match="the prompts enter block 0"):
-        low(**values, hidden=hidden)
-    trained = new_model("vit", HIGH["l2p_prefix"](modules_to_save=["layernorm_before"]))
-    with pytest.raises(ValueError, match="what is below is trained"):
-        trained(**values, labels=LABELS, hidden=hidden)
-
-
-def test_many_candidates_run_all_blocks() -> None:
-    config = HashPromptConfig(pool_size=6, top_k=2, layers=[1, 2], router_inference="confidence")
-    model, values = new_model("vit", config), inputs("vit")
-    model.end_task()
-    model.begin_task([2, 3])
-    model.end_task()
-    hidden = extract_hidden_states(model.eval(), **values)
-    assert torch.equal(model(**values, hidden=hidden).logits, model(**values).logits)

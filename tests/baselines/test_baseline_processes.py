@@ -1,4 +1,4 @@
-"""Comparison learners on two processes learn what they learn on one."""
+"""Baselines on two processes learn what they learn on one."""
 
 import sys
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from cl_prompts.baselines import BASELINES, JointStream
-from cl_prompts.continual import RehearsalMemory
+from cl_prompts.baselines import BASELINES
+from cl_prompts.continual import JointStream, RehearsalMemory
 
 
 pytestmark = pytest.mark.xdist_group("baselines")
@@ -40,7 +40,7 @@ def learn(name: str) -> dict[str, Tensor]:
     for task in stream:
         learner.begin_task(task.classes, revisit=task.revisit)
         rows = task.train_rows[1:]
-        if learner.rehearses == "only":
+        if learner.replay == "memory_only":
             keep(rows)
         if learner.trains_task(task.number):
             # Plain SGD: Adam would turn the rounding of a gradient near zero into a step.
@@ -48,25 +48,25 @@ def learn(name: str) -> dict[str, Tensor]:
             learner.attach_optimizer(optimizer)
             wrapped: Any = DistributedDataParallel(learner) if dist.is_initialized() else learner
             wrapped.train()
-            beside = memory.rows if memory is not None and learner.rehearses == "beside" else None
+            beside = memory.rows if memory is not None and learner.replay == "mixed" else None
             for batch in stream.train_batches(
                 task,
                 BATCH,
                 seed=3,
                 epoch=0,
-                rows=memory.rows if memory is not None and learner.rehearses == "only" else rows,
+                rows=memory.rows if memory is not None and learner.replay == "memory_only" else rows,
                 memory_rows=beside,
                 memory_batch_size=3,
             ):
                 wrapped(**batch).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        if learner.rehearses != "only":
+        if learner.replay != "memory_only":
             keep(rows)
         learner.eval().consolidate(images(rows), images(memory.rows) if memory is not None else None)
         learner.end_task()
     kept = {} if memory is None else {"memory": torch.tensor(memory.rows)}
-    return {name: tensor.detach().clone() for name, tensor in learner.training_state()[0].items()} | kept
+    return {name: tensor.detach().clone() for name, tensor in learner.training_state_dict()["tensors"].items()} | kept
 
 
 def process(rank: int, folder: str, path: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Comparison learners in the trainer: what they see, resume, accumulation, two processes, files, bad input."""
+"""Baselines in the trainer: what they see, resume, accumulation, two processes, files, bad input."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,16 @@ from torch.testing import assert_close
 
 from cl_prompts.baselines import (
     BASELINES,
-    JointStream,
-    get_comparison_learner,
-    load_comparison_learner,
+    get_baseline,
+    load_baseline,
 )
 from cl_prompts.continual import (
     ContinualArguments,
     ContinualTrainer,
     GaussianStream,
+    JointStream,
     TrainerCallback,
+    TrainerState,
 )
 from cl_prompts.heads import RidgeClassifier
 
@@ -38,13 +39,13 @@ class Watch(TrainerCallback):
         self.memory: list[set[int]] = []
         self.start: list[dict[str, Tensor]] = []
 
-    def on_train_begin(self, trainer: ContinualTrainer) -> None:
-        trainer.model.register_forward_pre_hook(self.note, with_kwargs=True)
+    def on_train_begin(self, state: TrainerState) -> None:
+        state.model.register_forward_pre_hook(self.note, with_kwargs=True)
 
-    def on_task_begin(self, trainer: ContinualTrainer, task: Any) -> None:
+    def on_task_begin(self, state: TrainerState, task: Any) -> None:
         self.seen.append(set())
-        self.memory.append(set() if trainer.memory is None else set(trainer.memory.rows.tolist()))
-        self.start.append({name: p.detach().clone() for name, p in trainer.model.trained().items()})
+        self.memory.append(set() if state.memory is None else set(state.memory.rows.tolist()))
+        self.start.append({name: p.detach().clone() for name, p in state.model.trained().items()})
 
     def note(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if model.training:
@@ -93,23 +94,25 @@ def test_joint_training_sees_all_tasks_so_far() -> None:
     assert [len(rows) for rows in watch.seen] == [10, 20, 30]
     assert torch.equal(watch.start[0]["features.base.layernorm.weight"], watch.start[2]["features.base.layernorm.weight"])
     assert [task.classes for task in trainer.stream] == [[4, 1], [4, 1, 0, 3], [4, 1, 0, 3, 2, 5]]
-    assert [m.images for m in trainer.measured] == [4, 4, 4]
+    assert [m.images for m in trainer.evaluations] == [4, 4, 4]
 
 
 def test_joint_training_of_prompts_and_of_a_stream_without_tasks() -> None:
     stream = JointStream(small_stream(), only_last=True)
     assert len(stream) == 1
-    trainer = ContinualTrainer(small_model("l2p"), stream, ContinualArguments(epochs=1, batch_size=8))
+    trainer = ContinualTrainer(small_model("l2p"), stream, ContinualArguments(num_train_epochs=1, batch_size=8))
     trainer.train()
     assert trainer.model.classes == [4, 1, 0, 3, 2, 5]
-    assert trainer.measured[0].images == 12
+    assert trainer.evaluations[0].images == 12
     joint = JointStream(gaussian())
     assert not joint.task_free
     assert sorted(joint.tasks[0].train_rows.tolist()) == list(range(30))
 
 
 def test_joint_training_needs_its_stream() -> None:
-    trainer = ContinualTrainer(small_learner("joint"), small_stream(2), ContinualArguments(epochs=1, batch_size=8))
+    trainer = ContinualTrainer(
+        small_learner("joint"), small_stream(2), ContinualArguments(num_train_epochs=1, batch_size=8)
+    )
     with pytest.raises(ValueError, match=r"classes \[1, 4\] do not come back .*JointStream"):
         trainer.train()
 
@@ -133,7 +136,7 @@ def gaussian() -> GaussianStream:
 @pytest.mark.parametrize("name", ["finetune", "frozen", "ncm", "er"])
 def test_streams_without_tasks(name: str) -> None:
     memory = {"memory_size": 6} if BASELINES[name].needs_memory else {}
-    args = ContinualArguments(epochs=1, batch_size=5, lr=1e-3, **memory)
+    args = ContinualArguments(num_train_epochs=1, batch_size=5, learning_rate=1e-3, **memory)
     trainer = ContinualTrainer(small_learner(name, num_labels=6), gaussian(), args)
     matrix = trainer.train()
     assert trainer.model.classes == list(range(6))
@@ -147,7 +150,7 @@ def test_further_classifiers_read_the_features() -> None:
     ridge = {"ridge": RidgeClassifier(32, projection_size=64)}
     further = ContinualTrainer(small_learner("finetune"), trainer.stream, trainer.args, classifiers=ridge)
     assert further.train() == trainer.matrix
-    assert 0 <= further.measured[1].by_classifier["ridge"] <= 100
+    assert 0 <= further.evaluations[1].by_classifier["ridge"] <= 100
 
 
 # ---- resume, accumulation, files -------------------------------------------------------------------------------------
@@ -165,14 +168,14 @@ def test_every_learner_resumes_inside_a_task(name: str, tmp_path: Path) -> None:
     mine, theirs = tensors(resumed), tensors(whole)
     assert mine.keys() == theirs.keys()
     assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
-    assert resumed.model.training_state()[1] == whole.model.training_state()[1]
+    assert resumed.model.training_state_dict()["values"] == whole.model.training_state_dict()["values"]
 
 
 @pytest.mark.parametrize("name", ["ewc", "si", "lwf", "er", "der++", "bic", "icarl"])
 def test_accumulated_pieces_are_one_batch(name: str) -> None:
     runs = []
     for pieces in (1, 3):
-        settings = {"optimizer": "sgd", "lr": 0.02, "memory_batch_size": 2, "accumulation": pieces}
+        settings = {"optim": "sgd", "learning_rate": 0.02, "memory_batch_size": 2, "gradient_accumulation_steps": pieces}
         trainer = comparison_trainer(name, **settings)
         trainer.train()
         runs.append(tensors(trainer))
@@ -193,17 +196,17 @@ def test_a_saved_learner_answers_and_goes_on_the_same(name: str, tmp_path: Path)
         learner.end_task()
     learner.save_pretrained(tmp_path / "learner")
     assert sorted(path.name for path in (tmp_path / "learner").iterdir()) == ["learner.json", "learner.safetensors"]
-    again = load_comparison_learner(tmp_path / "learner", build("vit"))
+    again = load_baseline(tmp_path / "learner", build("vit"))
     assert torch.equal(again(batch["pixel_values"]).logits, learner(batch["pixel_values"]).logits)
-    assert again.describe() == learner.describe()
-    assert again.state == learner.state
+    assert again.fingerprint() == learner.fingerprint()
+    assert again.tasks.state == learner.tasks.state
     after = []
     for one in (learner, again):
         torch.manual_seed(0)
         one.begin_task([4, 1, 0, 3], revisit=True)
         if one.trains_task(2):
             train_steps(one, batch_of([0, 4, 3]))
-        after.append(one.training_state()[0])
+        after.append(one.training_state_dict()["tensors"])
     assert after[0].keys() == after[1].keys()
     assert all(torch.equal(values, after[1][key]) for key, values in after[0].items())
 
@@ -214,19 +217,19 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     learner.end_task()
     learner.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="backbone with other weights"):
-        load_comparison_learner(tmp_path, build("vit", seed=1))
+        load_baseline(tmp_path, build("vit", seed=1))
     told = json.loads((tmp_path / "learner.json").read_text())
     for changed in ({"learner": "lwg"}, {"options": {**told["options"], "freeze_backbone": True}}, {"options": None}):
         (tmp_path / "learner.json").write_text(json.dumps({**told, **changed}))
-        with pytest.raises(ValueError, match=r"no comparison learner is called|other options|has no options"):
-            load_comparison_learner(tmp_path, build("vit"))
+        with pytest.raises(ValueError, match=r"no baseline is called|other options|has no options"):
+            load_baseline(tmp_path, build("vit"))
     (tmp_path / "learner.json").write_text(json.dumps(told))
     content = (tmp_path / "learner.safetensors").read_bytes()
     (tmp_path / "learner.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="holds no comparison learner, or a damaged one"):
-        load_comparison_learner(tmp_path, build("vit"))
-    with pytest.raises(ValueError, match="holds no comparison learner"):
-        load_comparison_learner(tmp_path / "nowhere", build("vit"))
+    with pytest.raises(ValueError, match="holds no baseline, or a damaged one"):
+        load_baseline(tmp_path, build("vit"))
+    with pytest.raises(ValueError, match="holds no baseline"):
+        load_baseline(tmp_path / "nowhere", build("vit"))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ewd", {}, "no comparison learner is called 'ewd'"),
+        ("ewd", {}, "no baseline is called 'ewd'"),
         ("ewc", {"strength": -1}, "strength=-1 must be a non-negative number"),
         ("ewc", {"strength": float("nan")}, "strength=nan must be a non-negative number"),
         ("ewc_online", {"decay": 1.5}, "decay=1.5 must be between 0 and 1"),
@@ -252,12 +255,12 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        get_comparison_learner(name, build("vit"), **options)
+        get_baseline(name, build("vit"), **options)
 
 
 def test_a_backbone_that_is_frozen_already_is_named() -> None:
     with pytest.raises(ValueError, match="frozen already: load it anew, or pass freeze_backbone=True"):
-        get_comparison_learner("finetune", build("vit").requires_grad_(False))
+        get_baseline("finetune", build("vit").requires_grad_(False))
 
 
 def test_calls_out_of_order_are_named() -> None:
@@ -277,9 +280,9 @@ def test_calls_out_of_order_are_named() -> None:
     learner.begin_task([0])
     with pytest.raises(ValueError, match=r"does not train \['head.weight', 'head.bias'\]"):
         learner.attach_optimizer(old)
-    with pytest.raises(ValueError, match=r"labels \[1, 4\] are of no class that can be learnt now, which are \[0\]"):
+    with pytest.raises(ValueError, match=r"labels \[1, 4\] do not belong to the current task \[0\]"):
         learner(**batch)
-    with pytest.raises(ValueError, match=r"labels \[9\] are of no class"):
+    with pytest.raises(ValueError, match=r"labels \[9\] are of no declared class"):
         learner.eval()(batch["pixel_values"][:1], torch.tensor([9]))
     with pytest.raises(ValueError, match="query holds features of a frozen backbone"):
         learner(batch["pixel_values"], query=torch.zeros(2, 32))

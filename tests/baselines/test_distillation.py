@@ -1,4 +1,4 @@
-"""Comparison learners that distil or rehearse (LwF, BiC, iCaRL, DER++) against plain torch and numpy."""
+"""Baselines that distil or rehearse (LwF, BiC, iCaRL, DER++) against plain torch and numpy."""
 
 from typing import Any
 
@@ -173,7 +173,7 @@ def test_derpp_binds_the_logits_of_remembered_images() -> None:
     second["pixel_values"][0] = first["pixel_values"][0]
     learner.consolidate([], [second])
     assert learner.stored_numbers.tolist() == [3, 9]
-    assert learner.stored_columns.tolist() == [4, 2]
+    assert learner.stored_classes.tolist() == [4, 2]
     assert_close(learner.stored_logits[0], plain_logits(learner, second["pixel_values"])[1].detach())
     assert_close(learner.stored_logits[1], torch.cat([stored[0], torch.zeros(2)]))
     learner.end_task()

@@ -26,14 +26,16 @@ from support.stream_data import birds, pictures, row_values, to_tensor
 from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
-from cl_prompts.baselines import JointStream, get_comparison_learner
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import (
     ClassIncrementalStream,
     DomainIncrementalStream,
     GaussianStream,
+    JointStream,
     Stream,
 )
-from cl_prompts.continual.feature_cache.key import NotTold, agreed_key, query_digest
+from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
+from cl_prompts.interfaces import NotCacheableError
 
 
 CPU = torch.device("cpu")
@@ -130,7 +132,7 @@ OTHER_MODEL: dict[str, Callable[[], Any]] = {
     "another attention": lambda: picture_model(base=build("vit", attention="eager")),
     "another pooling": lambda: picture_model(query_pooling="mean"),
     "another family": lambda: picture_model(base=build("deit")),
-    "the pass of a comparison learner": lambda: get_comparison_learner("frozen", build("vit")),
+    "the pass of a baseline": lambda: get_baseline("frozen", build("vit")),
 }
 
 
@@ -225,7 +227,7 @@ def test_images_that_lie_in_files(tmp_path: Path, key: str) -> None:
     changed = key_of(stream=picture_stream(rows))
     assert changed != before
     (tmp_path / "11.png").unlink()
-    with pytest.raises(NotTold, match=r"the file of an image cannot be read .*11\.png"):
+    with pytest.raises(NotCacheableError, match=r"the file of an image cannot be read .*11\.png"):
         key_of(stream=picture_stream(rows))
 
 
@@ -281,7 +283,7 @@ def compiled(how: str) -> Any:
 
 
 UNTOLD: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
-    "a function": (picture_model, lambda: picture_stream(transform=to_tensor), "transform to_tensor does not say"),
+    "a function": (picture_model, lambda: picture_stream(transform=to_tensor), r"transform to_tensor has no settings\(\)"),
     "no JSON": (picture_model, lambda: picture_stream(transform=Unsaid()), "cannot be written as JSON .*Tensor"),
     "no source": (picture_model, lambda: picture_stream(transform=made_elsewhere()), "source .* Elsewhere"),
     "numbers of images": (
@@ -305,5 +307,5 @@ UNTOLD: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", UNTOLD)
 def test_what_is_not_told_has_no_key(case: str) -> None:
     model, stream, why = UNTOLD[case]
-    with pytest.raises(NotTold, match=why):
+    with pytest.raises(NotCacheableError, match=why):
         key_of(model(), stream())

@@ -1,6 +1,7 @@
 """ContinualTrainer on tiny models: what it trains, what it tells, what it refuses, and that two processes equal one."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import pytest
 import torch
 from support.families import build
 from support.meeting import become, free_port
-from support.query_images import shared_by_two, viewer_of
+from support.query_images import provider_of, shared_by_two
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts import L2PConfig, get_prompt_pool_model
-from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback, TrainerState
 from cl_prompts.continual.batches import micro_batches
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor
 from cl_prompts.heads import DiscriminantClassifier
@@ -24,7 +25,7 @@ from cl_prompts.heads import DiscriminantClassifier
 
 
 def test_it_does_what_a_plain_loop_does() -> None:
-    trainer = small_trainer("hash", optimizer="adamw", optimizer_options={"weight_decay": 0.1}, clip=0.5)
+    trainer = small_trainer("hash", optim="adamw", optim_args={"weight_decay": 0.1}, max_grad_norm=0.5)
     trainer.train()
     model, stream = small_model("hash"), small_stream()
     for task in stream:
@@ -39,7 +40,7 @@ def test_it_does_what_a_plain_loop_does() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         model.end_task()
-    for name, tensor in model.training_state()[0].items():
+    for name, tensor in model.training_state_dict()["tensors"].items():
         assert torch.equal(tensor, tensors(trainer)[name]), name
     model.eval()
     for number, task in enumerate(stream):
@@ -55,9 +56,9 @@ def test_callbacks_come_in_order(tmp_path: Path) -> None:
 
     events = [name for name in vars(TrainerCallback) if name.startswith("on_")]
     for event in events:
-        setattr(Diary, event, lambda self, trainer, *_, event=event: self.events.append(event.removeprefix("on_")))
+        setattr(Diary, event, lambda self, state, *_, event=event: self.events.append(event.removeprefix("on_")))
     diary = Diary()
-    small_trainer("l2p", tmp_path, tasks=2, epochs=1, callbacks=[diary], log_every=2, checkpoint_every=3).train()
+    small_trainer("l2p", tmp_path, tasks=2, num_train_epochs=1, callbacks=[diary], logging_steps=2, save_steps=3).train()
     step, end = ["step_begin", "step_end"], ["epoch_end", "save", "evaluate", "task_end", "save"]
     one = ["task_begin", "epoch_begin", *step, *step, "log", *step, "save", *end]
     two = ["task_begin", "epoch_begin", *step, "log", *step, *step, "log", "save", *end]
@@ -65,7 +66,7 @@ def test_callbacks_come_in_order(tmp_path: Path) -> None:
 
 
 def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:
-    trainer = small_trainer("l2p", mixed_precision="bf16", epochs=1)
+    trainer = small_trainer("l2p", mixed_precision="bf16", num_train_epochs=1)
     seen: set[tuple[int, bool, torch.dtype]] = set()
 
     def look(module: Any, args: Any, output: Tensor) -> None:
@@ -78,9 +79,9 @@ def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:
 
 
 def test_pieces_of_a_batch_make_the_same_step() -> None:
-    whole = small_trainer("hash", clip=0.5, lr=1e-3)
+    whole = small_trainer("hash", max_grad_norm=0.5, learning_rate=1e-3)
     whole.train()
-    pieces = small_trainer("hash", clip=0.5, lr=1e-3, accumulation=3)
+    pieces = small_trainer("hash", max_grad_norm=0.5, learning_rate=1e-3, gradient_accumulation_steps=3)
     pieces.train()
     for name, tensor in tensors(whole).items():
         assert_close(tensors(pieces)[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
@@ -98,7 +99,7 @@ def test_memory_does_not_grow() -> None:
     alive: list[int] = []
 
     class Count(TrainerCallback):
-        def on_task_end(self, trainer: ContinualTrainer, task: Any) -> None:
+        def on_task_end(self, state: TrainerState, task: Any) -> None:
             gc.collect()
             alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
 
@@ -109,19 +110,16 @@ def test_memory_does_not_grow() -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
-    trainer = small_trainer("l2p", lr=1e30, optimizer="sgd", log_every=1)
+    trainer = small_trainer("l2p", learning_rate=1e30, optim="sgd", logging_steps=1)
     with pytest.raises(FloatingPointError, match=r"task 0, epoch 0, step .*lower the learning rate"):
         trainer.train()
 
 
 def test_forward_transfer_is_measured_where_classes_are_known() -> None:
     stream = small_stream()
-    again = [
-        type(task)(n, [4, 1], stream.tasks[0].train_rows, stream.tasks[0].test_rows, "", n > 0)
-        for n, task in enumerate(stream)
-    ]
+    again = [replace(stream.tasks[0], number=n, classes=[4, 1], revisit=n > 0) for n in range(len(stream))]
     stream.tasks = again
-    args = ContinualArguments(epochs=1, batch_size=4, forward_transfer=True)
+    args = ContinualArguments(num_train_epochs=1, batch_size=4, forward_transfer=True)
     trainer = ContinualTrainer(small_model("l2p"), stream, args)
     trainer.train()
     assert set(trainer.matrix.before) == set(trainer.matrix.baseline) == {1, 2}
@@ -138,7 +136,7 @@ def test_classifiers_beside_the_learner_change_nothing_in_it() -> None:
     assert alone.matrix == beside.matrix
     for name, tensor in tensors(alone).items():
         assert torch.equal(tensor, tensors(beside)[name]), name
-    assert len(beside.side.matrices["other"].columns) == 3
+    assert len(beside.extra_classifiers.matrices["other"].columns) == 3
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------------
@@ -165,11 +163,13 @@ def test_rates_follow_the_schedule_and_the_group() -> None:
     rates: list[list[float]] = []
 
     class Look(TrainerCallback):
-        def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
-            assert trainer.optimizer is not None
-            rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        def on_step_end(self, state: TrainerState, task: Any) -> None:
+            assert state.optimizer is not None
+            rates.append([group["lr"] for group in state.optimizer.param_groups])
 
-    small_trainer("l2p", tasks=1, schedule="linear", lr=0.1, lrs={"head": 0.01}, callbacks=[Look()]).train()
+    small_trainer(
+        "l2p", tasks=1, lr_scheduler_type="linear", learning_rate=0.1, learning_rates={"head": 0.01}, callbacks=[Look()]
+    ).train()
     factors = [1 - step / 6 for step in range(6)]
     assert_close(torch.tensor(rates), torch.tensor([[0.1 * f, 0.1 * f, 0.01 * f] for f in factors]))
 
@@ -199,15 +199,15 @@ def test_a_kept_optimizer_keeps_what_is_still_there() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "lion"}, "optimizer='lion': choose one of"),
-        ({"schedule": "step"}, "schedule='step': choose one of"),
-        ({"epochs": 0}, "epochs=0 must be a positive integer"),
+        ({"optim": "lion"}, "optim='lion': choose one of"),
+        ({"lr_scheduler_type": "step"}, "lr_scheduler_type='step': choose one of"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 must be a positive integer"),
         ({"batch_size": 2.5}, "batch_size=2.5 must be"),
-        ({"lr": float("nan")}, "lr=nan must be"),
-        ({"lrs": {"head": -1.0}}, "head=-1.0 must be"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be"),
+        ({"learning_rates": {"head": -1.0}}, "head=-1.0 must be"),
         ({"memory_size": 3, "memory_per_class": 2}, "give one of them"),
         ({"memory_size": 3}, 'class_mask="none"'),
-        ({"lrs": {"heads": 1.0}}, "no parameter group is called"),
+        ({"learning_rates": {"heads": 1.0}}, "no parameter group is called"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -220,9 +220,9 @@ def test_a_stream_without_tasks_is_passed_over_once() -> None:
     stream = GaussianStream(known.train, known.test, known.transform, seed=0)
     base = build("vit")
     model = get_prompt_pool_model(base, L2PConfig(top_k=3, num_labels=6, class_mask="none"))
-    with pytest.raises(ValueError, match="set epochs=1"):
-        ContinualTrainer(model, stream, ContinualArguments(epochs=2))
-    args = ContinualArguments(epochs=1, batch_size=4, memory_size=6, memory_batch_size=2)
+    with pytest.raises(ValueError, match="set num_train_epochs=1"):
+        ContinualTrainer(model, stream, ContinualArguments(num_train_epochs=2))
+    args = ContinualArguments(num_train_epochs=1, batch_size=4, memory_size=6, memory_batch_size=2)
     trainer = ContinualTrainer(model, stream, args)
     matrix = trainer.train()
     assert len(matrix.columns) == 1
@@ -235,15 +235,15 @@ def test_a_stream_without_tasks_is_passed_over_once() -> None:
 
 # Batches of 6 or 4 over 10 images: the last one has 4 or 2. More methods: test_distributed.py and others beside it.
 RUNS: dict[str, dict[str, Any]] = {
-    "hash": {"method": "hash", "clip": 0.5, "batch_size": 6},
-    "l2p accumulated": {"method": "l2p", "accumulation": 2},
+    "hash": {"method": "hash", "max_grad_norm": 0.5, "batch_size": 6},
+    "l2p accumulated": {"method": "l2p", "gradient_accumulation_steps": 2},
     "l2p rehearsal": {"method": "l2p", "config": {"class_mask": "none"}, "memory_size": 5, "memory_batch_size": 3},
 }
 
 
 def results(run: str, folder: Path) -> dict[str, Any]:
     """What a run ends with, killed and resumed on the way."""
-    settings = {**RUNS[run], "tasks": 2, "lr": 1e-3}
+    settings = {**RUNS[run], "tasks": 2, "learning_rate": 1e-3}
     trainer = small_trainer(settings.pop("method"), folder, **settings)
     trainer.train()
     return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict()}
@@ -288,7 +288,7 @@ def test_two_processes_equal_one(run: str, runs: tuple[dict[str, Any], list[dict
 @pytest.mark.xdist_group("trainer-processes")
 def test_two_processes_share_kept_queries(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     found = [part["query cache"] for part in runs[1]]
-    alone = viewer_of("").frozen_features(train=True)
+    alone = provider_of("").frozen_features(train=True)
     for name in ("cold", "warm", "half", "one without", "damaged"):
         for part in found:
             assert torch.equal(part[name], found[0]["cold"]), name

@@ -18,13 +18,13 @@ from support.query_images import (
     Unsaid,
     counted_passes,
     picture_stream,
-    viewer_of,
+    provider_of,
 )
 from support.small_runs import Stop, StopAt, tensors
 from support.stream_data import birds
 
 from cl_prompts import get_prompt_pool_model
-from cl_prompts.baselines import get_comparison_learner
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import (
     ContinualArguments,
     ContinualTrainer,
@@ -32,15 +32,16 @@ from cl_prompts.continual import (
     TrainerCallback,
 )
 from cl_prompts.continual.feature_cache.cache import VARIABLE, QueryCache, folder_of_queries
+from cl_prompts.storage.staging import ALIVE, PREFIX, STAGING
 
 
 # ---- what is kept, and what is not -------------------------------------------------------------------------------------
 
 
 def test_what_has_no_key_is_kept_in_memory_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    viewer = viewer_of(tmp_path, stream=picture_stream(transform=Unsaid()))
+    provider = provider_of(tmp_path, stream=picture_stream(transform=Unsaid()))
     with counted_passes() as passes:
-        assert viewer.frozen_features(train=True) is viewer.frozen_features(train=True)
+        assert provider.frozen_features(train=True) is provider.frozen_features(train=True)
     assert passes == [26]
     assert not list(tmp_path.iterdir())
     told = capsys.readouterr().out
@@ -51,19 +52,19 @@ def test_what_has_no_key_is_kept_in_memory_only(tmp_path: Path, capsys: pytest.C
 def test_a_pass_with_images_that_cannot_be_read_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be read today may be readable tomorrow."""
     stream = picture_stream(birds(LABELS, bad=(3,)), on_bad_image="skip")
-    table = viewer_of(tmp_path, stream=stream).frozen_features(train=True)
+    table = provider_of(tmp_path, stream=stream).frozen_features(train=True)
     assert not table[3].any()
     assert not list(tmp_path.iterdir())
     assert "in memory only: some cannot be read" in capsys.readouterr().out
 
 
 def test_a_base_that_learns_is_looked_at_anew(tmp_path: Path) -> None:
-    viewer = viewer_of(tmp_path, get_comparison_learner("finetune", build("vit")))
-    before = viewer.frozen_features(train=False)
+    provider = provider_of(tmp_path, get_baseline("finetune", build("vit")))
+    before = provider.frozen_features(train=False)
     with torch.no_grad():
-        viewer.model.get_base_model().layernorm.bias += 1
-    assert (viewer.frozen_features(train=False) - before).abs().max() > 0.5
-    assert viewer.queries(train=False) is None
+        provider.model.get_base_model().layernorm.bias += 1
+    assert (provider.frozen_features(train=False) - before).abs().max() > 0.5
+    assert provider.queries(train=False) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -137,9 +138,10 @@ def test_the_folder_is_bounded_and_the_oldest_use_goes_first(tmp_path: Path) -> 
     for file in foreign:
         file.write_bytes(bytes(50_000))
         os.utime(file, (1, 1))
-    left = tmp_path / f".{KEY}.{'0' * 32}.writing"  # of a writer that was killed
-    left.write_bytes(bytes(5000))
-    os.utime(left, (2, 2))
+    left = tmp_path / f"{PREFIX}0{STAGING}"  # of a writer that was killed
+    left.mkdir()
+    (left / f"{KEY}.safetensors").write_bytes(bytes(5000))
+    (tmp_path / f"{PREFIX}0{ALIVE}").touch()
     keys = [str(number) * 64 for number in range(5)]
     for age, key in enumerate(keys[:3]):
         cache.write(key, TABLE)
@@ -212,11 +214,11 @@ def picture_trainer(
     base = build("vit")
     set_seed(3)
     if method in ("frozen", "finetune"):
-        model: Any = get_comparison_learner(method, base)
+        model: Any = get_baseline(method, base)
     else:
         model = get_prompt_pool_model(base, {**METHODS, **WITH_CLASSIFIER}[method]())
     stream = picture_stream(**settings.pop("stream", {}))
-    told: dict[str, Any] = {"epochs": 1, "batch_size": 4, "checkpoint_every": 1} | settings
+    told: dict[str, Any] = {"num_train_epochs": 1, "batch_size": 4, "save_steps": 1} | settings
     args = ContinualArguments(str(output) if output else None, query_cache=str(cache), **told)
     return ContinualTrainer(model, stream, args, callbacks=callbacks)
 
@@ -294,7 +296,7 @@ def test_it_is_left_alone_where_it_is_not_valid(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("on_device", [False, True])
 def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
     """Each view is computed once, whatever the number of epochs; the queries are those of the images as they are shown."""
-    views: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(views=2, on_device=on_device)}, "epochs": 3}
+    views: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(views=2, on_device=on_device)}, "num_train_epochs": 3}
     plain, computed = run("l2p", "", cache_queries=False, **views)
     cold, again = run("l2p", tmp_path, **views)
     warm, read = run("l2p", tmp_path, **views)
@@ -312,14 +314,18 @@ def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
 
 
 def test_a_run_that_augments_on_the_device_is_resumed(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"stream": {"augmentation": CropAndFlip(on_device=True)}, "epochs": 2, "accumulation": 2}
+    settings: dict[str, Any] = {
+        "stream": {"augmentation": CropAndFlip(on_device=True)},
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+    }
     whole, _ = run("l2p", "", **settings)
     with pytest.raises(Stop):
         picture_trainer("l2p", "", tmp_path / "run", [StopAt(5)], **settings).train()
     resumed = picture_trainer("l2p", "", tmp_path / "run", **settings)
     resumed.train(resume=True)
     assert_same(whole, resumed, "resumed")
-    other, _ = run("l2p", "", epochs=2, accumulation=2)
-    assert other.measured != whole.measured or any(
+    other, _ = run("l2p", "", num_train_epochs=2, gradient_accumulation_steps=2)
+    assert other.evaluations != whole.evaluations or any(
         not torch.equal(a, b) for a, b in zip(tensors(other).values(), tensors(whole).values(), strict=True)
     ), "it augments"

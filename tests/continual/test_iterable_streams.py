@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from support.stream_data import birds, row_values, to_tensor
-from torch import Tensor
+from support.stream_data import birds, images_by_id, row_values, to_tensor, train_batches
 
 from cl_prompts.continual import (
     ClassIncrementalStream,
     CropAndFlip,
+    IndexedStream,
     IterableClassIncrementalStream,
     IterableDomainIncrementalStream,
 )
-from cl_prompts.continual.streams.iterable import StreamedImages, content_number
+from cl_prompts.continual.streams.indexed import require_indexed
+from cl_prompts.continual.streams.iterable import StreamedImages, content_id
 
 
 LABELS = [0, 1, 2, 3] * 6
@@ -27,253 +28,223 @@ def in_order(data: Dataset, shards: int = 3) -> IterableDataset:
     return data.to_iterable_dataset(num_shards=shards)
 
 
-def stream_of(data: Dataset | None = None, test: Any = None, **more: Any) -> IterableClassIncrementalStream:
-    data = birds(LABELS) if data is None else data
-    return IterableClassIncrementalStream(
-        in_order(data), in_order(data) if test is None else test, TASKS, to_tensor, **more
-    )
+def stream_of(data: Any = None, test: Any = None, tasks: Any = TASKS, **more: Any) -> IterableClassIncrementalStream:
+    data = in_order(birds(LABELS)) if data is None else data
+    return IterableClassIncrementalStream(data, data if test is None else test, tasks, to_tensor, **more)
 
 
 def seen(batches: Any) -> list[tuple[int, int]]:
-    """(number, label) of every real image."""
+    """(id, label) of every real image."""
     pairs = [p for batch in batches for p in zip(batch["sample_ids"], batch["labels"].tolist(), strict=True)]
     return [pair for pair in pairs if pair[1] >= 0]
 
 
-def numbers(data: Dataset) -> list[int]:
-    return [content_number(cell) for cell in data.to_iterable_dataset().decode(False)["image"]]
+def ids_of(data: Dataset) -> list[int]:
+    return [content_id(cell) for cell in data.to_iterable_dataset().decode(False)["image"]]
 
 
 def test_tasks_get_their_images() -> None:
-    stream, known = stream_of(), numbers(birds(LABELS))
+    stream, known = stream_of(), ids_of(birds(LABELS))
     assert len(set(known)) == len(known)
-    assert not stream.random_access
     assert stream.class_names([3]) == {3: "crow"}
-    for task in stream:
-        expected = sorted((number, label) for number, label in zip(known, LABELS, strict=True) if label in task.classes)
+    for number, task in enumerate(stream):
+        expected = [pair for pair in zip(known, LABELS, strict=True) if pair[1] in task.classes]
         for epoch in (0, 1):
-            assert sorted(seen(stream.train_batches(task, 4, seed=0, epoch=epoch))) == expected
-        in_turn = [pair for pair in zip(known, LABELS, strict=True) if pair[1] in task.classes]
-        assert seen(stream.test_batches(task, 4)) == in_turn
+            assert sorted(seen(train_batches(stream, number, epoch=epoch))) == sorted(expected)
+        assert seen(stream.test_batches(task, 4)) == expected
     images = {number: to_tensor(image) for number, image in zip(known, birds(LABELS)["image"], strict=True)}
-    for batch in stream.train_batches(stream.tasks[0], 5, seed=0, epoch=0):
+    for batch in train_batches(stream, batch_size=5):
         assert all(torch.equal(x, images[i]) for i, x in zip(batch["sample_ids"], batch["pixel_values"], strict=True))
         assert batch.keys() == {"pixel_values", "labels", "sample_ids"}
 
 
-def test_order_follows_from_seed_task_and_epoch_alone() -> None:
-    stream = stream_of()
-    orders = [seen(stream.train_batches(stream.tasks[0], 4, seed=s, epoch=e)) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0))]
-    assert orders[0] == orders[1]
-    assert len({tuple(order) for order in orders}) == 3
-    plain = stream_of(buffer_size=0)
-    orders = [seen(plain.train_batches(plain.tasks[0], 4, seed=0, epoch=epoch)) for epoch in (0, 1)]
-    assert orders[0] == orders[1] == seen(plain.test_batches(plain.tasks[0], 4))
+def test_the_shuffle_buffer() -> None:
+    """Without it images come in the order of the source; augmentation depends on the image, not on its place."""
+    shuffled, plain = stream_of(augmentation=CropAndFlip()), stream_of(augmentation=CropAndFlip(), buffer_size=0)
+    assert seen(train_batches(plain)) == seen(train_batches(plain, epoch=1)) == seen(plain.test_batches(plain.tasks[0], 4))
+    first, other = (images_by_id(train_batches(stream)) for stream in (shuffled, plain))
+    assert list(first) != list(other)
+    assert all(torch.equal(first[i], other[i]) for i in other)
 
 
-def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    assert len(one) == len(other)
+def same(one: Any, other: Any) -> bool:
     return all(
         a["sample_ids"] == b["sample_ids"] and torch.equal(a["pixel_values"], b["pixel_values"])
         for a, b in zip(one, other, strict=True)
     )
 
 
-def test_loader_processes_and_a_later_start_change_nothing() -> None:
-    """More loader processes than shards, too: each goes through the whole source."""
-    data = in_order(birds(LABELS), shards=1)
-    stream = IterableClassIncrementalStream(data, data, TASKS, to_tensor, augmentation=CropAndFlip())
-    arguments: dict[str, Any] = dict(seed=0, epoch=2)
-    whole = list(stream.train_batches(stream.tasks[0], 2, **arguments))
-    assert len(whole) == 6
-    assert same(whole, list(stream.train_batches(stream.tasks[0], 2, **arguments, workers=2)))
-    for start, workers in ((1, 0), (2, 0), (6, 0), (3, 2)):
-        rest = stream.train_batches(stream.tasks[0], 2, **arguments, start=start, workers=workers)
-        assert same(whole[start:], list(rest))
-
-
-def test_augmentation_follows_from_the_images_content() -> None:
-    stream = stream_of(augmentation=CropAndFlip())
-
-    def images(batch_size: int, epoch: int, buffer_size: int) -> dict[int, Tensor]:
-        stream.buffer_size = buffer_size
-        batches = stream.train_batches(stream.tasks[0], batch_size, seed=0, epoch=epoch)
-        return {i: x for batch in batches for i, x in zip(batch["sample_ids"], batch["pixel_values"], strict=True)}
-
-    first, other, later = images(3, 0, 1000), images(5, 0, 0), images(3, 1, 1000)
-    assert first.keys() == other.keys() == later.keys()
-    assert all(torch.equal(first[i], other[i]) for i in first)
-    assert sum(torch.equal(first[i], later[i]) for i in first) < 2
-
-
-def test_shares_of_several_processes_make_up_the_batches_of_one() -> None:
+def test_shards_of_several_processes_make_up_the_batches_of_one() -> None:
     stream = stream_of()
-    one = StreamedImages(stream, stream.train_sources[0], "train", 8, 0, None, None)
-    parts = []
-    for rank in range(2):
-        images = StreamedImages(stream, stream.train_sources[0], "train", 8, 0, None, None)
+    one, *two = (StreamedImages(stream, stream.train_sources[0], "train", 8) for _ in range(3))
+    for rank, images in enumerate(two):
         images.rank, images.processes = rank, 2
-        parts.append(list(images))
-    for whole, left, right in zip(one, *parts, strict=True):
+    for whole, left, right in zip(one, *two, strict=True):
         assert len(left["labels"]) == len(right["labels"])
         assert seen([left, right]) == seen([whole])
 
 
 def test_domains_by_column_and_by_data_set() -> None:
     data = birds(LABELS, domains=DOMAIN)
-    known = numbers(data)
-    by_column = IterableDomainIncrementalStream(
-        in_order(data), data, range(4), to_tensor, domains=["cartoon", "photo"]
-    )  # test rows by number
+    known = ids_of(data)
+    # The test set has rows by number.
+    by_column = IterableDomainIncrementalStream(in_order(data), data, range(4), to_tensor, domains=["cartoon", "photo"])
     assert [(task.name, task.revisit) for task in by_column] == [("cartoon", False), ("photo", True)]
     for task, value in zip(by_column, (2, 0), strict=True):
         rows = [row for row, domain in enumerate(DOMAIN) if domain == value]
-        assert sorted(seen(by_column.train_batches(task, 3, seed=0, epoch=0))) == sorted(
-            (known[r], LABELS[r]) for r in rows
-        )
+        assert sorted(seen(train_batches(by_column, task.number, 3))) == sorted((known[r], LABELS[r]) for r in rows)
         assert [i for batch in by_column.test_batches(task, 3) for i in batch["sample_ids"]] == rows
     parts = {"day": birds(LABELS[:8], 1), "night": birds(LABELS[:4], 2)}
     sources = {name: in_order(part, 1) for name, part in parts.items()}
     by_name = IterableDomainIncrementalStream(sources, sources, range(4), to_tensor)
     for task in by_name:
         assert task.classes == [0, 1, 2, 3]
-        for batches in (by_name.train_batches(task, 3, seed=0, epoch=0), by_name.test_batches(task, 3)):
-            assert sorted(i for i, _ in seen(batches)) == sorted(numbers(parts[task.name]))
+        for batches in (train_batches(by_name, task.number, 3), by_name.test_batches(task, 3)):
+            assert sorted(i for i, _ in seen(batches)) == sorted(ids_of(parts[task.name]))
 
 
-def test_a_test_set_with_rows() -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_test_set_with_rows_by_number(num_workers: int) -> None:
     data = birds(LABELS)
-    stream, whole = stream_of(data, test=data), ClassIncrementalStream(data, data, TASKS, to_tensor)
-    for own, other in zip(stream, whole, strict=True):
-        assert own.test_rows.tolist() == other.test_rows.tolist()
-        assert same(list(stream.test_batches(own, 4)), list(whole.test_batches(other, 4)))
-        assert same(list(stream.images(own.test_rows, 4, train=False)), list(whole.test_batches(other, 4)))
+    stream, indexed = stream_of(test=data), ClassIncrementalStream(data, data, TASKS, to_tensor)
+    for own, other in zip(stream, indexed, strict=True):
+        assert same(stream.test_batches(own, 4, num_workers=num_workers), indexed.test_batches(other, 4))
 
 
-def test_steps_are_known_where_images_are_counted() -> None:
+def test_steps_are_known_if_images_are_counted() -> None:
     stream = stream_of(train_images=[12, 6])
     assert [stream.steps_per_epoch(task, 5) for task in stream] == [3, 2]
-    assert all(len(list(stream.train_batches(t, 5, seed=0, epoch=0))) == stream.steps_per_epoch(t, 5) for t in stream)
-    wrong = stream_of(train_images=[13, 6])
+    assert [len(list(train_batches(stream, task, 5))) for task in (0, 1)] == [3, 2]
     with pytest.raises(ValueError, match="the pass over the train set gave 12 images, not the 13 of train_images"):
-        list(wrong.train_batches(wrong.tasks[0], 5, seed=0, epoch=0))
+        list(train_batches(stream_of(train_images=[13, 6])))
     for counts in ([12], [12, 0]):
         with pytest.raises(ValueError, match="give a positive number for each of 2 tasks"):
             stream_of(train_images=counts)
-
-
-def test_what_needs_rows_is_refused() -> None:
-    stream = stream_of()
-    task, why = stream.tasks[0], "IterableDataset, which has no rows by number.*load it without streaming=True"
-    attempts: list[Any] = [
-        lambda: stream.train_labels[[0]],
-        lambda: len(task.train_rows),
-        lambda: stream.images(task.train_rows, 4),
-        lambda: stream.images(task.test_rows, 4, train=False),
-        lambda: stream.all_images(train=True, batch_size=4),
-        lambda: stream.train_batches(task, 4, seed=0, epoch=0, rows=[0]),
-        lambda: stream.train_batches(task, 4, seed=0, epoch=0, memory_rows=[0], memory_batch_size=1),
-        lambda: stream.train_batches(task, 4, seed=0, epoch=0, queries=torch.zeros(24, 4)),
-        lambda: stream.test_batches(task, 4, queries=torch.zeros(24, 4)),
-    ]
-    for attempt in attempts:
-        with pytest.raises(ValueError, match=why):
-            attempt()
     with pytest.raises(ValueError, match="cannot be counted before they are read: give train_images"):
-        stream.steps_per_epoch(task, 4)
+        stream_of().steps_per_epoch(stream.tasks[0], 4)
 
 
-def test_bad_sources() -> None:
+def test_what_needs_rows_is_not_there() -> None:
+    """An iterable stream has no method of an indexed one, and arguments that need row numbers are no arguments."""
+    stream = stream_of()
+    assert not isinstance(stream, IndexedStream)
+    with pytest.raises(ValueError, match=r"^rehearsal needs images by row number, .* is read in order: load the data set"):
+        require_indexed(stream, "rehearsal")
+    for name in ("images", "all_images", "all_rows", "train_labels", "test_labels"):
+        assert not hasattr(stream, name)
+    assert not any(hasattr(stream.tasks[0], name) for name in ("train_rows", "test_rows"))
+    for given in ({"rows": [0]}, {"memory_rows": [0]}, {"queries": torch.zeros(24, 4)}):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            train_batches(stream, **given)
     data = birds(LABELS)
-    with pytest.raises(ValueError, match=r"task 1 repeats classes \[0\]"):
-        IterableClassIncrementalStream(in_order(data), in_order(data), [[0], [0]], to_tensor)
-    with pytest.raises(ValueError, match="the training set has no column 'kind'"):
-        stream_of(label_column="kind")
-    with pytest.raises(ValueError, match=r"column 'image' of the training set is no Image: use cast_column"):
-        stream_of(row_values(LABELS))
-    absent = IterableClassIncrementalStream(in_order(data), in_order(data), [[0], [9]], to_tensor)
+    indexed = ClassIncrementalStream(data, data, TASKS, to_tensor)
+    with pytest.raises(TypeError, match=r"task 0 has no row numbers: take a task of this stream, stream\.tasks\[0\]"):
+        indexed.test_batches(stream.tasks[0], 4)
+
+
+DATA, DOMAINS = birds(LABELS), birds(LABELS, domains=DOMAIN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"tasks": [[0], [0]]}, r"task 1 repeats classes \[0\]"),
+        ({"label_column": "kind"}, "the training set has no column 'kind'"),
+        ({"data": in_order(row_values(LABELS))}, r"column 'image' of the training set is no Image: use cast_column"),
+        ({"data": DATA}, "the training set is a Dataset, not an IterableDataset: use the stream for data sets with rows"),
+        ({"test": DATA.select([1, 2])}, r"task 0: classes \[0, 3\] have no test images"),
+        ({"test": DATA.remove_columns("image")}, "the test set has no column 'image'"),
+    ],
+)
+def test_bad_sources(arguments: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        stream_of(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("source", "test", "classes", "domains", "why"),
+    [
+        (in_order(DOMAINS), DOMAINS, range(4), None, "cannot be listed before it is read: give domains"),
+        (in_order(DOMAINS), DOMAINS, range(4), ["photo", "photo"], r"domains=\['photo', 'photo'\]: name each domain once"),
+        (in_order(DOMAINS), DOMAINS, range(4), ["dusk"], r"domain 'dusk' has no test images; the test set has domains"),
+        (
+            {"day": in_order(DATA)},
+            {"dusk": DATA},
+            range(4),
+            ["dusk"],
+            r"no training set of domain 'dusk', only of",
+        ),
+        (in_order(DOMAINS), DOMAINS, [0, 1], ["photo"], r"domain 'photo': test images are of classes \[2, 3\]"),
+    ],
+)
+def test_bad_domains(source: Any, test: Any, classes: Any, domains: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        IterableDomainIncrementalStream(source, test, classes, to_tensor, domains=domains)
+
+
+def test_what_only_reading_shows_to_be_wrong() -> None:
     with pytest.raises(ValueError, match="the pass over the train set gave 0 images"):
-        list(absent.train_batches(absent.tasks[1], 4, seed=0, epoch=0))
-    domains = birds(LABELS, domains=DOMAIN)
-    with pytest.raises(ValueError, match="cannot be listed before it is read: give domains"):
-        IterableDomainIncrementalStream(in_order(domains), domains, range(4), to_tensor)
-    with pytest.raises(ValueError, match=r"domains=\['photo', 'photo'\]: name each once"):
-        IterableDomainIncrementalStream(in_order(domains), domains, range(4), to_tensor, domains=["photo", "photo"])
-    with pytest.raises(ValueError, match=r"there is no training set of domain 'dusk', only of \['day'\]"):
-        IterableDomainIncrementalStream({"day": in_order(data)}, {"dusk": data}, range(4), to_tensor, domains=["dusk"])
-    few = IterableDomainIncrementalStream(in_order(domains), in_order(domains), [0, 1], to_tensor, domains=["photo"])
+        list(train_batches(stream_of(tasks=[[0], [9]]), 1))
+    few = IterableDomainIncrementalStream(in_order(DOMAINS), in_order(DOMAINS), [0, 1], to_tensor, domains=["photo"])
     with pytest.raises(ValueError, match=r"a train image has label 2, and the stream's classes are \[0, 1\]"):
-        list(few.train_batches(few.tasks[0], 8, seed=0, epoch=0))
-    with pytest.raises(ValueError, match=r"domain 'photo': test images are of classes \[2, 3\], which the stream has not"):
-        IterableDomainIncrementalStream(in_order(domains), domains, [0, 1], to_tensor, domains=["photo"])
-    with pytest.raises(ValueError, match="the training set is a Dataset, which need not be streamed: use the stream for"):
-        IterableClassIncrementalStream(birds(LABELS), birds(LABELS), [[0, 3], [2]], to_tensor)  # type: ignore[arg-type]
+        list(train_batches(few))
     for size in (0, -2):
         with pytest.raises(ValueError, match=f"a global batch of {size} images"):
-            stream_of().train_batches(stream_of().tasks[0], size, seed=0, epoch=0)
+            train_batches(stream_of(), batch_size=size)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images(workers: int) -> None:
+# ---- images that cannot be read ------------------------------------------------------------------------------------
+
+
+def with_bad(labels: list[int], *bad: int, shards: int = 1, **more: Any) -> IterableClassIncrementalStream:
+    data = birds(labels, bad=bad)
+    return stream_of(in_order(data, shards), data, on_bad_image="skip", **more)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_images(num_workers: int) -> None:
     bad = (0, 7, 12)
-    data = birds(LABELS, bad=bad)
-    known = numbers(data)
-    stream = stream_of(data, on_bad_image="skip")
-    found = list(stream.train_batches(stream.tasks[0], 3, seed=0, epoch=0, workers=workers))
+    known = ids_of(birds(LABELS, bad=bad))
+    stream = with_bad(LABELS, *bad, shards=3)
+    found = list(train_batches(stream, batch_size=3, num_workers=num_workers))
     assert sorted(seen(found)) == sorted(
         (n, c) for r, (n, c) in enumerate(zip(known, LABELS, strict=True)) if c in (0, 3) and r not in bad
     )
     assert sum(len(batch["labels"]) for batch in found) == 12
     assert stream.skipped["train"] == sorted(known[row] for row in bad)
-    if not workers:
-        strict = stream_of(data)
+    if not num_workers:
+        stream.on_bad_image = "stop"
         with pytest.raises(ValueError, match=r"the image of train file cut.png, label \d, cannot be read"):
-            list(strict.train_batches(strict.tasks[0], 3, seed=0, epoch=0))
+            list(train_batches(stream, batch_size=3))
 
 
 def test_a_batch_of_bad_images_alone() -> None:
-    data = birds([0, 3, 0, 2], bad=(0, 1))
-    stream = IterableClassIncrementalStream(
-        in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
-    )
-    batch, last = stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0)
+    batch, last = train_batches(with_bad([0, 3, 0, 2], 0, 1, buffer_size=0), batch_size=2)
     assert batch["labels"].tolist() == [-100, -100]
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     assert last["labels"].tolist() == [0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_task_without_a_readable_image_is_not_trained_silently(workers: int) -> None:
-    data = birds([0, 3, 0, 2], bad=(0, 1, 2))
-    stream = IterableClassIncrementalStream(in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_task_without_a_readable_image_is_not_trained_silently(num_workers: int) -> None:
+    stream = with_bad([0, 3, 0, 2], 0, 1, 2)
     with pytest.raises(ValueError, match="none of the 3 train images of this task can be read: repair some"):
-        list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, workers=workers))
-    list(stream.train_batches(stream.tasks[1], 2, seed=0, epoch=0, workers=workers))
+        list(train_batches(stream, batch_size=2, num_workers=num_workers))
+    assert len(seen(train_batches(stream, 1, 2, num_workers=num_workers))) == 1
 
 
-def test_a_share_without_a_readable_image_is_no_error() -> None:
-    """As the loader process has it that gets the first batch alone, and a resumed run whose last batch is bad."""
-    data = birds([0, 3, 0, 2], bad=(0, 1))
-    stream = IterableClassIncrementalStream(
-        in_order(data, 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
-    )
-    assert len(list(stream.train_batches(stream.tasks[0], 2, seed=0, epoch=0, workers=2))) == 2
-    turned = IterableClassIncrementalStream(
-        in_order(data.select([2, 0, 1, 3]), 1), data, [[0, 3], [2]], to_tensor, on_bad_image="skip", buffer_size=0
-    )
-    (left,) = turned.train_batches(turned.tasks[0], 1, seed=0, epoch=0, start=2)
+def test_a_shard_without_a_readable_image_is_no_error() -> None:
+    """It happens in a loader process that gets the first batch only, and in a resumed run whose last batch is bad."""
+    assert len(list(train_batches(with_bad([0, 3, 0, 2], 0, 1, buffer_size=0), batch_size=2, num_workers=2))) == 2
+    (left,) = train_batches(with_bad([0, 0, 3, 2], 1, 2, buffer_size=0), batch_size=1, start=2)
     assert left["labels"].tolist() == [-100]
 
 
 def test_fingerprint_and_fresh_processes() -> None:
-    prints = {
-        stream_of().fingerprint(),
-        stream_of(buffer_size=5).fingerprint(),
-        stream_of(augmentation=CropAndFlip()).fingerprint(),
-        IterableClassIncrementalStream(in_order(birds(LABELS)), birds(LABELS), [[0], [2]], to_tensor).fingerprint(),
-    }
-    assert len(prints) == 4
-    assert stream_of().fingerprint() in prints
+    streams = [{}, {"buffer_size": 5}, {"augmentation": CropAndFlip()}, {"tasks": [[0], [2]]}]
+    first, second = ([stream_of(**options).fingerprint() for options in streams] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 4
     stream = stream_of()
-    images = StreamedImages(stream, stream.train_sources[0], "train", 4, 0, None, None)
-    assert same(list(images), list(pickle.loads(pickle.dumps(images))))
+    images = StreamedImages(stream, stream.train_sources[0], "train", 4)
+    assert same(images, pickle.loads(pickle.dumps(images)))

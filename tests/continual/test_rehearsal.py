@@ -173,11 +173,11 @@ def test_a_memory_goes_on_from_its_state(labels: list[int], cut: int, size: int,
         show(whole, part)
     show(first, slice(0, cut))
     second = RehearsalMemory(size, seed=4)
-    second.load_state(json.loads(json.dumps(first.state())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     show(second, slice(cut, None))
     assert second.by_class == whole.by_class
     assert list(second.by_class) == list(whole.by_class)
-    assert second.state() == whole.state()
+    assert second.state_dict() == whole.state_dict()
 
 
 def test_the_same_seed_draws_the_same() -> None:

@@ -1,10 +1,12 @@
 """A killed run goes on where it was and ends as if nothing had happened, bit for bit."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -12,9 +14,11 @@ from support.methods import METHODS, WITH_CLASSIFIER
 from support.query_images import Scaled, Unsaid, picture_stream
 from support.small_runs import Stop, StopAt, small_model, small_trainer, tensors
 
-from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
-from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback, TrainerState
+from cl_prompts.continual.checkpointing.checkpoint import Checkpoints, join_tensors, split_tensors
+from cl_prompts.continual.checkpointing.parts import RandomState
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.storage.staging import PREFIX, STAGING
 
 
 def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
@@ -44,7 +48,7 @@ def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> No
 
 def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
     class StopAfterTask(TrainerCallback):
-        def on_task_begin(self, trainer: ContinualTrainer, task: Any) -> None:
+        def on_task_begin(self, state: TrainerState, task: Any) -> None:
             if task.number == 2:
                 raise Stop
 
@@ -62,10 +66,10 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
     "settings",
     [
         {"mixed_precision": "bf16"},
-        {"schedule": "cosine", "warmup": 2, "optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1}},
-        {"keep_optimizer": True, "optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "lr": 0.05},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "adamw", "optim_args": {"weight_decay": 0.1}},
+        {"keep_optimizer": True, "optim": "sgd", "optim_args": {"momentum": 0.9}, "learning_rate": 0.05},
         {"memory_size": 5, "memory_batch_size": 3, "config": {"class_mask": "none"}},
-        {"accumulation": 2, "clip": 0.5},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     ],
     ids=lambda s: "-".join(s),
 )
@@ -80,7 +84,7 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.drawn: list[float] = []
 
-        def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
+        def on_step_end(self, state: TrainerState, task: Any) -> None:
             self.drawn.append(float(torch.rand(())))
 
     whole, second = Draws(), Draws()
@@ -98,7 +102,7 @@ def test_a_finished_run_only_reports(tmp_path: Path) -> None:
     second = small_trainer("l2p", tmp_path, callbacks=[StopAt(first.progress.global_step)])
     second.train(resume=True)
     assert_same_run(first, second)
-    assert [m.accuracy for m in second.measured] == [m.accuracy for m in first.measured]
+    assert [m.accuracy for m in second.evaluations] == [m.accuracy for m in first.evaluations]
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
     before = sorted(p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
     for settings, what in (
-        ({"lr": 0.1}, "settings"),
+        ({"learning_rate": 0.1}, "settings"),
         ({"tasks": 2}, "stream"),
         ({"config": {"pool_size": 7}}, "learner"),
     ):
@@ -149,22 +153,22 @@ def test_other_classifiers_beside_the_learner_are_refused(other: str, with_ridge
         small_trainer("l2p", folder, classifiers=classifiers).train(resume=True)
 
 
-def test_what_a_classifier_has_in_its_parts_is_told() -> None:
+def test_the_settings_of_a_classifier_include_those_of_its_parts() -> None:
     """Settings of `ClassGaussians`, options of `align`, whose order is nothing."""
 
-    def told(classifier: FeatureClassifier) -> str:
-        return small_trainer("l2p", classifiers={"r": classifier}).side.told["r"]
+    def settings(classifier: FeatureClassifier) -> str:
+        return small_trainer("l2p", classifiers={"r": classifier}).extra_classifiers.settings["r"]
 
-    assert told(DiscriminantClassifier(32)) == told(DiscriminantClassifier(32))
-    assert told(DiscriminantClassifier(32)) != told(DiscriminantClassifier(32, kind="diagonal"))
-    assert told(DiscriminantClassifier(32)) != told(DiscriminantClassifier(32, own=0.2))
-    assert told(AlignedClassifier(32, epochs=1, lr=0.1)) == told(AlignedClassifier(32, lr=0.1, epochs=1))
-    assert told(AlignedClassifier(32, epochs=1)) != told(AlignedClassifier(32, epochs=2))
+    assert settings(DiscriminantClassifier(32)) == settings(DiscriminantClassifier(32))
+    assert settings(DiscriminantClassifier(32)) != settings(DiscriminantClassifier(32, kind="diagonal"))
+    assert settings(DiscriminantClassifier(32)) != settings(DiscriminantClassifier(32, own=0.2))
+    assert settings(AlignedClassifier(32, epochs=1, lr=0.1)) == settings(AlignedClassifier(32, lr=0.1, epochs=1))
+    assert settings(AlignedClassifier(32, epochs=1)) != settings(AlignedClassifier(32, epochs=2))
 
 
 def picture_trainer(folder: Path, transform: Any, *callbacks: TrainerCallback) -> ContinualTrainer:
     AcceleratorState._reset_state(reset_partial_state=True)
-    args = ContinualArguments(str(folder), epochs=1, batch_size=8, checkpoint_every=1, cache_queries=False)
+    args = ContinualArguments(str(folder), num_train_epochs=1, batch_size=8, save_steps=1, cache_queries=False)
     return ContinualTrainer(small_model("l2p"), picture_stream(transform=transform), args, callbacks=callbacks)
 
 
@@ -194,9 +198,9 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "checkpoints").iterdir()
     found = Checkpoints(tmp_path / "checkpoints").latest()
     assert found is not None
-    values = {name: value for name, value in found[1].items() if name != "format"}
-    Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found[0], values)
-    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 2\).*remove them"):
+    del found["format"]
+    Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found)
+    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 3\).*remove them"):
         small_trainer("l2p", tmp_path).train(resume=True)
 
 
@@ -208,7 +212,8 @@ def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:
     found = Checkpoints(tmp_path / "checkpoints").latest()
     assert found is not None
     base = sum(p.numel() for p in trainer.model.get_base_model().parameters())
-    assert sum(t.numel() for n, t in found[0].items() if not n.startswith("random.")) < base / 2
+    del found["parts"]["random"]
+    assert sum(tensor.numel() for tensor in split_tensors(found)[0].values()) < base / 2
     assert {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == {".safetensors", ".json"}
 
 
@@ -242,18 +247,45 @@ def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()
     folder = tmp_path / "checkpoints"
     newest = sorted(folder.iterdir())[-1]
-    shutil.copytree(newest, folder / ".000000099.saving")
-    (folder / ".000000099.saving" / "manifest.json").unlink()
+    shutil.copytree(newest, folder / f"{PREFIX}0{STAGING}")
+    (folder / f"{PREFIX}0{STAGING}" / "manifest.json").unlink()
     found = Checkpoints(folder).latest()
     assert found is not None
-    assert found[1]["progress"] == json.loads((newest / "values.json").read_text())["progress"]
+    assert found["parts"]["progress"] == json.loads((newest / "values.json").read_text())["parts"]["progress"]
 
 
 def test_the_log_has_every_step_once(tmp_path: Path) -> None:
-    killed_and_resumed("l2p", tmp_path, [5, 11], log_every=1)
+    killed_and_resumed("l2p", tmp_path, [5, 11], logging_steps=1)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
     assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]
+
+
+def test_a_nested_state_is_split_and_joined() -> None:
+    tensors = {"a": torch.arange(3), "b": {"c": torch.ones(2, dtype=torch.bool)}}
+    state = {"x": tensors, "y": [torch.zeros(1), {"n": None}, "text"], "empty": {}, "1": {"2": 0.5}}
+    parts, values = split_tensors(state)
+    assert list(parts) == ["x/a", "x/b/c", "y/0"]
+    joined = join_tensors(parts, json.loads(json.dumps(values)))
+    assert str(joined) == str(state)
+    assert joined["x"]["b"]["c"].dtype == torch.bool
+    with pytest.raises(TypeError, match=r"the keys \[1\] of x must be strings"):
+        split_tensors({"x": {1: torch.zeros(1)}})
+
+
+def test_every_generator_continues() -> None:
+    """Also with a Gaussian that numpy and Python keep for the next call."""
+
+    def draw() -> list[float]:
+        return [float(torch.rand(())), float(np.random.standard_normal()), random.gauss(0, 1), random.random()]
+
+    state = RandomState(torch.device("cpu"), 0)
+    for _ in range(2):  # with and without a Gaussian that is kept
+        tensors, values = split_tensors(state.state_dict())
+        expected = [draw(), draw()]
+        state.load_state_dict(join_tensors(tensors, json.loads(json.dumps(values))))
+        assert [draw(), draw()] == expected
+        draw()
 
 
 def test_resume_needs_a_folder() -> None:

@@ -1,5 +1,6 @@
-"""Which images a task of each scenario has, and what a scenario refuses."""
+"""Which images the tasks of each scenario have, and which arguments a scenario refuses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from cl_prompts.continual import (
     DatasetSequenceStream,
     DomainIncrementalStream,
     GaussianStream,
+    IterableClassIncrementalStream,
+    JointStream,
+    Stream,
     split_classes,
 )
 
@@ -24,81 +28,51 @@ LABELS = [0, 1, 2, 3] * 6
 DOMAIN = [0] * 8 + [2] * 8 + [1] * 8
 
 
-def rows_by_hand(wanted: Any, *columns: list[int]) -> list[int]:
-    return [row for row, values in enumerate(zip(*columns, strict=True)) if wanted(*values)]
+def class_stream(
+    train: Dataset, tasks: Any = ((0,), (1,)), test: Dataset | None = None, **more: Any
+) -> ClassIncrementalStream:
+    return ClassIncrementalStream(train, train if test is None else test, tasks, number_to_tensor, **more)
 
 
 # ---- new classes ---------------------------------------------------------------------------------------------------
 
 
-def test_unequal_tasks() -> None:
+def test_split_classes() -> None:
+    assert split_classes([7, 1, 3, 9, 5], 2) == [[1, 3, 5], [7, 9]]
     assert split_classes([4, 2, 0, 1, 3], [1, 3, 1]) == [[0], [1, 2, 3], [4]]
-    seeded = split_classes(range(20), [15, 5], seed=3)
-    assert [len(part) for part in seeded] == [15, 5]
-    assert [c for part in seeded for c in part] == [c for part in split_classes(range(20), 4, seed=3) for c in part]
-    for sizes in ([2, 2], [5, 0], [], [6, -1]):
-        with pytest.raises(ValueError, match=r"5 classes cannot be split into tasks of \["):
-            split_classes(range(5), sizes)
+    shuffled = split_classes(range(100), 10, seed=4)
+    assert shuffled == split_classes(reversed(range(100)), 10, seed=4)
+    assert shuffled not in (split_classes(range(100), 10, seed=5), split_classes(range(100), 10))
+    assert sorted(c for task in shuffled for c in task) == list(range(100))
+    assert all(len(task) == 10 and all(type(c) is int for c in task) for task in shuffled)
+    unequal = split_classes(range(100), [90, 10], seed=4)
+    assert [len(task) for task in unequal] == [90, 10]
+    assert [c for task in unequal for c in task] == [c for task in shuffled for c in task]
+    for tasks in (0, 6, [2, 2], [5, 0], [], [6, -1]):
+        with pytest.raises(ValueError, match="5 classes cannot be split into"):
+            split_classes(range(5), tasks)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(-1, 6), max_size=4), max_size=4))
-def test_tasks_are_taken_or_refused_with_a_reason(tasks: list[list[int]]) -> None:
+def test_tasks_are_accepted_or_refused_with_a_reason(tasks: list[list[int]]) -> None:
     """Never a stream with an empty task, an unknown class or one class in two tasks."""
-    data = row_values([0, 1, 2, 3, 4])
+    labels = [0, 3, 1, 2, 2, 3, 4]
+    data = row_values(labels)
     named = [c for task in tasks for c in task]
     fine = tasks and all(tasks) and len(set(named)) == len(named) and set(named) <= set(range(5))
     if fine:
-        stream = ClassIncrementalStream(data, data, tasks, number_to_tensor)
+        stream = class_stream(data, tasks)
         assert [task.classes for task in stream] == tasks
         assert stream.classes == named
+        assert [task.number for task in stream] == list(range(len(tasks)))
+        for task in stream:
+            rows = [row for row, label in enumerate(labels) if label in task.classes]
+            assert task.train_rows.tolist() == task.test_rows.tolist() == rows
     else:
         why = "no classes|twice|repeats classes|no training images|at least one task"
         with pytest.raises(ValueError, match=why):
-            ClassIncrementalStream(data, data, tasks, number_to_tensor)
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "why"),
-    [
-        ([0, 1, -1], [0, 1], "the label of training row 2 is -1: class ids start at 0"),
-        ([0, 1, 1], [0, 1, 7], r"test images are of classes \[7\], which no training image has"),
-        ([], [0], "the training set is empty"),
-    ],
-)
-def test_labels_that_are_none(train: list[int], test: list[int], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        ClassIncrementalStream(row_values(train), row_values(test), [[0], [1]], number_to_tensor)
-
-
-def test_columns_that_are_missing_or_of_another_kind() -> None:
-    data = row_values([0, 1])
-    with pytest.raises(ValueError, match=r"the training set has no column 'img', only \['image', 'label'\]"):
-        ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor, image_column="img")
-    with pytest.raises(ValueError, match="the training set has no column 'fine'"):
-        ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor, label_column="fine")
-    words = Dataset.from_dict({"image": [0, 1], "label": ["owl", "jay"]})
-    with pytest.raises(ValueError, match=r"column 'label' of the training set holds 'owl' in row 0, which is no class id"):
-        ClassIncrementalStream(words, words, [[0], [1]], number_to_tensor)
-    with pytest.raises(ValueError, match=r"the training set is an IterableDataset.*IterableClassIncrementalStream"):
-        ClassIncrementalStream(data.to_iterable_dataset(), data, [[0], [1]], number_to_tensor)
-    with pytest.raises(ValueError, match=r"on_bad_image='ignore': choose one of \['stop', 'skip'\]"):
-        ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor, on_bad_image="ignore")
-
-
-@pytest.mark.parametrize(
-    ("labels", "why"),
-    [
-        ([0, 1, None, 1], "holds None in row 2, which is no class id"),
-        ([0.0, float("nan"), 1.0], "holds nan in row 1, which is no class id"),
-        ([[0], [1], [0]], r"holds lists, like \[0\]: give each row one value"),
-        ([[0, 1], [1], [0]], r"holds lists, like \[0, 1\]: give each row one value"),
-    ],
-)
-def test_a_label_that_is_no_class_id_is_named(labels: list[Any], why: str) -> None:
-    data = Dataset.from_dict({"image": list(range(len(labels))), "label": labels})
-    with pytest.raises(ValueError, match=f"column 'label' of the training set {why}"):
-        ClassIncrementalStream(data, data, [[0], [1]], number_to_tensor)
+            class_stream(data, tasks)
 
 
 @pytest.mark.parametrize(
@@ -109,25 +83,57 @@ def test_a_label_that_is_no_class_id_is_named(labels: list[Any], why: str) -> No
         ([[0], ["owl"]], "task 1 names 'owl', which is no class id"),
         (["01"], "task 0 names '0', which is no class id"),
         ([[0, 1.5]], r"task 0 names 1\.5, which is no class id"),
+        ([[0, 1], [2, 1, 0]], r"task 1 repeats classes \[0, 1\]"),
+        ([[0, 1], [2, 11]], r"task 1: classes \[11\] have no training images"),
+        ([[0, 1], [2, 3]], r"task 1: classes \[3\] have no test images"),
     ],
 )
-def test_tasks_that_are_no_lists_of_class_ids(tasks: Any, why: str) -> None:
-    data = row_values([0, 1])
+def test_bad_tasks(tasks: Any, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        ClassIncrementalStream(data, data, tasks, number_to_tensor)
+        class_stream(row_values([0, 1, 2, 3]), tasks, row_values([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "why"),
+    [
+        ([0, 1, -1], [0, 1], "the label of training row 2 is -1: class ids start at 0"),
+        ([0, 1, 1], [0, 1, 7], r"test images are of classes \[7\], which no training image has"),
+        ([], [0], "the training set is empty"),
+        ([0, 1, None, 1], [0], "column 'label' of the training set holds None in row 2, which is no class id"),
+        ([0.0, float("nan"), 1.0], [0], "column 'label' of the training set holds nan in row 1, which is no class id"),
+        (["owl", "jay"], [0], "column 'label' of the training set holds 'owl' in row 0, which is no class id"),
+        ([[0], [1], [0]], [0], r"column 'label' of the training set holds lists, like \[0\]: give each row one value"),
+        ([[0, 1], [1], [0]], [0], r"column 'label' of the training set holds lists, like \[0, 1\]"),
+    ],
+)
+def test_bad_labels(train: list[Any], test: list[Any], why: str) -> None:
+    data, tests = (Dataset.from_dict({"image": list(range(len(labels))), "label": labels}) for labels in (train, test))
+    with pytest.raises(ValueError, match=why):
+        class_stream(data, test=tests)
+
+
+def test_bad_columns_and_settings() -> None:
+    data = row_values([0, 1])
+    with pytest.raises(ValueError, match=r"the training set has no column 'img', its columns are \['image', 'label'\]"):
+        class_stream(data, image_column="img")
+    with pytest.raises(ValueError, match="the training set has no column 'fine'"):
+        class_stream(data, label_column="fine")
+    with pytest.raises(ValueError, match=r"on_bad_image='ignore': choose one of \['stop', 'skip'\]"):
+        class_stream(data, on_bad_image="ignore")
+    for build in (class_stream, lambda data: GaussianStream(data, data, number_to_tensor)):
+        with pytest.raises(ValueError, match=r"is an IterableDataset, which has no rows.*IterableClassIncrementalStream"):
+            build(data.to_iterable_dataset())
 
 
 def test_tasks_as_arrays() -> None:
-    data = row_values([0, 1, 2, 3])
     for tasks in (np.array([[0, 3], [1, 2]]), torch.tensor([[0, 3], [1, 2]])):
-        stream = ClassIncrementalStream(data, data, tasks, number_to_tensor)
-        assert [task.classes for task in stream] == [[0, 3], [1, 2]]
+        assert [task.classes for task in class_stream(row_values([0, 1, 2, 3]), tasks)] == [[0, 3], [1, 2]]
 
 
 def test_class_names() -> None:
     stream = ClassIncrementalStream(birds(LABELS), birds(LABELS), [[2, 0], [1, 3]], to_tensor)
     assert stream.class_names([3, 0]) == {3: "crow", 0: "owl"}
-    assert ClassIncrementalStream(row_values([0]), row_values([0]), [[0]], number_to_tensor).class_names([0]) == {}
+    assert class_stream(row_values([0]), [[0]]).class_names([0]) == {}
 
 
 # ---- new domains ---------------------------------------------------------------------------------------------------
@@ -139,11 +145,10 @@ def test_domains_by_column() -> None:
     assert [(task.name, task.revisit) for task in stream] == [("photo", False), ("sketch", True), ("cartoon", True)]
     assert all(task.classes == [0, 1, 2, 3] for task in stream)
     for task, value in zip(stream, (0, 1, 2), strict=True):
-        expected = rows_by_hand(lambda domain, value=value: domain == value, DOMAIN)
+        expected = [row for row, domain in enumerate(DOMAIN) if domain == value]
         assert task.train_rows.tolist() == task.test_rows.tolist() == expected
     chosen = DomainIncrementalStream(data, data, to_tensor, domains=["cartoon", "photo"])
-    assert [task.name for task in chosen] == ["cartoon", "photo"]
-    assert [task.number for task in chosen] == [0, 1]
+    assert [(task.number, task.name) for task in chosen] == [(0, "cartoon"), (1, "photo")]
     assert not chosen.tasks[0].revisit
 
 
@@ -156,7 +161,11 @@ def test_domains_as_plain_numbers() -> None:
     assert later.tasks[0].train_rows.tolist() == [0, 1, 6, 7]
 
 
-def test_one_data_set_for_each_domain() -> None:
+def pixels_of(data: Dataset) -> Any:
+    return np.stack([to_tensor(image).numpy() for image in data["image"]])
+
+
+def test_one_data_set_per_domain() -> None:
     parts = {name: birds(LABELS, seed) for seed, name in enumerate(("day", "night"))}
     tests = {name: birds(LABELS[:4], seed + 5) for seed, name in enumerate(("day", "night"))}
     stream = DomainIncrementalStream(parts, tests, to_tensor)
@@ -165,11 +174,7 @@ def test_one_data_set_for_each_domain() -> None:
         for rows, own, train in ((task.train_rows, parts[task.name], True), (task.test_rows, tests[task.name], False)):
             batch = next(iter(stream.images(rows, 64, train=train)))
             assert batch["labels"].tolist() == own["label"]
-            assert (batch["pixel_values"] == number_stack(own)).all()
-
-
-def number_stack(data: Dataset) -> Any:
-    return np.stack([to_tensor(image).numpy() for image in data["image"]])
+            assert (batch["pixel_values"] == pixels_of(own)).all()
 
 
 def test_a_common_test_set() -> None:
@@ -184,25 +189,24 @@ def test_a_common_test_set() -> None:
 
 def test_bad_domains() -> None:
     data = birds(LABELS, domains=DOMAIN)
-    with pytest.raises(ValueError, match=r"domain 'clipart' has no training images; .* domains \['cartoon', 'photo'"):
-        DomainIncrementalStream(data, data, to_tensor, domains=["photo", "clipart"])
-    with pytest.raises(ValueError, match=r"domains \['photo'\] come twice"):
-        DomainIncrementalStream(data, data, to_tensor, domains=["photo", "sketch", "photo"])
-    with pytest.raises(ValueError, match=r"domain 'cartoon' has no test images of classes \[3\]"):
-        DomainIncrementalStream(data, data.select([i for i in range(24) if i not in (11, 15)]), to_tensor)
-    with pytest.raises(ValueError, match="domain 'sketch' has no test images;"):
-        DomainIncrementalStream(data, data.select(range(8)), to_tensor)
-    with pytest.raises(ValueError, match=r"test images are of domains \['sketch'\], which no training image is of"):
-        DomainIncrementalStream(data.select(range(16)), data, to_tensor)
-    other = birds(LABELS, names=CLASSES[::-1])
-    with pytest.raises(ValueError, match="name their classes differently"):
-        DomainIncrementalStream({"a": birds(LABELS), "b": other}, {"a": birds(LABELS), "b": other}, to_tensor)
+    a, b = birds(LABELS), birds(LABELS, names=CLASSES[::-1])
+    cases: list[tuple[Any, Any, list[str] | None, str]] = [
+        (data, data, ["photo", "clipart"], r"domain 'clipart' has no training images; .* domains \['cartoon', 'photo'"),
+        (data, data, ["photo", "sketch", "photo"], r"domains \['photo'\] are given twice"),
+        (data, data.select([*range(11), *range(12, 15), *range(16, 24)]), None, r"'cartoon' has no test images of .*\[3\]"),
+        (data, data.select(range(8)), None, "domain 'sketch' has no test images;"),
+        (data.select(range(16)), data, None, r"test images are of domains \['sketch'\], which no training image is of"),
+        ({"a": a, "b": b}, {"a": a, "b": b}, None, "have different class names"),
+    ]
+    for train, test, domains, why in cases:
+        with pytest.raises(ValueError, match=why):
+            DomainIncrementalStream(train, test, to_tensor, domains=domains)
 
 
 # ---- several data sets ---------------------------------------------------------------------------------------------
 
 
-def test_data_sets_in_a_row() -> None:
+def test_data_sets_in_sequence() -> None:
     sets = {"first": birds([1, 0, 1, 0], 1, names=["x", "y", "z"]), "second": birds([2, 0, 1, 2], 2)}
     tests = {"first": birds([0, 1], 3, names=["x", "y", "z"]), "second": birds([1, 2, 0], 4)}
     stream = DatasetSequenceStream(sets, tests, to_tensor)
@@ -215,10 +219,10 @@ def test_data_sets_in_a_row() -> None:
     batch = next(iter(stream.images(stream.tasks[1].train_rows, 8)))
     assert batch["labels"].tolist() == [5, 3, 4, 5]
     assert batch["sample_ids"] == [4, 5, 6, 7]
-    assert (batch["pixel_values"] == number_stack(sets["second"])).all()
+    assert (batch["pixel_values"] == pixels_of(sets["second"])).all()
     test = next(iter(stream.test_batches(stream.tasks[1], 8)))
     assert test["labels"].tolist() == [4, 5, 3]
-    assert (test["pixel_values"] == number_stack(tests["second"])).all()
+    assert (test["pixel_values"] == pixels_of(tests["second"])).all()
 
 
 def test_data_sets_without_class_names() -> None:
@@ -230,14 +234,16 @@ def test_data_sets_without_class_names() -> None:
 
 def test_bad_data_sets() -> None:
     sets = {"a": birds(LABELS), "b": birds(LABELS)}
-    with pytest.raises(ValueError, match=r"training sets are \['a', 'b'\] and test sets \['b', 'a'\]"):
-        DatasetSequenceStream(sets, dict(reversed(sets.items())), to_tensor)
-    with pytest.raises(ValueError, match=r"data set 'b': classes \[1, 2, 3\] have no test images"):
-        DatasetSequenceStream(sets, sets | {"b": birds([0, 0])}, to_tensor)
-    with pytest.raises(ValueError, match="the training b set has no column 'image'"):
-        DatasetSequenceStream(sets | {"b": birds(LABELS).rename_column("image", "img")}, sets, to_tensor)
-    with pytest.raises(ValueError, match="at least one data set"):
-        DatasetSequenceStream({}, {}, to_tensor)
+    renamed = sets | {"b": birds(LABELS).rename_column("image", "img")}
+    cases: list[tuple[dict[str, Dataset], dict[str, Dataset], str]] = [
+        (sets, dict(reversed(sets.items())), r"training sets are \['a', 'b'\] and test sets \['b', 'a'\]"),
+        (sets, sets | {"b": birds([0, 0])}, r"data set 'b': classes \[1, 2, 3\] have no test images"),
+        (renamed, sets, "the training b set has no column 'image'"),
+        ({}, {}, "at least one data set"),
+    ]
+    for train, test, why in cases:
+        with pytest.raises(ValueError, match=why):
+            DatasetSequenceStream(train, test, to_tensor)
 
 
 # ---- no tasks ------------------------------------------------------------------------------------------------------
@@ -251,7 +257,6 @@ def test_gaussian_schedule() -> None:
     order = np.random.default_rng(2).permutation(classes).tolist()
     stream = GaussianStream(data, data, number_to_tensor, classes=order, width=width, seed=4)
     assert stream.task_free
-    assert len(stream) == 1
     (task,) = stream.tasks
     assert task.classes == order
     seen = [i for batch in stream.train_batches(task, 32, seed=9, epoch=0) for i in batch["sample_ids"]]
@@ -272,45 +277,65 @@ def test_gaussian_stream_follows_from_its_seed() -> None:
     rows = [GaussianStream(data, data, number_to_tensor, seed=seed).tasks[0].train_rows.tolist() for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
     stream = GaussianStream(data, data, number_to_tensor)
-    with pytest.raises(ValueError, match="epoch=1: a Gaussian stream is passed over once"):
+    with pytest.raises(ValueError, match="epoch=1: a Gaussian stream has one epoch"):
         stream.train_batches(stream.tasks[0], 4, seed=0, epoch=1)
 
 
-def test_bad_gaussian_streams() -> None:
-    data = row_values(LABELS)
-    for width in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="must be a positive share of the stream"):
-            GaussianStream(data, data, number_to_tensor, width=width)
-    with pytest.raises(ValueError, match=r"classes \[9\] have no training images"):
-        GaussianStream(data, data, number_to_tensor, classes=[0, 9])
-    with pytest.raises(ValueError, match=r"names classes \[1\] twice"):
-        GaussianStream(data, data, number_to_tensor, classes=[0, 1, 1])
-    with pytest.raises(ValueError, match="is an IterableDataset, which has no rows by number"):
-        GaussianStream(data.to_iterable_dataset(), data, number_to_tensor)
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        *(({"width": w}, "must be a positive fraction of the stream") for w in (0, -1.0, float("nan"), float("inf"))),
+        ({"classes": [0, 9]}, r"classes \[9\] have no training images"),
+        ({"classes": [0, 1, 1]}, r"names classes \[1\] twice"),
+    ],
+)
+def test_bad_gaussian_streams(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        GaussianStream(row_values(LABELS), row_values(LABELS), number_to_tensor, **options)
+
+
+# ---- joint training ------------------------------------------------------------------------------------------------
+
+
+def test_a_joint_stream_has_all_training_images_so_far() -> None:
+    stream = class_stream(row_values(LABELS), [[2, 0], [1], [3]])
+    joint = JointStream(stream)
+    for number, task in enumerate(joint):
+        so_far = stream.tasks[: number + 1]
+        assert task.classes == [c for part in so_far for c in part.classes]
+        assert sorted(task.train_rows.tolist()) == sorted(row for part in so_far for row in part.train_rows.tolist())
+        assert task.test_rows.tolist() == stream.tasks[number].test_rows.tolist()
+        assert task.revisit == (number > 0)
+    (last,) = JointStream(stream, only_last=True)
+    assert last.classes == [2, 0, 1, 3]
+    assert sorted(last.train_rows.tolist()) == last.test_rows.tolist() == list(range(24))
+
+
+def test_a_joint_stream_needs_images_by_row_number() -> None:
+    source = birds(LABELS).to_iterable_dataset()
+    stream = IterableClassIncrementalStream(source, source, [[0, 1]], to_tensor)
+    with pytest.raises(ValueError, match="joint training needs images by row number, and this class-incremental, in order"):
+        JointStream(stream)
 
 
 # ---- which stream it is --------------------------------------------------------------------------------------------
 
 
 def test_fingerprint_tells_streams_apart() -> None:
-    data = row_values(LABELS)
-
-    def classes(tasks: list[list[int]], train: Dataset = data, **more: Any) -> str:
-        return ClassIncrementalStream(train, data, tasks, number_to_tensor, **more).fingerprint()
-
-    first = classes([[0, 1], [2, 3]])
-    assert first == classes([[0, 1], [2, 3]])
-    moved = row_values(LABELS[1:] + LABELS[:1])
-    others = [
-        classes([[0, 2], [1, 3]]),
-        classes([[1, 0], [2, 3]]),
-        classes([[0], [1, 2, 3]]),
-        classes([[0, 1], [2, 3]], moved),
-        classes([[0, 1], [2, 3]], row_values([1, 0, *LABELS[2:]])),
-        classes([[0, 1], [2, 3]], augmentation=CropAndFlip()),
-        classes([[0, 1], [2, 3]], augmentation=CropAndFlip(flip=0)),
-        GaussianStream(data, data, number_to_tensor).fingerprint(),
-        GaussianStream(data, data, number_to_tensor, seed=1).fingerprint(),
-        GaussianStream(data, data, number_to_tensor, width=0.1).fingerprint(),
+    data, tasks = row_values(LABELS), [[0, 1], [2, 3]]
+    build: list[Callable[[], Stream]] = [
+        lambda: class_stream(data, tasks),
+        lambda: class_stream(data, [[0, 2], [1, 3]]),
+        lambda: class_stream(data, [[1, 0], [2, 3]]),
+        lambda: class_stream(data, [[0], [1, 2, 3]]),
+        lambda: class_stream(row_values(LABELS[1:] + LABELS[:1]), tasks),
+        lambda: class_stream(row_values([1, 0, *LABELS[2:]]), tasks),
+        lambda: class_stream(data, tasks, augmentation=CropAndFlip()),
+        lambda: class_stream(data, tasks, augmentation=CropAndFlip(flip=0)),
+        lambda: GaussianStream(data, data, number_to_tensor),
+        lambda: GaussianStream(data, data, number_to_tensor, seed=1),
+        lambda: GaussianStream(data, data, number_to_tensor, width=0.1),
     ]
-    assert len({first, *others}) == 1 + len(others)
+    first, second = ([stream().fingerprint() for stream in build] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == len(build)

@@ -21,6 +21,7 @@ from cl_prompts.continual import (
     GaussianStream,
     IterableClassIncrementalStream,
     TrainerCallback,
+    TrainerState,
 )
 
 
@@ -108,9 +109,9 @@ class Counts(TrainerCallback):
     def __init__(self) -> None:
         self.found: list[tuple[dict[str, list[int]], int]] = []
 
-    def on_train_begin(self, trainer: ContinualTrainer) -> None:
+    def on_train_begin(self, state: TrainerState) -> None:
         self.found.append(
-            ({split: list(rows) for split, rows in trainer.stream.skipped.items()}, trainer.stream.count_skipped())
+            ({split: list(rows) for split, rows in state.stream.skipped.items()}, state.stream.count_skipped())
         )
 
     on_train_end = on_train_begin
@@ -122,7 +123,7 @@ def skipping_trainer(folder: str, *callbacks: TrainerCallback) -> ContinualTrain
     stream = ClassIncrementalStream(
         birds(LABELS[:24], bad=UNREADABLE), birds([0, 1, 2, 3] * 2), [[0, 1], [2, 3]], Scaled(), on_bad_image="skip"
     )
-    args = ContinualArguments(folder, epochs=1, batch_size=4, checkpoint_every=1, cache_queries=False)
+    args = ContinualArguments(folder, num_train_epochs=1, batch_size=4, save_steps=1, cache_queries=False)
     return ContinualTrainer(small_model("l2p"), stream, args, callbacks=callbacks)
 
 

@@ -1,4 +1,4 @@
-"""Streams of tasks, evaluation that peeks at nothing, and the comparison learners."""
+"""Streams of tasks, evaluation that peeks at nothing, and the baselines."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.families import build
-from support.stream_data import birds, to_tensor
+from support.stream_data import birds, images_by_id, sample_ids, to_tensor, train_batches
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -15,17 +15,23 @@ from torch.testing import assert_close
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import (
     ClassIncrementalStream,
+    CropAndFlip,
+    DatasetSequenceStream,
+    DomainIncrementalStream,
     FrozenFeatures,
+    GaussianStream,
+    IterableClassIncrementalStream,
+    IterableDomainIncrementalStream,
+    JointStream,
+    Stream,
     accuracy,
     joint_linear_probe,
     nearest_class_mean,
     sequential_probe,
-    split_classes,
     stream_features,
 )
-from cl_prompts.continual.streams.loading import PADDING_ID
 from cl_prompts.evaluation.probes import _fit
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 TRAIN = [5, 9, 5, 2, 7, 9, 9, 2, 5, 7, 7, 2, 4, 5, 9, 2, 7]
@@ -47,26 +53,10 @@ def stream_of(train: list[int] = TRAIN, test: list[int] = TEST, tasks: list[list
     )
 
 
-def order(stream: ClassIncrementalStream, task: int = 0, seed: int = 0, epoch: int = 0) -> list[int]:
-    batches = stream.train_batches(stream.tasks[task], 3, seed=seed, epoch=epoch)
-    return [i for batch in batches for i in batch["sample_ids"]]
-
-
-def test_tasks_are_a_partition() -> None:
-    stream = stream_of()
-    assert len(stream) == 2
-    for labels, which in ((TRAIN, "train_rows"), (TEST, "test_rows")):
-        rows = [getattr(task, which).tolist() for task in stream]
-        assert [sorted({labels[i] for i in part}) for part in rows] == [[5, 9], [2, 7]]
-        assert sorted(rows[0] + rows[1]) == [i for i, label in enumerate(labels) if label != 4]
-    assert [task.classes for task in stream] == TASKS
-    assert [task.number for task in stream] == [0, 1]
-
-
 def test_batches_hold_the_rows_they_name() -> None:
     stream, queries = stream_of(), torch.randn(len(TRAIN), 8)
     task = stream.tasks[1]
-    batches = list(stream.train_batches(task, 3, seed=0, epoch=0, queries=queries))
+    batches = list(train_batches(stream, 1, 3, queries=queries))
     assert [len(b["labels"]) for b in batches] == [3, 3, 2]
     for batch in batches:
         assert batch.keys() == {"pixel_values", "labels", "sample_ids", "query"}
@@ -76,88 +66,69 @@ def test_batches_hold_the_rows_they_name() -> None:
     tests = list(stream.test_batches(task, 4))
     rows = task.test_rows.tolist()
     assert torch.cat([b["pixel_values"] for b in tests]).equal(IMAGES[[len(TRAIN) + i for i in rows]])
-    assert [i for b in tests for i in b["sample_ids"]] == rows
+    assert [i for ids in sample_ids(tests) for i in ids] == rows
     assert "query" not in tests[0]
-    everything = [i for b in stream.all_images(train=True, batch_size=4) for i in b["sample_ids"]]
+    everything = [i for ids in sample_ids(stream.all_images(train=True, batch_size=4)) for i in ids]
     assert everything == sorted([*stream.tasks[0].train_rows, *stream.tasks[1].train_rows])
 
 
-def test_order_follows_from_seed_task_and_epoch_alone() -> None:
-    first = order(stream_of())
+# ---- every scenario ------------------------------------------------------------------------------------------------
+
+
+SCENARIOS: dict[str, Any] = {
+    "classes": lambda data, **more: ClassIncrementalStream(data, data, [[0, 1], [2, 3]], to_tensor, **more),
+    "domains": lambda data, **more: DomainIncrementalStream(data, data, to_tensor, **more),
+    "data sets": lambda data, **more: DatasetSequenceStream(
+        {"a": data, "b": data}, {"a": data, "b": data}, to_tensor, **more
+    ),
+    "gaussian": lambda data, **more: GaussianStream(data, data, to_tensor, **more),
+    "joint": lambda data, **more: JointStream(ClassIncrementalStream(data, data, [[0, 1], [2, 3]], to_tensor, **more)),
+    "classes in order": lambda data, **more: IterableClassIncrementalStream(
+        data.to_iterable_dataset(1), data, [[0, 1], [2, 3]], to_tensor, **more
+    ),
+    "domains in order": lambda data, **more: IterableDomainIncrementalStream(
+        data.to_iterable_dataset(3), data.to_iterable_dataset(), range(4), to_tensor, domains=["photo", "sketch"], **more
+    ),
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_batches_follow_from_seed_task_and_epoch_alone(scenario: str) -> None:
+    """Not from global generators, loader processes, the batch size or the step at which an epoch continues."""
+
+    def build() -> Stream:
+        return SCENARIOS[scenario](birds([0, 1, 2, 3] * 6, domains=[0] * 12 + [1] * 12), augmentation=CropAndFlip())
+
+    stream, epoch = build(), 0 if scenario == "gaussian" else 2
+    task = len(stream) - 1
+    whole = list(train_batches(stream, task, epoch=epoch))
+    images = images_by_id(whole)
+    assert len(images) >= 12
     torch.manual_seed(123)
     np.random.seed(123)
-    stream = stream_of()
-    order(stream, task=1)
-    assert order(stream) == first
-    assert sorted(first) == stream.tasks[0].train_rows.tolist()
-    others = [order(stream, epoch=1), order(stream, seed=1)]
-    assert all(sorted(other) == sorted(first) and other != first for other in others)
-    assert others[0] != others[1]
-    ranks = [np.argsort(order(stream, task=t)).tolist() for t in (0, 1)]
+    state = torch.get_rng_state()
+    stream = build()
+    list(train_batches(stream, 0))
+    for start, num_workers in ((0, 0), (1, 0), (len(whole), 0), (0, 2), (1, 1)):  # more loader processes than shards, too
+        rest = list(train_batches(stream, task, epoch=epoch, start=start, num_workers=num_workers))
+        assert sample_ids(rest) == sample_ids(whole[start:])
+        assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(rest, whole[start:], strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    same = images_by_id(train_batches(stream, task, 5, epoch=epoch))
+    assert same.keys() == images.keys()
+    assert all(torch.equal(same[i], images[i]) for i in images)
+    for other in [{"seed": 1, "epoch": epoch}, *([{"epoch": epoch + 1}] if scenario != "gaussian" else [])]:
+        batches = list(train_batches(stream, task, **other))
+        moved = images_by_id(batches)
+        assert moved.keys() == images.keys()
+        assert sum(torch.equal(moved[i], images[i]) for i in images) < 2
+        assert (sample_ids(batches) != sample_ids(whole)) == (scenario != "gaussian")
+
+
+def test_tasks_of_equal_size_are_shuffled_differently() -> None:
+    ranks = [np.argsort(list(images_by_id(train_batches(stream_of(), task)))).tolist() for task in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
-    assert ranks[0] != ranks[1], "tasks of equal size are shuffled alike"
-
-
-def test_loader_processes_change_nothing() -> None:
-    stream = stream_of()
-    for plain, loaded in zip(
-        stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0),
-        stream.train_batches(stream.tasks[0], 4, seed=0, epoch=0, workers=1),
-        strict=True,
-    ):
-        assert torch.equal(plain["pixel_values"], loaded["pixel_values"])
-        assert plain["sample_ids"] == loaded["sample_ids"]
-
-
-@pytest.mark.parametrize(
-    ("tasks", "why"),
-    [
-        ([[5, 9], [2, 9, 5]], r"task 1 repeats classes \[5, 9\]"),
-        ([[5, 9], [2, 11]], r"task 1: classes \[11\] have no training images"),
-    ],
-)
-def test_bad_tasks(tasks: list[list[int]], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        stream_of(tasks=tasks)
-
-
-def test_a_class_without_test_images() -> None:
-    with pytest.raises(ValueError, match=r"task 0: classes \[9\] have no test images"):
-        stream_of(test=[5, 2, 7])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_task_without_a_readable_image_is_named(workers: int) -> None:
-    """Not trained on padding. One readable image is enough, and it takes the places of the others."""
-    labels = [0, 1, 2, 3] * 3
-    for readable in ((), (7,)):
-        bad = tuple(row for row, label in enumerate(labels) if label > 1 and row not in readable)
-        stream = ClassIncrementalStream(
-            birds(labels, bad=bad), birds(labels), [[0, 1], [2, 3]], to_tensor, on_bad_image="skip"
-        )
-        first, second = (stream.train_batches(t, 4, seed=0, epoch=0, workers=workers) for t in stream.tasks)
-        assert sorted(i for batch in first for i in batch["sample_ids"]) == [0, 1, 4, 5, 8, 9]
-        if readable:
-            assert sorted(i for batch in second for i in batch["sample_ids"]) == [PADDING_ID] * 5 + [7]
-            whole = to_tensor(birds(labels)[7]["image"])
-            assert all(torch.equal(image, whole) for batch in second for image in batch["pixel_values"])
-        else:
-            with pytest.raises(ValueError, match="none of the 6 train images of task 1 can be read"):
-                list(second)
-
-
-def test_split_classes() -> None:
-    assert split_classes([7, 1, 3, 9, 5], 2) == [[1, 3, 5], [7, 9]]
-    assert split_classes(range(10), 5) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    shuffled = split_classes(range(100), 10, seed=4)
-    assert shuffled == split_classes(reversed(range(100)), 10, seed=4)
-    assert shuffled != split_classes(range(100), 10, seed=5)
-    assert shuffled != split_classes(range(100), 10)
-    assert sorted(c for task in shuffled for c in task) == list(range(100))
-    assert all(len(task) == 10 and all(type(c) is int for c in task) for task in shuffled)
-    for tasks in (0, 4):
-        with pytest.raises(ValueError, match=f"3 classes cannot be split into {tasks} tasks"):
-            split_classes([1, 2, 3], tasks)
+    assert ranks[0] != ranks[1]
 
 
 # ---- no peeking ----------------------------------------------------------------------------------------------------
@@ -178,7 +149,7 @@ def trained(request: pytest.FixtureRequest) -> PromptPoolModel:
     stream = stream_of()
     for task in stream:
         model.begin_task(task.classes)
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-2))
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-2))
         model.attach_optimizer(optimizer)
         model.train()
         for batch in stream.train_batches(task, 3, seed=0, epoch=0):
@@ -267,7 +238,7 @@ def test_stream_features_by_row(trained: PromptPoolModel) -> None:
     assert not table[8].any(), "class 4 is in no task"
 
 
-# ---- comparison learners -------------------------------------------------------------------------------------------
+# ---- baselines -------------------------------------------------------------------------------------------
 
 
 def frozen_features() -> FrozenFeatures:
@@ -300,7 +271,7 @@ def test_nearest_class_mean() -> None:
     assert all(40 < a < 100 for column in columns for a in column), "the data must tell classifiers apart"
 
 
-SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 0.05}
+SETTINGS: dict[str, Any] = {"num_train_epochs": 3, "batch_size": 16, "learning_rate": 0.05}
 
 
 @pytest.mark.parametrize("probe", [sequential_probe, joint_linear_probe])
@@ -317,11 +288,11 @@ def test_probes_follow_from_their_seed(probe: Any) -> None:
 def test_sequential_probe_touches_only_the_rows_of_its_task(cosine_scale: float | None) -> None:
     data = frozen_features()
     seen: list[int] = []
-    head = GrowingHead(6, cosine_scale)
+    head = IncrementalHead(6, cosine_scale)
     for task, (features, labels) in enumerate(data.train):
         old = len(seen)
         seen += data.classes[task]
-        head.declare(seen, data.classes[task])
+        head.expand(seen, data.classes[task])
         before = head.weight.detach().clone()
         _fit(head, features, labels, **SETTINGS)
         assert torch.equal(head.weight[:old], before[:old])
@@ -339,9 +310,9 @@ def test_sequential_probe_equals_a_head_per_task() -> None:
         torch.nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
         weight.requires_grad_()
         bias = torch.zeros(len(weight), requires_grad=True)
-        optimizer = torch.optim.Adam([weight, bias], lr=SETTINGS["lr"])
+        optimizer = torch.optim.Adam([weight, bias], lr=SETTINGS["learning_rate"])
         targets = torch.tensor([data.classes[task].index(int(c)) for c in labels])
-        for _ in range(SETTINGS["epochs"]):
+        for _ in range(SETTINGS["num_train_epochs"]):
             for batch in torch.randperm(len(features)).split(SETTINGS["batch_size"]):
                 optimizer.zero_grad()
                 F.cross_entropy(features[batch] @ weight.T + bias, targets[batch]).backward()

@@ -29,7 +29,7 @@ class Seen(TrainerCallback):
 def new_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, **settings: Any) -> ContinualTrainer:
     known = small_stream()
     stream = GaussianStream(known.train, known.test, known.transform, seed=0)
-    args: dict[str, Any] = dict(output_dir=str(folder), epochs=1, batch_size=4, checkpoint_every=1, memory_size=6)
+    args: dict[str, Any] = dict(output_dir=str(folder), num_train_epochs=1, batch_size=4, save_steps=1, memory_size=6)
     model = small_model("l2p", class_mask="none", num_labels=6)
     return ContinualTrainer(model, stream, ContinualArguments(**args | settings), callbacks=callbacks or [])
 
@@ -60,8 +60,8 @@ def test_a_killed_run_ends_with_the_numbers_of_the_whole(tmp_path: Path, step: i
     seen = Seen(whole)
     whole.train()
     with pytest.raises(Stop):
-        new_trainer(tmp_path / "killed", [StopAt(step)], workers=workers).train()
-    resumed = new_trainer(tmp_path / "killed", workers=workers)
+        new_trainer(tmp_path / "killed", [StopAt(step)], dataloader_num_workers=workers).train()
+    resumed = new_trainer(tmp_path / "killed", dataloader_num_workers=workers)
     rest = Seen(resumed)
     resumed.train(resume=True)
     assert rest.batches == seen.batches[-len(rest.batches) :]

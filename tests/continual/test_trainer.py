@@ -1,6 +1,6 @@
 """One task with transformers.Trainer: what it hands over, what it keeps, and that accumulating changes nothing.
 
-Also `accumulation` of every method in our own trainer, and which settings `ContinualArguments` refuses.
+Also `gradient_accumulation_steps` of every method in our own trainer, and which settings `ContinualArguments` refuses.
 """
 
 from collections.abc import Callable
@@ -47,13 +47,13 @@ def second_task(method: str, wrap: Callable[..., Any] = get_prompt_pool_model) -
     config = L2PConfig(pool_size=7, top_k=3) if method == "l2p" else HashPromptConfig(pool_size=7, layers=[0, 2])
     model = wrap(build("vit"), config)
     model.begin_task([7, 3])
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1))
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=0.1))
     model.attach_optimizer(optimizer)
     model.train()(torch.randn(4, 3, 32, 32), labels=torch.tensor([3, 7, 7, 3])).loss.backward()
     optimizer.step()
     model.end_task()
     model.begin_task([5, 1])
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.2), momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=0.2), momentum=0.9)
     model.attach_optimizer(optimizer)
     return model, optimizer
 
@@ -108,10 +108,10 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(method: str) -> None:
     """
     comparing = "class_means" in small_model(method).adapter.pool.state_dict()
     config = {"contrastive_weight": 0.0} if comparing else {}
-    settings = {"tasks": 2, "epochs": 1, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "checkpoint_every": 0}
+    settings = {"tasks": 2, "num_train_epochs": 1, "batch_size": 8, "optim": "sgd", "learning_rate": 0.05, "save_steps": 0}
     runs = []
     for parts in (1, 3):
-        run = small_trainer(method, accumulation=parts, config=config, **settings)
+        run = small_trainer(method, gradient_accumulation_steps=parts, config=config, **settings)
         run.train()
         runs.append({name: tensor for name, tensor in tensors(run).items() if not name.endswith("pool.class_means")})
     assert_close(runs[1], runs[0], atol=5e-5, rtol=1e-5)

@@ -10,9 +10,10 @@ from support.families import build
 from support.small_runs import small_model, small_stream, small_trainer
 from support.stream_data import birds, to_tensor
 
-from cl_prompts.baselines import get_comparison_learner
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, IterableClassIncrementalStream
 from cl_prompts.heads import DiscriminantClassifier
+from cl_prompts.storage.staging import ALIVE, PREFIX, STAGING
 
 
 # ---- folders
@@ -21,7 +22,7 @@ from cl_prompts.heads import DiscriminantClassifier
 def test_another_runs_folder_is_left_as_it_is(tmp_path: Path) -> None:
     small_trainer("l2p", tmp_path, tasks=1).train()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other = small_trainer("l2p", tmp_path, tasks=1, lr=0.1)
+    other = small_trainer("l2p", tmp_path, tasks=1, learning_rate=0.1)
     with pytest.raises(ValueError, match="are of another run, whose settings differ"):
         other.train()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -31,7 +32,8 @@ def test_the_same_run_starts_over_and_removes_its_checkpoints_alone(tmp_path: Pa
     small_trainer("l2p", tmp_path, tasks=1).train()
     mine = tmp_path / "checkpoints" / "mine.txt"
     mine.write_text("kept")
-    (tmp_path / "checkpoints" / ".000000009.saving").mkdir()
+    (tmp_path / "checkpoints" / f"{PREFIX}0{STAGING}").mkdir()  # of a run that was killed
+    (tmp_path / "checkpoints" / f"{PREFIX}0{ALIVE}").touch()
     small_trainer("l2p", tmp_path, tasks=1).train()
     assert mine.read_text() == "kept"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3  # the last two and that file
@@ -83,7 +85,7 @@ def test_what_looks_twice_at_a_task_is_refused_before_it_learns(who: str) -> Non
     source = birds([0, 1, 2, 3]).to_iterable_dataset()
     stream = IterableClassIncrementalStream(source, source, [[0, 1], [2, 3]], to_tensor, train_images=[2, 2])
     config = {"discriminant": {"head": "discriminant"}, "alignment": {"alignment": "covariance"}}.get(who, {})
-    model = get_comparison_learner("ewc", build("vit")) if who == "ewc" else small_model("l2p", **config)
-    side = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
+    model = get_baseline("ewc", build("vit")) if who == "ewc" else small_model("l2p", **config)
+    extra = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
     with pytest.raises(ValueError, match="which this stream cannot show again: load the data set whole"):
-        ContinualTrainer(model, stream, ContinualArguments(), classifiers=side)
+        ContinualTrainer(model, stream, ContinualArguments(), classifiers=extra)

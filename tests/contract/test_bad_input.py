@@ -164,7 +164,7 @@ def test_order_of_tasks() -> None:
     with pytest.raises(ValueError, match=r"a training forward outside a task: call begin_task\(classes\) first, or mo"):
         model.train()(**inputs("vit"), labels=torch.zeros(3, dtype=torch.int64))
     free = get_prompt_pool_model(build("vit"), L2PConfig(num_labels=4, class_mask="none"))
-    with pytest.raises(ValueError, match=r"num_labels=4 makes this adapter task-free: leave begin_task out"):
+    with pytest.raises(ValueError, match=r"num_labels=4 makes this learner task-free: leave begin_task out"):
         free.begin_task([0])
 
 
@@ -228,10 +228,10 @@ def test_optimizers() -> None:
     with pytest.raises(ValueError, match=r"scales the optimizer's steps .*call model.attach_optimizer\(optimizer\)"):
         model(IMAGES, labels=LABELS)
     with pytest.raises(TypeError, match=r"expected a torch optimizer, got list"):
-        model.attach_optimizer(model.parameter_groups(lr=0.1))
+        model.attach_optimizer(model.parameter_groups(learning_rate=0.1))
     with pytest.raises(ValueError, match=r"no parameter group is called \['heads'\]: choose from \['base', 'head', 'k"):
-        model.parameter_groups(lr=0.1, heads=0.2)
-    old = torch.optim.SGD(model.parameter_groups(lr=0.1))
+        model.parameter_groups(learning_rate=0.1, heads=0.2)
+    old = torch.optim.SGD(model.parameter_groups(learning_rate=0.1))
     model.attach_optimizer(old)
     model(IMAGES, labels=LABELS)
     model.end_task()
@@ -243,7 +243,7 @@ def test_optimizers() -> None:
 def test_a_training_forward_with_the_optimizer_of_an_earlier_task() -> None:
     """Also where the method needs no attached optimizer, but has one."""
     model = learner()
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1))
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=0.1))
     model.attach_optimizer(optimizer)
     model.base_model.adapter.head.weight = nn.Parameter(torch.zeros(2, 32))
     with pytest.raises(ValueError, match=r"does not train \['head.weight'\]: begin_task adds parameters"):

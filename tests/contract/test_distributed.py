@@ -23,7 +23,7 @@ from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, evaluate, stream_features
-from cl_prompts.continual.streams.stream import shares
+from cl_prompts.continual.streams.loading import process_shards
 from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
@@ -116,7 +116,7 @@ def learn(case: Case) -> dict[str, Any]:
         if not task_free:
             model.begin_task(task.classes)
         # A larger eps than Adam's 1e-8, which turns the rounding of a gradient near zero into a step.
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=5e-3, routers=1e-2), eps=1e-6)
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=5e-3, routers=1e-2), eps=1e-6)
         model.attach_optimizer(optimizer)
         wrapped: Any = DistributedDataParallel(model) if dist.is_initialized() else model
         wrapped.train()
@@ -173,9 +173,9 @@ def process(rank: int, folder: str, path: list[str]) -> None:
     try:
         results: dict[str, Any] = {name: learn(case) for name, case in CASES.items()}
         results["errors"] = [grow_while_wrapped(late=False), grow_while_wrapped(late=True)]
-        results["shares"] = [list(shares(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
+        results["shares"] = [list(process_shards(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
         try:
-            list(shares(np.arange(8), 7))
+            list(process_shards(np.arange(8), 7))
         except ValueError as error:
             results["errors"].append(str(error))
         torch.save(results, Path(folder, f"{rank}.pt"))

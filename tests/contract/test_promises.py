@@ -38,7 +38,7 @@ def learn(model: Any, tasks: list[list[int]], optimizer: Any = None, first: int 
     """Three steps on each task, with weight decay; a given optimizer is kept over the tasks."""
     for number, classes in enumerate(tasks, start=first):
         model.begin_task(classes)
-        new = torch.optim.AdamW(model.parameter_groups(lr=0.02), weight_decay=0.1)
+        new = torch.optim.AdamW(model.parameter_groups(learning_rate=0.02), weight_decay=0.1)
         if optimizer is not None:
             # An optimizer that is kept carries its momentum over for the parameters that stay.
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -121,7 +121,7 @@ def test_every_trainable_tensor_learns(method: str, family: str) -> None:
     model.end_task()
     model.begin_task([2, 3])
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=1.0))
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=1.0))
     model.attach_optimizer(optimizer)
     model.train()
     for _ in range(2):  # what lies before a projection that starts at zero learns from the second step on
@@ -150,7 +150,7 @@ def test_what_a_method_freezes_stays_frozen(method: str, family: str) -> None:
     """Bit-equal after two later tasks, with AdamW, weight decay 0.1 and one optimizer kept over all tasks."""
     model = fresh(method, family)
     model.begin_task(TASKS[0])
-    optimizer = torch.optim.AdamW(model.parameter_groups(lr=0.02), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameter_groups(learning_rate=0.02), weight_decay=0.1)
     model.attach_optimizer(optimizer)
     model.train()
     model(**inputs(family, 6), labels=torch.tensor([3, 5] * 3)).loss.backward()
@@ -252,7 +252,7 @@ def test_a_plain_peft_model_is_the_same(method: str) -> None:
         tuner.begin_task([0, 1])
         tuner.end_task()
         tuner.begin_task([2, 3])
-        tuner.attach_optimizer(torch.optim.SGD(tuner.parameter_groups(lr=1.0)))
+        tuner.attach_optimizer(torch.optim.SGD(tuner.parameter_groups(learning_rate=1.0)))
         output = model.train()(**values, labels=labels)
         output.loss.backward()
         gradients = {name: p.grad for name, p in tuner.adapter.named_parameters()}

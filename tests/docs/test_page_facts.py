@@ -230,7 +230,7 @@ def test_what_runs_without_tasks() -> None:
     free: dict[str, Any] = {"num_labels": 4, "class_mask": "batch"}
     for name, config in SMALL.items():
         model = get_prompt_pool_model(build("vit"), config(**free))
-        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.1)))
         model.train()(**inputs("vit", 4), labels=torch.arange(4)).loss.backward()
         assert model.eval()(**inputs("vit", 4)).logits.shape == (4, 4), name
     for closed in ({"head": "discriminant"}, {"head": "analytic"}, {"alignment": "covariance"}):

@@ -23,7 +23,6 @@ from cl_prompts.evaluation.report import (
     matrix_table,
     mean_and_deviation,
     remarks,
-    result_table,
     run_page,
     task_table,
 )
@@ -61,10 +60,10 @@ def test_comparison_over_seeds() -> None:
 
 
 def test_columns_come_where_something_is_known() -> None:
-    plain = cells(result_table({"a": flat(50), "b | c": flat(60)}))
+    plain = cells(comparison_table([Result("a", flat(50), 0), Result("b | c", flat(60), 0)]))
     assert list(plain[0]) == ["learner", "FAA", "CAA", "forgetting", "when just learnt"]
     assert [row["learner"] for row in plain] == ["a", "b \\| c"]
-    sized = cells(result_table({"a": flat(50), "b": flat(60)}, {"b": 12345}))
+    sized = cells(comparison_table([Result("a", flat(50), 0), Result("b", flat(60), 0, 12345)]))
     assert [row["trainable"] for row in sized] == ["", "12,345"]
     with_transfer = flat(40, known=True)
     with_transfer.before[1], with_transfer.baseline[1] = 30.0, 10.0
@@ -151,7 +150,7 @@ def a_page(folder: Path, **changes: Any) -> Path:
         "data": "some/images",
         "arguments": {"lr": 0.005, "layers": [0, 1], "recipe": None, "pipe": "a|b"},
         "seconds": 3723.4,
-        "measured": [Evaluation(80.0, 50, None, 85.0, 90.0), Evaluation(70.0, 50, None, 75.0, 90.0)],
+        "evaluations": [Evaluation(80.0, 50, None, 85.0, 90.0), Evaluation(70.0, 50, None, 75.0, 90.0)],
         "selection": "- routing entropy: 0.5",
         **changes,
     }

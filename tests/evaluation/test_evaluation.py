@@ -156,7 +156,10 @@ class Watched(nn.Module):
     def forward(self, **values: Tensor) -> Any:
         self.shown |= set(values)
         logits = torch.zeros(len(values["pixel_values"]), 7) if self.logits is None else self.logits
-        return SimpleNamespace(logits=logits, prompt_ids=None)
+        return SimpleNamespace(logits=logits, prompt_ids=None, features=None)
+
+    def chosen_tasks(self, output: Any) -> None:
+        """It has no prompts."""
 
 
 def test_nothing_but_images_and_queries_is_shown() -> None:

@@ -18,6 +18,7 @@ from support.example_runs import EXAMPLES, few_digits
 from cl_prompts import PromptPoolConfig
 from cl_prompts.continual import AccuracyMatrix
 from cl_prompts.methods import METHODS
+from cl_prompts.sharing.run_record import RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,16 @@ def test_every_comparison_is_readable(name: str, tmp_path: Path) -> None:
 
 def test_a_line_from_settings() -> None:
     line = compare.as_line(
-        {"lr": 0.1, "augment": True, "config": {"layers": [0, 2], "top_k": 2}, "also": ["ridge", "aligned"]}
+        {
+            "learning_rate": 0.1,
+            "augment": True,
+            "config": {"layers": [0, 2], "top_k": 2},
+            "extra_classifiers": ["ridge", "aligned"],
+        }
     )
-    expected = "--lr 0.1 --augment True --config layers=[0, 2] top_k=2 --also ridge aligned"
+    expected = "--learning_rate 0.1 --augment True --config layers=[0, 2] top_k=2 --extra_classifiers ridge aligned"
     assert " ".join(line) == expected
-    assert compare.as_line({"also": [], "config": {}, "memory_batch_size": None}) == []
+    assert compare.as_line({"extra_classifiers": [], "config": {}, "memory_batch_size": None}) == []
     config = {"num_labels": None, "layers": [0, None], "kind": "a", "names": ["a"], "on": True, "lr": 1e-5}
     line = compare.as_line({"config": config})
     assert pairs(line[1:]) == config
@@ -71,21 +77,24 @@ def test_a_recipe_sets_its_methods_settings_to_none(tmp_path: Path) -> None:
 
 def test_what_is_empty_is_left_out_or_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("{method: l2p, also: [ridge], config: {top_k: 2}}")
-    settings: dict[str, Any] = {"method": "l2p", "also": [], "config": {}, "memory_batch_size": None}
+    recipe.write_text("{method: l2p, extra_classifiers: [ridge], config: {top_k: 2}}")
+    settings: dict[str, Any] = {"method": "l2p", "extra_classifiers": [], "config": {}, "memory_batch_size": None}
     (run,) = compare.plan({"L2P": settings}, [0], tmp_path, [])
-    assert (run.arguments.also, run.arguments.config, run.arguments.memory_batch_size) == ([], [], None)
+    assert (run.arguments.extra_classifiers, run.arguments.config, run.arguments.memory_batch_size) == ([], [], None)
     (run,) = compare.plan({"L2P": {"recipe": str(recipe), "config": {}}}, [0], tmp_path, [])
     assert run.arguments.config == ["top_k=2"]
-    (run,) = compare.plan({"L2P": {"epochs": None}}, [0], tmp_path, ["--epochs", "3"])
-    assert run.arguments.epochs == 3
+    (run,) = compare.plan({"L2P": {"num_train_epochs": None}}, [0], tmp_path, ["--num_train_epochs", "3"])
+    assert run.arguments.num_train_epochs == 3
     for row, message in (
-        ({"recipe": str(recipe), "also": []}, r"row 'L2P': also has no value in \[\]: give it one, or leave it out"),
-        ({"epochs": None}, "row 'L2P': epochs has no value in None"),
+        (
+            {"recipe": str(recipe), "extra_classifiers": []},
+            r"row 'L2P': extra_classifiers has no value in \[\]: give it one, or leave it out",
+        ),
+        ({"num_train_epochs": None}, "row 'L2P': num_train_epochs has no value in None"),
         ({"epochz": None}, "row 'L2P': epochz has no value in None"),
         ({"dataset": ["digits", None]}, r"row 'L2P': dataset has no value in \['digits', None\]"),
-        ({"epochs": "many"}, "row 'L2P': argument --epochs: invalid int value: 'many'$"),
-        ({"also": "rigde"}, "row 'L2P': --also rigde: there is"),
+        ({"num_train_epochs": "many"}, "row 'L2P': argument --num_train_epochs: invalid int value: 'many'$"),
+        ({"extra_classifiers": "rigde"}, "row 'L2P': --extra_classifiers rigde: there is"),
     ):
         with pytest.raises(SystemExit, match=message):
             compare.plan({"L2P": row}, [0], tmp_path, [])
@@ -105,7 +114,10 @@ def test_bad_rows_are_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch
     for rows, message in (
         ({"L2P": {"method": "l3p"}}, "--method l3p: there is"),
         ({"L2P": {"method": "l2p"}, "l2p!": {"method": "l2p"}}, r"rows \['L2P', 'l2p!'\].*would share a results folder"),
-        ({"L2P": {"also": ["ridge"]}, "L2P + ridge": {}}, r"rows \['L2P \+ ridge'\] are named like another row"),
+        (
+            {"L2P": {"extra_classifiers": ["ridge"]}, "L2P + ridge": {}},
+            r"rows \['L2P \+ ridge'\] are named like another row",
+        ),
         ({"L2P": ["l2p"]}, r"'L2P' must have a mapping of arguments, not \['l2p'\]"),
         ({False: {"method": "l2p"}}, "False is no text and names no row: put it in quotes"),
         ({}, "has no rows"),
@@ -121,8 +133,8 @@ def test_bad_rows_are_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch
 def test_complete_runs_are_read_and_a_failing_row_loses_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
 ) -> None:
-    path = rows_file(tmp_path, {"L2P": {"method": "l2p", "also": ["discriminant"]}, "gone": {"method": "vpt"}})
-    common = ["--dataset", str(data), "--tasks", "2", "--epochs", "1", "--output", str(tmp_path / "out")]
+    path = rows_file(tmp_path, {"L2P": {"method": "l2p", "extra_classifiers": ["discriminant"]}, "gone": {"method": "vpt"}})
+    common = ["--dataset", str(data), "--tasks", "2", "--num_train_epochs", "1", "--output", str(tmp_path / "out")]
     words = compare.plan({"L2P": compare.read_rows(path)["L2P"]}, [0, 1], tmp_path / "out", common[:-2])
     for run in words:
         monkeypatch.setattr(sys, "argv", ["train_cil.py", *run.words])
@@ -154,13 +166,7 @@ def complete(run: compare.Run, *columns: list[float], references: tuple[str, ...
             matrix.add([accuracy - 10 * min(number, 1) for accuracy in column], [10] * len(column))
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text(json.dumps(described(run.arguments)))
-    results = {name: matrix.to_dict() for name, matrix in matrices.items()}
-    content = {
-        "arguments": {"method": run.arguments.method, "seconds": 7.0},
-        "trainable": {run.arguments.method: 5},
-        "results": results,
-    }
-    (run.folder / "results.json").write_text(json.dumps(content))
+    RunRecord(matrices, trainable={run.arguments.method: 5}, seconds=7.0).save(run.folder, None)
 
 
 def test_rows_with_another_number_of_tasks_have_a_table_of_their_own(
@@ -201,7 +207,7 @@ def test_a_damaged_results_file_is_told_with_its_mend(monkeypatch: pytest.Monkey
         "[]",
         json.dumps({**whole, "results": {}}),
         json.dumps({**whole, "results": {"l2p": {"columns": [], "sizes": []}}}),
-        json.dumps({**whole, "arguments": {}}),
+        json.dumps({**whole, "seconds": None}),
         json.dumps({**whole, "trainable": None}),
         text[:40],
     ):
@@ -213,7 +219,7 @@ def test_a_damaged_results_file_is_told_with_its_mend(monkeypatch: pytest.Monkey
         called(monkeypatch, *line)
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert f"- L2P, seed 0: {runs[0].error}" in page
-    assert "): remove it, the run then goes on from its last checkpoint when it is resumed\n" in page
+    assert "): remove it, the run then continues from its last checkpoint when it is resumed\n" in page
     assert "Not complete" not in page
     assert "| L2P | 1 | 75.0 |" in page
     assert "| nearest class mean | 2 | 65.0 ± 0.0 |" in page, "the references of the row that has both seeds"
@@ -227,7 +233,7 @@ def first_cells(page: str) -> list[str]:
 @pytest.mark.slow
 def test_two_methods_two_seeds_and_one_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path) -> None:
     rows = {"L2P": {"method": "l2p"}, "no prompts": {"method": "none"}, "wrong": {"method": "l2p", "config": {"top_k": 99}}}
-    path = rows_file(tmp_path, rows, dataset=str(data), epochs=1)
+    path = rows_file(tmp_path, rows, dataset=str(data), num_train_epochs=1)
     common = ["--tasks", "2", "--batch_size", "16", "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="some runs failed"):
         called(monkeypatch, path, "--seeds", "0", "1", "--jobs", "2", *common)

@@ -108,14 +108,22 @@ def test_input_range_and_resampling() -> None:
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        yaml.safe_dump({"method": "l2p", "epochs": 7, "lr": 1e-4, "tasks": 3, "config": {"pool_size": 3, "top_k": 2}})
+        yaml.safe_dump(
+            {
+                "method": "l2p",
+                "num_train_epochs": 7,
+                "learning_rate": 1e-4,
+                "tasks": 3,
+                "config": {"pool_size": 3, "top_k": 2},
+            }
+        )
     )
     return str(path)
 
 
 def test_the_command_line_has_the_last_word(recipe: str) -> None:
-    args = read_arguments(["--recipe", recipe, "--epochs", "2"])
-    assert (args.method, args.epochs, args.lr, args.tasks) == ("l2p", 2, 1e-4, [3])
+    args = read_arguments(["--recipe", recipe, "--num_train_epochs", "2"])
+    assert (args.method, args.num_train_epochs, args.learning_rate, args.tasks) == ("l2p", 2, 1e-4, [3])
     assert pairs(args.config) == {"pool_size": 3, "top_k": 2}
     assert read_arguments(["--recipe", recipe, "--tasks", "2", "4"]).tasks == [2, 4]
     # single settings of the method change, the recipe's others stay; but they are not those of another method
@@ -125,9 +133,9 @@ def test_the_command_line_has_the_last_word(recipe: str) -> None:
 
 
 def test_every_setting_of_the_trainer_is_a_flag() -> None:
-    line = ["--lrs", "head=1e-3", "--optimizer", "sgd", "--optimizer_options", "momentum=0.9", "--warmup", "7"]
+    line = ["--learning_rates", "head=1e-3", "--optim", "sgd", "--optim_args", "momentum=0.9", "--warmup_steps", "7"]
     told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output", "here"]).of_trainer()
-    assert (told.lrs, told.optimizer, told.optimizer_options) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
+    assert (told.learning_rates, told.optim, told.optim_args) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
     assert (told.warmup, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
     flags = {f.name for f in fields(Arguments)}
     assert {f.name for f in fields(ContinualArguments)} - flags == {"output_dir"}
@@ -145,7 +153,7 @@ def test_every_recipe_fits_its_method(name: str) -> None:
     assert (args.joint, args.resume, args.held_out) == (False, False, 0.0)
     assert args.input_range in ("unit", "processor")
     if args.scenario == "gaussian":
-        assert args.epochs == 1
+        assert args.num_train_epochs == 1
     text = (EXAMPLES / "recipes" / f"{name}.yaml").read_text()
     assert text.startswith("#"), "a recipe says where its numbers are from"
     if not name.endswith("_mini") and name != "digits":
@@ -161,11 +169,11 @@ def test_every_recipe_fits_its_method(name: str) -> None:
         (["--epoch_count", "3"], r"no such arguments: \['--epoch_count', '3'\]"),
         (["--method", "nope"], r"--method nope: there is .*ewc, .*hash"),
         (["--scenario", "nope"], r"--scenario nope: there is class, domain"),
-        (["--also", "ridge", "nope"], r"--also nope: there is aligned"),
+        (["--extra_classifiers", "ridge", "nope"], r"--extra_classifiers nope: there is aligned"),
         (["--trackers", "nope"], r"--trackers nope: there is .*\(installed\)"),
         (["--method", "icarl"], "icarl needs remembered images: set --memory_size"),
-        (["--epochs", "0"], "epochs=0 must be a positive integer"),
-        (["--lrs", "0.1"], r"expected name=value, got \['0.1'\]"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0 must be a positive integer"),
+        (["--learning_rates", "0.1"], r"expected name=value, got \['0.1'\]"),
     ],
 )
 def test_unknown_settings_are_named(line: list[str], message: str) -> None:
@@ -193,7 +201,18 @@ def test_references_of_a_trained_backbone_are_those_of_the_frozen_one(
 
     def run(method: str, *line: str) -> Path:
         output = tmp_path / method
-        words = ["--dataset", str(data), *TINY, "--method", method, "--lr", "1e-3", "--output", str(output), *line]
+        words = [
+            "--dataset",
+            str(data),
+            *TINY,
+            "--method",
+            method,
+            "--learning_rate",
+            "1e-3",
+            "--output",
+            str(output),
+            *line,
+        ]
         monkeypatch.setattr(sys, "argv", ["train_cil.py", *words])
         train_cil.main()
         return output
@@ -215,8 +234,8 @@ def test_two_processes_have_the_references_of_one(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     data = few_digits(tmp_path / "data")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    line = ["--method", "finetune", "--lr", "1e-3"]
-    finished(data, tmp_path / "one", "--method", "frozen", "--lr", "1e-3")
+    line = ["--method", "finetune", "--learning_rate", "1e-3"]
+    finished(data, tmp_path / "one", "--method", "frozen", "--learning_rate", "1e-3")
     finished(data, tmp_path / "two", *line, launcher=torchrun)
     one, two = references_of(tmp_path / "one"), references_of(tmp_path / "two")
     for name, matrix in one.items():

@@ -56,7 +56,7 @@ def test_new_classes(tmp_path: Path) -> None:
     assert load_stream("class", source, to_tensor, tasks=2).classes == [0, 1, 2, 3]
     held = load_stream("class", source, to_tensor, tasks=2, held_out=1 / 3, augmentation=CropAndFlip(), on_bad_image="skip")
     assert [(len(task.train_rows), len(task.test_rows)) for task in held] == [(8, 4), (8, 4)]
-    assert held.augments
+    assert held.augmentation is not None
     assert held.on_bad_image == "skip"
     gaussian = load_stream("gaussian", source, to_tensor, width=0.2, seed=1)
     assert isinstance(gaussian, GaussianStream)

@@ -58,12 +58,15 @@ def test_the_folder_is_complete(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert told["processes"] == 1
     assert {"stream", "learner", "versions", "machine"} <= set(told)
     content = json.loads((folder / "results.json").read_text())
-    assert content["arguments"]["seconds"] > 0
+    assert content["seconds"] > 0
     assert next(iter(content["results"])) == "hash"
     assert {"sequential linear probe", "nearest class mean", "joint linear probe"} <= set(content["results"])
     assert len(content["results"]["hash"]["task_incremental"]) == 2
     page = (folder / "results.md").read_text()
-    assert all(part in page for part in ("nearest class mean", "routing entropy", "task known", "curves.png", "--epochs 2"))
+    assert all(
+        part in page
+        for part in ("nearest class mean", "routing entropy", "task known", "curves.png", "--num_train_epochs 2")
+    )
     assert "nearest class mean" in capsys.readouterr().out
 
 
@@ -84,7 +87,7 @@ def test_another_run_is_refused_and_nothing_is_touched(run: Run, tmp_path: Path)
     folder = run(tmp_path / "one", "--method", "l2p")
     before = files(folder)
     for line, what in (
-        (["--method", "l2p", "--lr", "0.1"], r"lr: 0.005 there, 0.1 here"),
+        (["--method", "l2p", "--learning_rate", "0.1"], r"learning_rate: 0.005 there, 0.1 here"),
         (["--method", "vpt", "--resume"], r"method: 'l2p' there, 'vpt' here"),
     ):
         with pytest.raises(SystemExit, match=f"holds another run \\(.*{what}.*--output"):
@@ -111,7 +114,7 @@ def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> No
     folder = run(tmp_path / "one", "--method", "l2p")
     before = matrices(folder)
     (folder / "results.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"results\.json is damaged \(JSON.*: remove it, the run then goes on"):
+    with pytest.raises(SystemExit, match=r"results\.json is damaged \(.*: remove it, the run then continues"):
         run(folder, "--method", "l2p", "--resume")
     (folder / "results.json").unlink()
     told = json.loads((folder / "run.json").read_text())
@@ -124,13 +127,23 @@ def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "line",
     [
-        ["--method", "ewc", "--lr", "1e-4"],
+        ["--method", "ewc", "--learning_rate", "1e-4"],
         ["--method", "er", "--memory_per_class", "2", "--config", "freeze_backbone=true"],
         ["--method", "joint", "--config", "freeze_backbone=true"],
         ["--method", "l2p", "--joint"],
-        ["--method", "l2p", "--scenario", "gaussian", "--epochs", "1"],
+        ["--method", "l2p", "--scenario", "gaussian", "--num_train_epochs", "1"],
         ["--method", "l2p", "--streaming", "--train_images", "16", "16"],
-        ["--method", "coda", "--augment", "--schedule", "coda", "--accumulation", "2", "--optimizer", "adamw"],
+        [
+            "--method",
+            "coda",
+            "--augment",
+            "--lr_scheduler_type",
+            "coda",
+            "--gradient_accumulation_steps",
+            "2",
+            "--optim",
+            "adamw",
+        ],
     ],
     ids=lambda line: " ".join(line[1:4]),
 )
@@ -148,7 +161,7 @@ def test_domains_and_data_sets(run: Run, tmp_path: Path, data: Path) -> None:
             (tmp_path / "both" / name / f"{split}.parquet").symlink_to(data / f"{split}.parquet")
     classes = {}
     for scenario in ("domain", "datasets"):
-        line = ["--dataset", str(tmp_path / "both"), "--method", "l2p", "--scenario", scenario, "--epochs", "1"]
+        line = ["--dataset", str(tmp_path / "both"), "--method", "l2p", "--scenario", scenario, "--num_train_epochs", "1"]
         folder = run(tmp_path / scenario, *line)
         config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         classes[scenario] = [len(task) for task in config["state"]["tasks"]]
@@ -247,12 +260,12 @@ def test_unreadable_images_stop_the_run_or_are_counted(
     table: Any = rows.data.table.to_pydict()
     table["image"][3]["bytes"] = b"no image"
     type(rows).from_dict(table, features=rows.features).to_parquet(str(damaged / "train.parquet"))
-    line = ["--dataset", str(damaged), "--method", "l2p", "--epochs", "1"]
+    line = ["--dataset", str(damaged), "--method", "l2p", "--num_train_epochs", "1"]
     with pytest.raises(Exception, match="on_bad_image"):
         run(tmp_path / "stopped", *line)
     folder = run(tmp_path / "skipped", *line, "--on_bad_image", "skip")
     assert "1 images could not be read" in capsys.readouterr().out
-    assert json.loads((folder / "results.json").read_text())["arguments"]["skipped"] == 1
+    assert json.loads((folder / "results.json").read_text())["settings"]["skipped"] == 1
 
 
 def damaged_folder(folder: Path) -> Path:

@@ -47,7 +47,7 @@ def test_prompts_of_the_first_task_stay(method: str, head: dict[str, Any]) -> No
     for number, task in enumerate(CLASSES[1:], start=1):
         images = task_images(task)
         model.begin_task(task)
-        assert {g["name"] for g in model.parameter_groups(lr=0.1)} <= {"head"}
+        assert {g["name"] for g in model.parameter_groups(learning_rate=0.1)} <= {"head"}
         train_steps(model, images)  # although a head in closed form has no use for it
         assert torch.equal(features(model), before)
         if model.needs_consolidation:
@@ -65,7 +65,7 @@ def test_a_frozen_pool_stays_frozen_whoever_switches_gradients(tmp_path: Path) -
     model.save_pretrained(tmp_path)
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path, is_trainable=True)
     twin = new_model("hash", trained_tasks="first")
-    twin.load_training_state(*model.training_state())
+    twin.load_training_state_dict(model.training_state_dict())
     model.set_adapter("default")
     model.set_requires_grad("default", True)
     for one in (model, loaded, twin):
@@ -201,10 +201,10 @@ def test_un_prompted_features_need_no_training() -> None:
 
 
 def test_prompts_of_the_first_task_cost_its_steps_only() -> None:
-    trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, epochs=1)
+    trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, num_train_epochs=1)
     trainer.train()
     assert trainer.progress.global_step == 3
-    goes_on = small_trainer("l2p", config={"trained_tasks": "first"}, epochs=1)
+    goes_on = small_trainer("l2p", config={"trained_tasks": "first"}, num_train_epochs=1)
     goes_on.train()
     assert goes_on.progress.global_step == 9
 

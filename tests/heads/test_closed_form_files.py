@@ -110,7 +110,7 @@ def test_a_task_can_be_saved_before_it_is_consolidated(method: str, save: bool, 
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path)
     assert torch.equal(answers(loaded), answers(model))
     twin = new_model(method, save_statistics=save)
-    twin.load_training_state(*model.training_state())
+    twin.load_training_state_dict(model.training_state_dict())
     for one in (model, twin):
         one.eval().consolidate([images])
         one.end_task()

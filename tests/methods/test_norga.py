@@ -46,7 +46,7 @@ def test_the_gate_is_frozen_after_the_first_task() -> None:
     """Bit-equal after two later tasks, with AdamW, weight decay 0.1 and one optimizer kept; it did learn before."""
     model = new_model(NoRGaConfig)
     model.begin_task(TASKS[0])
-    optimizer = torch.optim.AdamW(model.parameter_groups(lr=2e-2), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameter_groups(learning_rate=2e-2), weight_decay=0.1)
     assert {group["name"] for group in optimizer.param_groups} == {"prompts", "routers", "head"}
     for _ in range(2):
         model.train()(images_of(0), labels=labels_of(0)).loss.backward()

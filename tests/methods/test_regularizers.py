@@ -110,7 +110,7 @@ def taught(method: str, **fields: Any) -> PromptPoolModel:
     model.begin_task([0, 1])
     model.end_task()
     model.begin_task([2, 3])
-    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.1)))
     with torch.no_grad():  # nothing is a copy of an earlier task's tensor
         for number, parameter in enumerate(model.adapter.pool.parameters()):
             parameter.add_(0.1 * draw(*parameter.shape, seed=number))
@@ -164,7 +164,7 @@ def test_they_join_the_loss_and_move_what_they_are_about(method: str) -> None:
 
 def test_a_few_steps_do_what_they_say() -> None:
     model = taught("l2p", diversity_weight=5.0, alignment_weight=5.0)
-    optimizer = torch.optim.Adam(model.parameter_groups(lr=0.05))
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=0.05))
     model.attach_optimizer(optimizer)
     losses = []
     for _ in range(20):

@@ -138,7 +138,7 @@ def test_three_tasks() -> None:
         before = pool.expert_keys.detach().clone()
         model.begin_task(classes)
         assert torch.equal(pool.frequently_used(), frequent)
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=0.05))
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=0.05))
         model.train()
         passes = []
         for _ in range(3):

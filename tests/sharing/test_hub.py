@@ -141,7 +141,7 @@ def test_what_lies_on_the_hub(hub: Hub, bases: dict[str, Path], tmp_path: Path) 
     assert {"cl_prompts", "continual-learning", "l2p", "base_model:adapter:google/vit-tiny"} <= set(data["tags"])
     assert [r.metric_value for r in card.data.eval_results] == [90.0, 90.0, 0.0]
     for said in (
-        "**Licence**: cc-by-4.0",
+        "**License**: cc-by-4.0",
         "cat, dog",
         "arxiv.org/abs/2112.08654",
         "python train.py --dataset birds",
@@ -185,7 +185,7 @@ def test_a_local_base_is_named_or_pushed_along(hub: Hub, bases: dict[str, Path],
     base = type(build("vit")).from_pretrained(bases["vit"])
     model = small(base)
     expected = answers(model)
-    with pytest.raises(ValueError, match=r"base, '.*vit', is nothing others can load: .*base_model_id=.*include_base=True"):
+    with pytest.raises(ValueError, match=r"base, '.*vit', cannot be loaded by others: .*base_model_id=.*include_base=True"):
         model.push_to_hub("me/birds")
     with pytest.raises(ValueError, match="exclude each other"):
         model.push_to_hub("me/birds", base_model_id="me/vit", include_base=True)

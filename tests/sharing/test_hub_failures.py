@@ -45,7 +45,7 @@ def test_who_may_push_what(hub: Hub, saved: Path) -> None:
         push(saved, "stranger/birds")
     with pytest.raises(HubError, match="the token may not do that with me/birds"):
         push(saved, token=hub.read_token)
-    with pytest.raises(HubError, match=r"the Hub knows no such token: run `hf auth login`, or pass token="):
+    with pytest.raises(HubError, match=r"the Hub does not know this token: run `hf auth login`, or pass token="):
         push(saved, token="hf_unknown")
     with pytest.raises(HubError, match=r"token.*run `hf auth login`, or pass token="):
         push(saved, token=False)

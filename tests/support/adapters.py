@@ -31,7 +31,7 @@ def learn(model: Any, classes: list[int], seed: int = 0) -> list[PromptPoolOutpu
     """One task of two SGD steps; returns the outputs. Gradients of the last step stay."""
     model.begin_task(classes)
     model.train()
-    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.5))
+    optimizer = torch.optim.SGD(model.parameter_groups(learning_rate=0.5))
     model.attach_optimizer(optimizer)
     outputs = []
     for step in range(2):

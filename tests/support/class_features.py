@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.heads import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 WIDTH = 6
@@ -42,10 +42,10 @@ def everything(tasks: Sequence[Sequence[int]] = TASKS) -> tuple[np.ndarray, np.n
     return torch.cat([f for f, _ in found]).double().numpy(), torch.cat([c for _, c in found]).numpy()
 
 
-def trained_head(classes: int = 6, width: int = WIDTH, scale: float | None = None) -> GrowingHead:
+def trained_head(classes: int = 6, width: int = WIDTH, scale: float | None = None) -> IncrementalHead:
     torch.manual_seed(4)
-    head = GrowingHead(width, scale)
-    head.declare(list(range(classes)), list(range(classes)))
+    head = IncrementalHead(width, scale)
+    head.expand(list(range(classes)), list(range(classes)))
     return head
 
 

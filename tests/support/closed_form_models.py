@@ -32,7 +32,7 @@ def in_batches(images: dict[str, Any], size: int) -> list[dict[str, Any]]:
 
 def train_steps(model: Any, images: dict[str, Any], steps: int = 2, lr: float = 0.02) -> None:
     """Steps that change every prompt: weight decay moves rows without a gradient, too."""
-    optimizer = torch.optim.AdamW(model.parameter_groups(lr=lr), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameter_groups(learning_rate=lr), weight_decay=0.1)
     model.attach_optimizer(optimizer)
     model.train()
     for _ in range(steps):
@@ -82,4 +82,4 @@ def features(model: Any, seen: Tensor = SEEN) -> Tensor:
 
 
 def state(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.training_state()[0].items()}
+    return {name: tensor.detach().clone() for name, tensor in model.training_state_dict()["tensors"].items()}

@@ -1,4 +1,4 @@
-"""Comparison learners on a tiny backbone, and the plain torch that they are checked against."""
+"""Baselines on a tiny backbone, and the plain torch that they are checked against."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_prompts.baselines import BASELINES, ComparisonLearner, JointStream, get_comparison_learner
-from cl_prompts.continual import ContinualArguments, ContinualTrainer, TrainerCallback
+from cl_prompts.baselines import BASELINES, Baseline, get_baseline
+from cl_prompts.continual import ContinualArguments, ContinualTrainer, JointStream, TrainerCallback
 from support.families import build
 from support.small_runs import pictures, small_stream
 
@@ -27,7 +27,7 @@ def small_learner(name: str, **options: Any) -> Any:
     """A new learner, the same every time."""
     base = build("vit")
     set_seed(3)
-    return get_comparison_learner(name, base, **{**OPTIONS.get(name, {}), **options})
+    return get_baseline(name, base, **{**OPTIONS.get(name, {}), **options})
 
 
 def batch_of(labels: Sequence[int], seed: int = 5, ids: Sequence[int] | None = None) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def batch_of(labels: Sequence[int], seed: int = 5, ids: Sequence[int] | None = N
     return {"pixel_values": images, "labels": torch.tensor(labels), "sample_ids": numbers}
 
 
-def plain_logits(learner: ComparisonLearner, images: Tensor) -> Tensor:
+def plain_logits(learner: Baseline, images: Tensor) -> Tensor:
     """What backbone and head answer, without the learner's own code."""
     hidden = learner.get_base_model()(pixel_values=images).last_hidden_state[:, 0]
     assert learner.head.bias is not None
     return hidden @ learner.head.weight.T + learner.head.bias
 
 
-def train_steps(learner: ComparisonLearner, batch: dict[str, Any], steps: int = 2, lr: float = 0.05) -> None:
+def train_steps(learner: Baseline, batch: dict[str, Any], steps: int = 2, lr: float = 0.05) -> None:
     """Some steps of SGD on one batch."""
     optimizer = torch.optim.SGD(learner.parameter_groups(lr))
     learner.attach_optimizer(optimizer)
@@ -87,10 +87,10 @@ def comparison_trainer(
     args = ContinualArguments(
         **{
             "output_dir": str(folder) if folder else None,
-            "epochs": 1,
+            "num_train_epochs": 1,
             "batch_size": 4,
-            "lr": 1e-3,
-            "checkpoint_every": 1,
+            "learning_rate": 1e-3,
+            "save_steps": 1,
             **memory,
             **settings,
         }

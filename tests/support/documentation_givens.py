@@ -174,7 +174,7 @@ def _(_: Namespace) -> Any:
     """One that has come to its end."""
     images = ToTensor(AutoImageProcessor.from_pretrained(BASE))
     stream = ClassIncrementalStream(rows(4, 1, seed=0), rows(4, 1, seed=100), [[0, 1], [2, 3]], images)
-    trainer = ContinualTrainer(pool_without_tasks(), stream, ContinualArguments(epochs=1))
+    trainer = ContinualTrainer(pool_without_tasks(), stream, ContinualArguments(num_train_epochs=1))
     trainer.train()
     return trainer
 

@@ -20,15 +20,15 @@ CLASSES, TRAIN, TEST = 4, 8, 4  # images of a class
 TINY = [
     "--tasks",
     "2",
-    "--epochs",
+    "--num_train_epochs",
     "2",
     "--batch_size",
     "8",
-    "--log_every",
+    "--logging_steps",
     "1",
-    "--checkpoint_every",
+    "--save_steps",
     "1",
-    "--workers",
+    "--dataloader_num_workers",
     "0",
 ]
 
@@ -66,5 +66,5 @@ def matrices(output: Path) -> dict[str, Any]:
 
 
 def tensors(output: Path, name: str = "adapter_model.safetensors") -> dict[str, Tensor]:
-    """The saved adapter, or the comparison learner."""
+    """The saved adapter, or the baseline."""
     return load_file(output / "adapter" / name)

@@ -35,7 +35,7 @@ def learn(model: PromptPoolModel, tasks: int, *, end: bool = True) -> PromptPool
         model.begin_task(TASKS[task])
         with torch.no_grad():
             model.adapter.pool.router.add_(draw(*model.adapter.pool.router.shape, seed=task))
-        optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-2))
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=1e-2))
         model.attach_optimizer(optimizer)
         model.train()
         for _ in range(3):

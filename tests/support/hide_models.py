@@ -33,7 +33,7 @@ def learn(model: PromptPoolModel, tasks: range, *, end: bool = True, optimizer: 
     """Three steps a task on the same images; a given optimizer is kept and takes new parameters in."""
     for task in tasks:
         model.begin_task(TASKS[task])
-        groups = model.parameter_groups(lr=2e-2)
+        groups = model.parameter_groups(learning_rate=2e-2)
         used = optimizer or torch.optim.AdamW(groups, weight_decay=0.1)
         known = {id(p) for group in used.param_groups for p in group["params"]}
         fresh = [p for group in groups for p in group["params"] if id(p) not in known]

@@ -1,4 +1,4 @@
-"""Images, models and viewers for the tests of the query cache."""
+"""Images, models and feature providers for the tests of the query cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from transformers import ViTModel
 
 from cl_prompts import get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, Stream
-from cl_prompts.continual.feature_cache.provider import Viewer
+from cl_prompts.continual.feature_cache.provider import FeatureProvider
 from support.families import build
 from support.methods import METHODS
 from support.stream_data import birds
@@ -61,11 +61,13 @@ def picture_model(method: str = "l2p", base: Any = None, **config: Any) -> Any:
     return get_prompt_pool_model(build("vit") if base is None else base, METHODS[method](**config))
 
 
-def viewer_of(folder: Path | str | None, model: Any = None, stream: Stream | None = None, **settings: Any) -> Viewer:
+def provider_of(
+    folder: Path | str | None, model: Any = None, stream: Stream | None = None, **settings: Any
+) -> FeatureProvider:
     AcceleratorState._reset_state(reset_partial_state=True)
     args = ContinualArguments(query_cache=None if folder is None else str(folder), **settings)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    return Viewer(model or picture_model(), stream or picture_stream(), args, accelerator)
+    return FeatureProvider(model or picture_model(), stream or picture_stream(), args, accelerator)
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def shared_by_two(rank: int, folder: Path) -> dict[str, Any]:
                     file.write_bytes(file.read_bytes()[:100])
             torch.distributed.barrier()
         with counted_passes() as passes:
-            found[name] = viewer_of(place).frozen_features(train=True).clone()
+            found[name] = provider_of(place).frozen_features(train=True).clone()
         found[f"{name}: passes"] = len(passes)
         torch.distributed.barrier()  # the main process has written
     return found

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from cl_prompts import get_prompt_pool_model
-from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer, TrainerCallback
+from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer, TrainerCallback, TrainerState
 from support.families import build
 from support.methods import METHODS, WITH_CLASSIFIER
 
@@ -52,7 +52,13 @@ def small_trainer(
     AcceleratorState._reset_state(reset_partial_state=True)  # a process is made for one precision
     config, classifiers = settings.pop("config", {}), settings.pop("classifiers", None)
     args = ContinualArguments(
-        **{"output_dir": str(folder) if folder else None, "epochs": 2, "batch_size": 4, "checkpoint_every": 1, **settings}
+        **{
+            "output_dir": str(folder) if folder else None,
+            "num_train_epochs": 2,
+            "batch_size": 4,
+            "save_steps": 1,
+            **settings,
+        }
     )
     model = small_model(method, **config)
     return ContinualTrainer(model, small_stream(tasks), args, callbacks=callbacks, classifiers=classifiers)
@@ -68,11 +74,11 @@ class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, trainer: ContinualTrainer, task: Any) -> None:
-        if trainer.progress.global_step == self.step:
+    def on_step_end(self, state: TrainerState, task: Any) -> None:
+        if state.progress.global_step == self.step:
             raise Stop
 
 
 def tensors(trainer: ContinualTrainer) -> dict[str, Tensor]:
     """All that a run has learnt."""
-    return {name: tensor.detach().clone() for name, tensor in trainer.model.training_state()[0].items()}
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.training_state_dict()["tensors"].items()}

@@ -1,4 +1,4 @@
-"""Small data sets of real images, for the tests of streams."""
+"""Small data sets of real images, and batches of streams over them."""
 
 import io
 from typing import Any
@@ -9,26 +9,28 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch import Tensor
 
+from cl_prompts.continual import Stream
+
 
 CLASSES = ["owl", "jay", "wren", "crow"]
 DOMAINS = ["photo", "sketch", "cartoon"]
 
 
 def pictures(count: int, seed: int = 0, *, size: tuple[int, int] = (6, 9)) -> list[PILImage.Image]:
-    """RGB images of noise, [height, width] pixels, no two alike."""
+    """Different RGB images of noise, [height, width] pixels."""
     random = np.random.default_rng(seed)
     return [PILImage.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def encoded(image: PILImage.Image) -> dict[str, Any]:
-    """An image as a PNG file's content."""
+    """A cell of an image column: the content of a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
 
 
 def broken(image: PILImage.Image) -> dict[str, Any]:
-    """The same file, cut short."""
+    """The same, with the file truncated."""
     cell = encoded(image)
     return {"bytes": cell["bytes"][: len(cell["bytes"]) // 2], "path": "cut.png"}
 
@@ -36,7 +38,7 @@ def broken(image: PILImage.Image) -> dict[str, Any]:
 def birds(
     labels: list[int], seed: int = 0, *, domains: list[int] | None = None, bad: tuple[int, ...] = (), names: Any = CLASSES
 ) -> Dataset:
-    """Images with labels and, if asked for, domains; the rows `bad` hold files that are cut short."""
+    """Images with labels and, if given, domains; the files of the rows `bad` are truncated."""
     images = pictures(len(labels), seed)
     cells = [broken(image) if row in bad else encoded(image) for row, image in enumerate(images)]
     columns: dict[str, Any] = {"image": cells, "label": labels}
@@ -48,12 +50,12 @@ def birds(
 
 
 def to_tensor(image: Any) -> Tensor:
-    """[3, 8, 8]; a function of its own, so that loader processes can be handed it."""
+    """An image as [3, 8, 8]; can be pickled for loader processes."""
     return torch.from_numpy(np.asarray(image.convert("RGB").resize((8, 8)), dtype=np.float32)).permute(2, 0, 1)
 
 
 def row_values(labels: list[int]) -> Dataset:
-    """Rows without images: the image column holds the row's number."""
+    """Rows without images: the image column holds the number of the row."""
     features = Features({"image": Value("int64"), "label": Value("int64")})
     return Dataset.from_dict({"image": list(range(len(labels))), "label": labels}, features=features)
 
@@ -61,3 +63,18 @@ def row_values(labels: list[int]) -> Dataset:
 def number_to_tensor(number: int) -> Tensor:
     """[3, 1, 1] filled with the number."""
     return torch.full((3, 1, 1), float(number))
+
+
+def train_batches(stream: Stream, task: int = 0, batch_size: int = 4, *, seed: int = 0, epoch: int = 0, **more: Any) -> Any:
+    """Training batches of a task, by its number."""
+    return stream.train_batches(stream.tasks[task], batch_size, seed=seed, epoch=epoch, **more)
+
+
+def sample_ids(batches: Any) -> list[list[int]]:
+    """`sample_ids` of each batch."""
+    return [batch["sample_ids"] for batch in batches]
+
+
+def images_by_id(batches: Any) -> dict[int, Tensor]:
+    """`pixel_values` of each image by its id; padding included under its own id."""
+    return {i: x for batch in batches for i, x in zip(batch["sample_ids"], batch["pixel_values"], strict=True)}

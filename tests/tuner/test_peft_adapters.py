@@ -187,7 +187,7 @@ def test_whole_model_compiles_within_a_task(method: str) -> None:
     results = []
     for m, forward in ((model, model), (twin, compiled)):
         m.train()
-        optimizer = torch.optim.SGD(m.parameter_groups(lr=0.5))
+        optimizer = torch.optim.SGD(m.parameter_groups(learning_rate=0.5))
         m.attach_optimizer(optimizer)
         losses = []
         for step in range(2):

@@ -40,7 +40,7 @@ def new_model(make: Callable[..., PromptPoolConfig], **fields: Any) -> PromptPoo
 
 def begin(model: Any, task: int, make: Callable[..., Any] = torch.optim.Adam) -> Any:
     model.begin_task(TASKS[task])
-    optimizer = make(model.parameter_groups(lr=1e-2))
+    optimizer = make(model.parameter_groups(learning_rate=1e-2))
     model.attach_optimizer(optimizer)
     model.train()
     return optimizer
@@ -104,7 +104,7 @@ def test_old_rows_stay_and_all_goes_on(method: str, end: bool, tmp_path: Path) -
     if end:
         begin(model, 2)
     else:
-        model.attach_optimizer(torch.optim.Adam(model.parameter_groups(lr=1e-2)))
+        model.attach_optimizer(torch.optim.Adam(model.parameter_groups(learning_rate=1e-2)))
     backward(model, 2 if end else 1)
     for name, parameter in pool.named_parameters():
         assert parameter.grad is not None, name
@@ -158,7 +158,7 @@ def test_new_prompts_are_counted() -> None:
     model.grow_pool(13)
     with torch.no_grad():
         model.adapter.pool.keys[10:] = model.extract_features(IMAGES).mean(0)
-    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.1)))
     backward(model, 0)
     counts = model.adapter.pool.history.counts
     assert torch.equal(counts[:, :10], before)
@@ -284,7 +284,7 @@ def test_training_goes_on_only_with_an_optimizer_that_trains_the_grown_pool() ->
         backward(model, 0)
     with pytest.raises(ValueError, match=r"does not train"):
         model.attach_optimizer(optimizer)
-    model.attach_optimizer(torch.optim.Adam(model.parameter_groups(lr=1e-2)))
+    model.attach_optimizer(torch.optim.Adam(model.parameter_groups(learning_rate=1e-2)))
     backward(model, 0)
 
 
@@ -310,7 +310,7 @@ def foreign_optimizer(model: Any) -> Any:
 
 def factored(model: Any) -> Any:
     """An optimizer whose second moments are sums over rows and columns."""
-    optimizer = torch.optim.Adafactor(model.parameter_groups(lr=1e-2))
+    optimizer = torch.optim.Adafactor(model.parameter_groups(learning_rate=1e-2))
     backward(model, 0)
     optimizer.step()
     return optimizer

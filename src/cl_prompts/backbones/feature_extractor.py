@@ -1,7 +1,4 @@
-"""A backbone without prompts that may be trained, and the one feature per image that a classifier reads from it.
-
-Comparison learners stand on it: `continual/` itself knows nothing of how a transformer is built.
-"""
+"""A backbone without prompts that may be trained, and the one feature per image that a classifier reads from it."""
 
 from __future__ import annotations
 
@@ -9,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cl_prompts.backbones.readout import in_order_noise, resolve_pooling, take_feature, whole_image
-from cl_prompts.backbones.structure import find_structure, fingerprint, unread_parts
-from cl_prompts.backbones.tokens import TokenInjector
+from cl_prompts.backbones.fingerprint import fingerprint, unread_parts
+from cl_prompts.backbones.plan import PassPlan
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.backbones.readout import read_feature, resolve_pooling
 
 
-class BareBackbone(nn.Module):
+class FeatureExtractor(nn.Module):
     """Any supported Hugging Face vision transformer as a function from images to features.
 
     Parameters that the feature does not depend on (a bypassed classifier, a pooler, mask tokens) are never trained.
@@ -33,7 +31,8 @@ class BareBackbone(nn.Module):
         super().__init__()
         self.base = base
         self.frozen = frozen
-        self.structure = find_structure(base)
+        self._backbone = PromptedBackbone.of(base, self)
+        self.structure = self._backbone.structure
         self.pooling = resolve_pooling(pooling, self.structure, type(base).__name__)
         self.fingerprint = fingerprint(base, self.structure, self.pooling)
         for name, parameter in base.named_parameters():
@@ -56,11 +55,7 @@ class BareBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Images [B, 3, H, W] -> features [B, D], float32."""
-        noise = in_order_noise(self.base, self.structure, kwargs, pixel_values)
-        seen = TokenInjector(self.base, self.structure)  # inserts nothing, records what leaves the last block
-        try:
-            with whole_image(self.base, self.structure):
-                self.base(pixel_values=pixel_values, **kwargs, **noise)
-                return take_feature(self.base, self.structure, seen, self.pooling)
-        finally:
-            seen.uninstall()
+        plan = PassPlan()
+        with self._backbone.prompted(plan):
+            self.base(pixel_values=pixel_values, **kwargs)
+        return read_feature(self.base, self.structure, plan.record, self.pooling)

@@ -1,15 +1,14 @@
-"""Key/value prefixes in chosen blocks, through an attention function registered with transformers.
+"""Key/value prefixes inside attention, through an attention function registered with transformers.
 
-The block's pre-hook hands the prefix over as a keyword argument, so that gradient checkpointing keeps it with the block's
-other inputs and the recomputation finds it again; the attention's pre-hook takes it out of the keyword arguments, which
-some families (SigLIP) do not pass on to the attention function. The chosen attentions get a copy of the config that
-names our function; it adds the prefix and calls the function the model is set to at that moment.
+Every attention gets a copy of its config that names `prefix_attention`; it adds the prefix, if there is one, and calls the
+function that the model is set to at that moment. A block's part of the plan travels with the block's keyword arguments, so
+that gradient checkpointing keeps it with the block's other inputs and recomputation finds it again, in whichever thread.
+The attention's pre-hook takes it out of the keyword arguments, which some families (SigLIP) do not hand on to the attention
+function.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,129 +16,99 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from cl_prompts.backbones.structure import Structure, attention_norm, eager_attention, projection_names
+from cl_prompts.backbones.plan import CallVariable
+from cl_prompts.backbones.structure import eager_attention, projection_names
+from cl_prompts.backbones.tokens import widen_mask
 from cl_prompts.interfaces import Prefix, PrefixKV
 
 
 ATTENTION = "cl_prompts"
-KEYWORD = "cl_prompts_prefix"
+KEYWORD = "cl_prompts_block"
 
 
-@dataclass
-class Handed:
-    """A prefix on its way to its attention function, and where to note which one was used."""
-
-    prefix: Prefix
-    block_input: Tensor
-    layer: int
-    used: dict[int, PrefixKV]
-    learning: bool
-
-
-class PrefixInjector:
-    """Puts prefixes in front of the keys and values of the blocks it is installed in.
+@dataclass(frozen=True)
+class BlockPlan:
+    """A block's part of a pass.
 
     Args:
-        model: the model the structure was found in.
-        structure: where its parts are.
-
-    Attributes:
-        prefixes: prefix by block number, for the passes run while it is set.
-        used: what the newest pass used, by block number.
-        learning: whether gradients must reach the prefixes.
+        layer: number of the block.
+        prefix: its prefix; None: none.
+        block_input: what entered the block [B, N, D].
+        inserted: position and number of the prompt tokens in the sequence; None: none.
+        all_tokens: all tokens behind the block's norm [B, N, D], for keys and values, where the block itself gets only the
+            tokens that are read; None: the block gets all tokens.
+        read: how many tokens the block then gets.
+        learning: whether gradients must reach the prefix.
+        used: takes the prefix that was used, by block number; the pass's own.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure) -> None:
-        self.prefixes: Mapping[int, Prefix] = {}
-        self.used: dict[int, PrefixKV] = {}
-        self.learning = False
-        self._model = model
-        self._structure = structure
-        self._installed: dict[int, list[Any]] = {}
+    layer: int
+    prefix: Prefix | None
+    block_input: Tensor
+    inserted: tuple[int, int] | None
+    all_tokens: Tensor | None
+    read: int
+    learning: bool
+    used: dict[int, PrefixKV]
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Blocks that are prepared for prefixes."""
-        return tuple(self._installed)
 
-    def install(self, layers: Iterable[int]) -> None:
-        """Prepare blocks for prefixes; those that are already prepared stay as they are."""
-        for layer in layers:
-            if layer in self._installed:
-                continue
-            block: Any = self._model.get_submodule(self._structure.blocks[layer])
-            attention: Any = self._model.get_submodule(self._structure.attentions[layer])
-            attention._cl_shared_config = attention.config
-            attention._cl_handed = None
-            # a tuple, so that the block does not become a child of its attention
-            attention._cl_norm = (block, attention_norm(block, attention))
-            attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation_internal = ATTENTION
-            block._cl_layer = layer
-            self._installed[layer] = [
-                block.register_forward_pre_hook(self._give, with_kwargs=True),
-                attention.register_forward_pre_hook(self._take, with_kwargs=True),
-                attention.register_forward_hook(self._forget),
-            ]
+# The part of the block whose attention is running.
+BLOCK: CallVariable[BlockPlan] = CallVariable("cl_prompts_block")
 
-    def clear(self) -> None:
-        """Add nothing from now on and let go of recorded tensors."""
-        self.prefixes = {}
-        self.used = {}
-        self.learning = False
 
-    def uninstall(self, keep: Iterable[int] = ()) -> None:
-        """Take the hooks off all blocks but those to `keep`, and give their attentions their config back."""
-        for layer in set(self._installed) - set(keep):
-            for handle in self._installed.pop(layer):
-                handle.remove()
-            attention: Any = self._model.get_submodule(self._structure.attentions[layer])
-            attention.config = attention._cl_shared_config
-            del attention._cl_shared_config, attention._cl_handed, attention._cl_norm
-            del self._model.get_submodule(self._structure.blocks[layer])._cl_layer
+def enter_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of every attention: take the block's part out of the arguments and let masks cover prompt tokens."""
+    block: BlockPlan | None = kwargs.get(KEYWORD)
+    BLOCK.set(block)
+    if block is None:
+        return None
+    kwargs = {name: value for name, value in kwargs.items() if name != KEYWORD}
+    return widen_mask(args, kwargs, *block.inserted) if block.inserted else (args, kwargs)
 
-    def _give(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = block._cl_layer
-        prefix = self.prefixes.get(layer)
-        if prefix is None:
-            return None
-        block_input = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, KEYWORD: Handed(prefix, block_input, layer, self.used, self.learning)}
 
-    def _take(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        attention._cl_handed = kwargs.get(KEYWORD)
-        return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
-
-    def _forget(self, attention: Any, args: Any, output: Any) -> None:
-        attention._cl_handed = None
+def leave_attention(attention: nn.Module, args: Any, output: Any) -> None:
+    """Hook behind every attention, also after an error: let go of the block's part."""
+    BLOCK.set(None)
 
 
 def prefix_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """The model's own attention over [prefix keys; keys] and [prefix values; values]; query [B, H, N, d]."""
+    """The model's own attention over [prefix keys; keys] and [prefix values; values]; query [B, H, N, d].
+
+    Raises:
+        ValueError: the prefixes are learned and the base recomputes its activations with `use_reentrant=True`.
+    """
     implementation = module._cl_shared_config._attn_implementation
     attend = eager_attention(module) if implementation == "eager" else AttentionInterface()[implementation]
-    if getattr(module, "_cl_all", 0):  # the block has only the tokens that are read
-        key, value = (unfolded(x, query.shape[1], module._cl_all) for x in (key, value))
-    handed: Handed | None = module._cl_handed
-    if handed is not None:
-        if handed.learning and not torch.is_grad_enabled():
+    block = BLOCK.get()
+    if block is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    if block.all_tokens is not None:
+        key, value = (unfold(x, query.shape[1], block.all_tokens.shape[1]) for x in (key, value))
+    if block.prefix is not None:
+        if block.learning and not torch.is_grad_enabled():
             raise ValueError(
                 "the base checkpoints its activations with use_reentrant=True, through which prefixes get no or wrong "
                 'gradients: enable it with {"use_reentrant": False}, the default of transformers'
             )
-        prefix = handed.prefix if isinstance(handed.prefix, PrefixKV) else handed.prefix(handed.block_input, query)
-        handed.used[handed.layer] = prefix
-        k, v = _in_head_space(module, prefix, handed.block_input.dtype)
+        prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
+        block.used[block.layer] = prefix
+        BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
+        k, v = _in_head_space(module, prefix, block.block_input.dtype)
         key = torch.cat([k.to(key.dtype), key], dim=2)
         value = torch.cat([v.to(value.dtype), value], dim=2)
         attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-def unfolded(x: Tensor, heads: int, tokens: int) -> Tensor:
-    """Keys or values of all tokens [B, heads, tokens, d] from rows that `LastBlock` folded: [B, more heads, read, d]."""
+def fold(x: Tensor, read: int) -> Tensor:
+    """Keys or values of all N tokens [B, N, D] as `read` rows [B, read, ...], the shape that the block cuts into heads."""
+    return nn.functional.pad(x, (0, 0, 0, -x.shape[1] % read)).unflatten(1, (read, -1)).flatten(2)
+
+
+def unfold(x: Tensor, heads: int, tokens: int) -> Tensor:
+    """The inverse of `fold` behind the cut into heads: [B, more heads, read, d] -> [B, heads, tokens, d]."""
     return x.transpose(1, 2).flatten(1, 2).unflatten(1, (-1, heads))[:, :tokens].transpose(1, 2)
 
 

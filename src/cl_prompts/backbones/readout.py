@@ -1,17 +1,12 @@
-"""Features of a pass: which token or pool stands for an image, and how a masking model is made to see all of it."""
+"""One feature per image, read from what a pass recorded."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.backbones.plan import PassRecord
 from cl_prompts.backbones.structure import Structure
-from cl_prompts.backbones.tokens import TokenInjector
 
 
 def resolve_pooling(pooling: str, structure: Structure, family: str) -> str:
@@ -29,53 +24,30 @@ def resolve_pooling(pooling: str, structure: Structure, family: str) -> str:
     return pooling
 
 
-def take_feature(model: nn.Module, structure: Structure, seen: TokenInjector, pooling: str) -> Tensor:
-    """One feature per image [B, D] (or [B, 2 D]) from what the newest pass recorded.
+def read_feature(model: nn.Module, structure: Structure, record: PassRecord, pooling: str) -> Tensor:
+    """One feature per image [B, D] (or [B, 2 D]), float32.
 
     Args:
+        model: the base model.
+        structure: where its parts are.
+        record: of the pass.
         pooling: "cls" (CLS behind the final norm), "mean" (of the patches behind the final norm), "cls_mean" (both,
             [B, 2 D]), "pooler" (the model's pooled feature) or "prompt" (mean of the prompt tokens' outputs behind the
             final norm).
     """
-    assert seen.hidden is not None
+    assert record.hidden is not None
     norm = model.get_submodule(structure.norm)
     if pooling == "cls":
-        feature = norm(seen.hidden[:, 0])
+        feature = norm(record.hidden[:, 0])
     elif pooling == "mean":
-        feature = norm(seen.hidden)[:, structure.special_tokens :].mean(1)
+        feature = norm(record.hidden)[:, structure.special_tokens :].mean(1)
     elif pooling == "cls_mean":
-        hidden = norm(seen.hidden)
+        hidden = norm(record.hidden)
         feature = torch.cat([hidden[:, 0], hidden[:, structure.special_tokens :].mean(1)], 1)
     elif pooling == "prompt":
-        assert seen.prompt_hidden is not None
-        feature = norm(seen.prompt_hidden).mean(1)
+        assert record.prompt_hidden is not None
+        feature = norm(record.prompt_hidden).mean(1)
     else:
-        assert seen.pooled is not None
-        feature = seen.pooled
+        assert record.pooled is not None
+        feature = record.pooled
     return feature.float()
-
-
-@contextmanager
-def whole_image(model: nn.Module, structure: Structure) -> Iterator[None]:
-    """Make a model that masks patches at random (ViT-MAE) see all of them."""
-    config: Any = model.get_submodule(structure.inner).config
-    ratio = getattr(config, "mask_ratio", None)
-    if ratio is None:
-        yield
-        return
-    config.mask_ratio = 0.0
-    try:
-        yield
-    finally:
-        config.mask_ratio = ratio
-
-
-def in_order_noise(model: nn.Module, structure: Structure, kwargs: dict[str, Any], batch: Tensor) -> dict[str, Any]:
-    """`noise` that keeps the patches of a masking model in order, where the caller gave none."""
-    backbone: Any = model.get_submodule(structure.inner)
-    if "noise" not in signature(backbone.forward).parameters or kwargs.get("noise") is not None:
-        return {}
-    patch = backbone.config.patch_size
-    patches = (batch.shape[2] // patch) * (batch.shape[3] // patch)
-    order = torch.arange(patches, dtype=torch.float32, device=batch.device)
-    return {"noise": order.expand(len(batch), -1)}

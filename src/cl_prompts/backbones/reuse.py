@@ -1,129 +1,108 @@
-"""Embeddings, and blocks below the lowest prompt, run once: the prompted pass takes their output from the un-prompted one.
+"""Embeddings and blocks below the lowest prompt run once for both passes.
 
-Frozen, in eval mode and on the same images they would only compute the same numbers again. Where a caller has kept what
-leaves the blocks, these need not run at all.
+They are frozen, in eval mode and get the same images in both passes, so the prompted pass takes their outputs from the
+un-prompted one. Their `forward` is replaced once, when the hooks are installed; whether it runs the module or returns an
+earlier output is decided by the plan of the pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from cl_prompts.backbones.plan import PassPlan, Reuse, running_plan
 from cl_prompts.backbones.structure import Structure
 
 
-class LowerBlocks:
-    """Keeps what leaves embeddings and blocks in one pass, and gives it instead of running them in the next.
+EMBEDDINGS = -1  # position of the embeddings module; blocks count from 0
+
+
+def forward_or_reuse(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an embeddings module or block: the output that the plan reuses, else that of the module."""
+    plan, position = running_plan(), module._cl_position
+    if plan is not None and plan.reuse is not None:
+        reuse = plan.reuse
+        if position == EMBEDDINGS and reuse.embeddings is not None:
+            return reuse.embeddings
+        if 0 <= position == reuse.below - 1:
+            return reuse.lower_blocks
+        if 0 <= position < reuse.below:
+            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if isinstance(reuse.lower_blocks, tuple) else hidden
+    output = type(module).forward(module, *args, **kwargs)
+    if plan is not None and plan.keep_below is not None:
+        if position == EMBEDDINGS:
+            plan.record.embeddings = output
+        elif position == plan.keep_below - 1:
+            plan.record.lower_blocks = output
+    return output
+
+
+def install(model: nn.Module, structure: Structure) -> list[nn.Module]:
+    """Replace the forward of embeddings and blocks, except where it is replaced already; returns these modules."""
+    modules = [_embeddings(model, structure), *(model.get_submodule(name) for name in structure.blocks)]
+    replaced = []
+    for position, module in enumerate(modules, EMBEDDINGS):
+        if "forward" not in vars(module):
+            module._cl_position = position  # type: ignore[assignment]
+            module.forward = partial(forward_or_reuse, module)
+            replaced.append(module)
+    return replaced
+
+
+def uninstall(modules: list[nn.Module]) -> None:
+    """Give the modules their own forward back."""
+    for module in modules:
+        if is_own_forward(module):
+            del module.forward
+        del module._cl_position
+
+
+def is_own_forward(module: nn.Module) -> bool:
+    """Whether the instance's `forward` is the one that `install` sets."""
+    return getattr(vars(module).get("forward"), "func", None) is forward_or_reuse
+
+
+def runs_as_defined(module: nn.Module) -> bool:
+    """Whether nobody else has replaced a module's forward, as Accelerate and `torch.compile` do."""
+    return "forward" not in vars(module) or is_own_forward(module)
+
+
+def unprompted_blocks(model: nn.Module, structure: Structure, lowest: int) -> int:
+    """How many blocks both passes compute alike.
 
     Args:
-        model: the model the structure was found in.
+        model: the base model.
         structure: where its parts are.
+        lowest: number of the lowest prompted block.
+
+    Returns:
+        `lowest`, or 0 where something below that block is trained, compiled or hooked.
     """
-
-    def __init__(self, model: nn.Module, structure: Structure) -> None:
-        self._model, self._structure = model, structure
-        self._kept: dict[nn.Module, Any] = {}
-        self._below = 0
-        self._forms: dict[Any, tuple[bool, torch.dtype]] = {}
-
-    def blocks(self, below: int) -> list[Any]:
-        """The blocks below a number."""
-        return [self._model.get_submodule(name) for name in self._structure.blocks[:below]]
-
-    def may_skip(self, below: int) -> bool:
-        """Whether nothing that runs before block `below` is trained, compiled or hooked (as Accelerate does)."""
-        behind = {id(p) for name in self._structure.blocks[below:] for p in self._model.get_submodule(name).parameters()}
-        backbone = self._model.get_submodule(self._structure.inner)
-        trained = any(p.requires_grad and id(p) not in behind for p in backbone.parameters())
-        return not trained and not any("forward" in vars(module) for module in (self._model, *self.blocks(below)))
-
-    @property
-    def embeddings(self) -> nn.Module:
-        """What comes before block 0."""
-        return self._model.get_submodule(self._structure.inner).get_submodule("embeddings")
-
-    def may_share_embeddings(self) -> bool:
-        """Whether they are frozen, and neither they nor the model compiled or hooked (as Accelerate does)."""
-        trained = any(p.requires_grad for p in self.embeddings.parameters())
-        return not trained and not any("forward" in vars(m) for m in (self._model, *self.embeddings.modules()))
-
-    @contextmanager
-    def keep(self, below: int) -> Iterator[None]:
-        """Keep what leaves the embeddings, and what enters block `below` if it is not 0, in the pass that runs inside."""
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            self._kept[module] = output
-
-        with ExitStack() as hooks:
-            for module in (*([self.embeddings] if self.may_share_embeddings() else []), *self.blocks(below)[-1:]):
-                hooks.callback(module.register_forward_hook(note).remove)
-            yield
-        self._below = below
-
-    @property
-    def states(self) -> Tensor:
-        """What was kept for the lowest prompted block: [B, N, D]."""
-        kept = self._kept[self.blocks(self._below)[-1]]
-        states: Tensor = kept[0] if isinstance(kept, tuple) else kept
-        return states
-
-    def take(self, below: int, states: Tensor, compute: Callable[[], Any]) -> None:
-        """Keep states [B, N, D] of a caller instead of those of a pass, as what enters block `below`.
-
-        Args:
-            below: number of the block.
-            states: as `states` gave them in an earlier pass over the same images.
-            compute: runs an un-prompted pass over the images; the first states of a model and precision are compared with
-                what it gives.
-
-        Raises:
-            ValueError: they are not what enters that block.
-        """
-        kind, last = states.device.type, self.blocks(below)[-1]
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        situation = (below, next(self._model.parameters()).dtype, autocast)
-        if situation not in self._forms:
-            with self.keep(below):
-                compute()
-            own = self.states.float()
-            if own.shape != states.shape or not (states.float() - own).norm() <= 0.05 * own.norm():
-                raise ValueError(
-                    f"hidden, {list(states.shape)}, is not what enters block {below} for these images, {list(own.shape)}: "
-                    "take it from extract_hidden_states of this model"
-                )
-            self._forms[situation] = isinstance(self._kept[last], tuple), self.states.dtype
-        in_tuple, dtype = self._forms[situation]
-        self._kept[last] = (states.to(dtype),) if in_tuple else states.to(dtype)
-        self._below = below
-
-    def skip(self) -> None:
-        """Have the next passes begin with what was kept, until `clear`; without anything kept they run as they are."""
-        for module, output in self._kept.items():
-            module.forward = _giver(output)
-        if self._below:
-            *lower, last = self.blocks(self._below)
-            in_tuple = isinstance(self._kept[last], tuple)
-            for block in lower:
-                block.forward = _passes_on_in_tuple if in_tuple else _passes_on
-
-    def clear(self) -> None:
-        """Forget what was kept; everything runs."""
-        for module in (*self._kept, *self.blocks(self._below)):
-            vars(module).pop("forward", None)
-        self._kept, self._below = {}, 0
+    behind = {id(p) for name in structure.blocks[lowest:] for p in model.get_submodule(name).parameters()}
+    backbone = model.get_submodule(structure.inner)
+    trained = any(p.requires_grad and id(p) not in behind for p in backbone.parameters())
+    lower = [model.get_submodule(name) for name in structure.blocks[:lowest]]
+    replaced = not runs_as_defined(model) or not all(is_own_forward(block) for block in lower)
+    return 0 if trained or replaced else lowest
 
 
-def _giver(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
+def shares_embeddings(model: nn.Module, structure: Structure) -> bool:
+    """Whether the embeddings are frozen, and neither they nor the model compiled or hooked."""
+    embeddings = _embeddings(model, structure)
+    trained = any(p.requires_grad for p in embeddings.parameters())
+    as_defined = all(runs_as_defined(module) for module in (model, *embeddings.modules()))
+    return not trained and as_defined and is_own_forward(embeddings)
 
 
-def _passes_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+def reuse_of(plan: PassPlan, *, embeddings: bool) -> Reuse:
+    """What the pass of a plan with `keep_below` has kept, for the next pass over the same images."""
+    assert plan.keep_below is not None
+    record = plan.record
+    return Reuse(plan.keep_below, record.embeddings if embeddings else None, record.lower_blocks)
 
 
-def _passes_on_in_tuple(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-    return (hidden_states,)
+def _embeddings(model: nn.Module, structure: Structure) -> nn.Module:
+    return model.get_submodule(structure.inner).get_submodule("embeddings")

@@ -6,13 +6,11 @@ query, key and value projections that calls a registered attention function, and
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import dataclass
 from inspect import signature, unwrap
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape
@@ -23,7 +21,6 @@ SUPPORTED = (
     "SigLIP 2, bare or *ForImageClassification"
 )
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-_ROW = 8 * 521  # bytes
 SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 
@@ -206,50 +203,6 @@ def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, 
         return channels, None
     height, width = (size, size) if isinstance(size, int) else size
     return channels, (height, width)
-
-
-def fingerprint(model: nn.Module, structure: Structure, pooling: str) -> str:
-    """sha256 over names, shapes and sums of the frozen tensors that an adapter's answers depend on.
-
-    Embeddings, blocks and the final norm, named from the bare backbone, so that an adapter trained on `ViTModel` fits
-    `ViTForImageClassification`; the pooler only where its feature is used, since many checkpoints carry none and
-    transformers then makes up a random one. Tells bases apart; it is no defence against somebody who wants it fooled.
-    """
-    backbone = model.get_submodule(structure.inner)
-    unused = unread_parts(model, structure, pooling)
-    sha = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        if name.split(".")[0] in unused or ".modules_to_save." in name:
-            continue
-        sha.update(f"{name.replace('.original_module.', '.')} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # Of sharded blocks (cl_prompts.tuner.sharding) this process has a part; all processes ask for the whole together.
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        for part in _summed(whole.detach()):
-            sha.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def _summed(tensor: Tensor) -> list[Tensor]:
-    """What is hashed of a tensor: small ones whole, of large ones sums of 521 times eight bytes, as integers.
-
-    Exact on every device, and ten times faster than hashing all bytes: loading an adapter must not cost more than that.
-    The number is prime, so that swapped rows, channels or heads do not fall into the same sums.
-    """
-    numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if numbers.storage_offset() % 8:
-        numbers = numbers.clone()
-    whole = numbers.numel() // _ROW * _ROW
-    return [numbers[:whole].view(torch.int64).view(-1, _ROW // 8).sum(1), numbers[whole:]] if whole else [numbers]
-
-
-def unread_parts(model: nn.Module, structure: Structure, pooling: str) -> set[str]:
-    """Names of the bare backbone's children that a feature does not depend on: what follows the final norm."""
-    children = [name for name, _ in model.get_submodule(structure.inner).named_children()]
-    norm = structure.norm.rpartition(".")[2]
-    unread = set(children[children.index(norm) + 1 :])
-    if pooling == "pooler" and structure.pooler:
-        unread.discard(structure.pooler.rpartition(".")[2])
-    return unread
 
 
 def eager_attention(attention: nn.Module) -> Any:

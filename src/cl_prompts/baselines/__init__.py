@@ -1,31 +1,26 @@
-"""Comparison learners on the same backbone, stream and trainer as the prompts: what a prompt method has to beat."""
+"""Baselines: learners on the same backbone, stream and trainer as the prompts, which a prompt method has to beat."""
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from cl_prompts.baselines.base import ComparisonLearner
+from cl_prompts.baselines.base import Baseline
 from cl_prompts.baselines.bic import BiC
 from cl_prompts.baselines.class_mean import NearestClassMean
 from cl_prompts.baselines.ewc import EWC, OnlineEWC
-from cl_prompts.baselines.fresh_start import GDumb, JointStream, JointTraining
-from cl_prompts.baselines.growing import CONFIG_FILE, WEIGHTS_FILE
+from cl_prompts.baselines.files import read_files
 from cl_prompts.baselines.icarl import ICaRL
 from cl_prompts.baselines.lwf import LwF
 from cl_prompts.baselines.replay import ER, DERPlusPlus
+from cl_prompts.baselines.retrain import GDumb, JointTraining
 from cl_prompts.baselines.sequential import FrozenBackbone, SequentialFineTuning
 from cl_prompts.baselines.si import SI
-from cl_prompts.storage.atomic import read_whole, recover
 
 
-_LEARNERS: tuple[type[ComparisonLearner], ...] = (
+_CLASSES: tuple[type[Baseline], ...] = (
     SequentialFineTuning,
     FrozenBackbone,
     JointTraining,
@@ -40,51 +35,40 @@ _LEARNERS: tuple[type[ComparisonLearner], ...] = (
     BiC,
     ICaRL,
 )
-BASELINES: dict[str, type[ComparisonLearner]] = {learner.name: learner for learner in _LEARNERS}
+BASELINES: dict[str, type[Baseline]] = {baseline.name: baseline for baseline in _CLASSES}
 
 
-def get_comparison_learner(name: str, backbone: nn.Module, **options: Any) -> ComparisonLearner:
-    """A comparison learner.
+def get_baseline(name: str, backbone: nn.Module, **options: Any) -> Baseline:
+    """A new baseline.
 
     Args:
         name: one of `BASELINES`.
         backbone: any supported Hugging Face vision transformer, bare or with an image classification head (bypassed); it is
             trained in place.
-        options: of the learner, see its class.
+        options: of the baseline, see its class.
 
     Raises:
-        TypeError: the backbone is not supported, or the learner has no such option.
-        ValueError: no learner has that name, or an option is out of range.
+        TypeError: the backbone is not supported, or the baseline has no such option.
+        ValueError: no baseline has that name, or an option is out of range.
     """
     if name not in BASELINES:
-        raise ValueError(f"no comparison learner is called {name!r}: choose one of {sorted(BASELINES)}")
+        raise ValueError(f"no baseline is called {name!r}: choose one of {sorted(BASELINES)}")
     return BASELINES[name](backbone, **options)
 
 
-def load_comparison_learner(folder: str | os.PathLike[str], backbone: nn.Module) -> ComparisonLearner:
-    """A learner from what its `save_pretrained` wrote, in eval mode.
+def load_baseline(folder: str | os.PathLike[str], backbone: nn.Module) -> Baseline:
+    """Load what `Baseline.save_pretrained` wrote, in eval mode.
 
     Args:
         folder: where it was saved.
-        backbone: the one it began with, as it was then.
+        backbone: the one it was made with, with the weights it had then.
 
     Raises:
         ValueError: files are missing or damaged, or of another backbone.
     """
-    recover(folder)
-
-    def read() -> tuple[dict[str, Any], dict[str, Any]]:
-        try:
-            told = json.loads(Path(folder, CONFIG_FILE).read_text())
-            if not isinstance(told, dict) or not all(isinstance(told.get(key), dict) for key in ("options", "state")):
-                raise ValueError(f"{CONFIG_FILE} has no options or no state")
-            return told, load_file(Path(folder, WEIGHTS_FILE))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no comparison learner, or a damaged one ({error})") from error
-
-    told, tensors = read_whole(folder, read)
-    learner = get_comparison_learner(told.get("learner", ""), backbone, **told["options"])
-    learner.load_training_state(tensors, told)
+    name, options, state = read_files(folder)
+    learner = get_baseline(name, backbone, **options)
+    learner.load_training_state_dict(state)
     learner.eval()
     return learner
 
@@ -94,18 +78,17 @@ __all__ = [
     "ER",
     "EWC",
     "SI",
+    "Baseline",
     "BiC",
-    "ComparisonLearner",
     "DERPlusPlus",
     "FrozenBackbone",
     "GDumb",
     "ICaRL",
-    "JointStream",
     "JointTraining",
     "LwF",
     "NearestClassMean",
     "OnlineEWC",
     "SequentialFineTuning",
-    "get_comparison_learner",
-    "load_comparison_learner",
+    "get_baseline",
+    "load_baseline",
 ]

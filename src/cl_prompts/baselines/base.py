@@ -1,60 +1,39 @@
-"""What all comparison learners share: the way of a batch to its loss. The calls are those of `PromptPoolModel`."""
+"""What all baselines share: tasks, the forward with its loss, state and files. Its calls are those of `PromptPoolModel`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.baselines.growing import GrowingModel
+from cl_prompts.backbones.cache_key import backbone_cache_key
+from cl_prompts.backbones.feature_extractor import FeatureExtractor
+from cl_prompts.backbones.input_checks import check_images, check_query
+from cl_prompts.baselines.batch import Batch
+from cl_prompts.baselines.files import write_files
+from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import IGNORE_INDEX, LossPart
+from cl_prompts.learner.checks import check_labels, check_wrapper
 from cl_prompts.learner.losses import add_up
+from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
+from cl_prompts.learner.optimizer_hook import UpdateScaler
+from cl_prompts.learner.protocol import Images, Replay
+from cl_prompts.learner.task_state import TaskState
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.distributed import world_size
-from cl_prompts.tuner.validation import check_images, check_labels, check_query, check_wrapper
+from cl_prompts.storage.adapter_state import AdapterState
 
 
-Images = Iterable[dict[str, Any]]  # batches with pixel_values, labels, sample_ids; can be gone through again and again
-
-
-@dataclass
-class Batch:
-    """A training batch on its way to the loss.
-
-    Args:
-        features: [B, D].
-        logits: of all known classes, nothing masked [B, C].
-        columns: of the labels [B], -100 for padding.
-        counted: True for real images [B].
-        sample_ids: a number per image, or None.
-        taught: what an earlier model answers [B, earlier classes], where the learner keeps one.
-    """
-
-    features: Tensor
-    logits: Tensor
-    columns: Tensor
-    counted: Tensor
-    sample_ids: Any
-    taught: Tensor | None
-
-    @property
-    def numbers(self) -> Tensor:
-        """`sample_ids` as a tensor [B] where the logits are.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if self.sample_ids is None:
-            raise ValueError("this learner knows images by their numbers: pass sample_ids, as the streams do")
-        return torch.as_tensor(self.sample_ids, device=self.logits.device)
-
-
-class ComparisonLearner(GrowingModel):
+class Baseline(nn.Module):
     """A backbone and a linear head that learn task after task; subclasses say how they avoid forgetting.
 
     Args:
@@ -62,26 +41,28 @@ class ComparisonLearner(GrowingModel):
         freeze_backbone: train the head only. Features may then be computed once and passed as `query`.
         pooling: the feature that the head reads: "auto", "cls", "mean", "cls_mean" or "pooler".
         class_mask: which classes the cross entropy sees: "task" (those of the current task, as for the prompts) or "none"
-            (all known ones); None: "none" for learners that rehearse, else "task".
+            (all known ones); None: "none" for baselines that replay stored images, else "task".
         num_labels: of a stream without tasks: ids 0 to num_labels - 1 are known from the start.
 
     Attributes:
-        name: of the learner in `BASELINES`.
-        rehearses: "beside" (remembered images join each batch), "only" (it trains on the memory alone) or "never".
-        needs_memory: it cannot work without remembered images.
-        needs_consolidation: it looks at images after a task's training.
+        name: of the baseline in `BASELINES`.
+        replay, needs_memory, needs_consolidation: see `Learner`.
+        learns_without_tasks: whether it can learn a stream without tasks.
         options: its settings by name.
+        features, head: backbone and classifier.
 
     Raises:
         TypeError: the backbone is not supported.
-        ValueError: a setting is out of range, or does not fit the learner.
+        ValueError: a setting is out of range, or does not fit the baseline.
     """
 
-    rehearses: ClassVar[str] = "never"
+    name: ClassVar[str]
+    replay: ClassVar[Replay] = "none"
     needs_memory: ClassVar[bool] = False
     needs_consolidation: ClassVar[bool] = False
     needs_features_before: ClassVar[bool] = False
-    unknown_labels: Tensor
+    closed_form: ClassVar[bool] = False
+    learns_without_tasks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -92,64 +73,147 @@ class ComparisonLearner(GrowingModel):
         class_mask: str | None = None,
         num_labels: int | None = None,
     ) -> None:
-        super().__init__(backbone, freeze_backbone, pooling, num_labels)
-        mask = class_mask or ("task" if self.rehearses == "never" else "none")
-        if mask not in ("task", "none") or (mask == "task" and self.rehearses != "never"):
+        super().__init__()
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            raise ValueError(f"num_labels={num_labels!r} must be a positive number of classes")
+        if num_labels is not None and not self.learns_without_tasks:
+            raise ValueError(
+                f"num_labels={num_labels}: {self.name!r} needs to know when a task ends, use a stream with tasks"
+            )
+        mask = class_mask or ("task" if self.replay == "none" else "none")
+        if mask not in ("task", "none") or (mask == "task" and self.replay != "none"):
             raise ValueError(f'class_mask={class_mask!r}: choose "none", or "task" for a learner that does not rehearse')
-        self.class_mask = self.options["class_mask"] = mask
-        # Labels of undeclared classes seen on a device, where a step must not look at them.
-        self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.class_mask = mask
+        self.options: dict[str, Any] = {"freeze_backbone": freeze_backbone, "pooling": pooling}
+        self.options |= {"num_labels": num_labels, "class_mask": mask}
+        self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone)
+        self.head = IncrementalHead(self.features.width)
+        self.tasks = TaskState(AdapterState(base_fingerprint=self.features.fingerprint), num_labels)
+        self.update_scaler = UpdateScaler()
+        self.grown = False  # since the last training forward
+        if num_labels is not None:
+            self.head.expand(self.classes, self.classes)
+
+    def number(self, name: str, value: float) -> float:
+        """Check that the `value` of setting `name` is a non-negative number, and note it among the options.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} must be a non-negative number")
+        self.options[name] = value
+        return value
 
     # ---- what subclasses override ------------------------------------------------------------------------------------
 
-    def teach(self, pixel_values: Tensor, features: Tensor, **kwargs: Any) -> Tensor | None:
-        """What an earlier model answers to a training batch [B, earlier classes]; None: nothing is asked of one.
+    def before_task(self, classes: Sequence[int]) -> None:
+        """Called before the head grows for a task of the class ids `classes`."""
 
-        It is asked with the images' `pixel_values` [B, 3, H, W], their `features` [B, D] and further inputs `kwargs`.
+    def teacher_logits(self, pixel_values: Tensor, features: Tensor, **kwargs: Any) -> Tensor | None:
+        """Logits of an earlier model on training images `pixel_values` [B, earlier classes]; None without one.
+
+        `features` are the learner's own of the same images [B, D], `kwargs` further inputs of the backbone.
         """
         return None
 
     def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
-        """The terms of the training loss of a `batch`."""
+        """The terms of the training loss of a `batch`, by name."""
         return {"cross_entropy": self.cross_entropy(batch)}
 
-    def answer(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Test-time logits [B, C] from `features` [B, D] and the head's `logits` [B, C]."""
+    def predict(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Logits at test [B, C] from `features` [B, D] and the head's `logits` [B, C]."""
         return logits
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Look at the task's `images` and the remembered `memory` after its training, in eval mode, before `end_task`."""
+        """See the task's `images` and the stored ones, `memory`, after training, in eval mode and before `end_task`."""
 
     def trains_task(self, number: int) -> bool:
         """Whether task `number` is trained by gradient."""
         return True
 
-    # ---- training ----------------------------------------------------------------------------------------------------
+    def rank_images(self, rows: Sequence[int] | NDArray[np.int64], images: Images) -> NDArray[np.float64] | None:
+        """Ranks [n] of the `images` with numbers `rows` [n]: the smallest are kept longest. None: no preference."""
+        return None
 
-    def parameter_groups(self, lr: float, **lrs: float) -> list[dict[str, Any]]:
-        """Optimizer groups "base" and "head"; `lrs` gives one of them another rate than `lr`.
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What the baseline keeps besides its parameters, by name."""
+        return {}
+
+    def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
+
+    # ---- tasks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> list[int]:
+        """Known class ids, in the order of the logits."""
+        return self.tasks.classes
+
+    def begin_task(
+        self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
+    ) -> None:
+        """Open the next task; `classes`, `revisit`, `class_names` and errors as `TaskAPI.begin_task`."""
+        task = self.tasks.plan_task(classes, revisit, class_names)
+        self.before_task(task.classes)
+        self.head.expand(task.known, task.classes)
+        self.tasks.begin(task)
+        self.grown = True
+        self.update_scaler.detach()
+
+    def end_task(self) -> None:
+        """Close the current task.
 
         Raises:
-            ValueError: `lrs` names no group.
+            ValueError: none is open.
         """
-        if set(lrs) - {"base", "head"}:
-            raise ValueError(f"no parameter group is called {sorted(set(lrs) - {'base', 'head'})}: there are base and head")
-        groups = {
-            name: [p for p in part.parameters() if p.requires_grad]
-            for name, part in (("base", self.features), ("head", self.head))
-        }
-        return [{"name": name, "params": params, "lr": lrs.get(name, lr)} for name, params in groups.items() if params]
+        self.tasks.end()
+        self.update_scaler.detach()
 
-    def attach_optimizer(self, optimizer: Any) -> None:
-        """Say which `optimizer` trains the task, after every `begin_task`.
+    def record_features(self, images: Images) -> None:
+        """See the next task's `images` before `begin_task`: nothing to do, no baseline compensates drift."""
+
+    def check_labels(self) -> None:
+        """Report wrong labels that were seen on a device since the last call.
+
+        Raises:
+            ValueError: there were some.
+        """
+        self.tasks.check_labels()
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self, learning_rate: float, **learning_rates: float) -> list[dict[str, Any]]:
+        """Optimizer groups "base" and "head"; `learning_rates` gives one of them another rate than `learning_rate`.
+
+        Raises:
+            ValueError: `learning_rates` names no group.
+        """
+        parts = {"base": self.features, "head": self.head}
+        unknown = sorted(set(learning_rates) - set(parts))
+        if unknown:
+            raise ValueError(f"no parameter group is called {unknown}: there are base and head")
+        groups = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+        return [
+            {"name": name, "params": params, "lr": learning_rates.get(name, learning_rate)}
+            for name, params in groups.items()
+            if params
+        ]
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Announce the `optimizer` that trains the task, after every `begin_task`.
 
         Raises:
             ValueError: it lacks a trainable parameter.
         """
-        self.link.attach(optimizer, self, {}, "")
-        self.link.check_trains(self.named_parameters())
+        self.update_scaler.attach(optimizer, self, {}, "")
+        self.update_scaler.check_trains(self.named_parameters())
 
-    def train(self, mode: bool = True) -> ComparisonLearner:
+    def train(self, mode: bool = True) -> Baseline:
         """Training (`mode`) or eval mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.features.frozen:
@@ -162,7 +226,7 @@ class ComparisonLearner(GrowingModel):
         labels: Tensor | None = None,
         *,
         query: Tensor | None = None,
-        sample_ids: Any = None,
+        sample_ids: Sequence[int] | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> PromptPoolOutput:
@@ -172,7 +236,7 @@ class ComparisonLearner(GrowingModel):
             pixel_values: images [B, 3, H, W].
             labels: class ids [B]; -100 marks padding that counts nowhere.
             query: features of a frozen backbone [B, D], if the caller has them.
-            sample_ids: a number per image, the same in every epoch.
+            sample_ids: a number per image [B], the same in every epoch.
             num_items_in_batch: number of images of the whole accumulated batch, a scalar.
             kwargs: go to the backbone.
 
@@ -183,32 +247,49 @@ class ComparisonLearner(GrowingModel):
             raise ValueError("no class is known yet: call begin_task(classes), or set num_labels")
         check_images(self.features.base, self.features.structure, pixel_values, kwargs)
         learning = self.training and torch.is_grad_enabled()
-        columns = None
+        targets = None
         if labels is not None:
             check_labels(labels, len(pixel_values))
-            columns = self._columns(labels, masked=learning and self.class_mask == "task")
-        if learning and columns is not None:
-            self._check_ready()
-        features = self.read(pixel_values, query, **kwargs)
-        taught = self.teach(pixel_values, features, **kwargs) if learning and columns is not None else None
+            targets = self.tasks.targets(labels, self.head, only_current=learning and self.class_mask == "task")
+            if learning:
+                self._check_ready()
+        features = self.compute_features(pixel_values, query, **kwargs)
+        taught = self.teacher_logits(pixel_values, features, **kwargs) if learning and targets is not None else None
         with torch.autocast(features.device.type, enabled=False):
             logits = self.head(features)
-            shown = self.masked(logits) if learning else self.answer(features, logits)
-            loss, losses = None, None
-            if columns is not None:
-                counted = columns >= 0
-                if learning:
-                    parts = self.loss_parts(Batch(features, logits, columns, counted, sample_ids, taught))
-                else:
-                    each = F.cross_entropy(shown, columns, reduction="none", ignore_index=IGNORE_INDEX)
-                    parts = {"cross_entropy": LossPart(each, "mean")}
-                loss, losses = add_up(parts, counted, num_items_in_batch, over_processes=learning)
-        return PromptPoolOutput(loss=loss, logits=shown, losses=losses, features=features)
+            answer = self.masked(logits) if learning else self.predict(features, logits)
+            if targets is None:
+                return PromptPoolOutput(logits=answer, features=features)
+            valid = targets >= 0
+            if learning:
+                parts = self.loss_parts(Batch(features, logits, targets, valid, sample_ids, taught))
+            else:
+                parts = {"cross_entropy": _cross_entropy(answer, targets)}
+            loss, losses = add_up(parts, valid, num_items_in_batch, over_processes=learning)
+        return PromptPoolOutput(loss=loss, logits=answer, losses=losses, features=features)
 
-    def read(self, pixel_values: Tensor, query: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Features [B, D] of images, `pixel_values` [B, 3, H, W]; without gradient where the backbone is frozen.
+    def _check_ready(self) -> None:
+        self.tasks.check_training()
+        self.update_scaler.check_trains(self.named_parameters())
+        if self.grown and world_size() > 1:
+            check_wrapper(self)
+            self.grown = False
 
-        `query` [B, D] are those of a frozen backbone, if the caller has them; `kwargs` are further inputs of the backbone.
+    def cross_entropy(self, batch: Batch) -> LossPart:
+        """Cross entropy of a training `batch` over the classes that `class_mask` leaves."""
+        return _cross_entropy(self.masked(batch.logits), batch.targets)
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """The `logits` [B, C] with -inf at the classes that the cross entropy does not see."""
+        return logits.masked_fill(~self.head.current, -math.inf) if self.class_mask == "task" else logits
+
+    def compute_features(self, pixel_values: Tensor, query: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Features [B, D] of images; without gradient where the backbone is frozen.
+
+        Args:
+            pixel_values: images [B, 3, H, W].
+            query: their features [B, D] if the caller has them and the backbone is frozen.
+            kwargs: further inputs of the backbone.
 
         Raises:
             ValueError: `query` is given, and the backbone is trained.
@@ -224,76 +305,29 @@ class ComparisonLearner(GrowingModel):
             return self.features(pixel_values, **kwargs)
 
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """Features [B, D] of a `batch` to look at, with `query` if it has one."""
-        return self.read(batch["pixel_values"], batch.get("query"))
+        """Features [B, D] of a `batch` with `pixel_values` and, if known, `query`."""
+        return self.compute_features(batch["pixel_values"], batch.get("query"))
 
-    def scores(self, features: Tensor) -> Tensor:
-        """The head's logits [B, C] of `features` [B, D], in float32 whatever precision is asked for around."""
+    def logits_of(self, features: Tensor) -> Tensor:
+        """The head's logits [B, C] of `features` [B, D], in float32 also under autocast."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features)
 
-    def cross_entropy(self, batch: Batch) -> LossPart:
-        """Cross entropy of a training `batch` over the classes that `class_mask` leaves."""
-        each = F.cross_entropy(self.masked(batch.logits), batch.columns, reduction="none", ignore_index=IGNORE_INDEX)
-        return LossPart(each, "mean")
-
-    def masked(self, logits: Tensor) -> Tensor:
-        """The `logits` [B, C] with -inf at the classes that the cross entropy does not see."""
-        return logits.masked_fill(~self.head.current, -math.inf) if self.class_mask == "task" else logits
-
-    def _columns(self, labels: Tensor, *, masked: bool) -> Tensor:
-        columns, unknown = self.head.to_columns(labels)
-        outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)] & masked
-        wrong = unknown | outside
-        if labels.device.type != "cpu":
-            self.unknown_labels += wrong.sum()
-        elif wrong.any():
-            known = self.state.tasks[-1] if masked and self.state.tasks else self.classes
-            raise ValueError(
-                f"labels {sorted(set(labels[wrong].tolist()))} are of no class that can be learnt now, which are {known}: "
-                "see begin_task"
-            )
-        return torch.where(outside, IGNORE_INDEX, columns)
-
-    def _check_ready(self) -> None:
-        if self.num_labels is None and not self.state.task_open:
-            raise ValueError("a training forward outside a task: call begin_task(classes) first, or eval()")
-        self.link.check_trains(self.named_parameters())
-        if self.grown and world_size() > 1:
-            check_wrapper(self)
-            self.grown = False
-
-    def check_labels(self) -> None:
-        """Report labels of undeclared classes that were seen on a device since the last call.
-
-        Raises:
-            ValueError: there were some.
-        """
-        count = int(self.unknown_labels)
-        self.unknown_labels.zero_()
-        if count:
-            raise ValueError(f"{count} labels were of no class that could be learnt then, and ignored: see begin_task")
-
-    # ---- what a trainer asks -----------------------------------------------------------------------------------------
+    # ---- backbone ----------------------------------------------------------------------------------------------------
 
     @property
     def needs_query(self) -> bool:
-        """Whether features that were computed once are of use."""
+        """Whether features that were computed once can be used: the backbone is frozen."""
         return self.features.frozen
 
     @property
     def query_pooling(self) -> str:
-        """Which feature is taken."""
+        """Which feature the head reads: "cls", "mean", "cls_mean" or "pooler"."""
         return self.features.pooling
 
     def get_base_model(self) -> nn.Module:
         """The backbone."""
         return self.features.base
-
-    @property
-    def base_model(self) -> ComparisonLearner:
-        """Where `cl_prompts.extract_features` finds `extract_features`."""
-        return self
 
     @torch.no_grad()
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
@@ -302,3 +336,61 @@ class ComparisonLearner(GrowingModel):
         `kwargs` are further inputs of the backbone.
         """
         return self.features(pixel_values, **kwargs)
+
+    def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
+        """The task whose prompts answered for each image of an `output` [B]: None, there are no prompts."""
+        return None
+
+    # ---- identity, state and files -----------------------------------------------------------------------------------
+
+    def cache_key(self) -> dict[str, Any]:
+        """What `extract_features` depends on, JSON-able: equal keys mean equal features.
+
+        Raises:
+            cl_prompts.interfaces.NotCacheableError: the backbone has code or hooks of others, or is compiled.
+        """
+        return backbone_cache_key(self.features.base, self.query_pooling) | {"reader": "FeatureExtractor"}
+
+    def fingerprint(self) -> str:
+        """Sha256 of what defines the learner before it has learned: its name and options, and the backbone's weights."""
+        identity = [self.name, self.options, self.features.fingerprint]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def training_state_dict(self) -> dict[str, Any]:
+        """All that training has changed, also in the middle of a task: `tensors` by name, and JSON-able `values`."""
+        tensors = prefixed("parameters.", self.trained()) | prefixed("extra.", self.extra_tensors())
+        return {"tensors": tensors, "values": {"state": self.tasks.state.to_dict()}}
+
+    def load_training_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `state` of a learner with the same options on the same backbone.
+
+        Raises:
+            ValueError: the state is of another backbone or other options. Nothing has changed then.
+        """
+        tasks = TaskState(AdapterState.from_dict(state["values"]["state"]), self.tasks.num_labels)
+        if tasks.state.base_fingerprint != self.features.fingerprint:
+            raise ValueError("the state was taken from a learner on a backbone with other weights: load that one")
+        tensors, device = state["tensors"], self.head.weight.device
+        head = IncrementalHead(self.features.width).requires_grad_(self.head.weight.requires_grad).to(device)
+        if tasks.classes:
+            head.expand(tasks.classes, tasks.current_classes)
+        target = {name: p for name, p in self.trained().items() if not name.startswith("head.")}
+        target |= {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
+        copy_tensors(below("parameters.", tensors), target)
+        self.head, self.tasks = head, tasks.to(device)
+        self.update_scaler.detach()
+        self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
+        """Save as `learner.json` and `learner.safetensors`, for `load_baseline`. The folder is replaced as a whole.
+
+        Args:
+            save_directory: folder to write.
+            is_main_process: only the main process writes.
+        """
+        if is_main_process:
+            write_files(save_directory, self.name, self.options, self.training_state_dict())
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> LossPart:
+    return LossPart(F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX), "mean")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.baselines.base import Batch, Images
-from cl_prompts.baselines.teacher import DistillingLearner, distillation
+from cl_prompts.baselines.batch import Batch
+from cl_prompts.baselines.teacher import DistillingBaseline, distillation
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.features import record
+from cl_prompts.learner.protocol import Images
 
 
-class BiC(DistillingLearner):
-    """Rehearsal and distillation, then two numbers that take the head's preference for new classes away.
+class BiC(DistillingBaseline):
+    """Replay and distillation, then two numbers that take the head's preference for new classes away.
 
     Wu et al., "Large Scale Incremental Learning", CVPR 2019. With n old and m new classes the loss is (1 - lambda) * cross
     entropy over all classes + lambda * distillation from the earlier, corrected model, lambda = n / (n + m) (equations 1
@@ -26,17 +28,17 @@ class BiC(DistillingLearner):
     are all classified rightly would call for an infinite alpha.
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         temperature: of the distillation, 2 in the paper.
         held_out: share of images that are not trained on, 0.1 as in the paper. They count in means with a loss of 0.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
 
     Attributes:
         correction: (alpha, beta) of the newest classes [2].
     """
 
     name = "bic"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     needs_consolidation = True
 
@@ -47,61 +49,63 @@ class BiC(DistillingLearner):
             raise ValueError(f"temperature={temperature} must be positive, held_out={held_out} between 0 and 1")
         self.correction = torch.tensor([1.0, 0.0])
 
-    def before_task(self, declared: list[int]) -> None:
-        """Keep the corrected model."""
-        super().before_task(declared)
+    def before_task(self, classes: Sequence[int]) -> None:
+        """Copy the corrected model, before a task of `classes`."""
+        super().before_task(classes)
         self.correction = torch.tensor([1.0, 0.0], device=self.correction.device)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """The corrected classifier: [C, D] and [C]."""
         weight, bias = (values.detach().clone() for values in super().weight_and_bias())
         alpha, beta = self.correction.to(weight.device)
-        weight[self.taught_columns :] *= alpha
-        bias[self.taught_columns :] = alpha * bias[self.taught_columns :] + beta
+        weight[self.num_teacher_classes :] *= alpha
+        bias[self.num_teacher_classes :] = alpha * bias[self.num_teacher_classes :] + beta
         return weight, bias
 
     def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
         """Cross entropy and, from the second task on, distillation, of the images that are trained on."""
         trained = ~is_held_out(batch.numbers, self.held_out)
-        old = self.taught_columns / batch.logits.shape[1]
+        old = self.num_teacher_classes / batch.logits.shape[1]
         parts = {"cross_entropy": LossPart((1 - old) * self.cross_entropy(batch).value, "mean")}
-        if batch.taught is not None:
-            parts["distillation"] = distillation(batch.taught, batch.logits, self.temperature, old)
+        if batch.teacher_logits is not None:
+            parts["distillation"] = distillation(batch.teacher_logits, batch.logits, self.temperature, old)
         return {name: LossPart(torch.where(trained, part.value, 0.0), "mean") for name, part in parts.items()}
 
-    def answer(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Corrected logits."""
-        return corrected(logits, self.taught_columns, self.correction.to(logits.device))
+    def predict(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Corrected logits [B, C]."""
+        return corrected(logits, self.num_teacher_classes, self.correction.to(logits.device))
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Fit the correction on held-out remembered images, which are balanced over the classes.
+        """Fit the correction on the held-out images of `memory`, which are balanced over the classes.
+
+        The task's `images` are not used.
 
         Raises:
-            ValueError: no images are remembered.
+            ValueError: no images are stored.
         """
         if memory is None:
             raise ValueError('"bic" needs remembered images: set memory_size or memory_per_class')
-        old = self.taught_columns
+        old = self.num_teacher_classes
         if not 0 < old < len(self.classes):
             return
-        seen = record(lambda batch: self.scores(self.features_of(batch)), memory)
-        taken = is_held_out(seen.ids, self.held_out)
-        logits, (columns, _) = seen.features[taken], self.head.to_columns(seen.labels[taken])
-        if not (columns < old).any() or not (columns >= old).any():
+        seen = record(lambda batch: self.logits_of(self.features_of(batch)), memory)
+        chosen = is_held_out(seen.ids, self.held_out)
+        logits, (targets, _) = seen.features[chosen], self.head.to_targets(seen.labels[chosen])
+        if not (targets < old).any() or not (targets >= old).any():
             warnings.warn(
-                f"the {len(columns)} remembered images that are held out are not of both old and new classes, so nothing "
+                f"the {len(targets)} remembered images that are held out are not of both old and new classes, so nothing "
                 "is corrected after this task: keep more images, or raise held_out",
                 stacklevel=2,
             )
             return
-        self.correction = fit_correction(logits, columns, old)
+        self.correction = fit_correction(logits, targets, old)
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Teacher and correction."""
         return super().extra_tensors() | {"correction": self.correction}
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take them back."""
+        """Restore them."""
         super().load_extra_tensors(tensors)
         self.correction = tensors["correction"]
 
@@ -112,17 +116,17 @@ def is_held_out(numbers: Tensor, share: float) -> Tensor:
 
 
 def corrected(logits: Tensor, old: int, correction: Tensor) -> Tensor:
-    """Logits [B, C] with alpha * logit + beta in the columns from `old` on."""
+    """Logits [B, C] with alpha * logit + beta for the classes from index `old` on."""
     alpha, beta = correction
     return torch.cat([logits[:, :old], alpha * logits[:, old:] + beta], dim=1)
 
 
-def fit_correction(logits: Tensor, columns: Tensor, old: int, decay: float = 1e-3) -> Tensor:
+def fit_correction(logits: Tensor, targets: Tensor, old: int, decay: float = 1e-3) -> Tensor:
     """The (alpha, beta) [2] that make the cross entropy smallest.
 
     Args:
         logits: [n, C].
-        columns: right columns [n].
+        targets: index of each image's class [n].
         old: number of old classes.
         decay: times the squared distance from (1, 0) joins the mean cross entropy.
     """
@@ -132,7 +136,7 @@ def fit_correction(logits: Tensor, columns: Tensor, old: int, decay: float = 1e-
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(corrected(logits.double(), old, found), columns)
+        loss = F.cross_entropy(corrected(logits.double(), old, found), targets)
         loss = loss + decay * (found - neutral).square().sum()
         loss.backward()
         return loss

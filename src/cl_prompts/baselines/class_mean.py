@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.baselines.base import ComparisonLearner, Images
+from cl_prompts.baselines.base import Baseline
+from cl_prompts.heads.class_means import ClassMeans
 from cl_prompts.learner.features import record
+from cl_prompts.learner.protocol import Images
 
 
-class NearestClassMean(ComparisonLearner):
+class NearestClassMean(Baseline):
     """The class whose mean training feature has the largest cosine; nothing is trained.
 
     On pre-trained transformers after Janson, Zhang, Aljundi & Elhoseiny, "A Simple Baseline that Questions the Use of
     Pretrained-Models in Continual Learning", 2022 (arXiv:2210.04428).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         freeze_backbone: must be True.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
+
+    Attributes:
+        means: of the classes seen so far.
     """
 
     name = "ncm"
@@ -34,54 +38,26 @@ class NearestClassMean(ComparisonLearner):
             raise ValueError(f"freeze_backbone={freeze_backbone!r}: nearest class mean trains nothing, leave it out")
         super().__init__(backbone, freeze_backbone=True, **options)
         self.head.requires_grad_(False)
-        self.sums = torch.zeros(0, self.features.width, dtype=torch.float64)
-        self.counts = torch.zeros(0, dtype=torch.float64)
+        self.means = ClassMeans(self.features.width)
 
     def trains_task(self, number: int) -> bool:
-        """No task is."""
+        """Whether task `number` is trained by gradient: no task is."""
         return False
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Add the images to the means of their classes."""
-        sums, counts = class_sums(self, images)
-        known = len(self.sums)
-        sums[:known] += self.sums.to(sums.device)
-        counts[:known] += self.counts.to(sums.device)
-        self.sums, self.counts = sums, counts
+        """Add the task's `images` to the means of their classes; `memory` is not used."""
+        seen = record(self.features_of, images)
+        self.means.add(seen.features, self.head.to_targets(seen.labels)[0], len(self.classes))
 
-    def answer(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Cosines to the means [B, C], -inf for classes without an image so far."""
-        means = torch.zeros(logits.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
-        means[: len(self.sums)] = self.sums / self.counts.clamp_min(1)[:, None]
-        seen = torch.zeros(len(means), dtype=torch.bool, device=features.device)
-        seen[: len(self.counts)] = self.counts > 0
-        return cosines(features, means).masked_fill(~seen, -math.inf)
+    def predict(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Cosines to the means [B, C]; -inf for classes without an image so far."""
+        cosines = self.means.cosines(features)
+        return F.pad(cosines, (0, logits.shape[1] - cosines.shape[1]), value=-math.inf)
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Sum and number of each class's features."""
-        return {"sums": self.sums, "counts": self.counts}
+        return self.means.state_dict()
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take them back."""
-        self.sums, self.counts = tensors["sums"], tensors["counts"]
-
-
-def class_sums(learner: ComparisonLearner, images: Images, *, normalized: bool = False) -> tuple[Tensor, Tensor]:
-    """Sums of the features of each known class over all processes [C, D], and their numbers [C]; float64.
-
-    Args:
-        learner: in eval mode.
-        images: this process's share.
-        normalized: bring each feature to length 1 first.
-    """
-    seen = record(learner.features_of, images)
-    columns, _ = learner.head.to_columns(seen.labels)
-    features = seen.features.double()
-    sums = features.new_zeros(len(learner.classes), features.shape[1])
-    sums.index_add_(0, columns, F.normalize(features, dim=1) if normalized else features)
-    return sums, torch.bincount(columns, minlength=len(sums)).double()
-
-
-def cosines(features: Tensor, means: Tensor) -> Tensor:
-    """Cosine of every feature [B, D] with every mean [C, D]: [B, C] float32."""
-    return F.linear(F.normalize(features.float(), dim=1), F.normalize(means, dim=1).float())
+        """Restore them."""
+        self.means.load_state_dict(tensors)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import Batch, ComparisonLearner, Images
+from cl_prompts.baselines.base import Baseline
+from cl_prompts.baselines.batch import Batch
 from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
 from cl_prompts.interfaces import LossPart
+from cl_prompts.learner.protocol import Images
 from cl_prompts.runtime.distributed import sum_over_processes
 
 
-class EWC(ComparisonLearner):
+class EWC(Baseline):
     """Parameters that earlier tasks' answers depend on are held near their values after those tasks.
 
     Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, equation 3: the loss takes
@@ -25,9 +27,9 @@ class EWC(ComparisonLearner):
     leaves.
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         strength: lambda. Ours; the paper chooses it by task.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "ewc"
@@ -45,37 +47,37 @@ class EWC(ComparisonLearner):
         return parts
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Add the task's Fisher information to the penalty."""
+        """Add the Fisher information of the task's `images` to the penalty; `memory` is not used."""
         fisher = fisher_information(self, images)
         for name, parameter in self.trained().items():
-            self._take(name, parameter.detach(), fisher[name])
+            self._add(name, parameter.detach(), fisher[name])
 
-    def _take(self, name: str, theta: Tensor, fisher: Tensor) -> None:
+    def _add(self, name: str, theta: Tensor, fisher: Tensor) -> None:
         penalty = self.penalty
         total = grown_like(penalty.importance.get(name), theta) + fisher
-        centre = grown_like(penalty.centre.get(name), theta)
+        center = grown_like(penalty.center.get(name), theta)
         # The mean of all theta_t, weighted by F_t; without any weight the place does not matter.
-        penalty.centre[name] = centre + torch.where(total > 0, fisher / total, 1.0) * (theta - centre)
+        penalty.center[name] = center + torch.where(total > 0, fisher / total, 1.0) * (theta - center)
         penalty.importance[name] = total
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The penalty."""
-        return self.penalty.tensors()
+        return self.penalty.state_dict()
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take it back."""
-        self.penalty.load(tensors)
+        """Restore it."""
+        self.penalty.load_state_dict(tensors)
 
 
 class OnlineEWC(EWC):
     """EWC with one penalty around the newest parameters and Fisher information that fades.
 
     Schwarz et al., "Progress & Compress: A scalable framework for continual learning", ICML 2018: after a task
-    F <- decay * F + F_t, and the loss takes strength / 2 * sum of F (theta - theta_newest)^2. (They also normalise each
+    F <- decay * F + F_t, and the loss takes strength / 2 * sum of F (theta - theta_newest)^2. (They also normalize each
     F_t; we do not.)
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         decay: gamma, what is left of the Fisher information after one more task, 0 to 1. Ours; the paper searches it.
         options: see `EWC`, whose `strength` is lambda here too.
     """
@@ -88,13 +90,13 @@ class OnlineEWC(EWC):
         if decay > 1:
             raise ValueError(f"decay={decay} must be between 0 and 1: more would let the Fisher information grow for ever")
 
-    def _take(self, name: str, theta: Tensor, fisher: Tensor) -> None:
+    def _add(self, name: str, theta: Tensor, fisher: Tensor) -> None:
         penalty = self.penalty
         penalty.importance[name] = self.decay * grown_like(penalty.importance.get(name), theta) + fisher
-        penalty.centre[name] = theta.clone()
+        penalty.center[name] = theta.clone()
 
 
-def fisher_information(learner: ComparisonLearner, images: Images) -> dict[str, Tensor]:
+def fisher_information(learner: Baseline, images: Images) -> dict[str, Tensor]:
     """Mean squared gradient of log p(label) of each trained parameter, over the images of all processes.
 
     Args:
@@ -105,12 +107,13 @@ def fisher_information(learner: ComparisonLearner, images: Images) -> dict[str, 
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     count = torch.zeros((), device=learner.head.weight.device)
     for batch in images:
-        columns, _ = learner.head.to_columns(batch["labels"])
-        for i in torch.nonzero(columns >= 0).flatten().tolist():
+        targets, _ = learner.head.to_targets(batch["labels"])
+        for i in torch.nonzero(targets >= 0).flatten().tolist():
             query = batch["query"][i : i + 1] if "query" in batch else None
             with torch.enable_grad():
-                logits = learner.masked(learner.scores(learner.read(batch["pixel_values"][i : i + 1], query)))
-                gradients = torch.autograd.grad(logits.log_softmax(1)[0, columns[i]], list(parameters.values()))
+                features = learner.compute_features(batch["pixel_values"][i : i + 1], query)
+                logits = learner.masked(learner.logits_of(features))
+                gradients = torch.autograd.grad(logits.log_softmax(1)[0, targets[i]], list(parameters.values()))
             for name, gradient in zip(parameters, gradients, strict=True):
                 sums[name] += gradient.square()
             count += 1

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from cl_prompts.baselines.base import Batch
-from cl_prompts.baselines.teacher import DistillingLearner, distillation
+from cl_prompts.baselines.batch import Batch
+from cl_prompts.baselines.teacher import DistillingBaseline, distillation
 from cl_prompts.interfaces import LossPart
 
 
-class LwF(DistillingLearner):
+class LwF(DistillingBaseline):
     """On new images, the earlier model's answers for the earlier classes are part of what is learnt.
 
     Li & Hoiem, "Learning without Forgetting", ECCV 2016, section 3: strength times the distillation loss joins the
@@ -19,10 +19,10 @@ class LwF(DistillingLearner):
     all earlier classes are one softmax (as for class-incremental learning in the iCaRL paper), and there is no warm-up.
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         strength: lambda_o, 1 in the paper.
         temperature: 2 in the paper.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "lwf"
@@ -37,6 +37,6 @@ class LwF(DistillingLearner):
     def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
         """Cross entropy and, from the second task on, distillation."""
         parts = super().loss_parts(batch)
-        if batch.taught is not None:
-            parts["distillation"] = distillation(batch.taught, batch.logits, self.temperature, self.strength)
+        if batch.teacher_logits is not None:
+            parts["distillation"] = distillation(batch.teacher_logits, batch.logits, self.temperature, self.strength)
         return parts

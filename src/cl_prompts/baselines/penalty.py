@@ -1,4 +1,4 @@
-"""A quadratic penalty that keeps parameters near where they were, each as much as it mattered: EWC and SI share it."""
+"""A quadratic penalty on the distance of parameters from earlier values, weighted by importance. EWC and SI use it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
+from cl_prompts.learner.nested_tensors import below, prefixed
 
 
 class QuadraticPenalty:
-    """strength * sum of importance * (theta - centre)^2.
+    """strength * sum of importance * (theta - center)^2.
 
     A head that has grown has more rows than the penalty knows; the new ones are free.
 
@@ -19,18 +19,18 @@ class QuadraticPenalty:
         strength: its weight in the loss.
 
     Attributes:
-        importance, centre: by parameter name, of the sizes that the parameters had when they were set; empty at first.
+        importance, center: by parameter name, of the sizes that the parameters had when they were set; empty at first.
     """
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
         self.importance: dict[str, Tensor] = {}
-        self.centre: dict[str, Tensor] = {}
+        self.center: dict[str, Tensor] = {}
 
     def value(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """The penalty, a scalar with gradient."""
         terms = [
-            (weight * (known_rows(parameters[name], weight) - self.centre[name]).square()).sum()
+            (weight * (known_rows(parameters[name], weight) - self.center[name]).square()).sum()
             for name, weight in self.importance.items()
         ]
         return self.strength * torch.stack(terms).sum()
@@ -41,17 +41,17 @@ class QuadraticPenalty:
         if name in self.importance:
             weight = self.importance[name]
             known_rows(found, weight).copy_(
-                2 * self.strength * weight * (known_rows(parameter, weight) - self.centre[name])
+                2 * self.strength * weight * (known_rows(parameter, weight) - self.center[name])
             )
         return found
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All it knows, by name."""
-        return prefixed("importance.", self.importance) | prefixed("centre.", self.centre)
+    def state_dict(self) -> dict[str, Tensor]:
+        """Importance and center of every parameter."""
+        return prefixed("importance.", self.importance) | prefixed("centre.", self.center)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
-        self.importance, self.centre = below("importance.", tensors), below("centre.", tensors)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state` that `state_dict` returned."""
+        self.importance, self.center = below("importance.", state), below("centre.", state)
 
 
 def known_rows(values: Tensor, older: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rehearsal of remembered images: experience replay, and dark experience replay."""
+"""Replay of stored images: experience replay, and dark experience replay."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import Batch, ComparisonLearner, Images
+from cl_prompts.baselines.base import Baseline
+from cl_prompts.baselines.batch import Batch
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.features import record
+from cl_prompts.learner.protocol import Images
 
 
-class ER(ComparisonLearner):
-    """Remembered images join each batch; the loss is the cross entropy of both over all known classes.
+class ER(Baseline):
+    """Stored images join each batch; the loss is the cross entropy of both over all known classes.
 
     Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019 (arXiv:1902.10486): the mean over new and
     remembered images together. The memory is the trainer's (`RehearsalMemory`).
     """
 
     name = "er"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     learns_without_tasks = True
 
 
-class DERPlusPlus(ComparisonLearner):
-    """Remembered images join each batch with their labels and with the logits that they once got.
+class DERPlusPlus(Baseline):
+    """Stored images join each batch with their labels and with the logits that they once got.
 
     Buzzega et al., "Dark Experience for General Continual Learning: a Strong, Simple Baseline", NeurIPS 2020: for
     remembered images alpha * squared distance of the logits + beta * cross entropy. As in the published code the distance
@@ -35,19 +37,19 @@ class DERPlusPlus(ComparisonLearner):
     remembered images together (half the published loss where there are as many of both).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         alpha: weight of the distance; 0.1 as in the published code for split CIFAR-10 and a memory of 500 images.
         beta: weight of the cross entropy of remembered images; 0.5, likewise.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
 
     Attributes:
         stored_numbers: `sample_ids` of the remembered images, ascending [n].
         stored_logits: their logits [n, C], zeros beyond the classes known then.
-        stored_columns: how many classes were known then [n].
+        stored_classes: how many classes were known then [n].
     """
 
     name = "der++"
-    rehearses = "beside"
+    replay = "mixed"
     needs_memory = True
     needs_consolidation = True
 
@@ -56,7 +58,7 @@ class DERPlusPlus(ComparisonLearner):
         self.alpha, self.beta = self.number("alpha", alpha), self.number("beta", beta)
         self.stored_numbers = torch.zeros(0, dtype=torch.int64)
         self.stored_logits = torch.zeros(0, 0)
-        self.stored_columns = torch.zeros(0, dtype=torch.int64)
+        self.stored_classes = torch.zeros(0, dtype=torch.int64)
 
     def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
         """Cross entropy, of remembered images times beta, and the distance to their stored logits times alpha."""
@@ -64,10 +66,10 @@ class DERPlusPlus(ComparisonLearner):
         if not len(self.stored_numbers):
             return {"cross_entropy": LossPart(each, "mean")}
         rows, remembered = self._look_up(batch.numbers)
-        stored, known = self.stored_logits[rows], self.stored_columns[rows]
-        columns = stored.shape[1]
-        bound = torch.arange(columns, device=known.device) < known[:, None]
-        distance = ((batch.logits[:, :columns] - stored).square() * bound).sum(1) / known
+        stored, known = self.stored_logits[rows], self.stored_classes[rows]
+        num_classes = stored.shape[1]
+        bound = torch.arange(num_classes, device=known.device) < known[:, None]
+        distance = ((batch.logits[:, :num_classes] - stored).square() * bound).sum(1) / known
         return {
             "cross_entropy": LossPart(torch.where(remembered, self.beta * each, each), "mean"),
             "logits": LossPart(torch.where(remembered, self.alpha * distance, 0.0), "mean"),
@@ -79,28 +81,30 @@ class DERPlusPlus(ComparisonLearner):
         return rows, self.stored_numbers[rows] == numbers
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Store the logits of images that are new in the memory, and forget those that are no longer in it.
+        """Store the logits of images that are new in `memory`, and drop those that are no longer in it.
+
+        The task's `images` are not used.
 
         Raises:
-            ValueError: no images are remembered.
+            ValueError: no images are stored.
         """
         if memory is None:
             raise ValueError('"der++" needs remembered images: set memory_size or memory_per_class')
-        seen = record(lambda batch: self.scores(self.features_of(batch)), memory)
+        seen = record(lambda batch: self.logits_of(self.features_of(batch)), memory)
         logits, new = seen.features, seen.ids
-        columns = torch.full_like(new, logits.shape[1])
+        num_classes = torch.full_like(new, logits.shape[1])
         if len(self.stored_numbers):
             rows, known = self._look_up(new)
             logits[known] = 0
             logits[known, : self.stored_logits.shape[1]] = self.stored_logits[rows[known]]
-            columns[known] = self.stored_columns[rows[known]]
-        self.stored_numbers, self.stored_logits, self.stored_columns = new, logits, columns
+            num_classes[known] = self.stored_classes[rows[known]]
+        self.stored_numbers, self.stored_logits, self.stored_classes = new, logits, num_classes
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The stored logits."""
-        return {"numbers": self.stored_numbers, "logits": self.stored_logits, "columns": self.stored_columns}
+        return {"numbers": self.stored_numbers, "logits": self.stored_logits, "columns": self.stored_classes}
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take them back."""
+        """Restore them."""
         self.stored_numbers, self.stored_logits = tensors["numbers"], tensors["logits"]
-        self.stored_columns = tensors["columns"]
+        self.stored_classes = tensors["columns"]

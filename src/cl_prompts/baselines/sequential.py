@@ -6,23 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from cl_prompts.baselines.base import ComparisonLearner
+from cl_prompts.baselines.base import Baseline
 
 
-class SequentialFineTuning(ComparisonLearner):
+class SequentialFineTuning(Baseline):
     """Backbone and head are trained on one task after the other (McCloskey & Cohen, 1989, describe what that forgets)."""
 
     name = "finetune"
     learns_without_tasks = True
 
 
-class FrozenBackbone(ComparisonLearner):
+class FrozenBackbone(Baseline):
     """Only the head is trained, on one task after the other (the sequential linear probe).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         freeze_backbone: must be True.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "frozen"

@@ -7,27 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.baselines.base import Batch, ComparisonLearner
+from cl_prompts.baselines.base import Baseline
+from cl_prompts.baselines.batch import Batch
 from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
-from cl_prompts.continual.checkpointing.checkpoint import below, prefixed
 from cl_prompts.interfaces import LossPart
+from cl_prompts.learner.nested_tensors import below, prefixed
 from cl_prompts.learner.optimizer_hook import inner_optimizer
 
 
-class SI(ComparisonLearner):
-    """Parameters are held by how much their way through earlier tasks lowered the loss.
+class SI(Baseline):
+    """Parameters are held by how much their change in earlier tasks lowered the loss.
 
     Zenke, Poole & Ganguli, "Continual Learning Through Synaptic Intelligence", ICML 2017. While a task is trained, every
     optimizer step adds -gradient * step to a parameter's path integral omega (equation 3; the gradient is that of the
-    task's loss without the penalty, unless it was clipped). After the task, omega / ((way from its start)^2 + xi) joins the
-    importance (equation 5), which stays non-negative as in the published code. The loss takes
+    task's loss without the penalty, unless it was clipped). After the task, omega / ((distance from its start)^2 + xi)
+    joins the importance (equation 5), which stays non-negative as in the published code. The loss takes
     strength * sum of importance * (theta - theta after the newest task)^2 (equation 4).
 
     Args:
-        backbone: see `ComparisonLearner`.
+        backbone: see `Baseline`.
         strength: c; 0.1 as for split CIFAR in the paper.
         damping: xi, as in the paper.
-        options: see `ComparisonLearner`.
+        options: see `Baseline`.
     """
 
     name = "si"
@@ -41,18 +42,18 @@ class SI(ComparisonLearner):
                 "damping=0 would divide by zero where a parameter did not move: choose a small positive number"
             )
         self.path: dict[str, Tensor] = {}  # omega of the current task
-        self.start: dict[str, Tensor] = {}  # where it began
+        self.start: dict[str, Tensor] = {}  # parameters at its start
         self._hooks: list[Any] = []
 
     def begin_task(self, *args: Any, **kwargs: Any) -> None:
-        """Open the next task; `args` and `kwargs` as in `ComparisonLearner`. The ways of all parameters begin."""
+        """Open the next task; `args` and `kwargs` as in `Baseline`. The path integrals start at zero."""
         super().begin_task(*args, **kwargs)
         self.start = {name: p.detach().clone() for name, p in self.trained().items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}
         self._unhook()
 
     def attach_optimizer(self, optimizer: Any) -> None:
-        """Follow the steps of this optimizer."""
+        """Record the steps of this `optimizer`, by hooks on it."""
         super().attach_optimizer(optimizer)
         self._unhook()
         parameters = self.trained()
@@ -86,7 +87,7 @@ class SI(ComparisonLearner):
         return parts
 
     def end_task(self) -> None:
-        """Close the task; what mattered in it joins the importance."""
+        """Close the task; its importance joins that of earlier tasks."""
         super().end_task()
         self._unhook()
         penalty = self.penalty
@@ -94,14 +95,14 @@ class SI(ComparisonLearner):
             theta = parameter.detach()
             gained = self.path[name] / ((theta - self.start[name]).square() + self.damping)
             penalty.importance[name] = (grown_like(penalty.importance.get(name), theta) + gained).clamp_min(0)
-            penalty.centre[name] = theta.clone()
+            penalty.center[name] = theta.clone()
         self.path, self.start = {}, {}
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """Penalty, path integrals and where they began."""
-        return self.penalty.tensors() | prefixed("path.", self.path) | prefixed("start.", self.start)
+        """Penalty, path integrals, and parameters at the start of the task."""
+        return self.penalty.state_dict() | prefixed("path.", self.path) | prefixed("start.", self.start)
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take them back."""
-        self.penalty.load(tensors)
+        """Restore them."""
+        self.penalty.load_state_dict(tensors)
         self.path, self.start = below("path.", tensors), below("start.", tensors)

@@ -1,11 +1,15 @@
-"""Learning over time: streams of tasks, metrics, comparison learners. Uses the model's public interface only."""
+"""Training task after task: trainer, streams, callbacks, metrics."""
 
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.callbacks import JsonlTracker, ProgressBar, TrainerCallback
 from cl_prompts.continual.rehearsal import RehearsalMemory
+from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.gaussian import GaussianStream
+from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
+from cl_prompts.continual.streams.iterable import IterableStream
 from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
+from cl_prompts.continual.streams.joint import JointStream
 from cl_prompts.continual.streams.scenarios import (
     ClassIncrementalStream,
     DatasetSequenceStream,
@@ -23,6 +27,7 @@ from cl_prompts.evaluation.probes import (
     nearest_class_mean,
     sequential_probe,
 )
+from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.runtime.memory import freed_memory_kept
 
 
@@ -37,14 +42,20 @@ __all__ = [
     "Evaluation",
     "FrozenFeatures",
     "GaussianStream",
+    "IndexedStream",
+    "IndexedTask",
     "IterableClassIncrementalStream",
     "IterableDomainIncrementalStream",
+    "IterableStream",
+    "JointStream",
     "JsonlTracker",
     "ProgressBar",
     "RehearsalMemory",
     "Stream",
     "Task",
     "TrainerCallback",
+    "TrainerState",
+    "TrainingResult",
     "accuracy",
     "closed_form",
     "evaluate",

@@ -19,23 +19,23 @@ class ContinualArguments:
 
     Args:
         output_dir: results folder; None: nothing is written and nothing can be resumed.
-        epochs: epochs of a task; a stream without tasks is passed over once.
+        num_train_epochs: epochs of a task; a stream without tasks is passed over once.
         batch_size: images of an optimizer step, over all processes.
-        accumulation: parts that a batch is cut into, one forward and backward each: less memory, the same step, but for
+        gradient_accumulation_steps: parts that a batch is cut into, one forward and backward each: less memory, the same step, but for
             what compares or counts the images of a batch and then sees those of a part: `class_mask="batch"`,
             `entropy_weight`, `batchwise_selection`, `key_loss="coupled"`, and HiDe-Prompt's and NoRGa's contrastive term
             and class means, which move once for each part (docs/methods/hide.md).
-        optimizer: "adam", "adamw" or "sgd".
-        lr: learning rate.
-        lrs: other rates by parameter group ("prompts", "keys", "routers", "head", "base").
-        optimizer_options: further options of the torch optimizer, like {"weight_decay": 0.01}.
+        optim: "adam", "adamw" or "sgd".
+        learning_rate: learning rate.
+        learning_rates: other rates by parameter group ("prompts", "keys", "routers", "head", "base").
+        optim_args: further options of the torch optimizer, like {"weight_decay": 0.01}.
         keep_optimizer: carry the optimizer's state from task to task instead of building a new one.
-        clip: largest gradient norm; 0: no clipping.
-        schedule: "constant", "cosine", "linear" or "coda", anew for every task.
-        warmup: steps of a linear warm-up of every task.
+        max_grad_norm: largest gradient norm; 0: no clipping.
+        lr_scheduler_type: "constant", "cosine", "linear" or "coda", anew for every task.
+        warmup_steps: steps of a linear warm-up of every task.
         mixed_precision: "no", "bf16" or "fp16".
         seed: chooses orders, augmentations and initial values.
-        workers: loader processes.
+        dataloader_num_workers: loader processes.
         cache_queries: compute un-prompted features of all images once, where the method asks for them and images are not
             augmented, instead of in every step. Takes 4 * D bytes an image.
         query_cache: folder in which these features are kept for other runs and methods on the same images and base; None:
@@ -45,28 +45,28 @@ class ContinualArguments:
         memory_per_class: images kept of every class; 0: see `memory_size`.
         memory_batch_size: rehearsed images that join each batch; None: as many as `batch_size`.
         forward_transfer: evaluate each task also before it is trained, where its classes are known already.
-        log_every: steps between two lines of the log.
-        checkpoint_every: steps between two checkpoints in a task, besides those at the end of every task; 0: only those.
+        logging_steps: steps between two lines of the log.
+        save_steps: steps between two checkpoints in a task, besides those at the end of every task; 0: only those.
 
     Raises:
         ValueError: a setting is out of range, or names nothing there is; `output_dir` cannot be a folder.
     """
 
     output_dir: str | None = None
-    epochs: int = 5
+    num_train_epochs: int = 5
     batch_size: int = 64
-    accumulation: int = 1
-    optimizer: str = "adam"
-    lr: float = 5e-3
-    lrs: dict[str, float] = field(default_factory=dict)
-    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    gradient_accumulation_steps: int = 1
+    optim: str = "adam"
+    learning_rate: float = 5e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    optim_args: dict[str, Any] = field(default_factory=dict)
     keep_optimizer: bool = False
-    clip: float = 0.0
-    schedule: str = "constant"
-    warmup: int = 0
+    max_grad_norm: float = 0.0
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
     mixed_precision: str = "no"
     seed: int = 0
-    workers: int = 0
+    dataloader_num_workers: int = 0
     cache_queries: bool = True
     query_cache: str | None = None
     query_cache_bytes: int = 8 * 2**30
@@ -74,26 +74,30 @@ class ContinualArguments:
     memory_per_class: int = 0
     memory_batch_size: int | None = None
     forward_transfer: bool = False
-    log_every: int = 20
-    checkpoint_every: int = 100
+    logging_steps: int = 20
+    save_steps: int = 100
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
+            ("optim", OPTIMIZERS),
+            ("lr_scheduler_type", SCHEDULES),
             ("mixed_precision", PRECISIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {sorted(choices)}")
-        for name in ("epochs", "batch_size", "accumulation", "log_every", "query_cache_bytes"):
+        for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "logging_steps", "query_cache_bytes"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
         if self.memory_batch_size is not None and (type(self.memory_batch_size) is not int or self.memory_batch_size < 1):
             raise ValueError(f"memory_batch_size={self.memory_batch_size!r} must be a positive integer, or None")
-        for name in ("warmup", "seed", "workers", "memory_size", "memory_per_class", "checkpoint_every"):
+        for name in ("warmup_steps", "seed", "dataloader_num_workers", "memory_size", "memory_per_class", "save_steps"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a non-negative integer")
-        for name, rate in {"lr": self.lr, "clip": self.clip, **self.lrs}.items():
+        for name, rate in {
+            "learning_rate": self.learning_rate,
+            "max_grad_norm": self.max_grad_norm,
+            **self.learning_rates,
+        }.items():
             if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
                 raise ValueError(f"{name}={rate!r} must be a non-negative number")
         if self.memory_size and self.memory_per_class:

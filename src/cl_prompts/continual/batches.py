@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 
-class LookedAt:
-    """Images to look at outside training, batch by batch on the device; can be gone through again and again.
+class DeviceBatches:
+    """Batches on the model's device. It can be iterated over several times.
 
     Args:
-        batches: makes an iterable over this process's share.
+        batches: returns an iterable over this process's share of the batches.
         device: where the model is.
     """
 
@@ -21,16 +21,16 @@ class LookedAt:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._batches():
-            yield on_device(batch, self._device)
+            yield to_device(batch, self._device)
 
 
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on the device; `sample_ids` stay on the host, where they are looked at."""
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on the device; `sample_ids`, a list, stays on the host."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def micro_batches(batch: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
-    """A batch cut into (at most) so many pieces of nearly equal size, tensors and lists alike."""
+    """A batch cut into at most `pieces` parts of nearly equal size, tensors and lists alike."""
     images = len(batch["labels"])
     size = -(-images // min(pieces, images))
     return [{k: v[start : start + size] for k, v in batch.items()} for start in range(0, images, size)]

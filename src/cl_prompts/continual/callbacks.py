@@ -1,97 +1,94 @@
-"""What looks on while the trainer works: callbacks with the names HF users know, a progress bar, a JSONL tracker."""
+"""Callbacks of the trainer with the names of transformers', a progress bar, and a tracker that writes JSON lines."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
 from tqdm.auto import tqdm
 
-from cl_prompts.storage.atomic import write_whole
-
-
-if TYPE_CHECKING:
-    from cl_prompts.continual.streams.stream import Task
-    from cl_prompts.continual.trainer import ContinualTrainer
-    from cl_prompts.evaluation.evaluate import Evaluation
+from cl_prompts.continual.state import TrainerState
+from cl_prompts.continual.streams.stream import Task
+from cl_prompts.evaluation.evaluate import Evaluation
+from cl_prompts.runtime.files import write_atomically
 
 
 class TrainerCallback:
     """Called by the trainer on every process; override what you need.
 
-    Each method gets the `trainer`, and what it speaks of: the `task`, the number of the `epoch`, the `logs` by name, what
-    was `measured`, or the `folder` that was written.
+    Each method gets the `state` of the run, and what the event is about: the `task`, the number of the `epoch`, the `logs`
+    by name, the `evaluations`, or the `folder` that was written. The state has settings, model and optimizer too, so the
+    methods do not take them one by one as transformers' do.
     """
 
-    def on_train_begin(self, trainer: ContinualTrainer) -> None:
-        """Before the first task, or where a resumed run goes on."""
+    def on_train_begin(self, state: TrainerState) -> None:
+        """Before the first task, or where a resumed run continues."""
 
-    def on_task_begin(self, trainer: ContinualTrainer, task: Task) -> None:
-        """The model has begun the task; not called again by a run resumed inside it."""
+    def on_task_begin(self, state: TrainerState, task: Task) -> None:
+        """The model has begun the task; not called again by a run that is resumed inside it."""
 
-    def on_epoch_begin(self, trainer: ContinualTrainer, task: Task, epoch: int) -> None:
-        """Before an epoch, or where a resumed run goes on in it."""
+    def on_epoch_begin(self, state: TrainerState, task: Task, epoch: int) -> None:
+        """Before an epoch, or where a resumed run continues in it."""
 
-    def on_step_begin(self, trainer: ContinualTrainer, task: Task) -> None:
-        """Before an optimizer step, its batch at hand."""
+    def on_step_begin(self, state: TrainerState, task: Task) -> None:
+        """Before an optimizer step, after its batch was loaded."""
 
-    def on_step_end(self, trainer: ContinualTrainer, task: Task) -> None:
-        """After an optimizer step; `trainer.progress` says which."""
+    def on_step_end(self, state: TrainerState, task: Task) -> None:
+        """After an optimizer step; `state.progress` has its number."""
 
-    def on_epoch_end(self, trainer: ContinualTrainer, task: Task, epoch: int) -> None:
+    def on_epoch_end(self, state: TrainerState, task: Task, epoch: int) -> None:
         """After an epoch's last step."""
 
-    def on_log(self, trainer: ContinualTrainer, logs: dict[str, float]) -> None:
-        """Every `log_every` steps, with loss, its parts, learning rate and images per second."""
+    def on_log(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """Every `logging_steps` steps, with loss, its parts, learning rate and images per second."""
 
-    def on_evaluate(self, trainer: ContinualTrainer, measured: list[Evaluation]) -> None:
+    def on_evaluate(self, state: TrainerState, evaluations: list[Evaluation]) -> None:
         """After the evaluation that follows a task: one for each task so far."""
 
-    def on_save(self, trainer: ContinualTrainer, folder: Path) -> None:
+    def on_save(self, state: TrainerState, folder: Path) -> None:
         """After a checkpoint was written; on the main process only."""
 
-    def on_task_end(self, trainer: ContinualTrainer, task: Task) -> None:
+    def on_task_end(self, state: TrainerState, task: Task) -> None:
         """After a task's evaluation, before its checkpoint."""
 
-    def on_train_end(self, trainer: ContinualTrainer) -> None:
+    def on_train_end(self, state: TrainerState) -> None:
         """After the last task."""
 
 
 class ProgressBar(TrainerCallback):
-    """A bar over the steps of each task with images/s, loss and time left; a line with the accuracies after it."""
+    """A bar over the steps of each task with images/s, loss and time left, then a line with the accuracies."""
 
     def __init__(self) -> None:
         self.bar: Any = None
 
-    def on_epoch_begin(self, trainer: ContinualTrainer, task: Task, epoch: int) -> None:
+    def on_epoch_begin(self, state: TrainerState, task: Task, epoch: int) -> None:
         """Open the task's bar."""
-        if self.bar is None and trainer.accelerator.is_local_main_process:
-            steps = trainer.steps_of(task)
-            done = trainer.steps_done(task)
-            name = f"task {task.number + 1}/{len(trainer.stream)}"
-            self.bar = tqdm(total=steps, initial=done, desc=name, unit="step", leave=False)
+        if self.bar is None and PartialState().is_local_main_process:
+            name = f"task {task.number + 1}/{len(state.stream)}"
+            self.bar = tqdm(total=state.task_steps, initial=state.task_steps_done, desc=name, unit="step", leave=False)
 
-    def on_step_end(self, trainer: ContinualTrainer, task: Task) -> None:
-        """One step on."""
+    def on_step_end(self, state: TrainerState, task: Task) -> None:
+        """Advance by one step."""
         if self.bar is not None:
             self.bar.update()
 
-    def on_log(self, trainer: ContinualTrainer, logs: dict[str, float]) -> None:
+    def on_log(self, state: TrainerState, logs: dict[str, float]) -> None:
         """Show loss and speed."""
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", images=f"{logs['images_per_second']:.0f}/s")
 
-    def on_evaluate(self, trainer: ContinualTrainer, measured: list[Evaluation]) -> None:
+    def on_evaluate(self, state: TrainerState, evaluations: list[Evaluation]) -> None:
         """Close the bar and print the accuracies."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        row = " ".join(f"{m.accuracy:5.1f}" for m in measured)
-        average = trainer.matrix.curve()[-1]
-        trainer.accelerator.print(f"after task {len(measured)}: average {average:5.1f} %   by task: {row}")
+        row = " ".join(f"{e.accuracy:5.1f}" for e in evaluations)
+        average = state.matrix.curve()[-1]
+        PartialState().print(f"after task {len(evaluations)}: average {average:5.1f} %   by task: {row}")
 
 
 class JsonlTracker(GeneralTracker):
@@ -116,7 +113,7 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Nothing: the results folder holds the settings."""
+        """Does nothing: the results folder holds the settings."""
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -136,4 +133,4 @@ class JsonlTracker(GeneralTracker):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))

@@ -1,9 +1,9 @@
-"""Further classifiers measured beside the learner's own, on the same features: several heads for one training."""
+"""Extra classifiers on the learner's features: several heads measured in one training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
@@ -16,13 +16,14 @@ from cl_prompts.evaluation.evaluate import Evaluation
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.heads import FeatureClassifier
 from cl_prompts.learner.features import Recorded, record
+from cl_prompts.learner.protocol import Learner
 
 
 NO_SETTINGS = frozenset(vars(nn.Module()))
 
 
-class SideClassifiers:
-    """Classifiers that follow a learner from task to task and change nothing in it.
+class ExtraClassifiers:
+    """Classifiers fitted on a learner's features after each task. They change nothing in the learner.
 
     Args:
         learner: whose features they read.
@@ -30,31 +31,31 @@ class SideClassifiers:
 
     Attributes:
         matrices: accuracies of each.
-        told: kind and settings of each, as it was handed over.
+        settings: kind and settings of each as it was given, as JSON.
     """
 
-    def __init__(self, learner: Any, classifiers: Mapping[str, FeatureClassifier]) -> None:
+    def __init__(self, learner: Learner, classifiers: Mapping[str, FeatureClassifier]) -> None:
         self.learner, self.classifiers = learner, dict(classifiers)
         self.matrices = {name: AccuracyMatrix() for name in self.classifiers}
-        self.told = {name: _told(classifier) for name, classifier in self.classifiers.items()}
+        self.settings = {name: _settings_of(classifier) for name, classifier in self.classifiers.items()}
         self._recorded: Recorded | None = None
         self._tasks: list[list[int]] = []  # head columns of each task they have seen
 
     @property
     def needs_before(self) -> bool:
-        """Whether one of them compensates drift."""
+        """Whether one of them compensates drift and needs `record`."""
         return any(classifier.needs_before for classifier in self.classifiers.values())
 
     def record(self, images: Iterable[Mapping[str, Any]]) -> None:
-        """See a task's images before it begins."""
+        """Record the features of a task's images before the task begins."""
         self._recorded = record(self.learner.features_of, images)
 
     def fit(self, images: Iterable[Mapping[str, Any]]) -> None:
-        """See a task's images when its training is done."""
+        """Fit all classifiers on a task's images when its training is done."""
         if not self.classifiers:
             return
         seen, head = record(self.learner.features_of, images), self.learner.head
-        columns, _ = head.to_columns(seen.labels)
+        columns, _ = head.to_targets(seen.labels)
         self._tasks.append(head.current.nonzero().flatten().tolist())
         before = None if self._recorded is None else self._recorded.features_of(seen)
         for classifier in self.classifiers.values():
@@ -62,42 +63,44 @@ class SideClassifiers:
             classifier.fit(seen.features, columns, before if classifier.needs_before else None, head)
         self._recorded = None
 
-    def add(self, measured: list[Evaluation]) -> None:
-        """Take over their accuracies on all tasks so far."""
+    def add(self, evaluations: Sequence[Evaluation]) -> None:
+        """Add a column to each matrix: the accuracies on all tasks so far."""
         for name, matrix in self.matrices.items():
-            matrix.add([m.by_classifier[name] for m in measured], [m.images for m in measured])
+            matrix.add([e.by_classifier[name] for e in evaluations], [e.images for e in evaluations])
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON-able values for a checkpoint."""
-        tensors = {
-            f"{name}.{key}": tensor
-            for name, classifier in self.classifiers.items()
-            for key, tensor in classifier.named_buffers()
-            if not key.startswith("head.")  # a copy made anew after every task
+    def state_dict(self) -> dict[str, Any]:
+        """Buffers, recorded features, tasks and matrices, for a checkpoint."""
+        recorded = self._recorded
+        return {
+            "classifiers": {name: _own_buffers(classifier) for name, classifier in self.classifiers.items()},
+            "recorded": None if recorded is None else {f.name: getattr(recorded, f.name) for f in fields(Recorded)},
+            "tasks": self._tasks,
+            "matrices": {name: matrix.state_dict() for name, matrix in self.matrices.items()},
         }
-        if self._recorded is not None:
-            tensors |= {f"recorded.{field.name}": getattr(self._recorded, field.name) for field in fields(Recorded)}
-        matrices = {name: matrix.to_dict() for name, matrix in self.matrices.items()}
-        return tensors, {"tasks": self._tasks, "matrices": matrices}
 
     @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, with classifiers that are new."""
-        self._tasks = [list(task) for task in values["tasks"]]
-        self.matrices = {name: AccuracyMatrix.from_dict(matrix) for name, matrix in values["matrices"].items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state` with classifiers that are new."""
+        self._tasks = [list(task) for task in state["tasks"]]
+        for name, matrix in self.matrices.items():
+            matrix.load_state_dict(state["matrices"][name])
         for name, classifier in self.classifiers.items():
             for task in self._tasks:
                 classifier.begin_task(task)  # shapes only; numbers follow
             if self._tasks:
                 classifier.make_room()
             for key, buffer in classifier.named_buffers():
-                buffer.copy_(tensors[f"{name}.{key}"])
-        if "recorded.ids" in tensors:
-            self._recorded = Recorded(*(tensors[f"recorded.{field.name}"] for field in fields(Recorded)))
+                buffer.copy_(state["classifiers"][name][key])
+        self._recorded = None if state["recorded"] is None else Recorded(**state["recorded"])
 
 
-def _told(classifier: FeatureClassifier) -> str:
-    """Of each part of a classifier its class, its plain attributes and the shapes of its tensors, as JSON."""
+def _own_buffers(classifier: FeatureClassifier) -> dict[str, Tensor]:
+    """Buffers without those of the copy of the learner's head, which is made anew after every task."""
+    return {key: tensor for key, tensor in classifier.named_buffers() if not key.startswith("head.")}
+
+
+def _settings_of(classifier: FeatureClassifier) -> str:
+    """Class, plain attributes and shapes of the tensors of each part of a classifier, as JSON."""
     parts = [
         {
             "name": name,
@@ -115,6 +118,6 @@ def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_text(value: Any) -> str:
-    """What JSON does not know: its text where that is all of it, else only its kind."""
-    whole = isinstance(value, np.generic | torch.dtype | torch.device | PurePath)
-    return str(value) if whole else type(value).__qualname__
+    """Text for a value that JSON does not know: all of a value whose text is complete, else only its type."""
+    complete = isinstance(value, np.generic | torch.dtype | torch.device | PurePath)
+    return str(value) if complete else type(value).__qualname__

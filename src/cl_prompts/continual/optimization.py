@@ -57,7 +57,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
 
     Args:
         name: "adam", "adamw" or "sgd".
-        groups: from `model.parameter_groups(lr)`.
+        groups: from `model.parameter_groups(learning_rate)`.
         options: of the torch class (`weight_decay`, `betas`, `momentum`, `nesterov`).
     """
     return OPTIMIZERS[name]([{**group, "base_lr": group["lr"]} for group in groups], **options)

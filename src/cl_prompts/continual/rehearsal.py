@@ -131,8 +131,8 @@ class RehearsalMemory:
     def _order(self, length: int) -> Rows:
         return self._random().permutation(length)
 
-    def state(self) -> dict[str, Any]:
-        """JSON-able: for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, for a checkpoint."""
         return {
             "by_class": [[label, rows] for label, rows in self.by_class.items()],
             "passed": [[label, count] for label, count in self._passed.items()],
@@ -140,8 +140,8 @@ class RehearsalMemory:
             "draws": self._draws,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
         self.by_class = {int(label): [int(row) for row in rows] for label, rows in state["by_class"]}
         self._passed = {int(label): int(count) for label, count in state["passed"]}
         self._full = {int(label) for label in state["full"]}

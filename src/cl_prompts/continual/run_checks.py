@@ -1,45 +1,48 @@
-"""Whether settings, learner and stream of a run fit each other: asked before anything is computed."""
+"""Checks that settings, learner and stream of a run fit each other, before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any
 
 from accelerate import DistributedType
 
 from cl_prompts.continual.arguments import ContinualArguments
+from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream
+from cl_prompts.learner.protocol import Learner
 
 
-def check_run(model: Any, stream: Stream, args: ContinualArguments, classifiers: Sized) -> None:
+def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifiers: Sized) -> None:
     """Raise ValueError if they do not.
 
     Args:
         model: the learner.
         stream: the tasks.
         args: settings.
-        classifiers: those that are to be measured beside the learner's own.
+        classifiers: the extra classifiers.
     """
-    if args.rehearses and not stream.random_access:
+    if args.rehearses and not isinstance(stream, IndexedStream):
         raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
-    if not stream.random_access and (model.needs_consolidation or classifiers):
+    if not isinstance(stream, IndexedStream) and (model.needs_consolidation or classifiers):
         raise ValueError(
             f"{type(model).__name__} or a further classifier looks at each task's images once more when it is learnt, "
             "which this stream cannot show again: load the data set whole, or leave out head, alignment and classifiers"
         )
-    if args.rehearses and model.rehearses == "never":
+    if args.rehearses and model.replay == "none":
         raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
-    if args.rehearses and getattr(model, "class_mask", None) == "task":
+    if args.rehearses and model.class_mask == "task":
         raise ValueError(
             'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
         )
     if stream.task_free and classifiers:
         raise ValueError("further classifiers look at each task's images, and this stream has no tasks: leave them out")
-    if stream.task_free and args.epochs != 1:
-        raise ValueError(f"epochs={args.epochs}: a stream without task boundaries is passed over once, set epochs=1")
-    if getattr(model, "needs_memory", False) and not args.rehearses:
+    if stream.task_free and args.num_train_epochs != 1:
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs}: a stream without task boundaries is passed over once, set num_train_epochs=1"
+        )
+    if model.needs_memory and not args.rehearses:
         raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
-    if stream.task_free and model.rehearses == "only":
+    if stream.task_free and model.replay == "memory_only":
         raise ValueError(f"{type(model).__name__} trains on the memory after each task: use a stream with tasks")
 
 

@@ -1,69 +1,65 @@
-"""Learning a stream of tasks on any device or many, with Accelerate; a killed run goes on where it was.
+"""Learning a stream of tasks on any device or many, with Accelerate; a killed run continues where it was.
 
-The trainer knows a learner by the public interface of `PromptPoolModel`: `begin_task`, `end_task`, `classes`,
-`parameter_groups`, `attach_optimizer`, `needs_query`, `training_state`, ...
-(`cl_prompts.tuner.task_api.TaskLearner`). Comparison learners (`baselines/`) have the same.
+The trainer knows a model by `cl_prompts.learner.protocol.Learner`, which prompt pools and baselines implement.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_prompts.continual.arguments import ContinualArguments
-from cl_prompts.continual.batches import micro_batches, on_device
+from cl_prompts.continual.batches import to_device
 from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
 from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
-from cl_prompts.continual.checkpointing.snapshot import (
-    Saved,
-    checked,
-    put_back,
-    put_back_optimizer,
-    put_back_random_state,
-    taken,
-)
-from cl_prompts.continual.extra_classifiers import SideClassifiers
-from cl_prompts.continual.feature_cache.provider import Viewer
+from cl_prompts.continual.checkpointing.parts import LearnerState, OptimizerState, RandomState, SkippedImages, Stateful
+from cl_prompts.continual.checkpointing.snapshot import capture, restore, run_identity, validate
+from cl_prompts.continual.extra_classifiers import ExtraClassifiers
+from cl_prompts.continual.feature_cache.provider import FeatureProvider
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
+from cl_prompts.continual.replay import Replay
 from cl_prompts.continual.run_checks import check_engine, check_run
-from cl_prompts.continual.streams.loading import Rows
+from cl_prompts.continual.state import TrainerState
+from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream, Task
+from cl_prompts.continual.training_step import Throughput, training_step
 from cl_prompts.evaluation.evaluate import Evaluation, evaluate
 from cl_prompts.evaluation.metrics import AccuracyMatrix
+from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.heads import FeatureClassifier
-from cl_prompts.interfaces import IGNORE_INDEX
-from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes, world_size
+from cl_prompts.learner.protocol import Learner
+from cl_prompts.runtime.distributed import world_size
 from cl_prompts.runtime.memory import freed_memory_kept
 
 
 class ContinualTrainer:
-    """Trains a learner task after task and evaluates it on all tasks seen after each.
+    """Trains a model task after task and evaluates it after each task on all tasks seen.
 
     Args:
-        model: a `PromptPoolModel` or a comparison learner, not wrapped.
+        model: a `PromptPoolModel` or a baseline, not wrapped.
         stream: the tasks.
         args: settings.
         accelerator: None: one is made with `args.mixed_precision`.
-        callbacks: look on.
+        callbacks: called at the events of `TrainerCallback`.
         trackers: Accelerate's trackers besides the log in the results folder, like ["tensorboard"].
-        classifiers: further classifiers to be measured on the learner's features, new ones (`side.matrices`).
+        classifiers: new classifiers to be measured on the model's features (`extra_classifiers.matrices`).
 
     Attributes:
-        matrix: accuracies, class-incremental: nobody tells the task.
-        progress: where the run stands.
-        measured: the newest evaluation, one for each task seen.
-        memory: the rehearsed images, None without rehearsal.
+        matrix: class-incremental accuracies: the task of an image is not given.
+        progress: position in the stream.
+        evaluations: the newest evaluation, one for each task seen.
+        memory: the rehearsed images; None without rehearsal.
+        extra_classifiers: the classifiers and their accuracies.
 
     Raises:
         ValueError: the settings do not fit the model or the stream.
@@ -71,7 +67,7 @@ class ContinualTrainer:
 
     def __init__(
         self,
-        model: Any,
+        model: Learner,
         stream: Stream,
         args: ContinualArguments,
         *,
@@ -90,30 +86,28 @@ class ContinualTrainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None
         self.matrix = AccuracyMatrix()
         self.progress = Progress()
-        self.measured: list[Evaluation] = []
-        self.memory = self._new_memory()
-        self.side = SideClassifiers(model, classifiers or {})
+        self.evaluations: list[Evaluation] = []
+        self.memory: RehearsalMemory | None = None
+        if args.rehearses:
+            self.memory = RehearsalMemory(args.memory_size or None, args.memory_per_class or None, seed=args.seed)
+        self.extra_classifiers = ExtraClassifiers(model, classifiers or {})
         self.optimizer: torch.optim.Optimizer | None = None
         self.model.to(self.accelerator.device)
-        self.viewer = Viewer(model, stream, args, self.accelerator)
+        self.feature_provider = FeatureProvider(model, stream, args, self.accelerator)
+        self.replay = Replay(self.memory, model, stream, self.feature_provider)
         self._started = time.perf_counter()
-        self._window = (0, self._started)  # images since the last line of the log, and when it was written
-        check_run(model, stream, args, self.side.classifiers)
-
-    def _new_memory(self) -> RehearsalMemory | None:
-        args = self.args
-        if not args.rehearses:
-            return None
-        return RehearsalMemory(args.memory_size or None, args.memory_per_class or None, seed=args.seed)
+        self._steps_per_epoch = 0  # of the task that is being trained
+        self._throughput = Throughput()
+        check_run(model, stream, args, self.extra_classifiers.classifiers)
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
     @freed_memory_kept()
     def train(self, *, resume: bool = False) -> AccuracyMatrix:
-        """Learn all tasks and return the accuracies.
+        """Learn all tasks and return the accuracies; `result` returns more.
 
         Args:
-            resume: go on from the newest whole checkpoint in the results folder, if there is one. The run then ends with
+            resume: continue from the newest whole checkpoint in the results folder, if there is one. The run then ends with
                 the parameters and accuracies of an uninterrupted one: bit-equal on the same machine with the same threads,
                 processes and precision.
 
@@ -121,39 +115,51 @@ class ContinualTrainer:
             ValueError: the checkpoints in the results folder are of another run, or this trainer has trained already.
             FloatingPointError: the loss is no longer finite.
         """
-        if self.measured and not resume:
+        if self.evaluations and not resume:
             raise ValueError("this trainer has trained already: make a new one, with a new model")
         saved = self._saved(resume)
         if saved is not None:
-            put_back(self, saved)
+            self._restore(saved)
         if self.log is not None and self.accelerator.is_main_process:
             self.log.forget_after(self.progress.global_step if saved is not None else -1)
         self.accelerator.init_trackers("cl_prompts", config=None)
         self._started = time.perf_counter() - self.progress.seconds
         if saved is not None:
-            # Only now: what was done since the start of the process has drawn random numbers that the whole run had not.
-            put_back_random_state(self, saved)
+            # Last: restoring and the trackers may have drawn random numbers, which the uninterrupted run did not.
+            restore({"random": self._random_state()}, saved)
         self._call("on_train_begin")
         for task in self.stream.tasks[self.progress.task :]:
-            self._learn(task, saved)
-            saved = None
-        if not self.measured:  # killed after its last checkpoint
-            self.measured = [self._measure(task) for task in self.stream.tasks]
+            self._learn(task)
+        if not self.evaluations:  # a finished run that was resumed
+            self.evaluations = [self._evaluate(task) for task in self.stream.tasks]
         self._call("on_train_end")
         for tracker in self.accelerator.trackers:
-            tracker.finish()  # not end_training, which takes the processes apart: others may still need them
+            tracker.finish()  # end_training would also destroy the process group, which the caller may still need
         return self.matrix
 
-    def _learn(self, task: Task, saved: Saved | None) -> None:
-        """One task, from where the run stands to its checkpoint."""
+    def result(self) -> TrainingResult:
+        """What the run has reached; after `train`, all of it."""
+        return TrainingResult(
+            matrix=self.matrix,
+            extra_matrices=self.extra_classifiers.matrices,
+            evaluations=self.evaluations,
+            settings=self.args.to_dict() | {"scenario": self.stream.scenario},
+            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            seconds=self.progress.seconds,
+        )
+
+    def _learn(self, task: Task) -> None:
+        """One task, from the current position to its checkpoint."""
         progress = self.progress
+        resumed = progress.begun
         before = dict(self.model.named_parameters()) if self.args.keep_optimizer else {}
-        if not progress.begun:
+        if not resumed:
             self._begin(task)
         if self._trains(task):
-            self._train(task, before, saved)
+            optimizer = self.optimizer if resumed else None
+            self._train(task, optimizer or self._next_optimizer(before))
         self._finish(task)
-        self._evaluate(task)
+        self._evaluate_seen(task)
         progress.task, progress.begun, progress.epoch, progress.step = task.number + 1, False, 0, 0
         self._call("on_task_end", task)
         self._save()
@@ -161,20 +167,19 @@ class ContinualTrainer:
     def _begin(self, task: Task) -> None:
         model = self.model
         if self.args.forward_transfer and task.number and set(task.classes) <= set(model.classes):
-            self.matrix.before[task.number] = self._measure(task, side=False).accuracy
+            self.matrix.before[task.number] = self._evaluate(task, extra=False).accuracy
         if task.number:
-            with self.viewer.still():
+            with self.feature_provider.eval_mode():
                 if model.needs_features_before:
-                    model.record_features(self.viewer.images(task.train_rows))
-                if self.side.needs_before:
-                    self.side.record(self.viewer.images(task.train_rows))
+                    model.record_features(self.feature_provider.task_images(task))
+                if self.extra_classifiers.needs_before:
+                    self.extra_classifiers.record(self.feature_provider.task_images(task))
         if not self.stream.task_free:
             model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
-        if model.rehearses == "only":
-            self._keep(task)
-        if self.args.forward_transfer and not task.number and not getattr(model, "closed_form", False):
+        self.replay.begin_task(task)
+        if self.args.forward_transfer and not task.number and not model.closed_form:
             known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]
-            self.matrix.baseline = {later.number: self._measure(later, side=False).accuracy for later in known}
+            self.matrix.baseline = {later.number: self._evaluate(later, extra=False).accuracy for later in known}
         self.progress.begun = True
         self._call("on_task_begin", task)
 
@@ -182,225 +187,214 @@ class ContinualTrainer:
         return any(p.requires_grad for p in self.model.parameters()) and self.model.trains_task(task.number)
 
     def _finish(self, task: Task) -> None:
-        """What follows the training of a task and is taken again as a whole when the run is killed in it."""
-        model = self.model
-        if model.rehearses != "only":
-            self._keep(task)
-        with self.viewer.still():
+        """What follows the training of a task; a run killed in it repeats all of it."""
+        model, provider = self.model, self.feature_provider
+        self.replay.end_task(task)
+        with provider.eval_mode():
             if model.needs_consolidation:
-                memory = self.viewer.images(self.memory.rows) if self.memory is not None and len(self.memory) else None
-                model.consolidate(self.viewer.images(task.train_rows), memory)
-            self.side.fit(self.viewer.images(task.train_rows))
+                memory = provider.images(self.memory.rows) if self.memory is not None and len(self.memory) else None
+                model.consolidate(provider.task_images(task), memory)
+            if self.extra_classifiers.classifiers:
+                self.extra_classifiers.fit(provider.task_images(task))
         if not self.stream.task_free:
             model.end_task()
 
-    def _keep(self, task: Task) -> None:
-        """Take the task's images into the memory; without tasks it takes them as they pass."""
-        if self.memory is None or self.stream.task_free:
-            return
-        ranking = None
-        if hasattr(self.model, "rank_images"):  # the learner chooses which
-            with self.viewer.still():
-                ranking = self.model.rank_images(task.train_rows, self.viewer.images(task.train_rows))
-        self.memory.add(task.train_rows, self.stream.train_labels[task.train_rows], ranking)
-
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def steps_of(self, task: Task) -> int:
-        """Optimizer steps that a `task` takes."""
-        return self.args.epochs * self._steps_per_epoch(task)
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        args = self.args
+        return build_optimizer(
+            args.optim, self.model.parameter_groups(args.learning_rate, **args.learning_rates), **args.optim_args
+        )
 
-    def steps_done(self, task: Task) -> int:
-        """Optimizer steps of the `task` that is being learnt."""
-        return self.progress.epoch * self._steps_per_epoch(task) + self.progress.step
+    def _next_optimizer(self, before: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of a task, if asked for with the state of the last one; `before`: parameters before the task."""
+        optimizer = self._new_optimizer()
+        if self.args.keep_optimizer and self.optimizer is not None:
+            keep_state(self.optimizer, before, optimizer, dict(self.model.named_parameters()))
+        return optimizer
 
-    def _steps_per_epoch(self, task: Task) -> int:
-        return self.stream.steps_per_epoch(task, self.args.batch_size, self._rows())
-
-    def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all training (`train`) or test images by row number [rows, D].
-
-        Where the base is frozen they are computed once.
-        """
-        return self.viewer.frozen_features(train=train)
-
-    def _train(self, task: Task, before: dict[str, Any], saved: Saved | None) -> None:
+    def _train(self, task: Task, optimizer: torch.optim.Optimizer) -> None:
         args, progress, model, accelerator = self.args, self.progress, self.model, self.accelerator
-        optimizer = build_optimizer(args.optimizer, model.parameter_groups(args.lr, **args.lrs), **args.optimizer_options)
-        if args.keep_optimizer and self.optimizer is not None:
-            keep_state(self.optimizer, before, optimizer, dict(model.named_parameters()))
-        if saved is not None:
-            put_back_optimizer(self, optimizer, saved)
         self.optimizer = optimizer
         model.attach_optimizer(optimizer)
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
-        # Now, so that neither the bar nor the speed of the first steps shows these passes.
-        for epoch in range(args.epochs):
-            self.viewer.training_queries(epoch)
-        self.viewer.queries(train=False)
-        self._window = (0, time.perf_counter())
-        steps, per_epoch = self.steps_of(task), self._steps_per_epoch(task)
-        while progress.epoch < args.epochs:
+        # Before the loop, so that neither the bar nor the speed of the first steps includes these passes.
+        for epoch in range(args.num_train_epochs):
+            self.feature_provider.training_queries(epoch)
+        self.feature_provider.queries(train=False)
+        self._throughput = Throughput()
+        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
+        while progress.epoch < args.num_train_epochs:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
                 self._call("on_step_begin", task)
-                step = progress.epoch * per_epoch + progress.step
-                set_rates(optimizer, rate_factor(args.schedule, step, steps, args.warmup, progress.epoch, args.epochs))
-                parts = self._step(wrapped, prepared, batch)
-                self._remember(batch)
+                step, steps = progress.epoch * per_epoch + progress.step, args.num_train_epochs * per_epoch
+                set_rates(
+                    optimizer,
+                    rate_factor(
+                        args.lr_scheduler_type, step, steps, args.warmup_steps, progress.epoch, args.num_train_epochs
+                    ),
+                )
+                losses = self._step(wrapped, prepared, batch)
+                self.replay.observe(batch, accelerator.device)
                 progress.step += 1
                 progress.global_step += 1
                 self._call("on_step_end", task)
-                if progress.global_step % args.log_every == 0:
-                    self._log(parts, optimizer, task)
-                if args.checkpoint_every and progress.global_step % args.checkpoint_every == 0:
+                if progress.global_step % args.logging_steps == 0:
+                    self._log(losses, optimizer, task)
+                if args.save_steps and progress.global_step % args.save_steps == 0:
                     self._save()
             self._call("on_epoch_end", task, progress.epoch)
             progress.epoch, progress.step = progress.epoch + 1, 0
         model.check_labels()
-        if args.checkpoint_every:
+        if args.save_steps:
             self._save()
+        self._steps_per_epoch = 0
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        for left in ("forward", "_is_accelerate_prepared"):
-            # Accelerate would take the model for a prepared one and train the next task without mixed precision.
-            vars(model).pop(left, None)
+        for attribute in ("forward", "_is_accelerate_prepared"):
+            # With these Accelerate would take the model for a prepared one and train the next task without mixed precision.
+            vars(model).pop(attribute, None)
         accelerator.free_memory()
+
+    def _step(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Tensor]:
+        args, accelerator = self.args, self.accelerator
+        images = self.stream.augment_on_device(to_device(batch, accelerator.device), (args.seed, self.progress.epoch))
+        losses = training_step(
+            wrapped, optimizer, images, accelerator, pieces=args.gradient_accumulation_steps, max_norm=args.max_grad_norm
+        )
+        self._throughput.add(len(batch["labels"]) * world_size())
+        return losses
 
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
         """The rest of the current epoch's global batches, this process's share of each."""
         args, progress = self.args, self.progress
-        size = args.batch_size if args.memory_batch_size is None else args.memory_batch_size
-        return iter(
-            self.stream.train_batches(
-                task,
-                args.batch_size,
-                seed=args.seed,
-                epoch=progress.epoch,
-                queries=self.viewer.training_queries(progress.epoch),
-                workers=args.workers,
-                rows=self._rows(),
-                memory_rows=self._remembered(),
-                memory_batch_size=size,
-                start=progress.step,
-            )
-        )
+        options: dict[str, Any] = {
+            "seed": args.seed,
+            "epoch": progress.epoch,
+            "num_workers": args.dataloader_num_workers,
+            "start": progress.step,
+        }
+        if isinstance(self.stream, IndexedStream):
+            options |= {
+                "queries": self.feature_provider.training_queries(progress.epoch),
+                "rows": self.replay.rows,
+                "memory_rows": self.replay.mixed_rows,
+                "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
+            }
+        return iter(self.stream.train_batches(task, args.batch_size, **options))
 
-    def _remembered(self) -> Rows | Callable[[], Rows] | None:
-        """Row numbers that join the batches: those of a task's start or, without tasks, those of the moment."""
-        memory = self.memory
-        if memory is None or self.model.rehearses != "beside":
-            return None
-        return (lambda: memory.rows) if self.stream.task_free else memory.rows
-
-    def _step(self, wrapped: Any, optimizer: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """One optimizer step on a batch; the parts of its loss."""
-        accelerator, args = self.accelerator, self.args
-        parts: dict[str, Tensor] = {}
-        shown = self.stream.cut_on_device(on_device(batch, accelerator.device), (args.seed, self.progress.epoch))
-        pieces = micro_batches(shown, args.accumulation)
-        images = (batch["labels"] != IGNORE_INDEX).sum().to(accelerator.device)
-        # Pieces and processes are added up here, so each is told how many images there are in all.
-        whole = {"num_items_in_batch": sum_over_processes(images)} if len(pieces) > 1 else {}
-        for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1
-            with accelerator.no_sync(wrapped) if not last else nullcontext():
-                output = wrapped(**piece, **whole)
-                loss = output.loss * world_size() if whole else output.loss
-                accelerator.backward(loss)
-            for name, value in {"loss": output.loss, **(output.losses or {})}.items():
-                parts[name] = parts.get(name, 0) + value.detach()
-        if args.clip:
-            accelerator.clip_grad_norm_(wrapped.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        self._window = (self._window[0] + len(batch["labels"]) * world_size(), self._window[1])
-        return parts
-
-    def _remember(self, batch: dict[str, Any]) -> None:
-        """Without tasks the memory takes images as they pass."""
-        if self.memory is not None and self.stream.task_free:
-            ids = torch.cat(gather_over_processes(torch.tensor(batch["sample_ids"], device=self.accelerator.device)))
-            rows = ids[ids >= 0].cpu().numpy()
-            rows = rows[~np.isin(rows, self.memory.rows)]  # not those that were rehearsed
-            self.memory.observe(rows, self.stream.train_labels[rows])
-
-    def _log(self, parts: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
+    def _log(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()
-        now = time.perf_counter()
-        logs = {name: float(value) for name, value in parts.items()}
+        logs = {name: float(value) for name, value in losses.items()}
         if not all(math.isfinite(value) for value in logs.values()):
             raise FloatingPointError(
                 f"the loss is {logs} in task {task.number}, epoch {self.progress.epoch}, step {self.progress.step}: lower "
                 "the learning rate, or clip the gradient"
             )
-        images, since = self._window
-        self._window = (0, now)
-        logs |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": images / max(now - since, 1e-9)}
+        logs |= {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": self._throughput.read()}
         logs |= {"task": task.number, "epoch": self.progress.epoch}
         self.accelerator.log(logs, step=self.progress.global_step)
         self._call("on_log", logs)
 
-    def _rows(self) -> Any:
-        """Row numbers to train on, None for the task's own."""
-        return self.memory.rows if self.memory is not None and self.model.rehearses == "only" else None
-
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
-    def _measure(self, task: Task, *, side: bool = True) -> Evaluation:
-        with self.viewer.still():
+    def _evaluate(self, task: Task, *, extra: bool = True) -> Evaluation:
+        with self.feature_provider.eval_mode():
             return evaluate(
                 self.model,
-                self.viewer.test_batches(task),
+                self.feature_provider.test_batches(task),
                 self.model.classes,
                 self.accelerator.device,
                 task=task.number,
                 tasks=[t.classes for t in self.stream.tasks],
-                classifiers=self.side.classifiers if side else None,
+                classifiers=self.extra_classifiers.classifiers if extra else None,
             )
 
-    def _evaluate(self, task: Task) -> None:
-        self.measured = [self._measure(seen) for seen in self.stream.tasks[: task.number + 1]]
-        self.matrix.add(
-            [m.accuracy for m in self.measured],
-            [m.images for m in self.measured],
-            [m.task_incremental for m in self.measured if m.task_incremental is not None],
-        )
-        self.side.add(self.measured)
-        self.accelerator.log(
-            {"task": task.number, "accuracies": [m.accuracy for m in self.measured], "average": self.matrix.curve()[-1]},
-            step=self.progress.global_step,
-        )
-        self._call("on_evaluate", self.measured)
+    def _evaluate_seen(self, task: Task) -> None:
+        """Evaluate all tasks up to `task` and add them to the matrices."""
+        self.evaluations = [self._evaluate(seen) for seen in self.stream.tasks[: task.number + 1]]
+        accuracies = [e.accuracy for e in self.evaluations]
+        known = [e.task_incremental for e in self.evaluations if e.task_incremental is not None]
+        self.matrix.add(accuracies, [e.images for e in self.evaluations], known)
+        self.extra_classifiers.add(self.evaluations)
+        logs = {"task": task.number, "accuracies": accuracies, "average": self.matrix.curve()[-1]}
+        self.accelerator.log(logs, step=self.progress.global_step)
+        self._call("on_evaluate", self.evaluations)
 
     # ---- checkpoints and callbacks -----------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds, in the order in which it is restored."""
+        parts: dict[str, Stateful] = {
+            "learner": LearnerState(self.model),
+            "progress": self.progress,
+            "matrix": self.matrix,
+            "extra_classifiers": self.extra_classifiers,
+            "skipped": SkippedImages(self.stream, self.accelerator.device),
+        }
+        if self.memory is not None:
+            parts["memory"] = self.memory
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        return parts
+
+    def _random_state(self) -> RandomState:
+        return RandomState(self.accelerator.device, self.accelerator.process_index)
+
+    def _identity(self) -> dict[str, str]:
+        return run_identity(self.args, self.stream, self.model, self.extra_classifiers)
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        """Everything but the random numbers. The optimizer is built last, over the restored parameters."""
+        restore(self._parts(), saved)
+        if "optimizer" in saved["parts"]:
+            self.optimizer = self._new_optimizer()
+            restore({"optimizer": OptimizerState(self.optimizer)}, saved)
 
     def _save(self) -> None:
         """Write a checkpoint."""
         if self.checkpoints is None:
             return
         self.progress.seconds = time.perf_counter() - self._started
-        tensors, values = taken(self)
+        parts = self._parts() | {"random": self._random_state()}
+        if self.optimizer is not None and (self.progress.begun or self.args.keep_optimizer):
+            parts["optimizer"] = OptimizerState(self.optimizer)
+        state = capture(parts, self._identity())
         if self.accelerator.is_main_process:
-            folder = self.checkpoints.save(self.progress.global_step + self.progress.task, tensors, values)
-            for callback in self.callbacks:
-                callback.on_save(self, folder)
+            self._call("on_save", self.checkpoints.save(self.progress.global_step + self.progress.task, state))
         self.accelerator.wait_for_everyone()
 
-    def _saved(self, resume: bool) -> Saved | None:
-        """What to go on from; a run that starts over removes its earlier checkpoints."""
+    def _saved(self, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint to resume from; a run that starts over removes its earlier checkpoints."""
         if self.checkpoints is None:
             if resume:
                 raise ValueError("resume needs the results folder of the run: set output_dir")
             return None
-        saved = checked(self.checkpoints.latest(), self)
+        saved = self.checkpoints.latest()
+        if saved is not None:
+            validate(saved, self._identity(), self.folder)
         if resume:
             return saved
-        self.accelerator.wait_for_everyone()  # all have seen whose checkpoints they are
+        self.accelerator.wait_for_everyone()  # every process has validated the checkpoints
         if self.accelerator.is_main_process:
             self.checkpoints.clear()
         return None
 
+    def _state(self) -> TrainerState:
+        return TrainerState(
+            args=self.args,
+            model=self.model,
+            optimizer=self.optimizer,
+            stream=self.stream,
+            progress=replace(self.progress),
+            steps_per_epoch=self._steps_per_epoch,
+            matrix=self.matrix,
+            evaluations=self.evaluations,
+            memory=self.memory,
+        )
+
     def _call(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, event)(self, *arguments)
+            getattr(callback, event)(self._state(), *arguments)

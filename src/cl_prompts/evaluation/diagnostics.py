@@ -1,4 +1,4 @@
-"""What a pool is used for: which prompts are chosen for which task, how evenly, and how alike prompts are.
+"""Use of a prompt pool: which prompts are chosen for which task, how evenly, and how similar prompts are.
 
 Letters in shapes: T tasks, M prompts of a pool; `...` stands for the layers (and heads) that choose by themselves, if any.
 """
@@ -6,12 +6,10 @@ Letters in shapes: T tasks, M prompts of a pool; `...` stands for the layers (an
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from cl_prompts.methods.shared.selection import histogram, normalized
+from torch.nn import functional as F
 
 
 def selection_counts(ids: Tensor, tasks: Tensor, pool_size: int) -> Tensor:
@@ -19,13 +17,15 @@ def selection_counts(ids: Tensor, tasks: Tensor, pool_size: int) -> Tensor:
 
     Args:
         ids: `prompt_ids` of the outputs, [images, ..., k].
-        tasks: number of each image's task, from 0 [images]; known to who evaluates, never to the model.
+        tasks: number of each image's task, from 0 [images].
         pool_size: M.
 
     Returns:
         int64 [T, ..., M].
     """
-    return torch.stack([histogram(ids, pool_size, tasks == task) for task in range(int(tasks.max()) + 1)])
+    by_task = [ids[tasks == task].movedim(0, -2).flatten(-2) for task in range(int(tasks.max()) + 1)]
+    zeros = torch.zeros(*ids.shape[1:-1], pool_size, dtype=torch.int64, device=ids.device)
+    return torch.stack([zeros.scatter_add(-1, own, torch.ones_like(own)) for own in by_task])
 
 
 def routing_entropy(counts: Tensor) -> Tensor:
@@ -43,13 +43,16 @@ def routing_entropy(counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prompt_similarity(model: Any) -> Tensor:
-    """Cosine of every two prompts of a group (layer, or head of a layer) that are in use now: [groups, M, M].
+def prompt_similarity(table: Tensor) -> Tensor:
+    """Cosine of every two prompts of a group (layer, or head of a layer).
 
     Args:
-        model: a model with a prompt pool, not wrapped.
+        table: the prompts, `model.adapter.pool.prompt_table()` [groups, M, ...].
+
+    Returns:
+        [groups, M, M].
     """
-    unit = normalized(model.adapter.pool.prompt_table().flatten(2))
+    unit = F.normalize(table.flatten(2), dim=-1, eps=1e-6)
     return unit @ unit.mT
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: the model gets images and nothing else; what is known of them is compared with what it answers."""
+"""Evaluation: the model gets images only; labels and tasks are compared with its answers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on some images, over all processes. Shares are in percent of the images.
+    """Measures on a set of images, over all processes. Shares are in percent of the images.
 
     Args:
-        accuracy: all known classes compete.
-        images: their number.
-        prompt_ids: which prompts were chosen for each [images, ..., k], on the CPU, process by process; None where a method
-            chooses none.
-        task_incremental: accuracy when only the classes of the images' own task compete; None if the task was not told.
-        task_of_class: share whose predicted class is one of their own task's; None if the task was not told.
-        task_identity: share for which the prompts of their own task were chosen, mean over the layers if they choose by
-            themselves; None if the task was not told, or the method chooses no task.
-        by_classifier: accuracy of further classifiers on the same features, by name.
+        accuracy: among all known classes.
+        images: number of images.
+        prompt_ids: chosen prompts of each image [images, ..., k], on the CPU, process by process; None if none are chosen.
+        task_incremental: accuracy among the classes of the images' task; None without a task.
+        task_of_class: share whose predicted class belongs to the images' task; None without a task.
+        task_identity: share for which the prompts of the images' task were chosen, averaged over layers that choose
+            separately; None without a task, or if the method does not choose prompts by task.
+        by_classifier: accuracy of extra classifiers on the same features, by name.
     """
 
     accuracy: float
@@ -40,30 +40,29 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Learner,
     batches: Iterable[dict[str, Any]],
     classes: Sequence[int],
-    device: Any,
+    device: torch.device | str,
     *,
     task: int | None = None,
     tasks: Sequence[Sequence[int]] | None = None,
     classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Evaluation:
-    """Show images to a model, and nothing else.
+    """Measure a model's answers on images.
 
     Args:
-        model: in eval mode; gets `pixel_values` and, where the batches have it, `query` only.
+        model: in eval mode. It gets `pixel_values` and, where the batches have it, `query`: neither labels nor tasks.
         batches: this process's share, with `pixel_values` and `labels`.
         classes: class id of each column of the logits.
         device: where the model is.
-        task: number of the task that the images are from. Never shown to the model: its answers are compared with it.
+        task: number of the task that the images belong to; None: not known. It is compared with the answers.
         tasks: class ids of each task of the stream; needed with `task`.
-        classifiers: further classifiers, float32 features [B, D] -> logits [B, C] of the same columns; they get the
-            `features` of the same pass.
+        classifiers: extra classifiers, float32 `features` [B, D] of the same pass -> logits [B, C] of the same columns.
 
     Raises:
-        ValueError: no images, a task that is not in `tasks` or of which the model knows no class, logits that are not of
-            `classes` or not numbers.
+        ValueError: no images, a task that is not in `tasks` or of which the model knows no class, logits whose shape does
+            not match `classes` or that are NaN.
     """
     ids = torch.tensor(list(classes), device=device)
     own = None if task is None else _members(ids, task, tasks)
@@ -71,28 +70,27 @@ def evaluate(
     counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counted}
     classifiers = dict(classifiers or {})
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
-    chosen_tasks = getattr(model, "chosen_tasks", lambda output: None)  # comparison learners have no prompts
     chosen = []
     for batch in batches:
         values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
         labels = batch["labels"].to(device)
         output = model(**values)
-        real = labels != IGNORE_INDEX
+        real = labels.ne(IGNORE_INDEX)
         logits = _checked(output.logits, ids, "the model")
         predicted = logits.argmax(1)
         counts["images"] += real.sum()
         counts["hits"] += ((ids[predicted] == labels) & real).sum()
         counts["no numbers"] += (logits.isnan().any(1) & real).sum()
-        if own is not None:
+        if own is not None and task is not None:
             known = logits.masked_fill(~own, float("-inf")).argmax(1)
             counts["task_incremental"] += ((ids[known] == labels) & real).sum()
             counts["task_of_class"] += (own[predicted] & real).sum()
-            by_prompts = chosen_tasks(output)
+            by_prompts = model.chosen_tasks(output)
             if by_prompts is not None:
                 counts["choices"] += by_prompts[real].numel()
                 counts["task_identity"] += (by_prompts[real] == task).sum()
         for name, classifier in classifiers.items():
-            answer = _checked(_classified(classifier, output, name), ids, f"classifier {name!r}")
+            answer = _checked(_classified(classifier, output.features, name), ids, f"classifier {name!r}")
             further[name] += ((ids[answer.argmax(1)] == labels) & real).sum()
             counts["no numbers"] += (answer.isnan().any(1) & real).sum()
         if output.prompt_ids is not None:
@@ -134,16 +132,17 @@ def _checked(logits: Tensor, ids: Tensor, whose: str) -> Tensor:
     return logits
 
 
-def _classified(classifier: Callable[[Tensor], Tensor], output: Any, name: str) -> Tensor:
+def _classified(classifier: Callable[[Tensor], Tensor], features: Tensor | None, name: str) -> Tensor:
     """Logits on the features of a pass, in float32 as the model's own head."""
-    features = getattr(output, "features", None)
     if features is None:
         raise ValueError(f"the model's answer holds no `features` for classifier {name!r} to read")
     with torch.autocast(features.device.type, enabled=False):
         return classifier(features.float())
 
 
-def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: Sequence[int], device: Any) -> tuple[float, int]:
+def accuracy(
+    model: Learner, batches: Iterable[dict[str, Any]], classes: Sequence[int], device: torch.device | str
+) -> tuple[float, int]:
     """Accuracy in percent over all processes, and the number of images.
 
     `model`, `batches`, `classes` and `device` are as in `evaluate`.
@@ -153,18 +152,18 @@ def accuracy(model: nn.Module, batches: Iterable[dict[str, Any]], classes: Seque
 
 
 @torch.no_grad()
-def stream_features(model: Any, batches: Iterable[dict[str, Any]], rows: int, device: Any) -> Tensor:
-    """Un-prompted features of all images of a stream by row number: [rows, D] on the CPU, zeros for rows not asked for.
+def stream_features(model: Learner, batches: Iterable[dict[str, Any]], rows: int, device: torch.device | str) -> Tensor:
+    """Un-prompted features of images of a stream by row number: [rows, D] on the CPU; rows without an image are zeros.
 
     Args:
-        model: a model with a prompt pool, not wrapped.
+        model: the model, not wrapped.
         batches: this process's share (`ClassIncrementalStream.all_images`).
         rows: number of rows of the data set.
         device: where the model is.
     """
     found, numbers = [], []
     for batch in batches:
-        features = model.base_model.extract_features(batch["pixel_values"].to(device)).cpu()
+        features = model.extract_features(batch["pixel_values"].to(device)).cpu()
         sample_ids = torch.tensor(batch["sample_ids"])
         found.append(features[sample_ids >= 0])
         numbers.append(sample_ids[sample_ids >= 0])

@@ -10,14 +10,14 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 # Measures that are also taken of task-incremental accuracies, where there are any.
@@ -180,6 +180,19 @@ class AccuracyMatrix:
             raise ValueError(f"this is no accuracy matrix as `to_dict` writes it: {error}") from error
         return matrix
 
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, for a checkpoint: `to_dict` without the measures."""
+        known = {f.name for f in fields(self)}
+        return {name: value for name, value in self.to_dict().items() if name in known}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the content by that of `state`.
+
+        Raises:
+            ValueError: a part is missing or is no accuracy matrix.
+        """
+        vars(self).update(vars(AccuracyMatrix.from_dict(state)))
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix to the file `path`, a row per task; cells of tasks to come are empty. Numbers read back exactly.
 
@@ -197,7 +210,7 @@ class AccuracyMatrix:
             cells = [repr(column[i]) if i < len(column) else "" for _, columns in parts for column in columns]
             ends = [repr(given[i]) if i in given else "" for given in aside.values()]
             writer.writerow([i, self.sizes[i], *cells, *ends])
-        write_whole(path, text.getvalue())
+        write_atomically(path, text.getvalue())
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> AccuracyMatrix:

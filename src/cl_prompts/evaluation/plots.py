@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from cl_prompts.evaluation.metrics import AccuracyMatrix
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 ROWS_DRAWN = 6  # layers of a selection
@@ -123,5 +123,5 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, file: Path) -> Path:
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")
-    write_whole(file, content.getvalue())
+    write_atomically(file, content.getvalue())
     return file

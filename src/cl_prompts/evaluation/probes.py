@@ -1,4 +1,4 @@
-"""Comparison learners on the same frozen features; a prompt method is worth its cost only where it beats them.
+"""Classifiers on the same frozen features; a prompt method is worth its cost only where it beats them.
 
 None of them prompts the backbone or keeps images. All take features [N, D] and class ids [N].
 """
@@ -6,15 +6,14 @@ None of them prompts the backbone or keeps images. All take features [N, D] and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.evaluation.metrics import AccuracyMatrix
-from cl_prompts.heads import FeatureClassifier
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads import ClassMeans, FeatureClassifier
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 class FrozenFeatures:
@@ -53,14 +52,12 @@ def nearest_class_mean(data: FrozenFeatures) -> AccuracyMatrix:
     Nothing is trained; `data` are the features.
     """
     matrix = AccuracyMatrix()
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+    seen: list[int] = []
+    means = ClassMeans(data.train[0][0].shape[1])
     for task, (features, labels) in enumerate(data.train):
-        for c in data.classes[task]:
-            own = features[labels == c]
-            sums[c], counts[c] = sums.get(c, 0) + own.sum(0), counts.get(c, 0) + len(own)
-        means = F.normalize(torch.stack([sums[c] / counts[c] for c in sums]), dim=1)
-        matrix.add(data.accuracies(partial(F.linear, weight=means), list(sums), task + 1), data.sizes[: task + 1])
+        seen = list(dict.fromkeys(seen + data.classes[task]))
+        means.add(features, _targets(labels, seen), len(seen))
+        matrix.add(data.accuracies(means.cosines, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
@@ -75,44 +72,58 @@ def closed_form(data: FrozenFeatures, classifier: FeatureClassifier) -> Accuracy
     seen: list[int] = []
     for task, (features, labels) in enumerate(data.train):
         seen = list(dict.fromkeys(seen + data.classes[task]))
-        own = torch.tensor(seen)
-        columns = (labels[:, None] == own).int().argmax(1)
-        classifier.begin_task(columns.unique().tolist())
-        classifier.fit(features, columns)
+        targets = _targets(labels, seen)
+        classifier.begin_task(targets.unique().tolist())
+        classifier.fit(features, targets)
         matrix.add(data.accuracies(classifier, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
 def sequential_probe(
-    data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int, cosine_scale: float | None = None
+    data: FrozenFeatures,
+    *,
+    num_train_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    cosine_scale: float | None = None,
 ) -> AccuracyMatrix:
     """A head trained task after task with Adam; the loss sees the current task's classes, as for the prompts.
 
     Args:
         data: features by task.
-        epochs: of a task, as for the prompts.
+        num_train_epochs: of a task, as for the prompts.
         batch_size: features of a step.
-        lr: learning rate.
+        learning_rate: of Adam.
         seed: of the order and the initial values.
         cosine_scale: None for a linear head, else the scale of a cosine head.
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
-    head = GrowingHead(data.train[0][0].shape[1], cosine_scale)
+    head = IncrementalHead(data.train[0][0].shape[1], cosine_scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for task, (features, labels) in enumerate(data.train):
             seen += [c for c in data.classes[task] if c not in seen]
-            head.declare(seen, data.classes[task])
-            _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
+            head.expand(seen, data.classes[task])
+            _fit(
+                head,
+                features,
+                labels,
+                num_train_epochs=num_train_epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+            )
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
-def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr: float, seed: int) -> AccuracyMatrix:
+def joint_linear_probe(
+    data: FrozenFeatures, *, num_train_epochs: int, batch_size: int, learning_rate: float, seed: int
+) -> AccuracyMatrix:
     """A linear head trained on all tasks so far at once, anew after each task: what no continual learner may do.
 
-    `data`, `epochs`, `batch_size`, `lr` and `seed` are as in `sequential_probe`.
+    `data`, `num_train_epochs`, `batch_size`, `learning_rate` and `seed` are as in `sequential_probe`.
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
@@ -121,17 +132,31 @@ def joint_linear_probe(data: FrozenFeatures, *, epochs: int, batch_size: int, lr
         for task in range(len(data.train)):
             seen += [c for c in data.classes[task] if c not in seen]
             features, labels = (torch.cat(parts) for parts in zip(*data.train[: task + 1], strict=True))
-            head = GrowingHead(features.shape[1])
-            head.declare(seen, seen)
-            _fit(head, features, labels, epochs=epochs, batch_size=batch_size, lr=lr)
+            head = IncrementalHead(features.shape[1])
+            head.expand(seen, seen)
+            _fit(
+                head,
+                features,
+                labels,
+                num_train_epochs=num_train_epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+            )
             matrix.add(data.accuracies(head, seen, task + 1), data.sizes[: task + 1])
     return matrix
 
 
-def _fit(head: GrowingHead, features: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
-    targets, _ = head.to_columns(labels)
-    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
-    for _ in range(epochs):
+def _targets(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """The place of each label [n] in `classes`, which has all of them: [n]."""
+    return (labels[:, None] == torch.tensor(list(classes))).int().argmax(1)
+
+
+def _fit(
+    head: IncrementalHead, features: Tensor, labels: Tensor, *, num_train_epochs: int, batch_size: int, learning_rate: float
+) -> None:
+    targets, _ = head.to_targets(labels)
+    optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
+    for _ in range(num_train_epochs):
         for rows in torch.randperm(len(features)).split(batch_size):
             logits = head(features[rows]).masked_fill(~head.current, float("-inf"))
             loss = F.cross_entropy(logits, targets[rows])

@@ -19,7 +19,7 @@ import torch
 from cl_prompts.evaluation.evaluate import Evaluation
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.runtime.cpu import processor
-from cl_prompts.storage.atomic import write_whole
+from cl_prompts.runtime.files import write_atomically
 
 
 # Headings of the measures of `AccuracyMatrix.summary` in tables; the others only where some learner has them.
@@ -51,15 +51,6 @@ class Result:
     seed: int
     trainable: int | None = None
     seconds: float | None = None
-
-
-def result_table(results: Mapping[str, AccuracyMatrix], trainable: Mapping[str, int] | None = None) -> str:
-    """A Markdown table of FAA, CAA, forgetting and accuracy when just learnt, a row per learner of `results`, in percent.
-
-    `trainable` is the number of parameters by learner, where known.
-    """
-    known = trainable or {}
-    return comparison_table([Result(name, matrix, 0, known.get(name)) for name, matrix in results.items()])
 
 
 def comparison_table(results: Sequence[Result]) -> str:
@@ -107,14 +98,14 @@ def matrix_table(matrix: AccuracyMatrix) -> str:
     return _table(rows)
 
 
-def task_table(measured: Sequence[Evaluation]) -> str:
+def task_table(evaluations: Sequence[Evaluation]) -> str:
     """A Markdown table of the newest evaluation, a row per task: whose class and whose prompts each image was given.
 
     Args:
-        measured: one evaluation for each task, made with `task`.
+        evaluations: one for each task, made with `task`.
     """
     rows = []
-    for number, found in enumerate(measured, start=1):
+    for number, found in enumerate(evaluations, start=1):
         shares = {
             "accuracy": found.accuracy,
             "task known": found.task_incremental,
@@ -179,7 +170,7 @@ def run_page(
     data: str,
     arguments: Mapping[str, Any],
     seconds: float,
-    measured: Sequence[Evaluation] = (),
+    evaluations: Sequence[Evaluation] = (),
     selection: str = "",
     plots: Sequence[Path] = (),
     floors: Sequence[str] = FLOORS,
@@ -194,7 +185,7 @@ def run_page(
         data: likewise.
         arguments: all settings.
         seconds: what the whole run took.
-        measured: the last evaluation, one for each task, made with `task`.
+        evaluations: the newest evaluation, one for each task, made with `task`.
         selection: `selection_summary`.
         plots: pictures in the folder.
         floors: as in `remarks`.
@@ -228,13 +219,13 @@ def run_page(
         comparison_table(results),
         remarks(results, floors),
         f"## Accuracy on each task{of_seed}\n\n{matrix_table(runs[0].matrix)}",
-        f"## After the last task{of_seed}\n\n{task_table(measured)}" if measured else "",
+        f"## After the last task{of_seed}\n\n{task_table(evaluations)}" if evaluations else "",
         f"## What was selected{of_seed}\n\n{selection}" if selection else "",
         "\n".join(links),
         f"## Repeat it\n\n```sh\n{command}\n```",
         _table(settings) if settings else "",
     ]
-    write_whole(home / PAGE, "\n\n".join(filter(None, sections)) + "\n")
+    write_atomically(home / PAGE, "\n\n".join(filter(None, sections)) + "\n")
     return home / PAGE
 
 

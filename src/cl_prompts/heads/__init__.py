@@ -3,7 +3,7 @@
 from cl_prompts.heads.aligned import AlignedClassifier, align
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.build import build_classifier
-from cl_prompts.heads.class_means import class_means, class_sums
+from cl_prompts.heads.class_means import ClassMeans, class_means, class_sums
 from cl_prompts.heads.discriminant import DiscriminantClassifier
 from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
@@ -20,6 +20,7 @@ __all__ = [
     "CLASSIFIERS",
     "AlignedClassifier",
     "ClassGaussians",
+    "ClassMeans",
     "DiscriminantClassifier",
     "FeatureClassifier",
     "FeatureMap",

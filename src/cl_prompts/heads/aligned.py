@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.drift import fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 def align(
-    head: GrowingHead,
+    head: IncrementalHead,
     gaussians: ClassGaussians,
     *,
     epochs: int = 30,
@@ -88,7 +88,7 @@ class AlignedClassifier(FeatureClassifier):
         super().__init__(save_statistics=save_statistics, drift=drift)
         self.gaussians = ClassGaussians(width, kind, save=save_statistics)
         self.seed, self.options = seed, options
-        self.head: GrowingHead | None = None
+        self.head: IncrementalHead | None = None
 
     def make_room(self) -> None:
         """Allocate the rows of the Gaussians."""
@@ -99,7 +99,7 @@ class AlignedClassifier(FeatureClassifier):
         super().begin_task(class_indices)
         self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if head is None:
             raise ValueError("an aligned classifier starts from the trained head: pass head=")
         if before is not None and self.needs_before and int(self.fitted):
@@ -109,7 +109,7 @@ class AlignedClassifier(FeatureClassifier):
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
     @torch.no_grad()
-    def hand_over(self, head: GrowingHead) -> None:
+    def hand_over(self, head: IncrementalHead) -> None:
         """Copy the aligned values into `head`, and drop the aligned copy."""
         assert self.head is not None
         for old, new in zip(head.parameters(), self.head.parameters(), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cl_prompts.heads.drift import KINDS as DRIFTS
 from cl_prompts.heads.gaussians import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 class FeatureClassifier(nn.Module, ABC):
@@ -90,7 +90,9 @@ class FeatureClassifier(nn.Module, ABC):
         self.begin_task(newest)
 
     @torch.no_grad()
-    def fit(self, features: Tensor, targets: Tensor, before: Tensor | None = None, head: GrowingHead | None = None) -> None:
+    def fit(
+        self, features: Tensor, targets: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None
+    ) -> None:
         """Fit the classifier to the newest task, after its training.
 
         Args:
@@ -134,7 +136,7 @@ class FeatureClassifier(nn.Module, ABC):
             raise ValueError("the features hold NaN or Inf: the training diverged, use a lower learning rate")
 
     @abstractmethod
-    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         """Fit the classifier; the arguments are those of `fit`, already checked."""
 
     @abstractmethod

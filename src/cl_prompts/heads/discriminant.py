@@ -17,7 +17,7 @@ from torch import Tensor
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.drift import fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 class DiscriminantClassifier(FeatureClassifier):
@@ -62,7 +62,7 @@ class DiscriminantClassifier(FeatureClassifier):
         super().begin_task(class_indices)
         self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(fit_map(before, features, self.drift))
         self.gaussians.add(features, targets)

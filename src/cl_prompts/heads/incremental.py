@@ -1,4 +1,4 @@
-"""The growing classifier: a layer whose columns follow the classes in the order they were declared."""
+"""The trained classifier: a layer with one logit per class, which grows when new classes come."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from torch.nn import functional as F
 from cl_prompts.interfaces import IGNORE_INDEX
 
 
-class GrowingHead(nn.Module):
-    """Linear or cosine classifier over the classes known so far.
+class IncrementalHead(nn.Module):
+    """Linear or cosine classifier over the classes known so far, in the order in which they came.
 
     Args:
         width: size D of the features it reads.
         cosine_scale: None for w.x + b; s for s * cos(w, x), without a bias.
 
-    `weight` [C, D] and, for the linear one, `bias` [C]; new rows are drawn from a normal of std 0.02 cut at two, biases
-    are 0 (timm's head, as in the released L2P code).
+    Attributes:
+        weight: [C, D]. New rows are drawn from a normal of std 0.02 cut at two, as timm's head in the released L2P code.
+        bias: [C], new entries 0; None for the cosine classifier.
+        current: True for the classes of the current task [C].
     """
 
     bias: nn.Parameter | None
-    ids: Tensor
-    columns: Tensor
+    sorted_ids: Tensor
+    sorted_indices: Tensor
     current: Tensor
 
     def __init__(self, width: int, cosine_scale: float | None = None) -> None:
@@ -32,14 +34,19 @@ class GrowingHead(nn.Module):
         self.cosine_scale = cosine_scale
         self.weight = nn.Parameter(torch.empty(0, width))
         self.bias = nn.Parameter(torch.empty(0)) if cosine_scale is None else None
-        # Class ids in ascending order and the column of each: a look-up that works for any integers. They follow from the
-        # adapter's state, so they are not saved.
-        self.register_buffer("ids", torch.empty(0, dtype=torch.int64), persistent=False)
-        self.register_buffer("columns", torch.empty(0, dtype=torch.int64), persistent=False)
+        # Class ids in ascending order, and the index of the logit of each: a lookup table for any integers. They follow
+        # from the learner's tasks, so they are not saved.
+        self.register_buffer("sorted_ids", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("sorted_indices", torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("current", torch.empty(0, dtype=torch.bool), persistent=False)
 
-    def declare(self, known: Sequence[int], task: Sequence[int]) -> None:
-        """Grow to the classes `known` (old ones first, in their order) and make `task` the current ones."""
+    def expand(self, known: Sequence[int], current: Sequence[int]) -> None:
+        """Grow to more classes.
+
+        Args:
+            known: all class ids; those known before come first, in their order.
+            current: class ids of the current task.
+        """
         added = len(known) - len(self.weight)
         device = self.weight.device
         if added:
@@ -50,13 +57,13 @@ class GrowingHead(nn.Module):
             if self.bias is not None:
                 bias = torch.cat([self.bias.detach(), self.bias.detach().new_zeros(added)])
                 self.bias = nn.Parameter(bias, requires_grad=grad)
-        # The look-ups are made on the host, where a meta device (PEFT's low_cpu_mem_usage) cannot reach them.
+        # The lookup tables are made on the CPU, also under a meta device (PEFT's low_cpu_mem_usage): no file fills them.
         order = torch.tensor(sorted(range(len(known)), key=known.__getitem__), dtype=torch.int64, device="cpu")
         ids = torch.tensor(list(known), dtype=torch.int64, device="cpu")
-        members = set(task)
-        current = torch.tensor([c in members for c in known], dtype=torch.bool, device="cpu")
-        where = "cpu" if device.type == "meta" else device
-        self.ids, self.columns, self.current = ids[order].to(where), order.to(where), current.to(where)
+        members = set(current)
+        mask = torch.tensor([c in members for c in known], dtype=torch.bool, device="cpu")
+        target = "cpu" if device.type == "meta" else device
+        self.sorted_ids, self.sorted_indices, self.current = ids[order].to(target), order.to(target), mask.to(target)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, C], in float32."""
@@ -65,9 +72,16 @@ class GrowingHead(nn.Module):
             return F.linear(features, self.weight, self.bias)
         return self.cosine_scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
-    def to_columns(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of class ids [B] (ignored and unknown ones get -100), and a mask of the unknown ones [B]."""
-        position = torch.searchsorted(self.ids, labels).clamp_max(len(self.ids) - 1)
-        found = self.ids[position] == labels
-        columns = torch.where(found, self.columns[position], IGNORE_INDEX)
-        return columns, ~found & (labels != IGNORE_INDEX)
+    def to_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The index of the logit of each label's class.
+
+        Args:
+            labels: class ids [B]; -100 for padding.
+
+        Returns:
+            indices [B] int64, -100 for padding and unknown classes; and a mask of the labels of unknown classes [B].
+        """
+        position = torch.searchsorted(self.sorted_ids, labels).clamp_max(len(self.sorted_ids) - 1)
+        found = self.sorted_ids[position] == labels
+        targets = torch.where(found, self.sorted_indices[position], IGNORE_INDEX)
+        return targets, ~found & (labels != IGNORE_INDEX)

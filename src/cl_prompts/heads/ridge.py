@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.drift import fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.heads.incremental import IncrementalHead
 
 
 # Candidates for the ridge, in units of the mean diagonal of G.
@@ -128,7 +128,7 @@ class RidgeClassifier(FeatureClassifier):
         if self.drift != "none":
             self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: GrowingHead | None) -> None:
+    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if self.drift == "none":
             held = torch.zeros(features.shape[0], dtype=torch.bool, device=features.device)
             if self.ridge is None:

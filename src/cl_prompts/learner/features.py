@@ -1,4 +1,4 @@
-"""Features of a task's images, seen in one pass outside training."""
+"""Features of a task's images, collected in one pass outside training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cl_prompts.runtime.distributed import gather_over_processes, world_size
 
 @dataclass
 class Recorded:
-    """What was seen, in the order of `ids` and the same on every process.
+    """Features of images, in ascending order of `ids`, the same on every process.
 
     Args:
         features: what the classifier reads [n, D], float32.
@@ -27,10 +27,10 @@ class Recorded:
     ids: Tensor
 
     def features_of(self, seen: Recorded) -> Tensor:
-        """Features of the images that were `seen` later, on their device.
+        """These features, on the device of `seen`, which must hold the same images.
 
         Raises:
-            ValueError: they are other images.
+            ValueError: `seen` holds other images.
         """
         known = self.ids.to(seen.ids), self.labels.to(seen.labels)
         if not (torch.equal(known[0], seen.ids) and torch.equal(known[1], seen.labels)):
@@ -50,7 +50,7 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
         images: this process's share, with `pixel_values`, `labels` and, for more than one pass or process, `sample_ids`.
 
     Raises:
-        ValueError: there are no images, or no numbers where several processes share them.
+        ValueError: there are no images, or no `sample_ids` with several processes.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     passed = 0
@@ -61,8 +61,8 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
             raise ValueError("several processes share the images: pass sample_ids, a number for each, as the streams do")
         numbers = torch.arange(passed, passed + len(labels)) if ids is None else torch.as_tensor(ids)
         passed += len(labels)
-        real = labels >= 0
-        found.append((read(batch)[real].float(), labels[real], numbers.to(labels.device)[real]))
+        valid = labels >= 0
+        found.append((read(batch)[valid].float(), labels[valid], numbers.to(labels.device)[valid]))
     if not found:
         raise ValueError("there are no images to look at")
     features, labels, numbers = (torch.cat(gather_over_processes(torch.cat([part[i] for part in found]))) for i in range(3))

@@ -22,9 +22,12 @@ def add_up(
     Args:
         parts: the loss parts by name.
         valid: True for real images, False for padding [B].
-        num_items: number of images of the whole accumulated global batch, as `transformers.Trainer` hands it over; the
-            caller then adds micro-batches and processes up itself. None: the batch at hand is the whole one.
+        num_items: number of images of the whole accumulated global batch, as `transformers.Trainer` passes it; the caller
+            then adds micro-batches and processes up itself. None: this batch is the whole one.
         over_processes: whether the processes train together on one global batch.
+
+    Returns:
+        the total, a scalar, and its terms by name, scalars too.
     """
     own = valid.sum()
     scale = 1
@@ -40,7 +43,7 @@ def add_up(
         if part.reduction == "batch":
             losses[name] = part.value if num_items is None else part.value * own / whole
         else:
-            # where(), not a product: padding may hold anything, and 0 * inf is no number
+            # where() instead of a product: padding may hold anything, and 0 * inf is NaN
             total = torch.where(valid, part.value, 0.0).sum() * scale
             losses[name] = total / whole if part.reduction == "mean" else total
     return torch.stack(list(losses.values())).sum(), losses

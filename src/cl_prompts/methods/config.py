@@ -5,10 +5,11 @@ The default of a field is the value of the paper or of the released code; "Ours"
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +17,9 @@ from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, positive_number
 from cl_prompts.runtime.text import shown
-from cl_prompts.storage.adapter_files import WHERE, adapter_folder
+from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
-from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, declared_tensors, digest_file
+from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
 from cl_prompts.version import __version__
 
 
@@ -179,25 +180,24 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: AdapterSource, subfolder: str | None = None, **kwargs: Any
     ) -> PromptPoolConfig:
         """Read `adapter_config.json` from a folder or the Hub.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or the files that `find_adapter` found.
             subfolder: folder of the adapter in it.
-            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub; the rest as in PEFT.
+            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub; other names are ignored, as in PEFT.
 
         Raises:
             ValueError: the folder holds no adapter, or one whose weights are not safetensors.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
-        where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
-        folder = adapter_folder(
-            pretrained_model_name_or_path, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **where
-        )
-        config: PromptPoolConfig = super().from_pretrained(os.fspath(folder), **kwargs)
-        config.declared = declared_tensors(folder)
+        hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        limit = PromptPoolConfig.max_adapter_bytes
+        files = find_adapter(pretrained_model_name_or_path, subfolder, max_bytes=limit, **hub)
+        config = cls.from_peft_type(**copy.deepcopy(dict(files.config)))
+        config.declared = files.tensors
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,10 +215,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         Raises:
             ValueError: the file would be larger than the limit of loading.
         """
-        self.state.format_version, self.state.written_by = FORMAT_VERSION, __version__  # not those of a loaded file
-        self.state.weights_sha256 = digest_file(save_directory)
-        try:
-            super().save_pretrained(os.fspath(save_directory), **kwargs)
-            check_config_size(Path(save_directory, CONFIG_FILE))
-        finally:
-            self.state.weights_sha256 = None  # the checksum belongs to this file; training changes the weights
+        self.state.format_version, self.state.written_by = FORMAT_VERSION, __version__  # not those of a file it came from
+        saved = copy.copy(self)  # other threads may save or train this config
+        saved.state = replace(self.state, weights_sha256=digest_file(save_directory))
+        super(PromptPoolConfig, saved).save_pretrained(os.fspath(save_directory), **kwargs)
+        check_config_size(Path(save_directory, CONFIG_FILE))

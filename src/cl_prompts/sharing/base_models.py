@@ -1,8 +1,8 @@
-"""The base model that an adapter stands on: the one it brings along, or the one it names."""
+"""Loading the base model of an adapter: the one that its config names, or the one in its folder."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,21 +13,20 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.text import first_line, shown
-from cl_prompts.storage.adapter_files import WHERE
-from cl_prompts.storage.hub_errors import HubError, explained
+from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterFiles
+from cl_prompts.storage.hub_errors import HubError, explain_hub_errors
 
 
 BASE_FOLDER = "base"  # of a base model that an adapter brings along
 MAX_BLOCKS = 1000
 
 
-def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwargs: Any) -> PreTrainedModel:
-    """The base model of an adapter: the one it brings along in `base/`, else the one that its config names.
+def load_base(config: PromptPoolConfig, files: AdapterFiles | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The base model that an adapter's config names or, where it names none, the one in the adapter's folder `base/`.
 
     Args:
         config: of the adapter.
-        folder: where its files are.
-        repo_id: the Hub repository they came from; None if they are the user's own.
+        files: of the adapter; None: only the base that the config names is looked for.
         kwargs: of transformers' `from_pretrained`.
 
     Raises:
@@ -36,18 +35,18 @@ def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwa
     """
     source, revision = config.base_model_name_or_path, config.revision
     if not source:
-        source, revision = str(_included_base(folder, repo_id, kwargs)), None
-    elif repo_id is not None:
-        _refuse_path(source, repo_id)
-    where = {name: kwargs[name] for name in WHERE if name in kwargs} | {"revision": revision or "main"}
+        source, revision = str(_included_base(files, kwargs)), None
+    elif files is not None and files.repo_id is not None:
+        _refuse_path(source, files.repo_id)
+    hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs} | {"revision": revision or "main"}
     kind, safe = _base_class(config), {"trust_remote_code": False, "use_safetensors": True}
     try:
-        with explained(source, revision):
-            _check_base_config(kind, AutoConfig.from_pretrained(source, trust_remote_code=False, **where))
-            model: PreTrainedModel = kind.from_pretrained(source, **where | safe | kwargs)
+        with explain_hub_errors(source, revision):
+            _check_base_config(kind, AutoConfig.from_pretrained(source, trust_remote_code=False, **hub))
+            model: PreTrainedModel = kind.from_pretrained(source, **hub | safe | kwargs)
     except HubError:
         raise
-    except Exception as error:  # a stranger's base goes into all kinds of code
+    except Exception as error:  # the code of any model may fail in any way
         raise ValueError(
             f"the base {shown(source)} that the adapter names cannot be loaded ({first_line(error)}): load a base "
             "yourself, then PromptPoolModel.from_pretrained(base, adapter)"
@@ -55,14 +54,13 @@ def load_base(config: PromptPoolConfig, folder: Path, repo_id: str | None, **kwa
     return model
 
 
-def built_bytes(config: PromptPoolConfig, source: str, **where: Any) -> int:
-    """Memory that the base of an adapter takes, as its config describes it: transformers builds that much, whatever the
-    weights hold.
+def built_bytes(config: PromptPoolConfig, source: str, **hub: Any) -> int:
+    """Bytes of the model that transformers builds from the config of an adapter's base, before it reads any weights.
 
     Args:
         config: of the adapter; names the base's class.
         source: folder or Hub id of the base.
-        where: `revision`, `subfolder`, `token` and the like, for the Hub.
+        hub: `revision`, `subfolder`, `token` and the like, for the Hub.
 
     Raises:
         ValueError: there is no such model.
@@ -70,11 +68,11 @@ def built_bytes(config: PromptPoolConfig, source: str, **where: Any) -> int:
     """
     kind = _base_class(config)
     try:
-        with explained(source, where.get("revision")):
-            base = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        with explain_hub_errors(source, hub.get("revision")):
+            base = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
             _check_base_config(kind, base)
             if kind is not AutoModel and not isinstance(base, kind.config_class):  # a part of it
-                base = kind.config_class.from_pretrained(source, **where)
+                base = kind.config_class.from_pretrained(source, **hub)
             with torch.device("meta"):
                 model: PreTrainedModel = (kind.from_config if kind is AutoModel else kind._from_config)(base)
     except HubError:
@@ -86,16 +84,18 @@ def built_bytes(config: PromptPoolConfig, source: str, **where: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _included_base(folder: Path, repo_id: str | None, kwargs: dict[str, Any]) -> Path:
-    base = folder / BASE_FOLDER
-    if repo_id is not None:
-        where = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-        wanted = [f"{BASE_FOLDER}/*.json", f"{BASE_FOLDER}/*.safetensors"]
-        with explained(repo_id):
-            snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted, **where)
-    if not (base / "config.json").is_file():
+def _included_base(files: AdapterFiles | None, kwargs: dict[str, Any]) -> Path:
+    base = files.folder / BASE_FOLDER if files is not None else None
+    if files is not None and files.repo_id is not None:
+        hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        inside = PurePosixPath(files.subfolder or "", BASE_FOLDER)
+        wanted = [f"{inside}/*.json", f"{inside}/*.safetensors"]
+        with explain_hub_errors(files.repo_id):
+            snapshot_download(files.repo_id, revision=files.commit, allow_patterns=wanted, **hub)
+    if base is None or not (base / "config.json").is_file():
+        place = "" if files is None else f" in {files.repo_id or files.folder}"
         raise ValueError(
-            f"the adapter in {repo_id or folder} names no base model: load the base yourself, then "
+            f"the adapter{place} names no base model: load the base yourself, then "
             "PromptPoolModel.from_pretrained(base, adapter)"
         )
     return base
@@ -112,8 +112,9 @@ def _refuse_path(source: str, repo_id: str) -> None:
 
 
 def _check_base_config(kind: Any, base: PretrainedConfig) -> None:
-    """Raise ValueError for a base that transformers would build, at length, before it looked at the weights, or with code
-    from the Hub.
+    """Raise ValueError for a base that is huge, of another class than its adapter says, or needs code from the Hub.
+
+    transformers builds the model before it looks at the weights.
     """
     parts = (base, *(getattr(base, name, None) for name in type(base).sub_configs))
     if kind is not AutoModel and kind.config_class not in map(type, parts):

@@ -1,4 +1,4 @@
-"""The model card: what a stranger needs to judge an adapter and to use it. Written from the adapter's own files."""
+"""The model card of an adapter, written from its own files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from huggingface_hub.utils import validate_repo_id
 from cl_prompts.evaluation.plots import draw
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
 from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
-from cl_prompts.storage.atomic import write_whole
-from cl_prompts.storage.integrity import WEIGHTS_FILE, declared_tensors
+from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
+from cl_prompts.storage.integrity import WEIGHTS_FILE
 
 
 CARD_FILE = "README.md"
+PICTURES = "*.png"
 MAX_CARD_BYTES, MAX_HEAD = 2**20, 2**16  # of a card that is kept, and of its metadata
 MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
@@ -37,7 +39,7 @@ FIGURES = {
     "caa": "mean of the average accuracy over the stages",
     "forgetting": "forgetting",
 }
-# Tensors of a classifier that tell nothing of features.
+# Tensors of a classifier that are no statistics of features.
 NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
     yaml.BlockMappingStartToken,
@@ -52,23 +54,23 @@ CLASSES_SHOWN = 12  # names in a row of the table of tasks
 def write_card(folder: str | os.PathLike[str], *, name: str | None = None, license: str | None = None) -> None:
     """Write `README.md` of a local adapter folder, or bring it up to date.
 
-    Only the part between two comment lines is written anew, and of the metadata what this library knows; the rest is its
-    owner's.
+    Only the part between two comment lines and the metadata that this library knows are replaced. The rest stays.
 
     Args:
         folder: written by `save_pretrained`.
-        name: what loads it: its id on the Hub; None: the folder's name.
-        license: identifier of the Hub, like "apache-2.0"; None: what the card says already.
+        name: name in the card's code that loads the adapter, like its Hub id; None: the folder's name.
+        license: identifier of the Hub, like "apache-2.0"; None: that of the existing card.
 
     Raises:
         ValueError: the folder holds no adapter, no results where `results.json` is, or a card that cannot be kept.
     """
     folder = Path(folder)
-    config, record = PromptPoolConfig.from_pretrained(folder), known_run(folder)
+    files = find_adapter(folder)
+    config, record = PromptPoolConfig.from_pretrained(files), known_run(files)
     name = name or folder.resolve().name
     file = folder / CARD_FILE
     data, old = _old_card(file)
-    text = card_text(config, record, folder, name, license or data.get("license"))
+    text = card_text(config, record, files, name, license or data.get("license"))
     tags = data.get("tags")
     own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     own = [tag for tag in own if not tag.startswith(ADAPTER_TAG)]  # of a base that may have been another one
@@ -80,12 +82,12 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
         data["license"] = license
     before, after = _kept(old)
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    # Names from files may hold what no text file can.
-    write_whole(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
+    # Names from files may hold characters that cannot be encoded.
+    write_atomically(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
 
 
 def _old_card(file: Path) -> tuple[dict[str, Any], str]:
-    """Metadata and text of the card that is there; its author may be a stranger."""
+    """Metadata and text of the existing card, which may come from an untrusted source."""
     if not file.is_file():
         return {}, ""
     try:
@@ -101,12 +103,12 @@ def _old_card(file: Path) -> tuple[dict[str, Any], str]:
             raise ValueError("its metadata has no names")
         return data, text[head.end() :]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = first_line(error)
-        raise ValueError(f"{file} is no card that can be kept ({told}): mend its metadata, or remove it") from error
+        reason = first_line(error)
+        raise ValueError(f"{file} is no card that can be kept ({reason}): mend its metadata, or remove it") from error
 
 
 def _check_head(head: str) -> None:
-    """Raise ValueError for metadata whose few bytes would take long to read, or stand for gigabytes."""
+    """Raise ValueError for metadata that would take long to parse or expand to gigabytes."""
     if len(head) > MAX_HEAD:
         raise ValueError(f"its metadata has more than {MAX_HEAD:,} characters")
     depth = 0
@@ -121,17 +123,23 @@ def add_pictures(folder: Path, record: RunRecord, pictures: Sequence[str | os.Pa
     for picture in map(Path, pictures):
         if picture.suffix != ".png":
             raise ValueError(f"{picture} is no .png file: the card shows PNG pictures only")
-        write_whole(folder / picture.name, picture.read_bytes())
+        write_atomically(folder / picture.name, picture.read_bytes())
     if find_spec("matplotlib") is not None:
         draw(record.results, folder)
 
 
-def known_run(folder: Path) -> RunRecord | None:
-    """The record of the run that made the weights in a folder; None if there is none, or it is of other weights."""
-    if not (folder / RESULTS_FILE).is_file():
+def card_inputs(folder: Path) -> tuple[str, ...]:
+    """Patterns of the files in an adapter's folder that its next card is made from."""
+    return (CARD_FILE, RESULTS_FILE, PICTURES) if (folder / RESULTS_FILE).is_file() else (CARD_FILE,)
+
+
+def known_run(files: AdapterFiles) -> RunRecord | None:
+    """The record of the run that made an adapter's weights; None if there is none, or it is of other weights."""
+    path = files.folder / RESULTS_FILE
+    if not path.is_file():
         return None
-    record = RunRecord.load(folder / RESULTS_FILE)
-    sha256 = PromptPoolConfig.from_pretrained(folder).state.weights_sha256
+    record = RunRecord.load(path)
+    sha256 = PromptPoolConfig.from_pretrained(files).state.weights_sha256
     return record if record.weights_sha256 == sha256 else None
 
 
@@ -153,7 +161,7 @@ def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str)
 
 
 def hub_base(config: PromptPoolConfig) -> str | None:
-    """The base model's name, if it can be one on the Hub; None for a folder of somebody's machine."""
+    """The base model's Hub id; None if its name is no valid id or is a local folder."""
     name = config.base_model_name_or_path
     if not name:
         return None
@@ -181,7 +189,7 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
     ]
 
 
-def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, name: str, license: object) -> str:
+def card_text(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFiles, name: str, license: object) -> str:
     """The body of a card, in Markdown."""
     title = (type(config).__doc__ or "").splitlines()[0].rstrip(".")
     classes, tasks = config.num_labels or len(config.state.classes), len(config.state.tasks)
@@ -190,24 +198,24 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, folder: Path, 
         "A prompt pool for a frozen vision transformer, made with [cl_prompts](https://pypi.org/project/cl-prompts/): "
         f"{classes:,} classes, learned {f'in {tasks} tasks one after the other' if tasks else 'without tasks'}. At test "
         "nobody has to say which task an image is from.",
-        _facts(config, record, folder, title, license),
+        _facts(config, record, files, title, license),
         _use(name),
-        _figures(record, folder) if record is not None else "",
+        _figures(record, files.folder) if record is not None else "",
         _tasks(config),
         _training(record) if record is not None else "",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, title: str, license: object) -> str:
-    state, declared = config.state, declared_tensors(folder)
+def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFiles, title: str, license: object) -> str:
+    state, declared = config.state, files.tensors
     parts = sizes_of_parts(declared)
     base = hub_base(config)
     kind = (config.auto_mapping or {}).get("base_model_class", "vision transformer")
     shape = f"{kind}, {state.base_layers} blocks, width {state.base_width}"
     papers = ", ".join(f"[{paper.split('/')[-1]}]({paper})" for paper in config.papers)
     numbers = sum(part["numbers"] for part in parts.values())
-    size = in_bytes((folder / WEIGHTS_FILE).stat().st_size)
+    size = in_bytes((files.folder / WEIGHTS_FILE).stat().st_size)
     readout = state.pooling if config.readout == "auto" else config.readout
     facts = {
         "Method": f"{title} ({papers})" if papers else title,
@@ -223,7 +231,7 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, folder: Path, tit
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
         facts["Statistics of the training images' features in it"] = f"{held} (means, covariances or sums; no images)"
     known = " ".join(license.split())[:100] if isinstance(license, str) else ""
-    facts["Licence"] = known or "not stated"
+    facts["License"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
 
 
@@ -260,7 +268,7 @@ def _figures(record: RunRecord, folder: Path) -> str:
     seed = record.seed or 0
     results = [Result(name, matrix, seed, record.trainable.get(name)) for name, matrix in record.results.items()]
     first = next(iter(record.results.values()))
-    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))]
+    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob(PICTURES))]
     sections = [
         "## What it reaches",
         LEGEND,
@@ -306,7 +314,7 @@ def _training(record: RunRecord) -> str:
 
 
 def _kept(text: str) -> tuple[str, str]:
-    """What stands before and after the part that is written anew; a card of somebody else's making stands before it."""
+    """The text before and after the part that is replaced. A card without the two comment lines is all before it."""
     if BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)
         return before.lstrip("\n"), rest.partition(END)[2].lstrip("\n")

@@ -1,4 +1,4 @@
-"""The image processor that goes with an adapter: its own, or its base model's, looked at before it is trusted."""
+"""Loading and checking the image processor of an adapter or of its base model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CLASS_NAME = re.compile(r"(?!Auto)\w+(ImageProcessor(Fast|Pil)?|FeatureExtractor
 LARGEST = 4096  # pixels
 
 
-def load_processor(source: str | os.PathLike[str], **where: Any) -> Any:
+def load_processor(source: str | os.PathLike[str], **hub: Any) -> Any:
     """The image processor of a folder or Hub id; no code from there is run.
 
     Args:
-        source: what holds `preprocessor_config.json`.
-        where: `revision`, `token` and the like, for the Hub.
+        source: folder or Hub id that holds `preprocessor_config.json`.
+        hub: `revision`, `token` and the like, for the Hub.
 
     Raises:
         ValueError: there is none, or it names no image processor of transformers.
@@ -31,12 +31,12 @@ def load_processor(source: str | os.PathLike[str], **where: Any) -> Any:
     if not source:
         raise ValueError(f"the adapter has no {PROCESSOR_FILE}, and its base model no name: pass image_processor=")
     try:
-        declared = ImageProcessingMixin.get_image_processor_dict(source, **where)[0]
+        declared = ImageProcessingMixin.get_image_processor_dict(source, **hub)[0]
         kind = declared.get("image_processor_type") or declared.get("feature_extractor_type")
         if kind is not None and not CLASS_NAME.fullmatch(kind):
             raise ValueError(f"{kind!r} is no image processor")
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **where)
-    except Exception as error:  # values of a foreign file go into all kinds of code
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **hub)
+    except Exception as error:  # values of an untrusted file may make any code fail
         raise ValueError(f"no image processor in {source} ({first_line(error)}): pass image_processor=") from error
 
 
@@ -55,10 +55,10 @@ def check_processor(processor: Any, image_size: list[int] | None) -> None:
             declared = dict(getattr(processor, name, None) or {})
             if max([0, *declared.values()]) > LARGEST:
                 raise ValueError(f"its {name} is {declared}, more than {LARGEST} pixels are refused")
-        # Neither square nor of the right size, so that a processor that keeps proportions shows itself.
+        # Not square, so that a processor that keeps proportions is found.
         made = processor(images=Image.new("RGB", (48, 64)), return_tensors="pt")["pixel_values"]
         if not made.isfinite().all():
-            raise ValueError("it makes NaN or Inf")
+            raise ValueError("it produces NaN or Inf")
     except Exception as error:
         raise ValueError(f"the image processor fails ({first_line(error)}): pass another image_processor=") from error
     found = list(made.shape[-2:])

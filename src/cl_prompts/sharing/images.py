@@ -1,7 +1,7 @@
-"""What people hand over as an image, as 8-bit RGB: files, URLs, PIL images, arrays and tensors.
+"""Images in any form as 8-bit RGB: files, URLs, PIL images, arrays and tensors.
 
-transformers' `load_image` does not do here: it makes 16-bit grey images white, takes any text that names no file for
-base64, and does not look at the status of a web server's answer.
+transformers' `load_image` is not used: it makes 16-bit gray images white, takes any text that names no file for base64,
+and ignores the status of a web server's answer.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def rgb_image(source: ImageSource) -> Image.Image:
             - a path, or a URL with http or https (at most 64 MiB);
             - a PIL image of any mode;
             - a numpy array [height, width] or [height, width, channels], or a torch tensor [height, width] or
-              [channels, height, width], with 1 (grey), 3 (RGB) or 4 (RGBA) channels; uint8, uint16, or floating in [0, 1],
+              [channels, height, width], with 1 (gray), 3 (RGB) or 4 (RGBA) channels; uint8, uint16, or floating in [0, 1],
               which is rounded to 8 bits.
 
             EXIF orientation is applied, 16 bits are scaled to 8, and alpha is dropped, as in training images that
             `convert("RGB")` made. Of several frames the first is taken.
 
     Raises:
-        ValueError: it cannot be found, read or understood; names the file and what to do.
-        TypeError: it is none of these.
+        ValueError: the image cannot be found, read or understood; the message names the file and what to do.
+        TypeError: `source` is none of these.
     """
     if isinstance(source, Image.Image):
         return _from_pil(source, getattr(source, "filename", "") or f"the PIL image {source.mode} {source.size}")
@@ -95,9 +95,9 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
         if upright.mode == "I" or upright.mode.startswith("I;16"):
             upright = _from_16_bits(np.asarray(upright))
         elif upright.mode == "F":
-            raise ValueError("floating pixels, whose range nobody knows")
+            raise ValueError("floating pixels, whose range is unknown")
         if upright.mode == "P":
-            upright = upright.convert("RGBA")  # in one step PIL warns of transparency by colour
+            upright = upright.convert("RGBA")  # in one step PIL warns of transparency by color
         upright = upright.convert("RGB")
     except Exception as error:
         raise _unreadable(name, error) from error
@@ -109,27 +109,27 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
 def _from_16_bits(pixels: np.ndarray) -> Image.Image:
     # 16-bit PGM files are opened as 32-bit integers.
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("32-bit pixels, whose range nobody knows")
+        raise ValueError("32-bit pixels, whose range is unknown")
     return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
 
 
 def _from_array(array: np.ndarray, what: str, layout: str, shape: tuple[int, ...]) -> Image.Image:
-    told = f"the {what} {array.dtype}{list(shape)}"
+    described = f"the {what} {array.dtype}{list(shape)}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in CHANNELS):
-        raise ValueError(f"{told} is no image: give {layout} with 1, 3 or 4 channels; several images as a list")
+        raise ValueError(f"{described} is no image: give {layout} with 1, 3 or 4 channels; several images as a list")
     if not array.size:
-        raise ValueError(f"{told} has no pixels: there is nothing to see")
+        raise ValueError(f"{described} has no pixels: there is nothing to see")
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
             raise ValueError(
-                f"{told} has values outside [0, 1]: divide by 255, or cast to uint8, if they are in [0, 255]; normalised "
-                "pixels go to model(pixel_values=...)"
+                f"{described} has values outside [0, 1]: divide by 255, or cast to uint8, if they are in [0, 255]; "
+                "normalized pixels go to model(pixel_values=...)"
             )
         array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     elif array.dtype == np.uint16:
         array = np.rint(array / 257).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise ValueError(f"{told} has pixels of unknown range: cast it to uint8 [0, 255], or to floats in [0, 1]")
+        raise ValueError(f"{described} has pixels of unknown range: cast it to uint8 [0, 255], or to floats in [0, 1]")
     pixels = array[:, :, None] if array.ndim == 2 else array[:, :, :3]
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))))
 

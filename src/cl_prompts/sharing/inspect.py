@@ -1,9 +1,8 @@
-"""What an adapter is, from its files alone: no tensor is read, no base model is loaded, nothing is run."""
+"""Facts about an adapter from its files: no tensor is read, no base model is loaded, no code of the adapter is run."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,22 +10,22 @@ from typing import Any
 
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
-from cl_prompts.storage.adapter_files import adapter_folder, commit_of, further_file
+from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import AdapterState
-from cl_prompts.storage.integrity import Declared, declared_tensors
+from cl_prompts.storage.integrity import Declared
 
 
 # Bytes of a number by its type in a safetensors header.
 NUMBER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
-def describe_adapter(source: str | os.PathLike[str], subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
     """Facts about an adapter that JSON can hold.
 
     Args:
-        source: folder or Hub id.
+        source: folder or Hub id, or the files that `find_adapter` found.
         subfolder: folder of the adapter in it.
-        where: `revision`, `token` and the like, for the Hub.
+        hub: `revision`, `token` and the like, for the Hub.
 
     Returns:
         "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size);
@@ -38,16 +37,15 @@ def describe_adapter(source: str | os.PathLike[str], subfolder: str | None = Non
         ValueError: files are missing, damaged or foreign.
         cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
-    folder = adapter_folder(source, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **where)
-    where["revision"] = commit_of(source, folder, subfolder)  # everything of one commit
-    config = PromptPoolConfig.from_pretrained(folder)
+    files = find_adapter(source, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **hub)
+    config = PromptPoolConfig.from_pretrained(files)
     state = config.state
     shared = {f.name for f in fields(PromptPoolConfig)}
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
-    parts = sizes_of_parts(declared_tensors(folder))
-    results = further_file(source, RESULTS_FILE, subfolder, max_bytes=MAX_RESULTS_BYTES, **where)
+    parts = sizes_of_parts(files.tensors)
+    results = files.further_file(RESULTS_FILE, MAX_RESULTS_BYTES)
     return {
-        "adapter": os.fspath(source),
+        "adapter": files.source,
         "method": config.method,
         "title": (type(config).__doc__ or "").splitlines()[0],
         "papers": list(config.papers),
@@ -100,6 +98,6 @@ def _figures(path: Path | None, state: AdapterState) -> dict[str, dict[str, floa
     if path is None:
         return {}
     record = RunRecord.load(path)
-    if record.weights_sha256 != state.weights_sha256:  # it speaks of other weights
+    if record.weights_sha256 != state.weights_sha256:  # it is of other weights
         return {}
     return {name: matrix.summary() for name, matrix in record.results.items()}

@@ -1,4 +1,4 @@
-"""Pushing an adapter to the Hub: one commit, with a card, and nothing of the machine it was made on."""
+"""Pushing an adapter to the Hub: one commit, with a card, and without paths of the local machine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from huggingface_hub import CommitInfo, HfApi
 
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.sharing.base_models import BASE_FOLDER, load_base
-from cl_prompts.sharing.card import CARD_FILE, hub_base, known_run, write_card
+from cl_prompts.sharing.card import CARD_FILE, PICTURES, hub_base, known_run, write_card
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE
 from cl_prompts.sharing.run_record import RESULTS_FILE
-from cl_prompts.storage.atomic import recover
-from cl_prompts.storage.hub_errors import HubError, explained
-from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE, check_adapter_files
+from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
+from cl_prompts.storage.hub_errors import HubError, explain_hub_errors
+from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
 
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PROCESSOR_FILE)
-PICTURES = "*.png"
-# What an earlier push may have left that this one does not bring.
+# Files of an earlier push that are deleted unless this push replaces them.
 STALE = [RESULTS_FILE, PROCESSOR_FILE, PICTURES, f"{BASE_FOLDER}/*"]
 
 
@@ -40,7 +39,7 @@ def push_folder(
     include_base: bool = False,
     license: str | None = None,
 ) -> CommitInfo:
-    """Push the adapter in a local folder, in one commit: all of it arrives, or nothing.
+    """Push the adapter in a local folder, in one commit: all files arrive, or none.
 
     Args:
         folder: written by `save_pretrained`. Its card, image processor, `results.json` and pictures go along.
@@ -55,53 +54,52 @@ def push_folder(
         license: identifier of the Hub, like "apache-2.0".
 
     Raises:
-        ValueError: no adapter, a base that only this machine has, a file that names a folder of this machine, or
-            `create_pr` with `revision`.
+        ValueError: there is no adapter, its base is only on this machine, a file names a folder of this machine, or both
+            `create_pr` and `revision` were given.
         HubError: the Hub cannot be reached or refuses, or the repository holds something else; no file there was changed.
     """
     if create_pr and revision is not None:
         raise ValueError(f"create_pr opens a pull request against main, not against {revision!r}: leave one of the two out")
-    folder = Path(folder)
-    recover(folder)
-    if not folder.exists():
-        raise ValueError(f"{folder} does not exist: name a folder written by `save_pretrained`")
-    check_adapter_files(folder)
-    base = _base_to_name(folder, base_model_id, include_base)
+    files = find_adapter(Path(folder))
+    base = _base_to_name(files, base_model_id, include_base)
     with tempfile.TemporaryDirectory(prefix="cl_prompts-push-") as room:
         stage = Path(room, "adapter")
         stage.mkdir()
-        _stage(folder, stage, base)
+        _stage(files, stage, base)
         if include_base and not (stage / BASE_FOLDER).exists():
-            load_base(PromptPoolConfig.from_pretrained(folder), folder, None).save_pretrained(stage / BASE_FOLDER)
+            load_base(PromptPoolConfig.from_pretrained(files), files).save_pretrained(stage / BASE_FOLDER)
         write_card(stage, name=repo_id, license=license)
         _refuse_places(stage)
         return _upload(stage, repo_id, private, revision, commit_message or "Upload adapter", create_pr, token)
 
 
-def _base_to_name(folder: Path, base_model_id: str | None, include_base: bool) -> str | None:
+def _base_to_name(files: AdapterFiles, base_model_id: str | None, include_base: bool) -> str | None:
     if base_model_id and include_base:
         raise ValueError("base_model_id and include_base exclude each other: name the base, or push it along")
-    if include_base or (base_model_id is None and (folder / BASE_FOLDER).is_dir()):
+    if include_base or (base_model_id is None and (files.folder / BASE_FOLDER).is_dir()):
         return None
-    config = PromptPoolConfig.from_pretrained(folder)
+    config = PromptPoolConfig.from_pretrained(files)
     if base_model_id is not None:
         config.base_model_name_or_path = base_model_id
     base = hub_base(config)
     if base is None:
         raise ValueError(
-            f"the adapter's base, {config.base_model_name_or_path!r}, is nothing others can load: give its Hub id "
+            f"the adapter's base, {config.base_model_name_or_path!r}, cannot be loaded by others: give its Hub id "
             "(base_model_id=, --base-model-id) or push it along (include_base=True, --include-base)"
         )
     return base
 
 
-def _stage(folder: Path, stage: Path, base: str | None) -> None:
-    files = [folder / name for name in FILES]
-    if known_run(folder) is not None:  # results and pictures of other weights stay here
-        files += [folder / RESULTS_FILE, *folder.glob(PICTURES)]
-    for file in files:
-        if file.is_file():
-            shutil.copy2(file, stage / file.name)
+def _stage(files: AdapterFiles, stage: Path, base: str | None) -> None:
+    folder = files.folder
+    paths = [folder / name for name in FILES]
+    if known_run(files) is not None:  # results and pictures of other weights are not pushed
+        paths += [folder / RESULTS_FILE, *folder.glob(PICTURES)]
+    for path in paths:
+        if path.is_file():
+            shutil.copy2(path, stage / path.name)
+    if files.were_replaced():
+        raise ValueError(f"{folder} was saved while it was copied: push it again")
     if base is None and (folder / BASE_FOLDER).is_dir():
         shutil.copytree(folder / BASE_FOLDER, stage / BASE_FOLDER)
     content = json.loads((stage / CONFIG_FILE).read_text())
@@ -111,7 +109,7 @@ def _stage(folder: Path, stage: Path, base: str | None) -> None:
 
 
 def _refuse_places(stage: Path) -> None:
-    """Nobody has to learn from a card what somebody's home folder is called."""
+    """Raise ValueError if a text file names a folder below the user's home."""
     home = str(Path.home())
     for file in stage.rglob("*"):
         if file.suffix in (".md", ".json") and len(home) > 1 and f"{home}{os.sep}" in file.read_text(errors="replace"):
@@ -128,7 +126,7 @@ def _upload(
     token: str | bool | None,
 ) -> CommitInfo:
     api = HfApi(token=token, library_name="cl_prompts")
-    with explained(repo_id, revision):
+    with explain_hub_errors(repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         there = set(api.list_repo_files(repo_id)) - {".gitattributes", CARD_FILE}
         if there and CONFIG_FILE not in there:

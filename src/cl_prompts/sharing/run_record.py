@@ -1,4 +1,4 @@
-"""What is known of the run that made an adapter, in `results.json` beside it. Its card is written from that."""
+"""The record of a training run, `results.json` in its folder and beside the adapter; the model card is written from it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.report import machine
+from cl_prompts.evaluation.results import TrainingResult
+from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
-from cl_prompts.storage.atomic import write_whole
-
-
-if TYPE_CHECKING:
-    from cl_prompts.continual.trainer import ContinualTrainer
 
 
 RESULTS_FILE = "results.json"
@@ -27,20 +24,20 @@ MAX_RESULTS_BYTES = 4 * 2**20  # more than a thousand tasks
 
 @dataclass
 class RunRecord:
-    """The run that made an adapter. Nothing in it names a place on somebody's machine: see `without_places`.
+    """The record of a training run. Paths of the machine are shortened in it: see `without_places`.
 
     Args:
-        results: accuracy matrix of each learner; the first is the adapter's own, the others ran beside it.
+        results: accuracy matrix of each learner; the first is the trained one, the others are compared with it.
         data: the training data in words.
-        datasets: Hub ids of the data, if it is there.
-        command: what repeats the run.
+        datasets: Hub ids of the data, if it is on the Hub.
+        command: repeats the run.
         settings: of the run, JSON-able.
         trainable: parameters trained in the last task, by learner.
         seed: of the run.
-        seconds: what it took.
-        machine: what it ran on.
-        written: when it ended.
-        weights_sha256: checksum of the weights it speaks of; None until the record is saved with them.
+        seconds: duration of the run.
+        machine: hardware and library versions.
+        written: when the run ended.
+        weights_sha256: checksum of the weights that the record belongs to; None if it is saved without them.
 
     Raises:
         ValueError: `results` is empty.
@@ -65,30 +62,35 @@ class RunRecord:
         self.data, self.datasets = without_places(self.data), list(self.datasets)
 
     @classmethod
-    def of(cls, trainer: ContinualTrainer, name: str, **facts: Any) -> RunRecord:
-        """The record of a run that a trainer has come to the end of.
+    def of(cls, result: TrainingResult, name: str, **facts: Any) -> RunRecord:
+        """The record of a run.
 
         Args:
-            trainer: after `train`.
-            name: what its learner is called in tables.
-            facts: further fields, or others in place of what the trainer knows: `data`, `datasets`, `command`.
+            result: of the run, `trainer.result()` after `trainer.train()`.
+            name: the learner's name in tables.
+            facts: further fields (`data`, `datasets`, `command`), or fields that replace those of the result.
         """
         known: dict[str, Any] = {
-            "results": {name: trainer.matrix}
-            | {f"{name} + {other}": found for other, found in trainer.side.matrices.items()},
-            "trainable": {name: sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)},
-            "settings": asdict(trainer.args) | {"scenario": trainer.stream.scenario},
-            "seed": trainer.args.seed,
-            "seconds": round(trainer.progress.seconds, 1),
+            "results": {name: result.matrix}
+            | {f"{name} + {extra}": matrix for extra, matrix in result.extra_matrices.items()},
+            "trainable": {name: result.trainable_parameters},
+            "settings": result.settings,
+            "seed": result.settings.get("seed"),
+            "seconds": round(result.seconds, 1),
         }
         return cls(**known | facts)
 
     def save(self, folder: str | os.PathLike[str], weights_sha256: str | None) -> None:
-        """Write `results.json` into the `folder` of the adapter whose weights have the checksum `weights_sha256`."""
+        """Write `results.json` into `folder`.
+
+        Args:
+            folder: of the run or of the adapter.
+            weights_sha256: checksum of the adapter's weights; None for the folder of a run.
+        """
         values = {name: value for name, value in vars(self).items() if name != "results"}
         results = {name: matrix.to_dict() for name, matrix in self.results.items()}
         content = values | {"weights_sha256": weights_sha256, "results": results}
-        write_whole(Path(folder, RESULTS_FILE), json.dumps(content, indent=1, default=str))
+        write_atomically(Path(folder, RESULTS_FILE), json.dumps(content, indent=1, default=str))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:

@@ -1,1 +1,1 @@
-"""Files of adapters: where they are, whether they are whole, and writes that leave the old content or the new."""
+"""Files of adapters: finding and checking them, and saves that leave the old files or the new ones."""

@@ -1,16 +1,11 @@
-"""What an adapter remembers besides its tensors: the tasks it has seen, the names of its classes, the base it fits."""
+"""State of an adapter besides its tensors: tasks, class names, and the base it was trained on."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Integral
 from typing import Any
-
-from torch import Tensor
 
 from cl_prompts.runtime.text import shown
 from cl_prompts.version import __version__
@@ -43,7 +38,7 @@ class AdapterState:
         base_width, base_layers, base_heads: sizes of that base.
         pooling: how the base's un-prompted feature was taken ("cls", "mean" or "pooler").
         image_size: height and width of the input in pixels, where the base has a fixed one.
-        image_mean, image_std: normalisation of the input, one number per channel.
+        image_mean, image_std: normalization of the input, one number per channel.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
 
@@ -112,50 +107,9 @@ class AdapterState:
 
     @property
     def classes(self) -> list[int]:
-        """Class ids in the order of the head's columns: by first appearance."""
+        """Class ids in the order of the logits: by first appearance."""
         return list(dict.fromkeys(c for task in self.tasks for c in task))
-
-    def check_task(self, classes: Sequence[int], revisit: bool) -> list[int]:
-        """The class ids of a task that is about to begin.
-
-        Raises:
-            TypeError: they are no integers.
-            ValueError: a task is still open, a class is declared twice, or known already without `revisit`.
-        """
-        if self.task_open:
-            raise ValueError(f"task {len(self.tasks) - 1} is still open: call end_task() first")
-        declared = _class_ids(classes)
-        known = sorted(set(declared) & set(self.classes), key=declared.index)
-        if known and not revisit:
-            raise ValueError(
-                f"classes {shown(known)} were declared in an earlier task: leave them out, or pass revisit=True if they "
-                "come back (new domain, recurring classes)"
-            )
-        return declared
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return asdict(self)
-
-
-def _class_ids(classes: Sequence[int]) -> list[int]:
-    values = classes.tolist() if isinstance(classes, Tensor) else classes
-    if not isinstance(values, Iterable):
-        raise TypeError(
-            f"classes must be a list of class ids, got {shown(classes)}: write [{shown(classes)}] for one class"
-        )
-    declared = list(values)
-    wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
-    if wrong:
-        raise TypeError(f"classes must be integers as they stand in `labels`, got {wrong}")
-    if not declared:
-        raise ValueError("a task needs at least one class")
-    ids = [int(c) for c in declared]
-    twice = sorted(c for c, times in Counter(ids).items() if times > 1)
-    if twice:
-        raise ValueError(f"classes {shown(twice)} are declared twice in one call")
-    if min(ids) < 0:
-        raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
-    if max(ids) >= 2**63:
-        raise ValueError(f"class {max(ids)} does not fit the int64 of `labels`: number the classes from 0")
-    return ids

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, as one line that says what to do."""
+"""Errors of the Hub's client as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from huggingface_hub.utils import httpx
 
 
 class HubError(OSError):
-    """The Hub cannot be reached, refuses, or does not have what was asked for; the message says what to do."""
+    """The Hub cannot be reached, refuses, or lacks the repository or file; the message says what to do."""
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
+def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors of the Hub's client into a `HubError` of one line.
 
-    A file that the repository does not have stays an `EntryNotFoundError`: what it means, the caller knows.
+    A file that the repository does not have stays an `EntryNotFoundError`; the caller handles it.
 
     Raises:
-        HubError: instead of every error of the client and of its connection.
-        ValueError: `repo_id` is no name a repository can have.
+        HubError: for every error of the client and of its connection.
+        ValueError: `repo_id` is not a valid repository name.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
         raise HubError("no token: run `hf auth login`, or pass token=") from error
     except (OfflineModeIsEnabled, httpx.HTTPError, ConnectionError, TimeoutError) as error:
         raise HubError(_unreachable("nothing was changed")) from error
-    except RuntimeError as error:  # of an upload of large files; why it failed is its cause
+    except RuntimeError as error:  # of an upload of large files; the reason is its cause
         if isinstance(error.__cause__, HfHubHTTPError):
             raise HubError(_refused(error.__cause__, repo_id, revision)) from error
         if isinstance(error.__cause__, (httpx.HTTPError, OSError)):
@@ -75,11 +75,11 @@ def _refused(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no {repo_id} for you: check the name; if it is private, run `hf auth login` or pass token="
     if status == 401:
-        return "the Hub knows no such token: run `hf auth login`, or pass token="
+        return "the Hub does not know this token: run `hf auth login`, or pass token="
     if status == 403:
         return f"the token may not do that with {repo_id}: use one with write permission, or a name that is yours"
     if status == 409:
-        return f"{repo_id} was changed or made by somebody at the same time: look at it, then try again"
+        return f"{repo_id} was changed or created by somebody else at the same time: look at it, then try again"
     if status == 429 or status >= 500:
         return f"the Hub is busy or down (status {status}), nothing was changed: try again later"
-    return f"the Hub refused {repo_id} (status {status}): {error.server_message or 'it did not say why'}"
+    return f"the Hub refused {repo_id} (status {status}): {error.server_message or 'no reason given'}"

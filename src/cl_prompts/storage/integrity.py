@@ -1,4 +1,4 @@
-"""Whether files and tensors are what they claim to be: checksums of adapters and bases, checks before and after loading."""
+"""Checks of an adapter's files and tensors before and after loading: checksums, sizes, names, shapes and types."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Declared(NamedTuple):
     shape: tuple[int, ...]
 
 
-# Types of fractions that are taken for one another, in a safetensors header and in torch.
-FRACTIONS = ("F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Floating types, which are taken for one another, in a safetensors header and in torch.
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -52,32 +52,12 @@ def digest_file(folder: str | os.PathLike[str]) -> str | None:
     return digest(load_file(path).items()) if path.is_file() else None
 
 
-def check_adapter_files(folder: str | os.PathLike[str]) -> None:
-    """Refuse a local folder that holds no adapter or one in pickle, as far as that shows without a base model.
-
-    Raises:
-        ValueError: a file is missing, truncated, foreign, or a pickle.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: name the folder that holds {CONFIG_FILE}")
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"no {CONFIG_FILE} in {folder}: name a folder written by `save_pretrained`")
-    _check_config_file(folder / CONFIG_FILE)
-    if not (folder / WEIGHTS_FILE).is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which is never loaded: save as {WEIGHTS_FILE}")
-        raise ValueError(f"no {WEIGHTS_FILE} in {folder}: name a folder written by `save_pretrained`")
-    declared_tensors(folder)
-
-
-def declared_tensors(folder: str | os.PathLike[str]) -> Mapping[str, Declared]:
-    """What the header of an adapter's weights declares, by name; no tensor is read.
+def declared_tensors(path: Path) -> Mapping[str, Declared]:
+    """What the header of a safetensors file declares, by name; no tensor is read.
 
     Raises:
         ValueError: the file is truncated or no safetensors file, or declares more tensors than any adapter has.
     """
-    path = Path(folder, WEIGHTS_FILE)
     with path.open("rb") as start:
         length = int.from_bytes(start.read(8), "little")
     if MAX_HEADER_BYTES < length <= path.stat().st_size:
@@ -91,7 +71,7 @@ def declared_tensors(folder: str | os.PathLike[str]) -> Mapping[str, Declared]:
 
 
 def check_config_size(path: Path) -> None:
-    """Raise ValueError if a config is larger than any that is read."""
+    """Raise ValueError if a config file is larger than `MAX_CONFIG_BYTES`, the most that is read."""
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
         raise ValueError(
@@ -99,7 +79,12 @@ def check_config_size(path: Path) -> None:
         )
 
 
-def _check_config_file(path: Path) -> None:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The content of an `adapter_config.json`.
+
+    Raises:
+        ValueError: it is too large, truncated, no JSON, or of another method of PEFT.
+    """
     check_config_size(path)
     try:
         content = json.loads(path.read_bytes())
@@ -108,17 +93,18 @@ def _check_config_file(path: Path) -> None:
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind != PEFT_TYPE:
         raise ValueError(f"{path} has peft_type {shown(kind)}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT")
+    return dict(content)
 
 
 def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and kinds of a file's tensors with what its config implies.
+    """Compare names, shapes and types of a file's tensors with those that its config implies.
 
     Args:
         found: tensors of the file, or what its header declares, by name.
         expected: tensors of the adapter that the config builds, by the same names.
 
     Raises:
-        ValueError: a tensor is missing, foreign, or of another shape or kind.
+        ValueError: a tensor is missing, foreign, or of another shape or type.
     """
     missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or foreign:
@@ -128,7 +114,7 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
         )
     for name, tensor in found.items():
         like = expected[name]
-        kinds: tuple[Any, ...] = FRACTIONS if like.is_floating_point() else ("I64", torch.int64)
+        kinds: tuple[Any, ...] = FLOAT_TYPES if like.is_floating_point() else ("I64", torch.int64)
         if tuple(tensor.shape) != tuple(like.shape) or tensor.dtype not in kinds:
             raise ValueError(
                 f"{name} is {tensor.dtype}{shown(list(tensor.shape))} in {WEIGHTS_FILE}, the config implies "
@@ -137,7 +123,7 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sha256: str | None) -> None:
-    """Compare loaded tensors with what the config implies.
+    """Compare loaded tensors with those that the config implies.
 
     Args:
         found: tensors of the file, by name.
@@ -154,6 +140,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
             "changed. Fetch it again, or pass verify=False to load it all the same"
         )
     for name, tensor in found.items():
-        # A sum shows NaN and Inf, ten times as fast; one that only overflows is looked at closely.
+        # A sum shows NaN and Inf ten times as fast. Where it is not finite, an overflow of the sum is ruled out.
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or Inf: the run that wrote it diverged; lower its learning rate")

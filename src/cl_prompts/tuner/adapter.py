@@ -1,8 +1,8 @@
-"""One adapter: a pool, its head, and the classes they know. The tuner keeps several by name."""
+"""One adapter: a pool, its classifier, and the tasks they have learned. The tuner keeps several by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,46 +10,57 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.heads import AlignedClassifier, build_classifier
-from cl_prompts.heads.incremental import GrowingHead
-from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape
+from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.features import Recorded
-from cl_prompts.learner.optimizer_hook import ImageLedger, OptimizerLink
+from cl_prompts.learner.optimizer_hook import UpdateScaler
+from cl_prompts.learner.sample_counter import SampleCounter
+from cl_prompts.learner.task_state import TaskState
 from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
 
 
 class PoolAdapter(nn.Module):
-    """Pool and head of one adapter, grown to the tasks in `config.state`.
+    """Pool and classifier of one adapter, grown to the tasks in `config.state`.
 
     Args:
         config: the method's config; its `state` is kept up to date.
         shape: sizes of the backbone.
         pooling: the resolved feature of the un-prompted pass.
-    """
 
-    unknown_labels: Tensor
+    Attributes:
+        tasks: tasks and classes.
+        pool: the method's prompts.
+        head: the trained classifier.
+        classifier: one made from features, which answers or aligns the head; None without.
+        update_scaler: hooks on the optimizer.
+        sample_counter: images that the pool's statistics have counted in this task.
+        recorded: features of the next task's images before it, for drift compensation.
+        grown: whether parameters were added since the last training forward.
+    """
 
     def __init__(self, config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
         super().__init__()
         self.config = config
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
+        self.tasks = TaskState(config.state, config.num_labels)
         self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
-        self.head = GrowingHead(width, config.scale)
+        self.head = IncrementalHead(width, config.scale)
         self.classifier = build_classifier(config, width)
-        self.recorded: Recorded | None = None  # the coming task's images, seen before it
-        self.link = OptimizerLink()
-        self.ledger = ImageLedger()
-        self.grown = False  # since the last training forward
-        # Labels of undeclared classes seen on a device or in a compiled graph, where a step must not look at them.
-        self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.recorded: Recorded | None = None
+        self.update_scaler = UpdateScaler()
+        self.sample_counter = SampleCounter()
+        self.grown = False
         if config.num_labels is not None:
-            self._declare(range(config.num_labels))
+            self.head.expand(self.classes, self.classes)
+            if self.classifier is not None:
+                self.classifier.begin_task(range(config.num_labels))
         if config.state.tasks:
-            self._rebuild(config.state.tasks)
+            self._rebuild()
 
     def materialised(self) -> PoolAdapter:
-        """Give every tensor on the meta device zeros to hold what a file will fill in."""
+        """Replace every tensor on the meta device by zeros, to be overwritten from a file."""
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
@@ -61,10 +72,8 @@ class PoolAdapter(nn.Module):
 
     @property
     def classes(self) -> list[int]:
-        """Known class ids, in the order of the head's columns."""
-        if self.config.num_labels is not None:
-            return list(range(self.config.num_labels))
-        return self.config.state.classes
+        """Known class ids, in the order of the logits."""
+        return self.tasks.classes
 
     @property
     def frozen(self) -> bool:
@@ -83,58 +92,48 @@ class PoolAdapter(nn.Module):
         if self.frozen:
             raise ValueError('trained_tasks="first": prompts are frozen after the first task, statistics rely on them')
 
-    def _declare(self, known: Sequence[int], task: Sequence[int] | None = None) -> None:
-        self.head.declare(known, task if task is not None else known)
-        column_of = {c: column for column, c in enumerate(known)}
-        columns = [column_of[c] for c in (task if task is not None else known)]
+    def _rebuild(self) -> None:
+        """Make room for what the tasks so far left, whose values come from a file."""
+        class_indices = self.tasks.class_indices(self.config.state.tasks)
+        self.head.expand(self.classes, self.tasks.current_classes)
+        self.pool.rebuild(class_indices if self.config.trained_tasks == "all" else class_indices[:1])
+        if self.classifier is not None:
+            self.classifier.rebuild(class_indices)
+
+    def begin_task(
+        self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
+    ) -> None:
+        """Open the next task; see `TaskAPI.begin_task`."""
+        task = self.tasks.plan_task(classes, revisit, class_names)
+        if self.classifier is not None:
+            self.classifier.check_statistics()
+        # Checks are done; from here on things grow.
+        self.head.expand(task.known, task.classes)
+        self.tasks.begin(task)
+        (class_indices,) = self.tasks.class_indices([task.classes])
         # Prompts that are frozen after the first task have no part in later ones.
-        if task is not None and (self.config.trained_tasks == "all" or not self.pool.num_tasks):
-            self.pool.begin_task(columns)
+        if self.config.trained_tasks == "all" or not self.pool.num_tasks:
+            self.pool.begin_task(class_indices)
         if self.classifier is not None:
-            self.classifier.begin_task(columns)
-
-    def _rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
-        """Make room for what these tasks left, whose values come from a file."""
-        known = self.config.state.classes
-        column_of = {c: column for column, c in enumerate(known)}
-        columns = [[column_of[c] for c in task] for task in tasks]
-        self.head.declare(known, tasks[-1])
-        self.pool.rebuild(columns if self.config.trained_tasks == "all" else columns[:1])
-        if self.classifier is not None:
-            self.classifier.rebuild(columns)
-
-    def begin_task(self, classes: Sequence[int], revisit: bool, class_names: dict[int, str] | None) -> None:
-        """Grow for a task; see `PromptPoolTuner.begin_task`."""
-        state = self.config.state
-        if self.config.num_labels is not None:
-            raise ValueError(f"num_labels={self.config.num_labels} makes this adapter task-free: leave begin_task out")
-        declared = state.check_task(classes, revisit)
-        if self.classifier is not None:
-            self.classifier.check_statistics()  # before anything has grown
-        names = {str(int(c)): str(name) for c, name in (class_names or {}).items()}
-        self._declare(list(dict.fromkeys(self.classes + declared)), declared)
-        state.tasks.append(declared)
-        state.task_open = True
-        state.class_names.update(names)
+            self.classifier.begin_task(class_indices)
         if self.frozen:
             self.pool.requires_grad_(False)
-        self.ledger.clear()
+        self.sample_counter.clear()
         self.grown = True
-        self.link.detach()
+        self.update_scaler.detach()
 
     def end_task(self) -> None:
-        """Close the task; see `PromptPoolTuner.end_task`."""
-        if not self.config.state.task_open:
-            raise ValueError("no task is open: call begin_task(classes) first")
+        """Close the current task; see `TaskAPI.end_task`."""
+        self.tasks.check_open()
         if self.classifier is not None and int(self.classifier.fitted) < self.classifier.num_tasks:
             raise ValueError("the classifier has not seen this task: call model.consolidate(images) before end_task()")
         if not self.frozen:
             self.pool.end_task()
-        self.config.state.task_open = False
-        self.link.detach()
+        self.tasks.end()
+        self.update_scaler.detach()
 
     def classify(self, features: Tensor) -> Tensor:
-        """What answers: logits [B, C] of features [B, D]."""
+        """Features [B, D] -> logits [B, C] of the classifier that answers at test."""
         if self.classifier is None or not self.config.closed_form:
             return self.head(features)
         return self.classifier(features)
@@ -155,14 +154,14 @@ class PoolAdapter(nn.Module):
                     'model.record_features(images) before begin_task, or set drift_compensation="none"'
                 )
             before = self.recorded.features_of(seen)
-        columns, _ = self.head.to_columns(seen.labels)
-        outside = ~self.head.current[columns.clamp_min(0)] | (columns < 0)
+        targets, _ = self.head.to_targets(seen.labels)
+        outside = ~self.head.current[targets.clamp_min(0)] | (targets < 0)
         if outside.any():
             raise ValueError(
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: show the classifier "
                 "the task's images only"
             )
-        self.classifier.fit(seen.features, columns, before, self.head)
+        self.classifier.fit(seen.features, targets, before, self.head)
         self.recorded = None
         if isinstance(self.classifier, AlignedClassifier):
             self.classifier.hand_over(self.head)
@@ -171,40 +170,10 @@ class PoolAdapter(nn.Module):
         """The parameter group of one of the adapter's parameters."""
         return "head" if name.startswith("head.") else self.pool.roles[name.removeprefix("pool.")]
 
-    def to_columns(self, labels: Tensor) -> Tensor:
-        """Head columns of class ids [B]; -100 stays.
-
-        Raises:
-            ValueError: a label on the CPU is of no declared class, or in training of none of the current task.
-        """
-        columns, unknown = self.head.to_columns(labels)
-        masked = self.training and self.config.class_mask == "task"
-        outside = (columns >= 0) & ~self.head.current[columns.clamp_min(0)] & masked
-        if torch.compiler.is_compiling() or labels.device.type != "cpu":
-            # Ignored until check_labels reports them: a label whose logit is masked would make the loss infinite.
-            self.unknown_labels += (unknown | outside).sum()
-            return torch.where(outside, IGNORE_INDEX, columns)
-        if unknown.any():
-            self._raise_unknown(sorted(set(labels[unknown].tolist())))
-        if outside.any():
-            raise ValueError(
-                f"labels {sorted(set(labels[outside].tolist()))} do not belong to the current task "
-                f'{self.config.state.tasks[-1]}: declare them in begin_task, or set class_mask to "none"'
-            )
-        return columns
-
-    def check_labels(self) -> None:
-        """Raise ValueError if labels of undeclared classes were seen on a device since the last call."""
-        count = int(self.unknown_labels)
-        self.unknown_labels.zero_()
-        if count:
-            raise ValueError(
-                f"{count} labels are of no declared class, or in training of none of the current task, and were ignored; "
-                f"declared are {self.classes}: see begin_task"
-            )
-
-    def _raise_unknown(self, what: Any) -> None:
-        raise ValueError(f"labels {what} are of no declared class; declared are {self.classes}: see begin_task")
+    def to_targets(self, labels: Tensor) -> Tensor:
+        """The index of the logit of each label's class [B]; -100 stays. See `TaskState.targets`."""
+        only_current = self.training and self.config.class_mask == "task"
+        return self.tasks.targets(labels, self.head, only_current=only_current)
 
 
 class PromptPoolLayer(nn.Module, BaseTunerLayer):

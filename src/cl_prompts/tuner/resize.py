@@ -16,7 +16,7 @@ from cl_prompts.tuner.validation import planned_adapter
 
 
 def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimizer: Any = None) -> None:
-    """Grow an adapter's pool; see `PromptPoolTuner.grow_pool`. After an error everything is as before."""
+    """Grow an adapter's pool; see `TaskAPI.grow_pool`. After an error everything is as before."""
     config, old = adapter.config, adapter.pool
     size = getattr(config, "pool_size", None)
     if size is None:
@@ -40,8 +40,8 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
     adapter.grown = True
     if optimizer is not None:
         _swap_parameters(optimizer, swapped)
-        if adapter.link.attached:
-            adapter.link.attach(optimizer, adapter, new.update_factors(), "pool.")
+        if adapter.update_scaler.attached:
+            adapter.update_scaler.attach(optimizer, adapter, new.update_factors(), "pool.")
 
 
 @torch.no_grad()

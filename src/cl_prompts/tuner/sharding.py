@@ -7,16 +7,16 @@ process keeps its share of their weights and the whole block only while it compu
 
 from __future__ import annotations
 
+from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cl_prompts.model import PromptPoolModel
 from cl_prompts.runtime.distributed import world_size
 
 
-def shard_frozen_blocks(model: PromptPoolModel) -> None:
+def shard_frozen_blocks(model: PeftModel) -> None:
     """Spread the weights of the base's transformer blocks over all processes; answers and training stay the same.
 
     To be called once, on every process, when the model is on its device and before it is wrapped. From then on every
@@ -44,7 +44,7 @@ def shard_frozen_blocks(model: PromptPoolModel) -> None:
         # Said explicitly: by default a block without a sharded parent would stay whole once it has computed.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # FSDP gathers a block for its backward when the gradient of what it has seen leave the block arrives.
-    tuner.way.move_behind()
+    tuner.backbone.move_hooks_behind()
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     # DDP would hand every frozen weight to all processes as it was on the first; these are not whole on any.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)

@@ -1,65 +1,94 @@
-"""What a training loop calls: tasks, parameter groups, looks at images for the classifier. No method's mathematics."""
+"""What a training loop calls on a prompt learner: tasks, optimizer, consolidation, state. No method's mathematics."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cl_prompts.backbones.structure import Structure, expected_image, fingerprint
-from cl_prompts.heads.incremental import GrowingHead
+from cl_prompts.backbones.cache_key import backbone_cache_key
+from cl_prompts.backbones.fingerprint import fingerprint as base_fingerprint
+from cl_prompts.backbones.input_checks import check_images
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.backbones.structure import Structure, expected_image
+from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.learner.features import record
+from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
-from cl_prompts.tuner.forward import WayOfABatch
+from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.resize import grow_pool
-from cl_prompts.tuner.training_state import rebuilt, training_state
+from cl_prompts.tuner.training_state import restored_adapter, training_state_dict
 
 
-class TaskLearner:
-    """The part of `PromptPoolTuner` that learns task after task with its active adapter."""
+class TaskAPI:
+    """The methods that `PromptPoolTuner` and `PromptPoolModel` have in common: all act on the active adapter.
+
+    The tuner holds the attributes below; `PromptPoolModel` finds them on its tuner, as `PeftModel` does.
+
+    Attributes:
+        model: the frozen base model.
+        backbone: the base model with its hooks.
+        released: whether the base was given back by `unload`.
+        pools: the adapters by name.
+        peft_config: configs by adapter name.
+        active_adapters: names; the first one answers.
+    """
 
     model: nn.Module
-    structure: Structure
+    backbone: PromptedBackbone
+    released: bool
     pools: PromptPoolLayer
-    way: WayOfABatch
     peft_config: Any
     active_adapters: Any
 
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def structure(self) -> Structure:
+        """Where the base's parts are."""
+        return self.backbone.structure
+
     @property
     def adapter(self) -> PoolAdapter:
-        """The adapter that answers."""
+        """The active adapter.
+
+        Raises:
+            ValueError: none is active.
+        """
         if not self.active_adapters:
             raise ValueError("no adapter is active: add one, or choose one with set_adapter(name)")
         return self.pools.prompt_pool[self.active_adapters[0]]  # type: ignore[return-value]
 
     @property
     def classes(self) -> list[int]:
-        """Class ids as they stand in `labels`, in the order of the logits' columns."""
+        """Class ids as they stand in `labels`, in the order of the logits."""
         return self.adapter.classes
 
     @property
     def class_mask(self) -> str:
-        """Which logits the training loss sees (the config's)."""
+        """Which logits the training loss sees: the config's `class_mask`."""
         return self.adapter.config.class_mask
 
     @property
     def closed_form(self) -> bool:
-        """Whether nothing can be answered before the first task is consolidated."""
+        """Whether the classifier is made from features, so that nothing is known before the first `consolidate`."""
         return self.adapter.config.closed_form
 
     @property
-    def head(self) -> GrowingHead:
-        """The trained head."""
+    def head(self) -> IncrementalHead:
+        """The trained classifier."""
         return self.adapter.head
 
     @property
     def needs_query(self) -> bool:
-        """Whether the method reads the un-prompted feature; a caller who has it saves a pass with `query=`."""
+        """Whether the method reads the un-prompted feature, so that `query=` spares a pass."""
         return self.adapter.pool.needs_query
 
     @property
@@ -67,21 +96,35 @@ class TaskLearner:
         """Which feature the un-prompted pass takes: "cls", "mean", "cls_mean" or "pooler"."""
         return self.adapter.query_pooling
 
-    def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
-        """Task whose prompts answered for each image, as far as the method chooses prompts by task.
+    @property
+    def replay(self) -> Replay:
+        """How stored images are trained on: always "mixed" into the batches."""
+        return "mixed"
 
-        Args:
-            output: the answer of a pass in eval mode.
+    @property
+    def needs_memory(self) -> bool:
+        """Whether stored images are needed: never."""
+        return False
 
-        Returns:
-            Numbers of tasks [B], or [B, layers] where each layer chooses; None where no task is chosen.
-        """
-        if output.prompt_ids is None:
-            return None
-        return self.adapter.pool.chosen_tasks(output.prompt_ids, output.prompt_weights, output.query)
+    @property
+    def needs_features_before(self) -> bool:
+        """Whether `consolidate` needs `record_features` before `begin_task`, from the second task on."""
+        classifier = self.adapter.classifier
+        return classifier is not None and classifier.needs_before
+
+    @property
+    def needs_consolidation(self) -> bool:
+        """Whether the classifier needs to see a task's images when the task has been trained."""
+        return self.adapter.classifier is not None
+
+    def get_base_model(self) -> nn.Module:
+        """The base model."""
+        return self.model
+
+    # ---- tasks -------------------------------------------------------------------------------------------------------
 
     def begin_task(
-        self, classes: Sequence[int], *, revisit: bool = False, class_names: dict[int, str] | None = None
+        self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
         """Open the next task: the head grows by new classes, the method adds what a task needs.
 
@@ -93,26 +136,38 @@ class TaskLearner:
             class_names: names by class id, saved with the adapter.
 
         Raises:
+            TypeError: class ids are not integers.
             ValueError: a class is declared twice or known already, or a task is still open.
         """
         self._record_base(self.adapter)
-        self.adapter.begin_task(classes, revisit, class_names)
+        self.adapter.begin_task(classes, revisit=revisit, class_names=class_names)
 
     def _record_base(self, adapter: PoolAdapter) -> None:
         """Note in the adapter's state which base it is trained on."""
         state, shape = adapter.config.state, self.structure.shape
         if state.base_fingerprint is None:
-            state.base_fingerprint = fingerprint(self.model, self.structure, adapter.query_pooling)
+            state.base_fingerprint = base_fingerprint(self.model, self.structure, adapter.query_pooling)
             state.base_width, state.base_layers, state.base_heads = shape.width, shape.num_layers, shape.num_heads
             state.pooling = adapter.query_pooling
             size = expected_image(self.model, self.structure)[1]
             state.image_size = list(size) if size else None
 
     def end_task(self) -> None:
-        """Close the current task."""
+        """Close the current task.
+
+        Raises:
+            ValueError: no task is open, or the classifier has not seen it (`consolidate`).
+        """
         self.adapter.end_task()
 
-    def grow_pool(self, pool_size: int, optimizer: Any = None) -> None:
+    def trains_task(self, number: int) -> bool:
+        """Whether something is trained by gradient in task `number`, counted from 0."""
+        config = self.adapter.config
+        if config.trained_tasks == "first" and number:
+            return not config.closed_form  # the head goes on
+        return config.trains_features or not config.closed_form
+
+    def grow_pool(self, pool_size: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Give a method with a fixed `pool_size` more prompts, between tasks or in one. Old rows stay bit-equal.
 
         New rows start as a new pool's would. Parameters are replaced: on a wrapped model the order is that of
@@ -141,21 +196,24 @@ class TaskLearner:
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
-        vectors = self.way.patch_embeddings(pixel_values, kwargs)
+        check_images(self.model, self.structure, pixel_values, kwargs)
+        vectors = self.backbone.patch_embeddings(pixel_values, kwargs)
         self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
 
-    def parameter_groups(self, lr: float, **lrs: float) -> list[dict[str, Any]]:
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self, learning_rate: float, **learning_rates: float) -> list[dict[str, Any]]:
         """Optimizer groups of all trainable parameters, by kind.
 
         Args:
-            lr: learning rate.
-            lrs: other rates for "prompts", "keys", "routers", "head" or "base" (`modules_to_save`).
+            learning_rate: of all groups that are not in `learning_rates`.
+            learning_rates: of "prompts", "keys", "routers", "head" or "base" (`modules_to_save`).
 
         Returns:
             dicts with `name`, `params` and `lr`, for any torch optimizer. Build it after `begin_task`.
 
         Raises:
-            ValueError: `lrs` names no group.
+            ValueError: `learning_rates` names no group.
         """
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.adapter.named_parameters():
@@ -165,67 +223,45 @@ class TaskLearner:
         if base:
             groups["base"] = base
         known = {"prompts", "keys", "routers", "head", "base"}
-        if set(lrs) - known:
-            raise ValueError(f"no parameter group is called {sorted(set(lrs) - known)}: choose from {sorted(known)}")
-        return [{"name": name, "params": params, "lr": lrs.get(name, lr)} for name, params in groups.items()]
+        unknown = sorted(set(learning_rates) - known)
+        if unknown:
+            raise ValueError(f"no parameter group is called {unknown}: choose from {sorted(known)}")
+        return [
+            {"name": name, "params": params, "lr": learning_rates.get(name, learning_rate)}
+            for name, params in groups.items()
+        ]
 
-    def attach_optimizer(self, optimizer: Any) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the method protect what it must when `optimizer` steps. Call it after every `begin_task`.
+
+        Accelerate's wrapper of an optimizer will do too.
 
         Raises:
             ValueError: the optimizer lacks a trainable parameter.
         """
         adapter = self.adapter
-        adapter.link.attach(optimizer, adapter, adapter.pool.update_factors(), "pool.")
-        adapter.link.check_trains(adapter.named_parameters())
+        adapter.update_scaler.attach(optimizer, adapter, adapter.pool.update_factors(), "pool.")
+        adapter.update_scaler.check_trains(adapter.named_parameters())
 
     def check_labels(self) -> None:
-        """Report labels of undeclared classes seen on a device or in a compiled model; call it where you log.
+        """Report wrong labels seen on a device or in a compiled model since the last call. Call it where you log.
 
         Raises:
             ValueError: there were some.
         """
-        self.adapter.check_labels()
+        self.adapter.tasks.check_labels()
 
-    def training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that training has changed, also in the middle of a task: tensors by name, and JSON-able values."""
-        return training_state(self.adapter, self.model)
+    def compile_backbone(self, **options: Any) -> None:
+        """Compile the base model's forward (both passes) with `torch.compile(**options)`.
 
-    def load_training_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go on where `training_state` was taken, with a model made from the same config on the same base.
-
-        `tensors` and `values` are what it gave. Parameters are replaced: build a new optimizer and attach it.
-
-        Raises:
-            ValueError: the state was taken from another config.
+        `options` are torch's. Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that
+        growing them compiles nothing again.
         """
-        old = self.adapter
-        new = rebuilt(old, self.structure.shape, self.model, tensors, values)
-        name = self.active_adapters[0]
-        self.peft_config[name] = new.config
-        self.pools.prompt_pool[name] = new
+        self.backbone.compile(**options)
 
-    rehearses: ClassVar[str] = "beside"  # rehearsed images join the batches
+    # ---- passes over images outside training -------------------------------------------------------------------------
 
-    @property
-    def needs_features_before(self) -> bool:
-        """Whether `consolidate` wants the task's images to be seen before `begin_task` (not before the first)."""
-        classifier = self.adapter.classifier
-        return classifier is not None and classifier.needs_before
-
-    @property
-    def needs_consolidation(self) -> bool:
-        """Whether the classifier wants to see a task's images when its training is done."""
-        return self.adapter.classifier is not None
-
-    def trains_task(self, number: int) -> bool:
-        """Whether there is something to train by gradient in task `number`."""
-        config = self.adapter.config
-        if config.trained_tasks == "first" and number:
-            return not config.closed_form  # the head goes on
-        return config.trains_features or not config.closed_form
-
-    def record_features(self, images: Iterable[Mapping[str, Any]]) -> None:
+    def record_features(self, images: Images) -> None:
         """See a task's images before it begins, for drift compensation.
 
         Args:
@@ -239,21 +275,25 @@ class TaskLearner:
             raise ValueError("record_features shows the next task's images to the model before begin_task, a task is open")
         self.adapter.recorded = record(self.features_of, images)
 
-    def consolidate(self, images: Iterable[Mapping[str, Any]], memory: Any = None) -> None:
+    def consolidate(self, images: Images, memory: Images | None = None) -> None:
         """See a task's images when its training is done, before `end_task`: statistics of its classes, and the classifier.
 
         Args:
             images: as for `record_features`, the same images.
-            memory: not used; what rehearsal keeps.
+            memory: stored images; not used.
 
         Raises:
-            ValueError: the config has no classifier that wants it, or `record_features` was left out.
+            ValueError: the config has no classifier to consolidate, or `record_features` was left out.
         """
         if self.adapter.classifier is None:
             raise ValueError(
                 f"head={self.adapter.config.head!r} without alignment has nothing to consolidate: leave it out"
             )
         self.adapter.consolidate(record(self.features_of, images))
+
+    def rank_images(self, rows: Sequence[int] | NDArray[np.int64], images: Images) -> NDArray[np.float64] | None:
+        """Which of the `images` with numbers `rows` rehearsal should keep: None, there is no preference."""
+        return None
 
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
         """What the classifier reads of images, as at test: [B, D] float32.
@@ -262,19 +302,76 @@ class TaskLearner:
             batch: with `pixel_values` and, if known, `query`.
         """
         own = {name: batch[name] for name in ("pixel_values", "query") if name in batch}
-        with self.way.prompted(self.adapter, (), own, training=False, only_features=True):
+        with prompted_forward(self.backbone, self.adapter, (), own, training=False, features_only=True):
             return self.model(**own).features
 
-    def describe(self) -> str:
-        """Sha256 of what defines the learner before it has learnt: its config, and the base's weights."""
+    def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """The frozen backbone's feature of each image, the query of the methods that ask for one.
+
+        Args:
+            pixel_values: images [B, 3, H, W].
+            kwargs: further inputs of the base.
+
+        Returns:
+            float32 [B, D], without gradient.
+
+        Raises:
+            ValueError: the images do not fit the base, or it was unloaded.
+        """
+        self._check_not_released()
+        check_images(self.model, self.structure, pixel_values, kwargs)
+        return self.backbone.features((), {"pixel_values": pixel_values, **kwargs}, self.adapter.query_pooling)[0]
+
+    def _check_not_released(self) -> None:
+        if self.released:
+            raise ValueError("the base of this model was unloaded: wrap it anew with get_prompt_pool_model")
+
+    def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
+        """Task whose prompts answered for each image, as far as the method chooses prompts by task.
+
+        Args:
+            output: the answer of a pass in eval mode.
+
+        Returns:
+            Numbers of tasks [B], or [B, layers] where each layer chooses; None where no task is chosen.
+        """
+        if output.prompt_ids is None:
+            return None
+        return self.adapter.pool.chosen_tasks(output.prompt_ids, output.prompt_weights, output.query)
+
+    # ---- identity and state ------------------------------------------------------------------------------------------
+
+    def cache_key(self) -> dict[str, Any]:
+        """What `extract_features` depends on, JSON-able: equal keys mean equal features.
+
+        Raises:
+            cl_prompts.interfaces.NotCacheableError: the base has code or hooks of others, or is compiled.
+        """
+        return backbone_cache_key(self.model, self.query_pooling) | {"reader": "PromptedBackbone.features"}
+
+    def fingerprint(self) -> str:
+        """Sha256 of what defines the learner before it has learned: its config, and the base's weights."""
         config = {name: value for name, value in self.adapter.config.to_dict().items() if name != "state"}
-        base = fingerprint(self.model, self.structure, self.adapter.query_pooling)
+        base = base_fingerprint(self.model, self.structure, self.adapter.query_pooling)
         return hashlib.sha256(json.dumps([config, base], sort_keys=True, default=str).encode()).hexdigest()
 
-    def compile_backbone(self, **options: Any) -> None:
-        """Compile the base model's forward (both passes) with `torch.compile(**options)`.
+    def training_state_dict(self) -> dict[str, Any]:
+        """All that training has changed, also in the middle of a task.
 
-        `options` are torch's. Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that
-        growing them compiles nothing again.
+        Returns:
+            `tensors` by name, and JSON-able `values`.
         """
-        self.model.forward = torch.compile(self.model.forward, **options)
+        return training_state_dict(self.adapter, self.model)
+
+    def load_training_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `state` that `training_state_dict` of a model with the same config on the same base returned.
+
+        Parameters are replaced: build a new optimizer and attach it.
+
+        Raises:
+            ValueError: the state was taken with another config.
+        """
+        new = restored_adapter(self.adapter, self.structure.shape, self.model, state)
+        name = self.active_adapters[0]
+        self.peft_config[name] = new.config
+        self.pools.prompt_pool[name] = new

@@ -1,12 +1,13 @@
 """PEFT's tuner for prompt pools: adapters by name, tasks, state dicts. No method's mathematics.
 
-PEFT calls the base model inside `_enable_peft_forward_hooks`; what happens there is `cl_prompts.tuner.forward`. A plain
-`PeftModel` therefore behaves like `PromptPoolModel`.
+PEFT calls the base model inside `_enable_peft_forward_hooks`, which runs `cl_prompts.tuner.forward`. A plain `PeftModel`
+therefore behaves like `PromptPoolModel`.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,23 +18,27 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
+from cl_prompts.backbones.fingerprint import fingerprint
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import resolve_pooling
-from cl_prompts.backbones.structure import Structure, find_structure, fingerprint
+from cl_prompts.backbones.structure import Structure
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
-from cl_prompts.tuner.forward import WayOfABatch, ways_through
-from cl_prompts.tuner.task_api import TaskLearner
+from cl_prompts.tuner.forward import prompted_forward
+from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 
 
+# All outputs but loss and logits.
+NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "scores", "query", "features")
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
 
-class PromptPoolTuner(TaskLearner, BaseTuner):
-    """PEFT's tuner for prompt pools: owns the adapters and the hooks on the base model, which stays frozen and in eval.
+class PromptPoolTuner(TaskAPI, BaseTuner):
+    """PEFT's tuner for prompt pools: owns the adapters of one model. The base model stays frozen and in eval mode.
 
-    `PromptPoolModel` and PEFT's `PeftModel` make it; nobody else needs to.
+    `PromptPoolModel` and PEFT's `PeftModel` create it. Several models may share one base.
 
     Args:
         model: the base.
@@ -43,29 +48,31 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
 
     Raises:
         TypeError: the base is a `PeftModel`, or no supported transformer.
-        ValueError: the config does not fit the base, or asks for too much memory.
+        ValueError: the config does not fit the base, or asks for too much memory; or another model on this base trains
+            copies of the base's modules (`modules_to_save`).
     """
 
     prefix = "prompt_pool"
     tuner_layer_cls = PromptPoolLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the type BaseTuner declares
     uses_shared_state = True
-    structure: Structure
+    backbone: PromptedBackbone
     pools: PromptPoolLayer
+    released = False
     active_adapter: str | list[str]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         if isinstance(model, PeftModel):
             raise TypeError(f"the base is a {type(model).__name__}: pass model.get_base_model(), its LoRA stays inside")
-        # A base belongs to one model. Another one that is still on it lets go; its forward then says so.
-        for way in ways_through(model):
-            way.uninstall()
-            _forget_pools(model)
-        # Adapters of other kinds inside the base (LoRA) are part of it: what switches pools leaves them alone.
+        # Adapters of other kinds inside the base (LoRA) are part of it: switching pools leaves them as they are.
         self._of_the_base = {id(module) for module in model.modules() if isinstance(module, SWITCHED)}
+        # A note of other adapters on the base: of a LoRA, or of another model's pools.
         others = vars(model).pop("peft_config", None)
         try:
             super().__init__(model, peft_config, adapter_name, **kwargs)
+        except BaseException:
+            self._release()
+            raise
         finally:
             if others is not None:
                 model.peft_config = others
@@ -98,8 +105,11 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
             raise TypeError(f"a prompt pool needs a PromptPoolConfig, got {type(config).__name__}")
         # The config keeps the adapter's state, so two models made from one config must not share it.
         config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        first = not hasattr(self, "pools")
-        structure: Structure = find_structure(model) if first else self.structure
+        first = not hasattr(self, "backbone")
+        if first:
+            self.backbone = PromptedBackbone.of(model, self)
+        structure: Structure = self.structure
+        self._check_shared_base(config)
         pooling = resolve_pooling(config.query_pooling, structure, type(model).__name__)
         resolve_pooling(config.readout if config.readout != "prompt" else "auto", structure, type(model).__name__)
         check_fits(config, model, structure, pooling)
@@ -111,12 +121,10 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         adapter = planned.materialised() if loaded else PoolAdapter(config, structure.shape, pooling)
 
         if first:
-            self.structure = structure
             model.requires_grad_(False)
             model.eval()
-            self.way = WayOfABatch(model, structure)
+            _ignore_at_inference(model)
             self.pools = PromptPoolLayer()
-        self.way.prefixes.install(adapter.pool.layers)
         if not low_cpu_mem_usage and all(p.device.type != "meta" for p in adapter.parameters()):
             adapter.to(next(model.parameters()).device)
         adapter.train(self.training and not config.inference_mode)
@@ -138,6 +146,23 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         except BaseException:
             del self.pools.prompt_pool[adapter_name]
             raise
+        if config.modules_to_save:
+            self.backbone.copied = [name for name, module in model.named_modules() if module in set(self._copies())]
+
+    def _check_shared_base(self, config: PromptPoolConfig) -> None:
+        """Raise ValueError if a module of the base would be trained that another model uses."""
+        if not self.backbone.copied and not config.modules_to_save:
+            return
+        if len(self.backbone.users) > 1:
+            gc.collect()  # a model that nobody holds any more may still be in a cycle of references
+        if len(self.backbone.users) > 1:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save}: this base belongs to several models, and one of them trains "
+                "copies of its modules, which would change the answers of the others: unload() the other model, or load "
+                "the base once more"
+            )
+        if not hasattr(self, "pools"):
+            self._restore_modules()  # those of a model that is gone
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a prompt pool replaces no module of the base model")
@@ -192,18 +217,35 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
             raise ValueError(f"adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}")
         del self.peft_config[adapter_name]
         self.pools.delete_adapter(adapter_name)
-        left: Any = self.pools.prompt_pool.values()
-        self.way.release({layer for adapter in left for layer in adapter.pool.layers})
         if adapter_name in self.active_adapters:
             self.active_adapter = next(iter(self.peft_config), [])
         for copies in self._copies():
             copies.delete_adapter(adapter_name, new_active_adapters=self.active_adapters or None)
 
     def unload(self) -> nn.Module:
-        """Take every hook off the base model and give it back as it was, frozen."""
-        self.way.uninstall()
-        _forget_pools(self.model)
+        """Give the base model back as it was, frozen. Hooks stay on it as long as other models use it."""
+        if self.released:
+            return self.model
+        self._restore_modules()
+        self._release()
         return self.model
+
+    def _restore_modules(self) -> None:
+        """Put the base's own modules back in place of copies that a model trained."""
+        for name in self.backbone.copied:
+            wrapper: Any = self.model.get_submodule(name)
+            self.model.set_submodule(name, wrapper.original_module)
+        self.backbone.copied = []
+
+    def _release(self) -> None:
+        """Let go of the base, once."""
+        backbone = vars(self).get("backbone")
+        if backbone is None or self.released:
+            return
+        self.released = True
+        backbone.release(self)
+        if not backbone.users:
+            _forget_pools(self.model)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Nothing: prompts depend on the image and cannot become weights, whatever `args` and `kwargs` say.
@@ -229,22 +271,10 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         if self.pools.disable_adapters:
             yield
             return
-        with self.way.prompted(self.adapter, args, kwargs, training=self.training and torch.is_grad_enabled()):
+        self._check_not_released()
+        training = self.training and torch.is_grad_enabled()
+        with prompted_forward(self.backbone, self.adapter, args, kwargs, training=training):
             yield
-
-    def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The un-prompted feature (the query) of images, `pixel_values` [B, 3, H, W]: [B, D] float32, without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        return self.way.query(self.adapter, (), {"pixel_values": pixel_values, **kwargs})
-
-    def extract_hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """What enters the lowest prompted block for images, `pixel_values` [B, 3, H, W]: [B, N, D], without gradient.
-
-        `kwargs` are further inputs of the base.
-        """
-        return self.way.hidden_states(self.adapter, {"pixel_values": pixel_values, **kwargs})
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -282,7 +312,17 @@ class PromptPoolTuner(TaskLearner, BaseTuner):
         return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
 
 
+def _ignore_at_inference(model: nn.Module) -> None:
+    """Tell `transformers.Trainer`, which asks the base's config, what not to gather in an evaluation."""
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        own = getattr(type(config), "keys_to_ignore_at_inference", ())
+        config.keys_to_ignore_at_inference = [*own, *NOT_GATHERED]
+
+
 def _forget_pools(model: nn.Module) -> None:
-    """Take the note of its pools off a base; a note of other adapters inside it stays."""
+    """Take what was noted of pools off a base that no model uses any more; a note of other adapters inside it stays."""
+    if hasattr(model, "config"):
+        vars(model.config).pop("keys_to_ignore_at_inference", None)
     if any(isinstance(config, PromptPoolConfig) for config in vars(model).get("peft_config", {}).values()):
         del model.peft_config

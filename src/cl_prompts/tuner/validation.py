@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cl_prompts.backbones.structure import Structure, cls_position_embedding, expected_image
+from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.interfaces import BackboneShape
+from cl_prompts.learner.checks import check_wrapper
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.distributed import world_size
 from cl_prompts.runtime.text import first_line, shown
 from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.tuner.adapter import PoolAdapter
-
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
@@ -109,53 +106,6 @@ def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:
         )
 
 
-def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
-    """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
-    if images.dim() == 0 or len(images) == 0:
-        raise ValueError(f"pixel_values has shape {list(images.shape)}: give at least one image")
-    channels, size = expected_image(model, structure)
-    if channels is None:  # SigLIP 2 takes patches
-        return
-    if images.dim() != 4:
-        raise ValueError(f"pixel_values has shape {list(images.shape)}, expected [B, {channels}, height, width]")
-    if images.shape[1] != channels:
-        raise ValueError(
-            f"pixel_values has {images.shape[1]} channels, the base takes {channels}: convert images to RGB first"
-        )
-    if size is not None and tuple(images.shape[2:]) != size and not kwargs.get("interpolate_pos_encoding"):
-        raise ValueError(
-            f"images are {images.shape[2]}x{images.shape[3]}, the base takes {size[0]}x{size[1]}: resize them with its "
-            "image processor, or pass interpolate_pos_encoding=True"
-        )
-
-
-def check_labels(labels: Any, images: int) -> None:
-    """Raise if labels are no class ids, one per image."""
-    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        what = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")
-    if labels.shape != (images,):
-        raise ValueError(f"labels has shape {list(labels.shape)}, expected [{images}]: one class id per image")
-
-
-def check_query(query: Any, images: int, width: int) -> None:
-    """Raise if a query that a caller brings is no feature per image."""
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query must be a tensor [B, width] from extract_features, got {type(query).__name__}")
-    if query.shape != (images, width):
-        raise ValueError(f"query has shape {list(query.shape)}, expected {[images, width]}")
-
-
-def check_hidden(hidden: Any, images: int, width: int) -> None:
-    """Raise if hidden states that a caller brings are no sequence of tokens per image."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden must be a tensor [B, N, width] from extract_hidden_states, got {type(hidden).__name__}")
-    if hidden.dim() != 3 or len(hidden) != images or hidden.shape[2] != width:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, expected [{images}, N, {width}]")
-
-
 def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
     """Raise ValueError if an adapter cannot answer, or in training cannot learn: names the call that is missing."""
     if not adapter.classes:
@@ -168,25 +118,13 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
         )
     if not learning:
         return
-    if adapter.config.num_labels is None and not adapter.config.state.task_open:
-        raise ValueError("a training forward outside a task: call begin_task(classes) first, or model.eval()")
-    if adapter.config.needs_optimizer and not adapter.link.attached:
+    adapter.tasks.check_training()
+    if adapter.config.needs_optimizer and not adapter.update_scaler.attached:
         raise ValueError(
             'this config scales the optimizer\'s steps (modulate="update"): call model.attach_optimizer(optimizer) after '
             "begin_task"
         )
-    adapter.link.check_trains(adapter.named_parameters())
+    adapter.update_scaler.check_trains(adapter.named_parameters())
     if adapter.grown and world_size() > 1:
         check_wrapper(adapter)
         adapter.grown = False
-
-
-def check_wrapper(model: nn.Module) -> None:
-    """Raise ValueError in a DistributedDataParallel made before begin_task: it would not average the new gradients."""
-    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    if wrapper is not None:
-        wrapped = {id(p) for p in wrapper._module_parameters}
-        if any(p.requires_grad and id(p) not in wrapped for p in model.parameters()):
-            raise ValueError(
-                "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
-            )

@@ -1,4 +1,4 @@
-"""Features of frozen images kept over runs: a folder of safetensors files, each named after all that decides its numbers.
+"""Un-prompted features kept over runs: a folder of safetensors files, each named after its cache key.
 
 Files are mapped into memory when they are read, so that processes share what the system has loaded. They are written beside
 their place and renamed: of several writers the last one wins, and all are right, since one key stands for one content.
@@ -12,18 +12,19 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_prompts.storage.staging import staging_folder
+
 
 VARIABLE = "CL_PROMPTS_CACHE"  # names a folder for what this library keeps over runs
 FEATURES = "features"
 HEADER = 4096  # bytes that a file may have besides its numbers
-OWN = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.[0-9a-f]{32}\.writing")
+OWN = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
 def folder_of_queries(asked_for: str | None) -> Path | None:
@@ -37,12 +38,12 @@ def folder_of_queries(asked_for: str | None) -> Path | None:
 class QueryCache:
     """Tables of features by key.
 
-    What goes wrong with a file is told and costs a pass over the images, never a run.
+    A file that cannot be read or written is reported and costs a pass over the images; it never ends a run.
 
     Args:
         folder: where the files lie; files of others in it are left alone.
         max_bytes: how much they may take together; the one whose last use is longest ago goes first.
-        say: is told what happens, in one line.
+        say: called with a line about each such event.
 
     Raises:
         ValueError: `folder` is a file.
@@ -62,11 +63,11 @@ class QueryCache:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 table: Tensor = file.get_tensor(FEATURES)
-            if told.get("key") != key:
+            if metadata.get("key") != key:
                 raise ValueError("it is that of other images or of another model")
-            if table.dtype != torch.float32 or table.dim() != 2 or told.get("sha256") != _sha256(table):
+            if table.dtype != torch.float32 or table.dim() != 2 or metadata.get("sha256") != _sha256(table):
                 raise ValueError("its numbers do not match their checksum")
         except FileNotFoundError:
             return None
@@ -82,23 +83,18 @@ class QueryCache:
         if table.nbytes + HEADER > self.max_bytes:
             self.say(f"query cache: {table.nbytes:,} bytes are not kept, query_cache_bytes is {self.max_bytes:,}")
             return False
-        new = self.folder / f".{key}.{uuid4().hex}.writing"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({FEATURES: table.contiguous()}, new, metadata={"key": key, "sha256": _sha256(table)})
-            os.chmod(new, self.folder.stat().st_mode & 0o666)  # safetensors lets nobody else read what it has written
-            os.replace(new, self.path(key))
+            with staging_folder(self.folder) as staging:
+                metadata = {"key": key, "sha256": _sha256(table)}
+                save_file({FEATURES: table.contiguous()}, staging / self.path(key).name, metadata=metadata)
             self._make_room(self.path(key))
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             self.say(f"query cache: nothing could be kept in {self.folder} ({error})")
             return False
-        finally:
-            with suppress(OSError):
-                new.unlink()
         return True
 
     def _make_room(self, kept: Path) -> None:
-        """Remove files, and leftovers of killed writers, by their last use until the rest and `kept` fit."""
+        """Remove files by their last use until the rest and `kept` fit."""
         found = []
         for path in self.folder.iterdir():
             if OWN.fullmatch(path.name):

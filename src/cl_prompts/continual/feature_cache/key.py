@@ -1,7 +1,7 @@
-"""All that decides the numbers of un-prompted features: images, what makes tensors of them, the base, what computes.
+"""Cache key of un-prompted features: images, transform, backbone, libraries and hardware. Equal keys mean equal features.
 
-Nothing is guessed. What cannot be told (a transform that does not say what it does, a base with code of others in it) has
-no key, and its features are kept in memory only.
+If one of them has no key (a transform without `settings()`, a backbone with code of others in it), the features are kept in
+memory only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from datasets import Dataset, Image
 from torch import Tensor
 
 import cl_prompts
-from cl_prompts.backbones.cache_key import NotTold, base_as_it_is
+from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.loading import Rows, UnreadableImage, rank_and_processes, read_image
-from cl_prompts.continual.streams.stream import Stream
+from cl_prompts.interfaces import NotCacheableError
+from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.cpu import processor
 from cl_prompts.runtime.distributed import gather_over_processes, world_size
 
@@ -36,9 +37,7 @@ LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "
 OWN_CODE = (
     "tuner/forward.py",
     "evaluation/evaluate.py",
-    "continual/streams/loading.py",
-    "continual/streams/augmentation.py",
-    "continual/streams/stream.py",
+    "continual/streams/*.py",
     "backbones/*.py",
 )
 BACKENDS = (
@@ -51,8 +50,8 @@ READ_AT_ONCE = 64  # rows
 
 
 def query_digest(
-    model: Any,
-    stream: Stream,
+    model: Learner,
+    stream: IndexedStream,
     rows: Rows,
     *,
     train: bool,
@@ -60,29 +59,30 @@ def query_digest(
     device: torch.device,
     augmented_by: tuple[int, int] | None = None,
 ) -> bytes:
-    """A sha256 of what decides the features of some rows of a stream: this process's share of the images, and all the rest.
+    """Sha256 of what the features of some rows of a stream depend on: this process's share of the images, and all the rest.
 
-    It knows nothing of tasks, labels or prompts, nor of seeds where images are not augmented: another method or task order
-    finds the same features.
+    It does not depend on tasks, labels and prompts, nor on seeds where images are not augmented, so other methods and task
+    orders use the same features.
 
     Args:
         model: the learner, not wrapped, in the mode and under the precision of the pass.
         stream: whose images.
         rows: their row numbers.
         train: in the training or the test set.
-        together: how many go through the base at once.
-        device: where the base is.
+        together: batch size of the pass.
+        device: where the backbone is.
         augmented_by: (seed, epoch) of the augmentation; None: none.
 
     Raises:
-        NotTold: something does not say what it does.
+        NotCacheableError: one of these has no key.
     """
-    base, transform = _told("the base", base_as_it_is(model)), _told("the transform", _transform(stream.transform))
-    told = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
+    base = _as_json("the backbone", model.cache_key())
+    transform = _as_json("the transform", _transform(stream.transform))
+    settings = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
     if augmented_by is not None and stream.augmentation is not None:
         seed, epoch = augmented_by
-        told.append([asdict(stream.augmentation), seed, stream.augmentation.view(epoch)])
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        settings.append([asdict(stream.augmentation), seed, stream.augmentation.view(epoch)])
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in _images(stream, rows, train=train):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
@@ -148,15 +148,15 @@ def _transform(transform: Any) -> list[Any]:
     kind, settings = type(transform), getattr(transform, "settings", None)
     if not callable(settings):
         name = getattr(transform, "__qualname__", kind.__qualname__)
-        raise NotTold(f"the transform {name} does not say what it does: give it a settings() that returns it, as JSON")
+        raise NotCacheableError(f"the transform {name} has no settings(): give it one that returns all of them, as JSON")
     try:
         sources = [inspect.getsource(part) for part in kind.__mro__ if part is not object]
     except (OSError, TypeError) as error:
-        raise NotTold(f"the source of the transform {kind.__qualname__} is not at hand") from error
+        raise NotCacheableError(f"the source of the transform {kind.__qualname__} is not at hand") from error
     return [kind.__module__, kind.__qualname__, sources, settings()]
 
 
-def _images(stream: Stream, rows: Rows, *, train: bool) -> Iterator[bytes]:
+def _images(stream: IndexedStream, rows: Rows, *, train: bool) -> Iterator[bytes]:
     """This process's share of the images, byte by byte, and where they stand."""
     data, column = (stream.train if train else stream.test), stream.image_column
     own = np.array_split(rows, world_size())[rank_and_processes()[0]]
@@ -173,7 +173,7 @@ def _images(stream: Stream, rows: Rows, *, train: bool) -> Iterator[bytes]:
         try:
             yield _content(read_image(partial(_cell, data, row, column)))
         except UnreadableImage as error:
-            raise NotTold(f"row {row} cannot be read ({error})") from error
+            raise NotCacheableError(f"row {row} cannot be read ({error})") from error
 
 
 def _cell(data: Any, row: int, column: str) -> Any:
@@ -187,7 +187,7 @@ def _file(cell: Any) -> bytes:
     try:
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
     except (OSError, TypeError) as error:
-        raise NotTold(f"the file of an image cannot be read ({error})") from error
+        raise NotCacheableError(f"the file of an image cannot be read ({error})") from error
 
 
 def _content(image: Any) -> bytes:
@@ -201,12 +201,12 @@ def _content(image: Any) -> bytes:
     elif isinstance(image, np.ndarray) and not image.dtype.hasobject:
         kind = [image.dtype.str, list(image.shape)]
     else:
-        raise NotTold(f"an image given as {type(image).__name__} does not show its content")
+        raise NotCacheableError(f"an image given as {type(image).__name__} does not show its content")
     return json.dumps(kind).encode() + image.tobytes()
 
 
-def _told(whose: str, settings: Any) -> str:
+def _as_json(whose: str, settings: Any) -> str:
     try:
         return json.dumps(settings, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise NotTold(f"settings of {whose} cannot be written as JSON ({error})") from error
+        raise NotCacheableError(f"settings of {whose} cannot be written as JSON ({error})") from error

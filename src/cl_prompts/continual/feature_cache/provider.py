@@ -1,4 +1,4 @@
-"""Looks at images outside training: frozen features computed once, a task's images as they are, test images."""
+"""Images and un-prompted features outside training: features computed once, a task's images, test images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cl_prompts.continual.arguments import ContinualArguments
-from cl_prompts.continual.batches import LookedAt, on_device
+from cl_prompts.continual.batches import DeviceBatches, to_device
 from cl_prompts.continual.feature_cache.cache import QueryCache, folder_of_queries
-from cl_prompts.continual.feature_cache.key import NotTold, agreed_key, query_digest
+from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
+from cl_prompts.continual.streams.indexed import IndexedStream, require_indexed
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.evaluation.evaluate import stream_features
+from cl_prompts.interfaces import NotCacheableError
+from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.distributed import sum_over_processes, world_size
 
 
@@ -26,20 +29,20 @@ TOGETHER = 64
 
 
 @dataclass(frozen=True)
-class Showing:
-    """How a set's images are shown.
+class ImageView:
+    """One view of all images of a set: equal views are equal pixels.
 
     Args:
         train: the training or the test set.
-        augmented_by: (seed, view) of the augmentation; None: as they are.
+        augmented_by: (seed, view) of the augmentation; None: not augmented.
     """
 
     train: bool
     augmented_by: tuple[int, int] | None = None
 
 
-class Viewer:
-    """Shows a stream's images to a learner that does not learn from them.
+class FeatureProvider:
+    """Un-prompted features of a stream's images, and batches of images for passes outside training.
 
     Args:
         model: the learner, not wrapped.
@@ -49,15 +52,19 @@ class Viewer:
         ValueError: `args.query_cache` is a file.
     """
 
-    def __init__(self, model: Any, stream: Stream, args: ContinualArguments, accelerator: Accelerator) -> None:
+    def __init__(self, model: Learner, stream: Stream, args: ContinualArguments, accelerator: Accelerator) -> None:
         self.model, self.stream, self.args, self.accelerator = model, stream, args, accelerator
-        self._features: dict[Showing, Tensor] = {}
+        self._features: dict[ImageView, Tensor] = {}
         folder = folder_of_queries(args.query_cache)
         self._cache = QueryCache(folder, args.query_cache_bytes, accelerator.print) if folder else None
 
+    @property
+    def _indexed(self) -> IndexedStream:
+        return require_indexed(self.stream, "computing features outside training")
+
     @contextmanager
-    def still(self) -> Iterator[None]:
-        """The learner in eval mode under the run's precision, and afterwards in the mode it was in."""
+    def eval_mode(self) -> Iterator[None]:
+        """The learner in eval mode under the run's precision; afterwards it is in the mode it was in before."""
         training = self.model.training
         self.model.eval()
         try:
@@ -68,98 +75,110 @@ class Viewer:
 
     @property
     def base_is_frozen(self) -> bool:
-        """Whether the un-prompted feature of an image stays what it is."""
+        """Whether the backbone is not trained, so that un-prompted features do not change."""
         return not any(p.requires_grad for p in self.model.get_base_model().parameters())
 
     def frozen_features(self, *, train: bool) -> Tensor:
         """Un-prompted features of all images of the stream's tasks by row number [rows, D].
 
-        `train` means the training images, else the test images. With a frozen base they are computed once and kept; those
-        of a base that is trained are of the base as it is now, computed at every call.
+        `train` selects the training images, else the test images. With a frozen backbone they are computed once; with one
+        that is trained they are computed at every call.
         """
-        return self._shown(Showing(train))
+        return self._features_of(ImageView(train))
 
-    def _shown(self, showing: Showing) -> Tensor:
-        if showing in self._features:
-            return self._features[showing]
-        with self.still():
+    def _features_of(self, view: ImageView) -> Tensor:
+        if view in self._features:
+            return self._features[view]
+        with self.eval_mode():
             if not self.base_is_frozen:
-                return self._computed(showing)
-            self._features[showing] = self._cached(showing)
-        return self._features[showing]
+                return self._computed(view)
+            self._features[view] = self._cached(view)
+        return self._features[view]
 
-    def _cached(self, showing: Showing) -> Tensor:
-        """The features that an earlier run has kept, else those of a pass, kept for later ones."""
-        train = showing.train
-        rows, device = self.stream.all_rows(train=train), self.accelerator.device
+    def _cached(self, view: ImageView) -> Tensor:
+        """Features of the query cache; if it does not have them, they are computed and kept there."""
+        train = view.train
+        stream, device = self._indexed, self.accelerator.device
+        rows = stream.all_rows(train=train)
         digest, why = None, ""
         if self._cache is not None:
             try:
                 digest = query_digest(
                     self.model,
-                    self.stream,
+                    stream,
                     rows,
                     train=train,
                     together=TOGETHER,
                     device=device,
-                    augmented_by=showing.augmented_by,
+                    augmented_by=view.augmented_by,
                 )
-            except NotTold as reason:
+            except NotCacheableError as reason:
                 why = f" only: {reason}"
         key = agreed_key(digest, device)
-        of_view = f", view {showing.augmented_by[1]}" if showing.augmented_by else ""
+        of_view = f", view {view.augmented_by[1]}" if view.augmented_by else ""
         images = f"query cache: {len(rows)} {'training' if train else 'test'} images{of_view}"
         if key is None or self._cache is None:
             self.accelerator.print(f"{images} computed once, in memory{why}")
-            return self._computed(showing)
+            return self._computed(view)
         table = self._cache.read(key)
         found = torch.tensor(int(table is not None), device=device)
         if int(sum_over_processes(found)) == world_size() and table is not None:
             self.accelerator.print(f"{images} read from {self._cache.path(key)}")
             return table
-        table = self._computed(showing)
+        table = self._computed(view)
         if not table[rows].isfinite().all() or not table[rows].any(1).all():
             self.accelerator.print(f"{images} computed once, in memory only: some cannot be read, or give no numbers")
         elif self.accelerator.is_main_process and self._cache.write(key, table):
             self.accelerator.print(f"{images} computed once, kept in {self._cache.path(key)}")
         return table
 
-    def _computed(self, showing: Showing) -> Tensor:
-        """The features of a pass over all images."""
-        size, device, augmented_by = TOGETHER * world_size(), self.accelerator.device, showing.augmented_by
-        batches = self.stream.all_images(
-            train=showing.train, batch_size=size, workers=self.args.workers, augmented_by=augmented_by
+    def _computed(self, view: ImageView) -> Tensor:
+        """Features of a pass over all images."""
+        size, device, augmented_by = TOGETHER * world_size(), self.accelerator.device, view.augmented_by
+        stream = self._indexed
+        batches = stream.all_images(
+            train=view.train, batch_size=size, num_workers=self.args.dataloader_num_workers, augmented_by=augmented_by
         )
-        shown = (self.stream.cut_on_device(on_device(batch, device), augmented_by) for batch in batches)
-        rows = len(self.stream.train_labels if showing.train else self.stream.test_labels)
-        return stream_features(self.model, shown, rows, device)
+        batches_on_device = (stream.augment_on_device(to_device(batch, device), augmented_by) for batch in batches)
+        rows = len(stream.train_labels if view.train else stream.test_labels)
+        return stream_features(self.model, batches_on_device, rows, device)
 
     def queries(self, *, train: bool) -> Tensor | None:
-        """Queries of the images by row number, where the method asks for them and the base does not change."""
-        return self._queries(Showing(train))
+        """Queries of all images by row number; None if the method needs none or the backbone is trained."""
+        return self._queries(ImageView(train))
 
     def training_queries(self, epoch: int) -> Tensor | None:
-        """Queries of the images as an epoch shows them; none where each epoch shows them otherwise."""
+        """Queries of all training images as they are in an epoch; None if every epoch augments them anew."""
         augmentation = self.stream.augmentation
         if augmentation is None:
             return self.queries(train=True)
-        return self._queries(Showing(True, (self.args.seed, augmentation.view(epoch)))) if self.stream.repeats else None
-
-    def _queries(self, showing: Showing) -> Tensor | None:
-        if not self.args.cache_queries or not self.model.needs_query or not self.stream.random_access:
+        if augmentation.views is None:
             return None
-        return self._shown(showing) if self.base_is_frozen else None
+        return self._queries(ImageView(True, (self.args.seed, augmentation.view(epoch))))
 
-    def images(self, rows: Any) -> LookedAt:
+    def _queries(self, view: ImageView) -> Tensor | None:
+        if not self.args.cache_queries or not self.model.needs_query or not isinstance(self.stream, IndexedStream):
+            return None
+        return self._features_of(view) if self.base_is_frozen else None
+
+    def task_images(self, task: Task) -> DeviceBatches:
+        """Training images of a task, not augmented, batch by batch on the device."""
+        return self.images(self._indexed.tasks[task.number].train_rows)
+
+    def images(self, rows: Any) -> DeviceBatches:
         """Training images of these rows, not augmented, batch by batch on the device."""
 
         def batches() -> Any:
             queries = self.queries(train=True)
-            return self.stream.images(rows, self.args.batch_size, queries=queries, workers=self.args.workers)
+            return self._indexed.images(
+                rows, self.args.batch_size, queries=queries, num_workers=self.args.dataloader_num_workers
+            )
 
-        return LookedAt(batches, self.accelerator.device)
+        return DeviceBatches(batches, self.accelerator.device)
 
     def test_batches(self, task: Task) -> Any:
         """A task's test images."""
-        queries = self.queries(train=False)
-        return self.stream.test_batches(task, self.args.batch_size, queries=queries, workers=self.args.workers)
+        size, num_workers = self.args.batch_size, self.args.dataloader_num_workers
+        if isinstance(self.stream, IndexedStream):
+            return self.stream.test_batches(task, size, num_workers=num_workers, queries=self.queries(train=False))
+        return self.stream.test_batches(task, size, num_workers=num_workers)

@@ -1,4 +1,4 @@
-"""A stream without task boundaries: classes come and go along Gaussians."""
+"""A stream without task boundaries in which classes appear and disappear on a Gaussian schedule."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ import numpy as np
 from torch import Tensor
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
-from cl_prompts.continual.streams.columns import check_test_labels, labels_of, names_of
+from cl_prompts.continual.streams.columns import check_test_labels, read_class_names, read_labels
+from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
 from cl_prompts.continual.streams.loading import Rows
-from cl_prompts.continual.streams.scenarios import checked_tasks
-from cl_prompts.continual.streams.stream import Stream, Task
+from cl_prompts.continual.streams.scenarios import rows_of_classes, validate_tasks
+from cl_prompts.continual.streams.stream import Task
 
 
-class GaussianStream(Stream):
-    """Every class has its time around which its images come; one task, no boundary, one pass.
+class GaussianStream(IndexedStream):
+    """One task without boundaries and one epoch: the images of a class come around a time of its own.
 
     The Gaussian schedule of Shanahan, Kaplanis & Mitrovic, "Encoders and Ensembles for Task-Free Continual Learning"
-    (arXiv:2105.13327), on which L2P reports Gaussian-scheduled CIFAR-100. The centre of the class that is c-th in `classes`
-    is (c + 1/2) / C of the way. Each image draws its time from its class's Gaussian, and images come in the order of their
-    times: at any time t the next image is of a class with probability proportional to the class's images times
-    N(t; centre, width), and every image comes exactly once. (The published code draws a set of classes for each of 200
-    short episodes and passes over the images of an episode several times.)
+    (arXiv:2105.13327), with which L2P reports Gaussian-scheduled CIFAR-100. Time runs from 0 to 1. The center of the c-th
+    of C classes is (c + 1/2) / C. Each image draws a time from the Gaussian of its class, and images come in the order of
+    their times: at time t the next image is of a class with probability proportional to the number of its images times
+    N(t; center, width), and every image comes exactly once. The published code instead draws a set of classes for each of
+    200 short episodes and iterates several times over the images of an episode.
 
     Args:
         train: data set with an image and a label column.
-        test: likewise.
-        transform: image -> float tensor [3, H, W], the base's image processor.
-        classes: class ids in the order of their centres; None: ascending. Images of other classes are left out.
-        width: standard deviation of a class's times, as a share of the stream; published: 50 of 1,000 steps.
-        seed: draws the times.
+        test: test data set of the same kind.
+        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        classes: class ids in the order of their centers; None: ascending. Images of other classes are left out.
+        width: standard deviation of the times of a class, as a fraction of the stream; published: 50 of 1,000 steps.
+        seed: seed of the times.
         image_column: name of the column of images.
         label_column: name of the column of labels.
         augmentation: see `Stream`.
         on_bad_image: see `Stream`.
 
     Raises:
-        ValueError: `width` is not positive, a class comes twice or has no images; columns are missing, or labels are no
+        ValueError: `width` is not positive, a class is given twice or has no images, a column is missing, or labels are no
             class ids.
     """
 
@@ -60,29 +61,30 @@ class GaussianStream(Stream):
         on_bad_image: str = "stop",
     ) -> None:
         if not 0 < width < np.inf:
-            raise ValueError(f"width={width} must be a positive share of the stream")
-        train_labels = labels_of(train, label_column, "training")
-        test_labels = labels_of(test, label_column, "test")
+            raise ValueError(f"width={width} must be a positive fraction of the stream")
+        train_labels = read_labels(train, label_column, "training")
+        test_labels = read_labels(test, label_column, "test")
         check_test_labels(train_labels, test_labels)
-        (order,) = checked_tasks([sorted(set(train_labels.tolist())) if classes is None else classes])
-        for split, labels in (("training", train_labels), ("test", test_labels)):
-            absent = sorted(set(order) - set(labels.tolist()))
-            if absent:
-                raise ValueError(f"classes {absent} have no {split} images")
+        (order,) = validate_tasks([sorted(set(train_labels.tolist())) if classes is None else classes])
         self.width, self.seed = width, seed
-        rows = np.flatnonzero(np.isin(train_labels, order))
-        centres = dict(zip(order, (np.arange(len(order)) + 0.5) / len(order), strict=True))
-        middle = np.array([centres[label] for label in train_labels[rows].tolist()])
-        times = np.random.default_rng(seed).normal(middle, width)
-        test_rows = np.flatnonzero(np.isin(test_labels, order))
+        rows = rows_of_classes(train_labels, order, "training")
+        centers = dict(zip(order, (np.arange(len(order)) + 0.5) / len(order), strict=True))
+        center_of_row = np.array([centers[label] for label in train_labels[rows].tolist()])
+        times = np.random.default_rng(seed).normal(center_of_row, width)
+        task = IndexedTask(
+            0,
+            order,
+            train_rows=rows[np.argsort(times, kind="stable")],
+            test_rows=rows_of_classes(test_labels, order, "test"),
+        )
         super().__init__(
             train,
             test,
-            [Task(0, order, rows[np.argsort(times, kind="stable")], test_rows)],
+            [task],
             transform,
             train_labels=train_labels,
             test_labels=test_labels,
-            names=names_of(train, label_column),
+            names=read_class_names(train, label_column),
             image_column=image_column,
             augmentation=augmentation,
             on_bad_image=on_bad_image,
@@ -91,7 +93,7 @@ class GaussianStream(Stream):
     def _settings(self) -> dict[str, Any]:
         return {"width": self.width, "seed": self.seed}
 
-    def _order(self, task: Task, rows: Rows, seed: int, epoch: int, *, own: bool) -> Rows:
-        if own and epoch:
-            raise ValueError(f"epoch={epoch}: a Gaussian stream is passed over once")
-        return rows if own else super()._order(task, rows, seed, epoch, own=own)
+    def _order(self, task: Task, rows: Rows, seed: int, epoch: int, *, all_rows: bool) -> Rows:
+        if all_rows and epoch:
+            raise ValueError(f"epoch={epoch}: a Gaussian stream has one epoch")
+        return rows if all_rows else super()._order(task, rows, seed, epoch, all_rows=False)

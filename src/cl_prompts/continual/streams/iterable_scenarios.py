@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
-from cl_prompts.continual.streams.columns import labels_of, names_of
-from cl_prompts.continual.streams.iterable import IterableStream, NoRows, undecoded
-from cl_prompts.continual.streams.loading import Rows
-from cl_prompts.continual.streams.scenarios import by_domain, checked_tasks
+from cl_prompts.continual.streams.columns import read_class_names, read_labels
+from cl_prompts.continual.streams.iterable import IndexedTestSet, IterableStream, without_decoding
+from cl_prompts.continual.streams.scenarios import read_domains, rows_of_classes, validate_tasks
 from cl_prompts.continual.streams.stream import Task
 
 
@@ -22,18 +21,19 @@ class IterableClassIncrementalStream(IterableStream):
 
     Args:
         train: iterable data set with an image and a label column.
-        test: the same, or a data set with rows by number.
-        tasks: class ids of each task, in order. They cannot be counted here, so they must be given.
-        transform: image -> float tensor [3, H, W], the base's image processor.
-        buffer_size: images among which each training image is drawn at random; 0: the source's order.
-        train_images: number of training images of each task, where known; without them there are no step counts.
+        test: iterable data set, or data set with rows by number.
+        tasks: class ids of each task, in order. They must be given, because an iterable data set cannot be counted.
+        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        buffer_size: size of the shuffle buffer from which training images are drawn; 0: the order of the source.
+        train_images: number of training images of each task, if known; without it the number of steps is unknown.
         image_column: name of the column of images.
         label_column: name of the column of labels.
         augmentation: see `Stream`.
         on_bad_image: see `Stream`.
 
     Raises:
-        ValueError: a class comes twice, a task has none, or columns are missing. While it is read: a task without images.
+        ValueError: a task has no classes, a class is given twice, or a column is missing. During iteration: a task has no
+            images.
     """
 
     scenario = "class-incremental, in order"
@@ -52,31 +52,27 @@ class IterableClassIncrementalStream(IterableStream):
         augmentation: CropAndFlip | None = None,
         on_bad_image: str = "stop",
     ) -> None:
-        classes_of, columns = checked_tasks(tasks), [image_column, label_column]
-        in_order = isinstance(test, IterableDataset)
-        test_labels = cast("Rows", NoRows("test")) if in_order else labels_of(test, label_column, "test")
-        made = []
-        for number, classes in enumerate(classes_of):
-            test_rows = cast("Rows", NoRows("test")) if in_order else np.flatnonzero(np.isin(test_labels, classes))
-            if not in_order and (absent := sorted(set(classes) - set(test_labels[test_rows].tolist()))):
-                raise ValueError(f"task {number}: classes {absent} have no test images")
-            made.append(Task(number, classes, cast("Rows", NoRows("training")), test_rows))
+        classes_of_task, columns = validate_tasks(tasks), [image_column, label_column]
+        train_sources = [_filter_classes(train, columns, classes, "training") for classes in classes_of_task]
+        test_set: Sequence[IterableDataset] | IndexedTestSet
+        if isinstance(test, IterableDataset):
+            test_set = [_filter_classes(test, columns, classes, "test") for classes in classes_of_task]
+        else:
+            labels = read_labels(test, label_column, "test")
+            rows = [rows_of_classes(labels, classes, "test", n) for n, classes in enumerate(classes_of_task)]
+            test_set = IndexedTestSet(test, labels, rows)
         super().__init__(
-            [_of_classes(train, columns, classes, "training") for classes in classes_of],
-            [_of_classes(test, columns, classes, "test") for classes in classes_of] if in_order else None,
-            label_column=label_column,
-            buffer_size=buffer_size,
-            train_images=train_images,
-            train=train,
-            test=test,
-            tasks=made,
-            transform=transform,
-            train_labels=cast("Rows", NoRows("training")),
-            test_labels=test_labels,
-            names=names_of(train, label_column),
+            train_sources,
+            test_set,
+            [Task(number, classes) for number, classes in enumerate(classes_of_task)],
+            transform,
+            names=read_class_names(train, label_column),
             image_column=image_column,
+            label_column=label_column,
             augmentation=augmentation,
             on_bad_image=on_bad_image,
+            buffer_size=buffer_size,
+            train_images=train_images,
         )
 
 
@@ -84,22 +80,22 @@ class IterableDomainIncrementalStream(IterableStream):
     """`DomainIncrementalStream` over iterable training sets.
 
     Args:
-        train: one iterable data set with image, label and domain columns, or one for each domain by its name.
-        test: the same, or data sets with rows by number.
-        classes: class ids, the same in all domains. They cannot be counted here, so they must be given.
-        transform: image -> float tensor [3, H, W], the base's image processor.
-        domains: names or values of the domains in order; None: those of the data sets given by name.
-        domain_column: its name, where there is one.
-        buffer_size: images among which each training image is drawn at random; 0: the source's order.
-        train_images: number of training images of each task, where known; without them there are no step counts.
+        train: one iterable data set with image, label and domain columns, or one per domain by its name.
+        test: iterable data sets of the same kind, or data sets with rows by number.
+        classes: class ids, the same in all domains. They must be given, because an iterable data set cannot be counted.
+        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        domains: names or values of the domains in order; None: the names of the data sets, if they are given by name.
+        domain_column: name of the column of domains, if there is one.
+        buffer_size: size of the shuffle buffer from which training images are drawn; 0: the order of the source.
+        train_images: number of training images of each task, if known; without it the number of steps is unknown.
         image_column: name of the column of images.
         label_column: name of the column of labels.
         augmentation: see `Stream`.
         on_bad_image: see `Stream`.
 
     Raises:
-        ValueError: domains are not told, come twice or have no test images; columns are missing. While it is read: a domain
-            without images, or a label outside `classes`.
+        ValueError: domains are not given, given twice or without test images, or a column is missing. During iteration: a
+            domain has no images, or a label is not in `classes`.
     """
 
     scenario = "domain-incremental, in order"
@@ -124,62 +120,64 @@ class IterableDomainIncrementalStream(IterableStream):
             raise ValueError("the domains of an IterableDataset cannot be listed before it is read: give domains")
         order = [str(name) for name in (train if domains is None else domains)]
         if not order or len(set(order)) < len(order):
-            raise ValueError(f"domains={order}: name each once, and at least one")
-        (classes,) = checked_tasks([classes])
+            raise ValueError(f"domains={order}: name each domain once, and at least one")
+        (classes,) = validate_tasks([classes])
         columns = [image_column, label_column]
-        parts = list(test.values()) if isinstance(test, Mapping) else [test]
-        in_order = isinstance(parts[0], IterableDataset)
-        first = next(iter(train.values())) if isinstance(train, Mapping) else train
-        rows, labels, found = test, cast("Rows", NoRows("test")), None
-        if not in_order:
-            rows, labels, found = by_domain(test, image_column, label_column, domain_column, "test")
-        made = []
-        for number, name in enumerate(order):
-            test_rows = cast("Rows", NoRows("test")) if found is None else np.flatnonzero(found == name)
-            if found is not None and not len(test_rows):
-                raise ValueError(f"domain {name!r} has no test images; there are domains {np.unique(found).tolist()}")
-            if found is not None and (strange := sorted(set(labels[test_rows].tolist()) - set(classes))):
-                raise ValueError(f"domain {name!r}: test images are of classes {strange}, which the stream has not")
-            made.append(Task(number, classes, cast("Rows", NoRows("training")), test_rows, name, revisit=number > 0))
+        train_sources = [_filter_domain(train, columns, domain_column, name, "training") for name in order]
+        first_test = next(iter(test.values())) if isinstance(test, Mapping) else test
+        test_set: Sequence[IterableDataset] | IndexedTestSet
+        if isinstance(first_test, IterableDataset):
+            test_set = [_filter_domain(test, columns, domain_column, name, "test") for name in order]
+        else:
+            data, labels, found = read_domains(test, image_column, label_column, domain_column, "test")
+            test_set = IndexedTestSet(data, labels, [_test_rows(labels, found, name, classes) for name in order])
         super().__init__(
-            [_of_domain(train, columns, domain_column, name, "training") for name in order],
-            [_of_domain(test, columns, domain_column, name, "test") for name in order] if in_order else None,
-            label_column=label_column,
-            buffer_size=buffer_size,
-            train_images=train_images,
-            train=first,
-            test=parts[0] if in_order else rows,
-            tasks=made,
-            transform=transform,
-            train_labels=cast("Rows", NoRows("training")),
-            test_labels=labels,
-            names=names_of(first, label_column),
+            train_sources,
+            test_set,
+            [Task(number, classes, name, revisit=number > 0) for number, name in enumerate(order)],
+            transform,
+            names=read_class_names(next(iter(train.values())) if isinstance(train, Mapping) else train, label_column),
             image_column=image_column,
+            label_column=label_column,
             augmentation=augmentation,
             on_bad_image=on_bad_image,
+            buffer_size=buffer_size,
+            train_images=train_images,
         )
 
 
-def _of_classes(source: IterableDataset, columns: Sequence[str], classes: Sequence[int], split: str) -> IterableDataset:
-    """The rows of a source with labels (the last of the columns) among these."""
-    rows = undecoded(source, columns, split)
-    return rows.filter(_is_one_of, input_columns=[columns[-1]], fn_kwargs={"values": frozenset(classes)})
+def _test_rows(labels: Any, domain_of_row: Any, name: str, classes: Sequence[int]) -> Any:
+    """Row numbers of the test images of a domain."""
+    rows = np.flatnonzero(domain_of_row == name)
+    if not len(rows):
+        raise ValueError(
+            f"domain {name!r} has no test images; the test set has domains {np.unique(domain_of_row).tolist()}"
+        )
+    if unknown := sorted(set(labels[rows].tolist()) - set(classes)):
+        raise ValueError(f"domain {name!r}: test images are of classes {unknown}, which the stream does not have")
+    return rows
 
 
-def _of_domain(source: Any, columns: Sequence[str], domain_column: str, name: str, split: str) -> IterableDataset:
-    """The rows of a domain, from the source of its name or by the column."""
+def _filter_classes(source: IterableDataset, columns: Sequence[str], classes: Sequence[int], split: str) -> IterableDataset:
+    """The rows of a source whose label, the last of `columns`, is among `classes`."""
+    rows = without_decoding(source, columns, split)
+    return rows.filter(_is_in, input_columns=[columns[-1]], fn_kwargs={"values": frozenset(classes)})
+
+
+def _filter_domain(source: Any, columns: Sequence[str], domain_column: str, name: str, split: str) -> IterableDataset:
+    """The rows of a domain: the source of that name, or the rows with that name in the domain column."""
     if isinstance(source, Mapping):
         if name not in source:
             raise ValueError(f"there is no {split} set of domain {name!r}, only of {list(source)}")
-        return undecoded(source[name], columns, split)
-    rows = undecoded(source, [*columns, domain_column], split)
-    by_name = {known: value for value, known in names_of(source, domain_column).items()}
-    return rows.filter(_reads, input_columns=[domain_column], fn_kwargs={"name": str(by_name.get(name, name))})
+        return without_decoding(source[name], columns, split)
+    rows = without_decoding(source, [*columns, domain_column], split)
+    by_name = {known: value for value, known in read_class_names(source, domain_column).items()}
+    return rows.filter(_has_text, input_columns=[domain_column], fn_kwargs={"text": str(by_name.get(name, name))})
 
 
-def _is_one_of(value: Any, values: frozenset[Any]) -> bool:
+def _is_in(value: Any, values: frozenset[Any]) -> bool:
     return value in values
 
 
-def _reads(value: Any, name: str) -> bool:
-    return str(value) == name
+def _has_text(value: Any, text: str) -> bool:
+    return str(value) == text

@@ -1,104 +1,26 @@
-"""Rows of a data set on their way into batches: reading, augmentation, padding, each process's share."""
+"""From rows to batches: decoding, collating, data loaders, and the part of a batch that belongs to a process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset as RowsDataset
 from datasets import Image
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cl_prompts.interfaces import IGNORE_INDEX
-
-
-if TYPE_CHECKING:
-    from cl_prompts.continual.streams.stream import Stream
 
 Rows = NDArray[np.int64]
 T = TypeVar("T")
 
-# Marks images that only fill a batch up: the loss ignores the label, and no count takes the number.
+# `sample_ids` of padding images. Their label is IGNORE_INDEX, so that neither losses nor counts include them.
 PADDING_ID = -1
 
 
-class LabelledImages(Dataset[dict[str, Any]]):
-    """Rows of a stream as `pixel_values`, `labels`, `sample_ids` and, where known, `query`.
-
-    A row is asked for by its number, or by -1 - number when it only fills a batch up. An image that cannot be read raises
-    ValueError or, under `on_bad_image="skip"`, gives its place to the next readable one of `among` as padding.
-
-    Args:
-        stream: whose images.
-        train: training or test images.
-        queries: un-prompted features of all images [rows, D].
-        augmented_by: (seed, epoch) of the augmentation; None: none.
-        among: rows that may take an unreadable one's place, ascending; None: all.
-        owner: whose they are, for the error when none of them can be read.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        *,
-        train: bool,
-        queries: Tensor | None = None,
-        augmented_by: tuple[int, int] | None = None,
-        among: Rows | None = None,
-        owner: str = "",
-    ) -> None:
-        self.stream = stream
-        self.split = "train" if train else "test"
-        self.rows = stream.train if train else stream.test
-        self.labels = stream.train_labels if train else stream.test_labels
-        self.queries = queries
-        self.augmented_by = augmented_by
-        self.among = np.arange(len(self.labels)) if among is None else among
-        self.owner = owner
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = index if index >= 0 else -1 - index
-        shown, image = self._readable(row)
-        image = self.stream.cut(image, self.augmented_by, row)
-        real = index >= 0 and shown == row
-        item = {
-            "pixel_values": self.stream.transform(image),
-            "labels": int(self.labels[row]) if real else IGNORE_INDEX,
-            "sample_ids": row if real else PADDING_ID,
-            "unreadable": None if shown == row else row,
-        }
-        if self.queries is not None:
-            item["query"] = self.queries[shown]
-        return item
-
-    def _readable(self, row: int) -> tuple[int, Any]:
-        """A row and its image or, where bad images are skipped, the next row that has one."""
-        for candidate in self._candidates(row):
-            try:
-                return candidate, read_image(partial(self._cell, candidate))
-            except UnreadableImage as error:
-                if self.stream.on_bad_image == "stop":
-                    file = file_of(self.rows, candidate, self.stream.image_column)
-                    raise bad_image(f"{self.split} row {candidate}{file}", error) from error
-        owner = f" of {self.owner}" if self.owner else ""
-        raise ValueError(f"none of the {len(self.among)} {self.split} images{owner} can be read: repair some")
-
-    def _candidates(self, row: int) -> Iterator[int]:
-        yield row
-        behind = int(np.searchsorted(self.among, row, side="right"))
-        for part in (self.among[behind:], self.among[:behind]):
-            yield from map(int, part)
-
-    def _cell(self, row: int) -> Any:
-        return self.rows[row][self.stream.image_column]
+# ---- decoding ------------------------------------------------------------------------------------------------------------
 
 
 class UnreadableImage(Exception):
@@ -106,37 +28,40 @@ class UnreadableImage(Exception):
 
 
 def read_image(read: Callable[[], Any]) -> Any:
-    """An image, decoded.
+    """The decoded image that `read` returns.
 
     Raises:
-        UnreadableImage: it cannot be.
+        UnreadableImage: it cannot be decoded, or there is none.
     """
     try:
         image = read()
         if hasattr(image, "load"):
-            image.load()  # PIL reads the header first and the rest on demand: a file cut short shows only now
-    except Exception as error:  # decoders answer to broken files with nearly every kind of exception
+            image.load()  # PIL decodes on demand: a truncated file raises only here
+    except Exception as error:  # decoders raise nearly every kind of exception for broken files
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
     if image is None:
         raise UnreadableImage("the cell is empty")
     return image
 
 
-def bad_image(where: str, error: UnreadableImage) -> ValueError:
-    """What to raise for an image that cannot be read."""
-    return ValueError(f"the image of {where} cannot be read ({error}): repair it, or use on_bad_image='skip'")
+def unreadable_error(image: str, error: UnreadableImage) -> ValueError:
+    """The exception to raise for an unreadable image, described by `image`."""
+    return ValueError(f"the image of {image} cannot be read ({error}): repair it, or use on_bad_image='skip'")
 
 
-def file_of(rows: Any, row: int, image_column: str) -> str:
-    """ ", file ..." where a data set knows from which file an image comes, else nothing."""
-    if not isinstance(rows, RowsDataset) or not isinstance(rows.features[image_column], Image):
+def file_note(data: Any, row: int, image_column: str) -> str:
+    """The text ", file PATH," for a row whose data set stores the path of the image file, else ""."""
+    if not isinstance(data, RowsDataset) or not isinstance(data.features[image_column], Image):
         return ""
-    cell = rows.cast_column(image_column, Image(decode=False))[row][image_column]
+    cell = data.cast_column(image_column, Image(decode=False))[row][image_column]
     return f", file {cell['path']}," if cell and cell["path"] else ""
 
 
+# ---- batches -------------------------------------------------------------------------------------------------------------
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch; `sample_ids` stay a list on the host, where they are looked at."""
+    """A batch of items. `sample_ids` and `unreadable` are lists, so that they stay on the host."""
     batch: dict[str, Any] = {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": torch.tensor([item["labels"] for item in items]),
@@ -148,36 +73,55 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def new_loader(images: Dataset[dict[str, Any]], workers: int, **options: Any) -> DataLoader[dict[str, Any]]:
-    """A loader that draws nothing from the process's generator, so that a resumed run draws as the whole did."""
+def build_loader(images: Dataset[dict[str, Any]], num_workers: int, **options: Any) -> DataLoader[dict[str, Any]]:
+    """A data loader with a generator of its own.
+
+    It does not draw from torch's global generator, so that a resumed run draws the same numbers as a whole one.
+    """
     pinned = torch.cuda.is_available()
-    return DataLoader(images, num_workers=workers, pin_memory=pinned, generator=torch.Generator(), **options)
+    return DataLoader(images, num_workers=num_workers, pin_memory=pinned, generator=torch.Generator(), **options)
 
 
 class Batches:
-    """A pass over batches; can be taken again and again.
+    """Batches of a data loader; can be iterated several times.
 
-    Loader processes cannot tell the stream what they could not read, so the batches carry it to whoever goes through them.
+    Loader processes cannot change the stream in this process, so that each batch carries the ids of its unreadable images.
 
     Args:
-        loader: gives them, with `unreadable` beside the model's arguments.
-        skipped: called with what was unreadable in a batch.
+        loader: gives batches that have `unreadable` besides the model's arguments.
+        on_unreadable: called with `unreadable` of each batch.
     """
 
-    def __init__(self, loader: DataLoader[dict[str, Any]], skipped: Callable[[list[int]], None]) -> None:
-        self.loader, self._skipped = loader, skipped
+    def __init__(self, loader: DataLoader[dict[str, Any]], on_unreadable: Callable[[list[int]], None]) -> None:
+        self.loader, self._on_unreadable = loader, on_unreadable
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
-            self._skipped(batch.pop("unreadable"))
+            self._on_unreadable(batch.pop("unreadable"))
             yield batch
 
 
-def shares(rows: Sequence[int] | Rows, batch_size: int) -> Iterator[list[int]]:
-    """This process's share of each global batch of `batch_size` rows; all processes get shares of equal length."""
+# ---- processes -----------------------------------------------------------------------------------------------------------
+
+
+def padding_index(row: int) -> int:
+    """The index that stands for a row used as padding. It is negative and its own inverse."""
+    return -1 - row
+
+
+def process_shards(rows: Sequence[int] | Rows, batch_size: int) -> Iterator[list[int]]:
+    """This process's shard of each global batch of rows; see `process_shard`.
+
+    Args:
+        rows: row numbers.
+        batch_size: rows of a batch over all processes.
+
+    Raises:
+        ValueError: `batch_size` is not positive, or does not divide by the number of processes.
+    """
     rank, processes = rank_and_processes()
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be a positive number of images")
@@ -185,11 +129,14 @@ def shares(rows: Sequence[int] | Rows, batch_size: int) -> Iterator[list[int]]:
         raise ValueError(f"a global batch of {batch_size} images does not divide by {processes} processes")
     for start in range(0, len(rows), batch_size):
         batch = [int(row) for row in rows[start : start + batch_size]]
-        yield own_share(batch, rank, processes, lambda row: -1 - row)
+        yield process_shard(batch, rank, processes, padding_index)
 
 
-def own_share(batch: list[T], rank: int, processes: int, as_padding: Callable[[T], T]) -> list[T]:
-    """One process's share of a batch that is first filled up until it divides."""
+def process_shard(batch: list[T], rank: int, processes: int, as_padding: Callable[[T], T]) -> list[T]:
+    """The shard of a global batch that belongs to process `rank`. All shards have the same length.
+
+    A batch that does not divide by the number of processes is filled with its first items, converted by `as_padding`.
+    """
     missing = -len(batch) % processes
     filled = batch + [as_padding(batch[i % len(batch)]) for i in range(missing)]
     size = len(filled) // processes
@@ -197,7 +144,7 @@ def own_share(batch: list[T], rank: int, processes: int, as_padding: Callable[[T
 
 
 def rank_and_processes() -> tuple[int, int]:
-    """This process's number and how many train together."""
+    """Rank of this process and number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

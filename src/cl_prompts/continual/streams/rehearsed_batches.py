@@ -1,4 +1,4 @@
-"""Batches of row numbers with rehearsed ones behind."""
+"""Batches of row numbers to which rehearsed rows are added."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from cl_prompts.continual.streams.loading import Rows, own_share, rank_and_processes
+from cl_prompts.continual.streams.loading import Rows, padding_index, process_shard, rank_and_processes
 
 
-_PURPOSE = 2  # keeps these draws apart from others that begin with the same numbers
+_SEED_SUFFIX = 2  # makes these draws differ from others with the same seed, task, epoch and step
 
 
 class RehearsedBatches:
-    """This process's batches, each with its share of rehearsed rows that are drawn when the batch is asked for.
+    """Batch sampler of this process: its shard of each global batch, followed by its shard of the rehearsed rows.
+
+    The rehearsed rows of a batch are drawn when the batch is requested.
 
     Args:
-        batches: this process's shares of the global batches.
-        memory: gives the row numbers that are remembered at that moment.
-        size: how many of them join each global batch, without repetition; all where there are fewer.
-        seed: (seed, task, epoch) of the draws, whose last number is that of the step.
-        start: steps of the epoch that are left out.
+        batches: this process's shards of the global batches.
+        memory: returns the row numbers that are in the memory at the time of the call.
+        size: number of rehearsed rows of each global batch, drawn without replacement; all if there are fewer.
+        seed: (seed, task, epoch) of the draws; the number of the step is added.
+        start: number of batches at the beginning to leave out.
     """
 
     def __init__(
@@ -39,6 +41,6 @@ class RehearsedBatches:
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, len(self.batches)):
             memory = self.memory()
-            random = np.random.default_rng([*self.seed, step, _PURPOSE])
+            random = np.random.default_rng([*self.seed, step, _SEED_SUFFIX])
             drawn = random.choice(memory, min(self.size, len(memory)), replace=False).tolist() if len(memory) else []
-            yield self.batches[step] + own_share(drawn, *rank_and_processes(), lambda row: -1 - row)
+            yield self.batches[step] + process_shard(drawn, *rank_and_processes(), padding_index)

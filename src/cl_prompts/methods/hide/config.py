@@ -16,7 +16,7 @@ class HiDePromptConfig(TaskInferenceConfig):
 
     Wang et al., "Hierarchical Decomposition of Prompt-Based Continual Learning: Rethinking Obscured Sub-optimality",
     NeurIPS 2023. Defaults are those of the released code (thu-ml/HiDe-Prompt) for CIFAR-100, which trains the head with a
-    tenth of the prompts' learning rate: `parameter_groups(lr, head=0.1 * lr)`.
+    tenth of the prompts' learning rate: `parameter_groups(learning_rate, head=0.1 * learning_rate)`.
 
     Args:
         prompt_length: number of keys, and of values, of a prompt. ImageNet-R: 20.

@@ -13,67 +13,30 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import build, inputs
+from support.families import build
+from support.saving import (
+    KEPT,
+    adapter,
+    add_foreign_files,
+    answer,
+    class_names,
+    exit_code,
+    foreign_files_are_there,
+    forked,
+    in_child,
+    loaded,
+)
 from torch import Tensor
 
-from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.storage.atomic import recover
+from cl_prompts import L2PConfig, PromptPoolModel
+from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
+from cl_prompts.storage.staging import COMPLETE, PREFIX, finish_interrupted_save
 
 
 # Everything Python does to the file system is announced here before it happens; what safetensors' Rust does is not, so
 # the size limit below cuts its writes.
 WATCHED = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.copyfile", "shutil.rmtree", "open"}
-KEPT = {"notes.txt": b"mine", "sub/table.csv": b"1,2"}
-
-
-def adapter(seed: int) -> PromptPoolModel:
-    """Adapters of two seeds have the same shapes and other values."""
-    model = get_prompt_pool_model(build("vit"), L2PConfig(pool_size=4, top_k=2))
-    torch.manual_seed(seed)
-    model.begin_task([3, 1], class_names={3: f"of adapter {seed}"})
-    with torch.no_grad():
-        for parameter in model.base_model.adapter.parameters():
-            parameter.normal_()
-    model.end_task()
-    return model.eval()
-
-
-def answer(model: PromptPoolModel) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs("vit")).logits
-
-
-def loaded(folder: Path) -> Tensor:
-    return answer(PromptPoolModel.from_pretrained(build("vit"), folder))
-
-
-def class_names(model: PromptPoolModel) -> dict[str, str]:
-    return model.base_model.adapter.config.state.class_names  # type: ignore[no-any-return]
-
-
-def add_foreign_files(folder: Path) -> None:
-    for name, content in KEPT.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def foreign_files_are_there(folder: Path) -> bool:
-    return all((folder / name).is_file() and (folder / name).read_bytes() == content for name, content in KEPT.items())
-
-
 # ---- the child processes
-
-
-def in_child(act: Callable[[], Any]) -> int:
-    """Run `act` in a fork; the exit code, or minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_at(step: int, folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
@@ -111,8 +74,6 @@ def cut_at_size(model: PromptPoolModel, target: Path, size: int, *, deadly: bool
 
 
 def found(target: Path, answers: dict[str, Tensor]) -> str:
-    if not target.exists():
-        recover(target)
     if not target.exists():
         return "none"
     try:
@@ -173,19 +134,14 @@ def loads_while_saving(target: Path, answers: dict[str, Tensor]) -> list[str]:
             for name in ("new", "old"):
                 MODELS[name].save_pretrained(target)
 
-    writer = os.fork()
-    if writer == 0:
-        try:
-            save_in_turns()
-        finally:
-            os._exit(1)
+    writer = forked(save_in_turns)
     states: list[str] = []
     try:
         while len(states) < 40 or len(set(states)) < 2:
             states.append(found(target, answers))
     finally:
         os.kill(writer, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL, "the writer failed"
+        assert exit_code(writer) == -signal.SIGKILL, "the writer failed"
     return states
 
 
@@ -239,26 +195,25 @@ def test_a_write_cut_short_leaves_the_old_adapter(results: dict[str, list[dict[s
     assert_recovers(results[name], foreign=True)
 
 
-@pytest.mark.parametrize("new_is_there", [True, False])
-def test_recover_finishes_the_swap(tmp_path: Path, new_is_there: bool) -> None:
+def test_a_reader_finishes_a_save_that_was_complete(tmp_path: Path) -> None:
+    """The config has moved already, the weights have not."""
     first, second, target = adapter(1), adapter(2), tmp_path / "adapter"
-    first.save_pretrained(tmp_path / ".adapter.replaced")
-    if new_is_there:
-        second.save_pretrained(tmp_path / ".adapter.saving")
-    assert torch.equal(loaded(target), answer(second if new_is_there else first))
     first.save_pretrained(target)
-    assert os.listdir(tmp_path) == ["adapter"]
-    assert torch.equal(loaded(target), answer(first))
+    second.save_pretrained(tmp_path / "second")
+    os.rename(tmp_path / "second", target / f"{PREFIX}0{COMPLETE}")
+    os.replace(target / f"{PREFIX}0{COMPLETE}" / CONFIG_FILE, target / CONFIG_FILE)
+    assert torch.equal(loaded(target), answer(second))
+    assert sorted(os.listdir(target)) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
 
 
-def test_recover_leaves_other_folders_alone(tmp_path: Path) -> None:
-    for name in ("adapter", ".adapter.replaced", ".adapter.saving"):
+def test_a_reader_leaves_other_folders_alone(tmp_path: Path) -> None:
+    for name in ("adapter", "adapter/.cl_prompts", f"adapter/{PREFIX}1.saving", f"{PREFIX}2.saving"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    recover(tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "file").read_text() == "adapter"
-    recover(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    before = sorted(tmp_path.rglob("*"))
+    finish_interrupted_save(tmp_path / "adapter")
+    finish_interrupted_save(tmp_path / "none")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -302,7 +257,7 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_into_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is swapped from under the process; relative paths must go on meaning the same."""
+    """Relative paths go on meaning the same."""
     folder = tmp_path / "run"
     (folder / "sub").mkdir(parents=True)
     monkeypatch.chdir(folder / "sub")

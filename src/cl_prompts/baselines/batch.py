@@ -1,0 +1,41 @@
+"""A training batch of a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the terms of the training loss are computed from.
+
+    Args:
+        features: [B, D].
+        logits: of all known classes, none masked [B, C].
+        targets: index of the logit of each image's class [B], -100 for padding.
+        valid: True for real images, False for padding [B].
+        sample_ids: a number per image [B], or None.
+        teacher_logits: an earlier model's logits [B, earlier classes]; None without one.
+    """
+
+    features: Tensor
+    logits: Tensor
+    targets: Tensor
+    valid: Tensor
+    sample_ids: Sequence[int] | Tensor | None
+    teacher_logits: Tensor | None
+
+    @property
+    def numbers(self) -> Tensor:
+        """`sample_ids` as a tensor [B] on the device of the logits.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.sample_ids is None:
+            raise ValueError("this learner knows images by their numbers: pass sample_ids, as the streams do")
+        return torch.as_tensor(self.sample_ids, device=self.logits.device)

@@ -1,0 +1,149 @@
+"""Parts of a run that have no `state_dict` of their own, and those whose `state_dict` is not what a checkpoint needs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl_prompts.continual.streams.stream import Stream
+from cl_prompts.learner.protocol import Learner
+from cl_prompts.runtime.distributed import gather_over_processes, world_size
+
+
+class Stateful(Protocol):
+    """A part of a run that goes into its checkpoints.
+
+    The state is nested dicts, with strings as keys, of tensors and JSON-able values. With several processes all of them
+    call both methods.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state as it is now."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Continue from a state that `state_dict` returned."""
+
+
+class LearnerState:
+    """What training has changed in a learner: not the backbone, which `nn.Module.state_dict` contains.
+
+    Args:
+        learner: the learner, not wrapped.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learner's `training_state_dict`."""
+        return self.learner.training_state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it. Parameters are replaced, so optimizers are built afterwards."""
+        self.learner.load_training_state_dict(state)
+
+
+class OptimizerState:
+    """The state of a torch optimizer with strings as keys.
+
+    Args:
+        optimizer: any torch optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, by the number of the parameter."""
+        state = self.optimizer.state_dict()
+        return {**state, "state": {str(number): entries for number, entries in state["state"].items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it into an optimizer over the same parameters."""
+        by_number = {int(number): entries for number, entries in state["state"].items()}
+        self.optimizer.load_state_dict({**state, "state": by_number})
+
+
+class RandomState:
+    """The random number generators of every process: torch, its CUDA devices, numpy and Python.
+
+    Args:
+        device: where tensors are gathered over the processes.
+        rank: number of this process.
+    """
+
+    def __init__(self, device: torch.device, rank: int) -> None:
+        self.device, self.rank = device, rank
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by process and generator."""
+        states: dict[str, dict[str, Tensor]] = {str(rank): {} for rank in range(world_size())}
+        for name, tensor in _generator_states().items():
+            for rank, gathered in enumerate(gather_over_processes(tensor.to(self.device))):
+                states[str(rank)][name] = gathered
+        return states
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the generators of this process."""
+        own = {name: tensor.cpu() for name, tensor in state[str(self.rank)].items()}
+        torch.set_rng_state(own["torch"])
+        cuda = [own[f"cuda.{i}"] for i in range(sum(name.startswith("cuda.") for name in own))]
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
+        *keys, position, has_gauss, cached = own["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, _float_of(cached)))
+        version, *numbers, gauss = own["python"].tolist()
+        random.setstate((version, tuple(numbers), None if np.isnan(_float_of(gauss)) else _float_of(gauss)))
+
+
+def _generator_states() -> dict[str, Tensor]:
+    """State of each generator of this process as one tensor of integers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert kind == "MT19937"
+    version, numbers, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), int(position), int(has_gauss), _bits_of(float(cached))]),
+        "python": torch.tensor([version, *numbers, _bits_of(float("nan") if gauss is None else gauss)]),
+    }
+    if torch.cuda.is_available():
+        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _bits_of(number: float) -> int:
+    """The bits of a float64 as an integer: not every device has float64."""
+    return int(np.float64(number).view(np.int64))
+
+
+def _float_of(bits: int) -> float:
+    return float(np.int64(bits).view(np.float64))
+
+
+class SkippedImages:
+    """Numbers of the images that a stream could not read, over all processes.
+
+    Args:
+        stream: the stream.
+        device: where numbers are gathered over the processes.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device) -> None:
+        self.stream, self.device = stream, device
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Ascending numbers by split."""
+        found = {}
+        for split, numbers in self.stream.skipped.items():
+            own = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+            found[split] = torch.cat(gather_over_processes(own)).unique().tolist()
+        return found
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Every process continues with the images that any process could not read."""
+        self.stream.skipped = state

@@ -1,0 +1,40 @@
+"""Checks of a training forward that prompt learners and baselines share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_labels(labels: Any, images: int) -> None:
+    """Check that `labels` are class ids, one for each of so many `images`.
+
+    Raises:
+        TypeError: they are not an integer tensor.
+        ValueError: their shape is not [images].
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
+        what = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")
+    if labels.shape != (images,):
+        raise ValueError(f"labels has shape {list(labels.shape)}, expected [{images}]: one class id per image")
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Check that the DistributedDataParallel forward in progress, if any, averages the gradients of all of `model`.
+
+    Raises:
+        ValueError: a trainable parameter was added after the model was wrapped.
+    """
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None:
+        wrapped = {id(p) for p in wrapper._module_parameters}
+        if any(p.requires_grad and id(p) not in wrapped for p in model.parameters()):
+            raise ValueError(
+                "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
+            )

@@ -1,0 +1,66 @@
+"""Writing one file so that readers find the old content or the new, whole."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from cl_prompts.runtime.locks import hold, hold_leftover, release
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file so that readers find the old content or the new, whole. Of several writers the last one wins.
+
+    Args:
+        path: the file; missing folders are made.
+        content: text, written as UTF-8, or bytes.
+    """
+    with staging_file(path) as staging:
+        staging.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def staging_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty file beside `path` to write to, which replaces `path` when the block ends without an error.
+
+    Each writer has a staging file of its own and holds its lock. Staging files of killed writers are removed.
+    The block must write to the file that is there; `safetensors.torch.save_file` puts another one in its place.
+
+    Args:
+        path: the file; missing folders are made.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):
+        _remove_if_dead(leftover)
+    staging = target.with_name(f".{target.name}.{uuid4().hex}.writing")
+    descriptor = hold(staging)
+    try:
+        yield staging
+        os.fsync(descriptor)
+        os.replace(staging, target)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    finally:
+        release(descriptor)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_dead(leftover: Path) -> None:
+    descriptor = hold_leftover(leftover)
+    if descriptor is not None:
+        leftover.unlink(missing_ok=True)
+        release(descriptor)

@@ -1,0 +1,136 @@
+"""The task API is declared on the model that users hold, with types, and all learners have what a trainer asks for."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.comparison import small_learner
+from support.families import build
+from support.paths import ROOT
+
+from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.baselines import BASELINES
+from cl_prompts.learner.protocol import Learner
+from cl_prompts.tuner.task_api import TaskAPI
+
+
+def members(kind: type) -> list[str]:
+    return sorted(name for name in vars(kind) if not name.startswith("_"))
+
+
+def learners() -> Iterator[Any]:
+    model = get_prompt_pool_model(build("vit"), L2PConfig())
+    yield from (model, model.base_model)
+    yield from (small_learner(name) for name in BASELINES)
+
+
+def test_every_learner_has_what_a_trainer_asks_for() -> None:
+    asked = [*members(Learner), "training"]
+    assert len(asked) > 30
+    lacking = {type(learner).__name__: {n for n in asked if not hasattr(type(learner), n)} for learner in learners()}
+    # Set in __init__; mypy knows them (below).
+    assert set().union(*lacking.values()) <= {"head", "class_mask", "training"}
+    assert all(hasattr(learner, name) for learner in learners() for name in asked)
+
+
+@pytest.mark.parametrize("name", members(TaskAPI))
+def test_the_model_declares_the_task_api(name: str) -> None:
+    """Found on the class, so that completion and go-to-definition find it, and documented there."""
+    assert hasattr(PromptPoolModel, name)
+    assert getattr(PromptPoolModel, name).__doc__
+
+
+LEARNERS = """
+from torch import nn
+
+from cl_prompts.baselines import Baseline
+from cl_prompts.learner.protocol import Learner
+from cl_prompts.tuner.task_api import TaskAPI
+
+
+class PromptLearner(TaskAPI, nn.Module):
+    '''PromptPoolModel and its tuner for mypy, which knows PEFT's classes as Any and would let them pass as anything.'''
+
+
+class Unfinished(nn.Module):
+    pass
+
+
+def prompts(model: PromptLearner) -> Learner:
+    return model
+
+
+def baseline(model: Baseline) -> Learner:
+    return model
+
+
+def neither(model: Unfinished) -> Learner:
+    return model  # an error
+"""
+
+RIGHT = """
+import torch
+from torch import Tensor
+
+from cl_prompts import PromptPoolModel
+
+
+def learn(model: PromptPoolModel, images: Tensor, labels: Tensor) -> dict[int, str]:
+    model.begin_task([3, 1], revisit=False, class_names={3: "owl"})
+    model.initialize_prompts(images, seed=1)
+    optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=5e-3, head=5e-4))
+    model.attach_optimizer(optimizer)
+    model.grow_pool(20, optimizer)
+    model.check_labels()
+    model.consolidate([{"pixel_values": images, "labels": labels}])
+    model.end_task()
+    state = model.training_state_dict()
+    model.load_training_state_dict(state)
+    query: Tensor = model.extract_features(images)
+    output = model(images, labels, query=query)
+    tasks: Tensor | None = model.chosen_tasks(output)
+    mask: str = model.class_mask
+    key: dict[str, object] = model.cache_key()
+    needs: bool = model.needs_query
+    model.compile_backbone(fullgraph=True)
+    return {c: f"{mask} {tasks} {key} {needs} {model.fingerprint()[:8]}" for c in model.classes}
+"""
+
+WRONG = """
+from torch import Tensor
+
+from cl_prompts import PromptPoolModel
+
+
+def learn(model: PromptPoolModel, images: Tensor) -> None:
+    model.begin_task("owl")  # an error
+    model.begin_task([1], revist=True)  # an error
+    model.parameter_groups(lr="fast", learning_rate=1.0)  # an error
+    model.attach_optimizer(images)  # an error
+    model.grow_pool("20")  # an error
+    classes: str = model.classes  # an error
+    loss: int = model.extract_features(images)  # an error
+    model.load_training_state_dict(images)  # an error
+"""
+
+
+def errors_of(script: str, folder: Path) -> tuple[set[int], str]:
+    """Lines of a user's script in which mypy finds an error, and all it writes."""
+    path = folder / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(path)]
+    done: Any = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found = [line.split(":") for line in done.stdout.splitlines() if ": error: " in line]
+    assert all(Path(parts[0]).name == path.name for parts in found), done.stdout
+    return {int(parts[1]) for parts in found}, done.stdout
+
+
+@pytest.mark.parametrize("script", [LEARNERS, RIGHT, WRONG], ids=["learners", "right", "wrong"])
+def test_mypy_knows_the_types(script: str, tmp_path: Path) -> None:
+    expected = {number for number, line in enumerate(script.splitlines(), 1) if line.endswith("# an error")}
+    found, text = errors_of(script, tmp_path)
+    assert found == expected, text

@@ -60,8 +60,7 @@ class PromptedBackbone:
     @staticmethod
     def existing(model: nn.Module) -> PromptedBackbone | None:
         """The hooks of a model; None for a model without hooks."""
-        backbone: PromptedBackbone | None = vars(model).get(_ATTRIBUTE)
-        return backbone
+        return vars(model).get(_ATTRIBUTE)
 
     @classmethod
     def of(cls, model: nn.Module, user: object) -> PromptedBackbone:
@@ -217,13 +216,12 @@ class PromptedBackbone:
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         starting, outer = STARTING.get(), RUNNING.get()
-        if starting is None or starting.backbone is not self:
+        if starting is None or starting.plan is None or starting.backbone is not self:
             if outer is not None:
                 RUNNING.set(RunningPass(self, outer=outer))  # a plain forward inside a planned pass
             return None
         STARTING.set(None)
         RUNNING.set(replace(starting, outer=outer))
-        assert starting.plan is not None
         return self._base_arguments(starting.plan, args, kwargs)
 
     def _end_pass(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

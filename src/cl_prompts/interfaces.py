@@ -114,8 +114,8 @@ class Prompts:
         ids: selected prompts [B, k].
         weights: their scores or mixing weights [B, k].
         scores: selection scores of the whole pool [B, M].
-        candidates: number c of prompted passes per image. With c > 1, tokens, prefixes, ids and weights have c * B rows;
-            the candidates of one image are adjacent.
+        candidates: number c of prompted passes per image. With c > 1, tokens, prefixes with all their fields, ids and
+            weights have c * B rows, those of one image adjacent; `scores` has B.
         combine: how the candidates of an image are combined: "confident" (the answer of the most confident candidate) or
             "mean" (log of the mean class probabilities).
     """

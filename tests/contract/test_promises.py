@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts import PromptPoolModel, get_prompt_pool_model
-from cl_prompts.backbones.structure import fingerprint
+from cl_prompts.backbones.fingerprint import fingerprint
 from cl_prompts.methods.shared.per_task import PerTask
 
 

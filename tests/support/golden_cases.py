@@ -180,7 +180,7 @@ def _coda_method(**parts: str) -> Method:
 
 def _rates(prompts: str) -> Callable[[dict[str, Any]], dict[str, float]]:
     """The fixture gives two rates: for what it calls `prompts`, and for the head."""
-    return lambda about: {"lr": about["lr"][prompts], "head": about["lr"]["head"]}
+    return lambda about: {"learning_rate": about["lr"][prompts], "head": about["lr"]["head"]}
 
 
 def _vq_choices(case: Case, output: PromptPoolOutput) -> None:

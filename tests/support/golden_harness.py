@@ -88,7 +88,7 @@ class Method:
     config: Callable[[Case], PromptPoolConfig]
     layout: Callable[[Case, Any, Value], list[Part]]
     parts: dict[str, str]
-    rates: Callable[[dict[str, Any]], dict[str, float]] = lambda about: {"lr": about["lr"]}
+    rates: Callable[[dict[str, Any]], dict[str, float]] = lambda about: {"learning_rate": about["lr"]}
     test_tasks: Callable[[Case], int | None] = lambda case: None
     prepare: Callable[[Case, Any], None] = lambda case, pool: None
     fixture: str = ""

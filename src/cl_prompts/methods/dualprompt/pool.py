@@ -102,7 +102,7 @@ class DualPromptPool(QueriedPool):
 
         def by_key(row: int, query: Tensor) -> PrefixKV:
             """The prefix that the keys select, for queries [B, D], or [candidates * B, D] in one stage."""
-            scores = own = self.score(row, query)
+            scores = self.score(row, query)
             if batch.task is not None:
                 ids = torch.full_like(scores[:, :1], e_prompts.shape[0] - 1, dtype=torch.int64)
             else:
@@ -110,9 +110,9 @@ class DualPromptPool(QueriedPool):
                 if config.one_stage:  # candidate number n of an image gets the prompt of rank n
                     ids = ids.view(batch.batch_size, candidates, candidates).diagonal(dim1=1, dim2=2)
                 else:
-                    own = scores.repeat_interleave(candidates, 0)
+                    scores = scores.repeat_interleave(candidates, 0)
                 ids = ids.reshape(-1, 1)
-            own = own.gather(1, ids)
+            own = scores.gather(1, ids)
             losses = {"pull": self.pull(own)} if batch.task is not None else {}
             return replace(of_task(row, ids), ids=ids, weights=own.detach(), scores=scores, losses=losses)
 
@@ -127,7 +127,9 @@ class DualPromptPool(QueriedPool):
             assert batch.query is not None
             first = by_key(0, batch.query)
             assert first.ids is not None
-            answer.ids, answer.weights, answer.scores, answer.losses = first.ids, first.weights, first.scores, first.losses
+            assert first.scores is not None
+            answer.scores = first.scores[::candidates]
+            answer.ids, answer.weights, answer.losses = first.ids, first.weights, first.losses
             answer.prefixes = {block: of_task(row, first.ids) for row, block in enumerate(config.e_layers)}
         for row, block in enumerate(config.g_layers):
             rows = self.g_prompts[row].expand(batch.batch_size * candidates, -1, -1)

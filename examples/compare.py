@@ -4,10 +4,10 @@
     python examples/compare.py rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
 The YAML (of examples/recipes, or a file) has `settings`, arguments of all runs, and `rows`: the name of a row in the table,
-and its arguments, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know go to every
-run and have the last word. Each run is a process and a folder of its own: one that fails is named below the table
-and loses no other; called again, complete runs are read and killed ones go on. Rows with another number of tasks than most
-stand in tables of their own.
+and its arguments, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know go
+to every run and override the file's. Each run is a process and a folder of its own: one that fails is named below the table
+and loses no other; called again, complete runs are read and killed ones resumed. Rows with another number of tasks than
+most stand in tables of their own.
 """
 
 import argparse

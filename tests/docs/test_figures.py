@@ -7,23 +7,39 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from support.paths import DOCS
+import pytest
+from support.paths import DOCS, ROOT
 
 
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 
 
 def texts(svg: Path) -> list[str]:
-    """All that is written in a picture."""
+    """All text in a picture."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text())
 
 
-def test_the_path_of_a_batch_is_what_the_code_does(tmp_path: Path) -> None:
-    script: dict[str, Any] = runpy.run_path(str(DOCS / "figures" / "batch_path.py"))
-    committed = DOCS / "images" / "batch_path.svg"
+@pytest.mark.parametrize(("name", "written"), [("batch_path", "42 tokens"), ("reading_path", "tuner/forward.py")])
+def test_a_figure_is_what_the_code_does(name: str, written: str, tmp_path: Path) -> None:
+    script: dict[str, Any] = runpy.run_path(str(DOCS / "figures" / f"{name}.py"))
+    committed = DOCS / "images" / f"{name}.svg"
     script["save"](tmp_path / "now.svg")
     kept = ElementTree.parse(committed).getroot().find(f".//{DESCRIPTION}")
     assert kept is not None
-    assert json.loads(kept.text or "") == script["record"](), "run python docs/figures/batch_path.py"
-    assert texts(committed) == texts(tmp_path / "now.svg"), "run python docs/figures/batch_path.py"
-    assert "42 tokens" in texts(committed)  # the pattern finds what is written
+    assert json.loads(kept.text or "") == script["record"](), f"run python docs/figures/{name}.py"
+    assert texts(committed) == texts(tmp_path / "now.svg"), f"run python docs/figures/{name}.py"
+    assert written in " ".join(texts(committed))  # the pattern finds what is written
+
+
+def test_a_forward_is_read_in_six_files() -> None:
+    """The page lists the files of the figure, an L2P forward runs through each, and they are short together."""
+    script: dict[str, Any] = runpy.run_path(str(DOCS / "figures" / "reading_path.py"))
+    found = script["record"]()
+    assert len(found["read"]) <= 6
+    assert all(found["read"].values()), "each of them runs"
+    assert sum(found["lines"].values()) <= 900
+    page = (DOCS / "development.md").read_text()
+    listed = re.findall(r"^\| `(src/cl_prompts/\S+)` \|", page, re.MULTILINE)
+    assert listed == [f"src/cl_prompts/{name}" for name in found["read"]]
+    assert all((ROOT / name).is_file() for name in listed)
+    assert f"{sum(found['lines'].values())} lines together" in page

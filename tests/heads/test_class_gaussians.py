@@ -8,7 +8,7 @@ import torch
 from support.class_features import TASKS, WIDTH, affine, gaussians_of, images
 from torch.testing import assert_close
 
-from cl_prompts.heads import ClassGaussians, DiscriminantClassifier, FeatureMap, RidgeClassifier, fit_map
+from cl_prompts.heads import ClassGaussians, ClassMeans, DiscriminantClassifier, FeatureMap, RidgeClassifier, fit_map
 
 
 def test_fit_map_finds_an_affine_map() -> None:
@@ -178,3 +178,23 @@ def test_gaussians_refuse_an_unknown_kind() -> None:
         DiscriminantClassifier(WIDTH, kind="centroids")
     with pytest.raises(ValueError, match="drift='linear': choose one of"):
         RidgeClassifier(WIDTH, drift="linear")
+
+
+def test_class_means_are_those_of_all_images_added() -> None:
+    """In parts, with classes that come later, and with padding that may hold anything."""
+    features, targets = images([0, 1, 2], 9)
+    means = ClassMeans(WIDTH)
+    padding = torch.full((2, WIDTH), math.nan), torch.full((2,), -100)
+    for classes in (2, 3):
+        rows = targets == 2 if classes == 3 else targets < 2
+        for part in rows.nonzero()[:, 0].split(4):
+            means.add(torch.cat([features[part], padding[0]]), torch.cat([targets[part], padding[1]]), classes)
+    wanted = torch.stack([features[targets == c].double().mean(0) for c in range(3)])
+    assert_close(means.sums / means.counts[:, None], wanted, atol=1e-12, rtol=0)
+    assert means.counts.tolist() == [9, 9, 9]
+    means.add(features[:0], targets[:0], 4)
+    found = means.cosines(features)
+    assert_close(
+        found[:, :3].double(), torch.cosine_similarity(features[:, None].double(), wanted, dim=2), atol=1e-6, rtol=0
+    )
+    assert found[:, 3].unique().tolist() == [-math.inf]

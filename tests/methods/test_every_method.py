@@ -50,7 +50,7 @@ def learn(model: PromptPoolModel, tasks: range, *, end: bool = True) -> PromptPo
     """Two steps a task; every row of prompts and keys moves."""
     for task in tasks:
         model.begin_task(TASKS[task])
-        optimizer = torch.optim.AdamW(model.parameter_groups(lr=0.02), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameter_groups(learning_rate=0.02), weight_decay=0.1)
         model.attach_optimizer(optimizer)
         model.train()
         for _ in range(2):
@@ -76,7 +76,7 @@ def test_padding_changes_no_loss_no_gradient_and_no_statistic(method: str) -> No
     plain = learn(new_model(method, **fields), range(2), end=False).train()
     padded, labels = copy.deepcopy(plain), torch.tensor(TASKS[1] * 3)
     for model in (plain, padded):
-        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=0.1)))
+        model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.1)))
     rows, real = [0, 0, 1, 2, 3, 1, 4, 5], torch.tensor([True, False, True, True, True, False, True, True])
     images = torch.where(real[:, None, None, None], images_of(1)[rows], 9 * images_of(0)[rows])
     outputs = [
@@ -102,7 +102,7 @@ def test_task_free_it_learns_keeps_no_task_and_is_loaded(method: str, tmp_path: 
     fields: dict[str, Any] = {"num_labels": 8, "class_mask": "none"}
     model = new_model(method, **fields)
     pool, values, labels = model.adapter.pool, images_of(0), torch.tensor(TASKS[0] * 3)
-    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(lr=1.0)))
+    model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=1.0)))
     output = model.train()(values, labels=labels)
     with torch.no_grad():
         answer = model.eval()(values)

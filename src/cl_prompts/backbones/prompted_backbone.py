@@ -7,36 +7,24 @@ any number of threads.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.backbones import last_block, reuse, unmasked
-from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, Reuse, RunningPass, running_plan
-from cl_prompts.backbones.prefix import ATTENTION, KEYWORD, BlockPlan, enter_attention, leave_attention
+from cl_prompts.backbones import block_hooks, last_block, reuse, unmasked
+from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
-from cl_prompts.backbones.structure import Structure, attention_norm, find_structure
-from cl_prompts.backbones.tokens import insert_tokens, record_output
+from cl_prompts.backbones.structure import Structure, find_structure
 
 
 # Arguments of a prompted forward that the base model never gets.
 OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
 _ATTRIBUTE = "_cl_prompted_backbone"
-
-
-@dataclass(frozen=True)
-class _BlockInfo:
-    """What a block's hook knows of the block: its number, the name of its norm, whether it is the last one."""
-
-    layer: int
-    norm: str
-    last: bool
 
 
 class PromptedBackbone:
@@ -72,8 +60,7 @@ class PromptedBackbone:
     @staticmethod
     def existing(model: nn.Module) -> PromptedBackbone | None:
         """The hooks of a model; None for a model without hooks."""
-        backbone: PromptedBackbone | None = vars(model).get(_ATTRIBUTE)
-        return backbone
+        return vars(model).get(_ATTRIBUTE)
 
     @classmethod
     def of(cls, model: nn.Module, user: object) -> PromptedBackbone:
@@ -109,50 +96,24 @@ class PromptedBackbone:
         ]
         self._replaced = reuse.install(model, structure)
         self._unmasked = unmasked.install(model, structure)
-        for layer, (block_name, attention_name) in enumerate(zip(structure.blocks, structure.attentions, strict=True)):
-            block: Any = model.get_submodule(block_name)
-            attention: Any = model.get_submodule(attention_name)
-            norm = attention_norm(block, attention)
-            block._cl_block = _BlockInfo(layer, norm, layer == len(structure.blocks) - 1)
-            attention._cl_shared_config = attention.config
-            attention._cl_norm = (block, norm)  # a tuple, so that the block does not become a child of its attention
-            attention.config = _with_prefix_attention(attention.config)
-        self._hook_blocks()
-
-    def _hook_blocks(self) -> None:
-        model, structure = self.model, self.structure
-        blocks = [model.get_submodule(name) for name in structure.blocks]
-        attentions = [model.get_submodule(name) for name in structure.attentions]
-        self._block_handles: list[Any] = [
-            *(block.register_forward_pre_hook(_enter_block, with_kwargs=True) for block in blocks),
-            blocks[-1].register_forward_hook(_leave_last_block, with_kwargs=True),
-            *(attention.register_forward_pre_hook(enter_attention, with_kwargs=True) for attention in attentions),
-            *(attention.register_forward_hook(leave_attention, always_call=True) for attention in attentions),
-            *last_block.install(attentions[-1]),
-        ]
-        if structure.pooler:
-            self._block_handles.append(model.get_submodule(structure.pooler).register_forward_hook(_record_pooled))
+        block_hooks.prepare(model, structure)
+        self._block_handles = block_hooks.install(model, structure)
 
     def move_hooks_behind(self) -> None:
         """Put the hooks on the blocks behind those that others have put there since."""
         for handle in self._block_handles:
             handle.remove()
-        self._hook_blocks()
+        self._block_handles = block_hooks.install(self.model, self.structure)
 
     def _uninstall(self) -> None:
-        model, structure = self.model, self.structure
         for handle in (*self._handles, *self._block_handles):
             handle.remove()
         reuse.uninstall(self._replaced)
         if self._unmasked:
-            unmasked.uninstall(model, structure)
+            unmasked.uninstall(self.model, self.structure)
         if self._compiled is not None:
-            del model.forward
-        for block_name, attention_name in zip(structure.blocks, structure.attentions, strict=True):
-            attention: Any = model.get_submodule(attention_name)
-            attention.config = attention._cl_shared_config
-            del attention._cl_shared_config, attention._cl_norm
-            del model.get_submodule(block_name)._cl_block
+            del self.model.forward
+        block_hooks.restore(self.model, self.structure)
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
@@ -255,13 +216,12 @@ class PromptedBackbone:
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         starting, outer = STARTING.get(), RUNNING.get()
-        if starting is None or starting.backbone is not self:
+        if starting is None or starting.plan is None or starting.backbone is not self:
             if outer is not None:
                 RUNNING.set(RunningPass(self, outer=outer))  # a plain forward inside a planned pass
             return None
         STARTING.set(None)
         RUNNING.set(replace(starting, outer=outer))
-        assert starting.plan is not None
         return self._base_arguments(starting.plan, args, kwargs)
 
     def _end_pass(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -287,60 +247,3 @@ class PromptedBackbone:
             return value.repeat_interleave(plan.repeats, 0) if per_image else value
 
         return tuple(repeat(value) for value in args), {name: repeat(value) for name, value in kwargs.items()}
-
-
-def _with_prefix_attention(config: Any) -> Any:
-    copied = copy.copy(config)
-    copied._attn_implementation_internal = ATTENTION
-    return copied
-
-
-def _enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pre-hook of every block: tokens, the last block's narrowing, and the block's part of the plan among its arguments."""
-    plan = running_plan()
-    if plan is None:
-        return None
-    info: _BlockInfo = block._cl_block
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    if info.layer == 0:
-        if plan.keep_block_input:
-            plan.record.block_input = hidden
-        hidden = insert_tokens(hidden, plan)
-    all_tokens, block_input = None, hidden
-    if info.last and last_block.may_narrow(block, plan, info.layer, args, kwargs):
-        assert plan.read is not None
-        all_tokens = block.get_submodule(info.norm)(hidden)
-        hidden = hidden[:, plan.read[0] : plan.read[0] + plan.read[1]]
-        plan.record.narrowed = True
-    prefix = plan.prefixes.get(info.layer)
-    inserted = None if plan.tokens is None else (plan.token_index, plan.tokens.shape[1])
-    if prefix is not None or inserted is not None or all_tokens is not None:
-        kwargs = {
-            **kwargs,
-            KEYWORD: BlockPlan(
-                layer=info.layer,
-                prefix=prefix,
-                block_input=block_input,
-                inserted=inserted,
-                all_tokens=all_tokens,
-                read=plan.read[1] if plan.read is not None else 0,
-                learning=plan.learning,
-                used=plan.record.prefixes,
-            ),
-        }
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-def _leave_last_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    plan = running_plan()
-    if plan is None:
-        return None
-    part: BlockPlan | None = kwargs.get(KEYWORD)
-    length = 0 if part is None else part.block_input.shape[1] - (0 if part.inserted is None else part.inserted[1])
-    return record_output(output, plan, length)
-
-
-def _record_pooled(pooler: nn.Module, args: Any, output: Tensor) -> None:
-    plan = running_plan()
-    if plan is not None:
-        plan.record.pooled = output

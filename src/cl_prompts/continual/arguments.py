@@ -21,10 +21,10 @@ class ContinualArguments:
         output_dir: results folder; None: nothing is written and nothing can be resumed.
         num_train_epochs: epochs of a task; a stream without tasks is passed over once.
         batch_size: images of an optimizer step, over all processes.
-        gradient_accumulation_steps: parts that a batch is cut into, one forward and backward each: less memory, the same step, but for
-            what compares or counts the images of a batch and then sees those of a part: `class_mask="batch"`,
-            `entropy_weight`, `batchwise_selection`, `key_loss="coupled"`, and HiDe-Prompt's and NoRGa's contrastive term
-            and class means, which move once for each part (docs/methods/hide.md).
+        gradient_accumulation_steps: number of parts that a batch is cut into, with one forward and backward each. The step
+            is the same and takes less memory, except for terms that compare or count the images of a batch and then see
+            those of a part: `class_mask="batch"`, `entropy_weight`, `batchwise_selection`, `key_loss="coupled"`, and the
+            contrastive term and class means of HiDe-Prompt and NoRGa (docs/methods/hide.md).
         optim: "adam", "adamw" or "sgd".
         learning_rate: learning rate.
         learning_rates: other rates by parameter group ("prompts", "keys", "routers", "head", "base").

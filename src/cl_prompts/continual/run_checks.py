@@ -38,7 +38,7 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
         raise ValueError("further classifiers look at each task's images, and this stream has no tasks: leave them out")
     if stream.task_free and args.num_train_epochs != 1:
         raise ValueError(
-            f"num_train_epochs={args.num_train_epochs}: a stream without task boundaries is passed over once, set num_train_epochs=1"
+            f"num_train_epochs={args.num_train_epochs}: a stream without task boundaries is passed over once, set it to 1"
         )
     if model.needs_memory and not args.rehearses:
         raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import IGNORE_INDEX
-from cl_prompts.runtime.text import shown
+from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_state import AdapterState
 
 
@@ -91,8 +91,8 @@ class TaskState(nn.Module):
         again = sorted(set(declared) & set(known), key=declared.index)
         if again and not revisit:
             raise ValueError(
-                f"classes {shown(again)} were declared in an earlier task: leave them out, or pass revisit=True if they "
-                "come back (new domain, recurring classes)"
+                f"classes {short_repr(again)} were declared in an earlier task: leave them out, or pass revisit=True if "
+                "they come back (new domain, recurring classes)"
             )
         names = {str(int(c)): str(name) for c, name in (class_names or {}).items()}
         return NextTask(declared, list(dict.fromkeys(known + declared)), names)
@@ -194,7 +194,7 @@ def class_ids(classes: Any) -> list[int]:
     values = classes.tolist() if isinstance(classes, Tensor) else classes
     if not isinstance(values, Iterable):
         raise TypeError(
-            f"classes must be a list of class ids, got {shown(classes)}: write [{shown(classes)}] for one class"
+            f"classes must be a list of class ids, got {short_repr(classes)}: write [{short_repr(classes)}] for one class"
         )
     declared = list(values)
     wrong = [c for c in declared if not isinstance(c, Integral) or isinstance(c, bool)]
@@ -205,7 +205,7 @@ def class_ids(classes: Any) -> list[int]:
     ids = [int(c) for c in declared]
     twice = sorted(c for c, times in Counter(ids).items() if times > 1)
     if twice:
-        raise ValueError(f"classes {shown(twice)} are declared twice in one call")
+        raise ValueError(f"classes {short_repr(twice)} are declared twice in one call")
     if min(ids) < 0:
         raise ValueError(f"class {min(ids)} is negative: -100 marks images to ignore, so ids start at 0")
     if max(ids) >= 2**63:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, positive_number
-from cl_prompts.runtime.text import shown
+from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
@@ -48,7 +48,7 @@ class _ByMethod(type):
 
 def _class_of(method: Any) -> type[PromptPoolConfig]:
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"unknown method {shown(method)}: choose one of {sorted(METHODS)}")
+        raise ValueError(f"unknown method {short_repr(method)}: choose one of {sorted(METHODS)}")
     return METHODS[method].config_class
 
 
@@ -122,11 +122,11 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            raise ValueError(f"task_type={shown(self.task_type)}: PEFT has no image task type; leave it out")
+            raise ValueError(f"task_type={short_repr(self.task_type)}: PEFT has no image task type; leave it out")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         if self.method != type(self).method:
-            raise ValueError(f"{type(self).__name__} is for method={type(self).method!r}, not {shown(self.method)}")
+            raise ValueError(f"{type(self).__name__} is for method={type(self).method!r}, not {short_repr(self.method)}")
         if self.state is None:
             self.state = AdapterState()
         elif not isinstance(self.state, AdapterState):
@@ -138,7 +138,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         if saved is not None and not (
             isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
         ):
-            raise ValueError(f'modules_to_save={shown(saved)} must be a list of names, like ["layernorm"]')
+            raise ValueError(f'modules_to_save={short_repr(saved)} must be a list of names, like ["layernorm"]')
         choice(self, "readout", READOUTS)
         choice(self, "query_pooling", POOLINGS)
         choice(self, "class_mask", CLASS_MASKS)
@@ -160,8 +160,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         unknown = sorted(set(kwargs) - saved - set(cls.retired_fields))
         if unknown:
             warnings.warn(
-                f"unknown fields {shown(unknown)} in the file of a {cls.__name__} are ignored: it was written by a newer "
-                "cl_prompts, or by hand",
+                f"unknown fields {short_repr(unknown)} in the file of a {cls.__name__} are ignored: it was written by a "
+                "newer cl_prompts, or by hand",
                 stacklevel=3,
             )
         return {k: v for k, v in kwargs.items() if k in saved}

@@ -8,7 +8,7 @@ from typing import ClassVar
 from peft import PeftConfig
 
 from cl_prompts.methods.shared.field_checks import choice, flag, not_negative, positive, positive_number
-from cl_prompts.runtime.text import shown
+from cl_prompts.runtime.text import short_repr
 
 
 TRAINED_HEADS = ("linear", "cosine")
@@ -118,7 +118,7 @@ class ClassifierConfig(PeftConfig):
         if self.ridge is not None:
             positive_number(self, "ridge")
         if type(self.classifier_seed) is not int or not 0 <= self.classifier_seed < 2**31:
-            raise ValueError(f"classifier_seed={shown(self.classifier_seed)} must be an integer from 0 to 2**31 - 1")
+            raise ValueError(f"classifier_seed={short_repr(self.classifier_seed)} must be an integer from 0 to 2**31 - 1")
         if self.trained_tasks == "first" and getattr(self, "modules_to_save", None):
             raise ValueError('trained_tasks="first" freezes prompts, but modules_to_save would be trained on: remove one')
         if self.closed_form and self.alignment != "none":

@@ -1,4 +1,4 @@
-"""Values from files in messages: one line, and short whatever the file holds."""
+"""Short text for messages, whatever a file or a library holds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _REPR.maxlong = 40
 LONGEST = 600  # characters
 
 
-def shown(value: Any) -> str:
-    """The value as Python writes it, with dots for what is too much."""
+def short_repr(value: Any) -> str:
+    """The `repr` of a value in one line of at most 600 characters; long parts are replaced by dots."""
     return _short(_REPR.repr(value))
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, cut to its first line."""
+    """The first line of an error's text, printable and of at most 600 characters."""
     text = (str(error) or type(error).__name__).strip().splitlines()[0]
     return _short("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from cl_prompts.methods import PromptPoolConfig
-from cl_prompts.runtime.text import first_line, shown
+from cl_prompts.runtime.text import first_line, short_repr
 from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterFiles
 from cl_prompts.storage.hub_errors import HubError, explain_hub_errors
 
@@ -48,7 +48,7 @@ def load_base(config: PromptPoolConfig, files: AdapterFiles | None = None, **kwa
         raise
     except Exception as error:  # the code of any model may fail in any way
         raise ValueError(
-            f"the base {shown(source)} that the adapter names cannot be loaded ({first_line(error)}): load a base "
+            f"the base {short_repr(source)} that the adapter names cannot be loaded ({first_line(error)}): load a base "
             "yourself, then PromptPoolModel.from_pretrained(base, adapter)"
         ) from error
     return model
@@ -79,7 +79,7 @@ def built_bytes(config: PromptPoolConfig, source: str, **hub: Any) -> int:
         raise
     except Exception as error:  # as in `load_base`
         raise ValueError(
-            f"the base {shown(source)} that the adapter names cannot be built ({first_line(error)})"
+            f"the base {short_repr(source)} that the adapter names cannot be built ({first_line(error)})"
         ) from error
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
@@ -106,7 +106,7 @@ def _refuse_path(source: str, repo_id: str) -> None:
         validate_repo_id(source)
     except ValueError as error:
         raise ValueError(
-            f"the adapter {repo_id} names the base {shown(source)}, which is no Hub id: load the base yourself, then "
+            f"the adapter {repo_id} names the base {short_repr(source)}, which is no Hub id: load the base yourself, then "
             "PromptPoolModel.from_pretrained(base, adapter)"
         ) from error
 
@@ -125,7 +125,7 @@ def _check_base_config(kind: Any, base: PretrainedConfig) -> None:
             raise ValueError(f"its config has {blocks:,} blocks, more than {MAX_BLOCKS:,}")
         attention = getattr(part, "_attn_implementation", None)
         if isinstance(attention, str) and "/" in attention:  # code of a repository
-            raise ValueError(f"its config asks for the attention {shown(attention)} from the Hub")
+            raise ValueError(f"its config asks for the attention {short_repr(attention)} from the Hub")
 
 
 def _base_class(config: PromptPoolConfig) -> Any:
@@ -135,7 +135,7 @@ def _base_class(config: PromptPoolConfig) -> Any:
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"the adapter names the base class {shown(name)}, which transformers does not have: load the base yourself, "
-            "then PromptPoolModel.from_pretrained(base, adapter)"
+            f"the adapter names the base class {short_repr(name)}, which transformers does not have: load the base "
+            "yourself, then PromptPoolModel.from_pretrained(base, adapter)"
         )
     return found

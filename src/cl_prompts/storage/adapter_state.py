@@ -7,7 +7,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from cl_prompts.runtime.text import shown
+from cl_prompts.runtime.text import short_repr
 from cl_prompts.version import __version__
 
 
@@ -66,20 +66,20 @@ class AdapterState:
                 of another kind than its field.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {shown(values)}")
+            raise ValueError(f"`state` must be an object as `save_pretrained` writes it, got {short_repr(values)}")
         version = values.get("format_version", FORMAT_VERSION)
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             writer = values.get("written_by")
             # A command that is made to be copied holds nothing but a version.
             needed = f">={writer}" if isinstance(writer, str) and _VERSION.fullmatch(writer) else ""
             raise ValueError(
-                f"the adapter has format version {shown(version)}, this cl_prompts {__version__} reads up to "
+                f"the adapter has format version {short_repr(version)}, this cl_prompts {__version__} reads up to "
                 f"{FORMAT_VERSION}: upgrade with `pip install -U 'cl-prompts{needed}'`"
             )
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            warnings.warn(f"unknown fields {shown(unknown)} in the adapter's state are ignored", stacklevel=2)
+            warnings.warn(f"unknown fields {short_repr(unknown)} in the adapter's state are ignored", stacklevel=2)
         state = cls(**{k: v for k, v in values.items() if k in known})
         tasks = state.tasks
         if not isinstance(tasks, list) or not all(
@@ -89,20 +89,22 @@ class AdapterState:
             and len(set(task)) == len(task)
             for task in tasks
         ):
-            raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {shown(tasks)}")
+            raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {short_repr(tasks)}")
         names = state.class_names
         if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
-            raise ValueError(f"`state.class_names` must map str(class id) to a name, got {shown(state.class_names)}")
+            raise ValueError(f"`state.class_names` must map str(class id) to a name, got {short_repr(state.class_names)}")
         if not isinstance(state.task_open, bool) or (state.task_open and not tasks):
-            raise ValueError(f"`state.task_open` must be true or false, false without tasks, got {shown(state.task_open)}")
+            raise ValueError(
+                f"`state.task_open` must be true or false, false without tasks, got {short_repr(state.task_open)}"
+            )
         for name, kind in _KINDS.items():
             value = getattr(state, name)
             if value is not None and type(value) is not kind:
-                raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {shown(value)}")
+                raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {short_repr(value)}")
         for name in ("image_size", "image_mean", "image_std"):
             value = getattr(state, name)
             if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
-                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {shown(value)}")
+                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {short_repr(value)}")
         return state
 
     @property

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cl_prompts.runtime.text import shown
+from cl_prompts.runtime.text import short_repr
 
 
 PEFT_TYPE = "PROMPT_POOL"
@@ -92,7 +92,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated or no JSON ({error}): fetch or save it again") from error
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind != PEFT_TYPE:
-        raise ValueError(f"{path} has peft_type {shown(kind)}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT")
+        raise ValueError(
+            f"{path} has peft_type {short_repr(kind)}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT"
+        )
     return dict(content)
 
 
@@ -109,7 +111,7 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
     missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or foreign:
         raise ValueError(
-            f"{WEIGHTS_FILE} does not fit its config: missing {shown(missing)}, unexpected {shown(foreign)}. "
+            f"{WEIGHTS_FILE} does not fit its config: missing {short_repr(missing)}, unexpected {short_repr(foreign)}. "
             "Are both files from the same save?"
         )
     for name, tensor in found.items():
@@ -117,7 +119,7 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
         kinds: tuple[Any, ...] = FLOAT_TYPES if like.is_floating_point() else ("I64", torch.int64)
         if tuple(tensor.shape) != tuple(like.shape) or tensor.dtype not in kinds:
             raise ValueError(
-                f"{name} is {tensor.dtype}{shown(list(tensor.shape))} in {WEIGHTS_FILE}, the config implies "
+                f"{name} is {tensor.dtype}{short_repr(list(tensor.shape))} in {WEIGHTS_FILE}, the config implies "
                 f"{like.dtype}{list(like.shape)}: are both files from the same save?"
             )
 

@@ -28,7 +28,7 @@ from cl_prompts.learner.checks import check_labels
 from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
-from cl_prompts.tuner.output import Selection, combine_candidates, mask_logits, method_losses, selection_of, total_loss
+from cl_prompts.tuner.output import combine_candidates, mask_logits, method_losses, selection_of, total_loss
 from cl_prompts.tuner.validation import check_ready
 
 
@@ -197,8 +197,7 @@ def answer(
     adapter, record = inputs.adapter, plan.record
     with torch.autocast(inputs.images.device.type, enabled=False):
         features = read_feature(backbone.model, backbone.structure, record, adapter.readout)
-        trained_head = inputs.training or inputs.features_only
-        logits = adapter.head(features) if trained_head else adapter.classify(features)
+        logits = (adapter.head if inputs.training or inputs.features_only else adapter.classify)(features)
         chosen = selection_of(prompts, record.prefixes)
         if prompts.candidates > 1:
             logits, features, chosen = combine_candidates(adapter, prompts, logits, features, chosen)
@@ -217,7 +216,10 @@ def answer(
                 logits, inputs.targets, inputs.valid, parts, inputs.num_items, over_processes=inputs.training
             )
         if inputs.learns:
-            observe(inputs, query, chosen, features)
+            with torch.no_grad():
+                first_seen = adapter.sample_counter.first_seen(inputs.sample_ids, inputs.valid)
+                shown = (chosen.ids, query, inputs.targets, inputs.valid, first_seen, chosen.scores, features)
+                adapter.pool.observe(Observation(*shown))
     output = PromptPoolOutput(
         loss=loss,
         logits=logits,
@@ -229,12 +231,3 @@ def answer(
         features=features,
     )
     return output if return_dict else output.to_tuple()
-
-
-@torch.no_grad()
-def observe(inputs: Inputs, query: Tensor | None, chosen: Selection, features: Tensor) -> None:
-    """Show the pool what this training forward chose, each image once in a task where it has a number."""
-    first_seen = inputs.adapter.sample_counter.first_seen(inputs.sample_ids, inputs.valid)
-    inputs.adapter.pool.observe(
-        Observation(chosen.ids, query, inputs.targets, inputs.valid, first_seen, chosen.scores, features)
-    )

@@ -13,7 +13,7 @@ from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.checks import check_wrapper
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.distributed import world_size
-from cl_prompts.runtime.text import first_line, shown
+from cl_prompts.runtime.text import first_line, short_repr
 from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.tuner.adapter import PoolAdapter
 
@@ -24,7 +24,7 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
     asked = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
     outside = [layer for layer in asked if layer >= depth]
     if outside:
-        raise ValueError(f"layers {shown(outside)} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
+        raise ValueError(f"layers {short_repr(outside)} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
     if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:
         raise ValueError(
             f"add_cls_position_embedding=True, but {type(model).__name__} has no position embedding of a CLS token: "
@@ -46,7 +46,7 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
 
 def _base_named(config: PromptPoolConfig) -> str:
     name = config.base_model_name_or_path
-    return shown(name) if name else "the base it was trained on"
+    return short_repr(name) if name else "the base it was trained on"
 
 
 def check_base(config: PromptPoolConfig, found: str) -> None:

@@ -11,7 +11,7 @@ from cl_prompts.continual.streams.stream import Stream
 class JointStream(IndexedStream):
     """Another stream with the training images of all tasks so far in each task. Test images stay those of the task.
 
-    Used for the comparison learner "joint", or with `only_last` for a prompt method that is trained on all classes at once.
+    Used for the baseline "joint", or with `only_last` for a prompt method that is trained on all classes at once.
 
     Args:
         stream: stream with images by row number, with or without tasks.

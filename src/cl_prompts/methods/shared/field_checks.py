@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cl_prompts.runtime.text import shown
+from cl_prompts.runtime.text import short_repr
 
 
 def choice(config: Any, name: str, options: tuple[str, ...]) -> None:
     """The field `name` is one of `options`."""
     if getattr(config, name) not in options:
-        raise ValueError(f"{name}={shown(getattr(config, name))}: choose one of {list(options)}")
+        raise ValueError(f"{name}={short_repr(getattr(config, name))}: choose one of {list(options)}")
 
 
 def positive(config: Any, *names: str) -> None:
@@ -19,14 +19,14 @@ def positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or not 1 <= value < 2**63:
-            raise ValueError(f"{name}={shown(value)} must be an integer of at least 1 (and below 2**63)")
+            raise ValueError(f"{name}={short_repr(value)} must be an integer of at least 1 (and below 2**63)")
 
 
 def flag(config: Any, *names: str) -> None:
     """The fields are True or False."""
     for name in names:
         if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name}={shown(getattr(config, name))} must be True or False")
+            raise ValueError(f"{name}={short_repr(getattr(config, name))} must be True or False")
 
 
 def kind(config: Any, expected: type, called: str, *names: str) -> None:
@@ -34,7 +34,7 @@ def kind(config: Any, expected: type, called: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not isinstance(value, expected):
-            raise ValueError(f"{name}={shown(value)} must be {called} or None")
+            raise ValueError(f"{name}={short_repr(value)} must be {called} or None")
 
 
 def not_negative(config: Any, *names: str) -> None:
@@ -42,7 +42,7 @@ def not_negative(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-            raise ValueError(f"{name}={shown(value)} must be a finite number of at least 0")
+            raise ValueError(f"{name}={short_repr(value)} must be a finite number of at least 0")
 
 
 def positive_number(config: Any, *names: str) -> None:
@@ -64,9 +64,9 @@ def check_layers(config: Any, *names: str) -> None:
     for name in names or ("layers",):
         layers = getattr(config, name)
         if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int and i >= 0 for i in layers):
-            raise ValueError(f"{name}={shown(layers)} must be a list of block numbers, counted from 0")
+            raise ValueError(f"{name}={short_repr(layers)} must be a list of block numbers, counted from 0")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"{name}={shown(layers)} names a block twice")
+            raise ValueError(f"{name}={short_repr(layers)} names a block twice")
         setattr(config, name, sorted(layers))
 
 

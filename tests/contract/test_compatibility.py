@@ -65,7 +65,8 @@ def test_it_answers_as_it_did_and_learns_on(fixture: Path) -> None:
     assert model.adapter.config.state.class_names == {str(c): name for c, name in NAMES.items()}
     assert model.adapter.config.state.written_by is not None
     expected = stored(fixture)
-    assert_close(logits(model, fixture.parent), expected, atol=1e-5, rtol=0)
+    # Log densities of a discriminant head are of the order of 50, where other processors' kernels differ by 1e-4.
+    assert_close(logits(model, fixture.parent), expected, atol=1e-5, rtol=1e-5)
     number = len(TASKS)
     learn_task(model, [2, 5], train=model.trains_task(number))
     after = logits(model, fixture.parent)

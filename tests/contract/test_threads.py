@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.families import build, inputs, with_noise
 from support.methods import METHODS
 from torch import Tensor, nn
+from transformers import ViTImageProcessor
 
-from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, PromptPoolPipeline, get_prompt_pool_model
 
 
 THREADS = 4
@@ -71,6 +73,35 @@ def test_threads_share_one_model(method: str, family: str) -> None:
 def test_threads_share_one_model_for_long(method: str, family: str) -> None:
     model = learnt(method, family)
     ask_from_threads(lambda batch: model(**batch).logits, questions(family), CALLS)
+
+
+def pipeline_of(method: str, family: str) -> Callable[[Any], Tensor]:
+    """Scores of pictures, all classes in the order of their names."""
+    pipe = PromptPoolPipeline(learnt(method, family), ViTImageProcessor(size={"height": 32, "width": 32}), batch_size=2)
+
+    def ask(images: list[Image.Image]) -> Tensor:
+        answers = pipe(images, top_k=None)
+        return torch.tensor([[a["score"] for a in sorted(row, key=lambda a: a["label"])] for row in answers])
+
+    return ask
+
+
+def pictures(count: int) -> list[list[Image.Image]]:
+    """Lists of one to three random pictures."""
+    pixels = torch.randint(0, 256, (count, 3, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [[Image.fromarray(p.numpy()) for p in row[: 1 + number % 3]] for number, row in enumerate(pixels)]
+
+
+@pytest.mark.parametrize("method", ["l2p", "hash", "coda"])
+def test_threads_share_one_pipeline(method: str) -> None:
+    ask_from_threads(pipeline_of(method, "vit"), pictures(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_share_one_pipeline_for_long(method: str, family: str) -> None:
+    ask_from_threads(pipeline_of(method, family), pictures(8), CALLS)
 
 
 def test_a_base_without_prompts_is_asked_beside_them() -> None:

@@ -130,7 +130,8 @@ def test_inspect(adapter: Path, capsys: Output) -> None:
     printed = capsys.readouterr()
     assert printed.err == ""
     for line in (
-        "method    Hash: one pool of prompts for all tasks, a router per task, and a history of how often prompts were used.",
+        "method    Hash: one pool of prompts for all tasks, a router per task, "
+        "and a history of how often prompts were used.",
         "paper     https://arxiv.org/abs/2601.20894",
         f"base      {adapter.with_name('vit')}",
         "          ViTModel, 3 blocks of width 32, 4 heads; images 32x32",

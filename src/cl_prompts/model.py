@@ -352,6 +352,8 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients, and whose it is."""
     attributes, backbone = dict(vars(model)), PromptedBackbone.existing(model)
+    config = getattr(model, "config", None)
+    config_fields = set(vars(config)) if config is not None else set()
     users = set() if backbone is None else set(backbone.users)
     modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -369,6 +371,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 backbone.release(user)
         for name in set(vars(model)) - set(attributes):
             delattr(model, name)
+        if config is not None:
+            for name in set(vars(config)) - config_fields:
+                delattr(config, name)
         if "peft_config" in attributes:
             model.peft_config = attributes["peft_config"]
         raise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, get_prompt_pool_model
-from cl_prompts.backbones.plan import PassPlan
+from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import cls_position_embedding, find_structure, projection_names
 from cl_prompts.interfaces import PrefixKV
@@ -79,7 +79,7 @@ def random_prefixes(model: nn.Module, batch: int, length: int = 5, scale: float 
 
 def run(backbone: PromptedBackbone, values: dict[str, Tensor], **planned: Any) -> Tensor:
     """Last hidden state before the final norm, of a pass under a plan."""
-    plan = PassPlan(**planned)
+    plan = PassPlan(PassRecord(), **planned)
     with backbone.prompted(plan):
         backbone.model(**values)
     assert plan.record.hidden is not None
@@ -135,7 +135,7 @@ def test_tokens_equal_a_sequence_built_by_hand(name: str, classifier: bool, atte
     plain = run(backbone, values)
     outputs = []
     for index in (0, int(structure.has_cls)):
-        plan = PassPlan(tokens=tokens, token_index=index)
+        plan = PassPlan(PassRecord(), tokens=tokens, token_index=index)
         blocks = record_block_inputs(model, structure.blocks[0])
         with backbone.prompted(plan):
             model(**values)

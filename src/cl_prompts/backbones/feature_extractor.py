@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cl_prompts.backbones.fingerprint import fingerprint, unread_parts
-from cl_prompts.backbones.plan import PassPlan
+from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature, resolve_pooling
 
@@ -55,7 +55,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Images [B, 3, H, W] -> features [B, D], float32."""
-        plan = PassPlan()
+        plan = PassPlan(PassRecord())
         with self._backbone.prompted(plan):
             self.base(pixel_values=pixel_values, **kwargs)
         return read_feature(self.base, self.structure, plan.record, self.pooling)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.backbones.plan import PassPlan
+from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prefix import BLOCK, fold
 from cl_prompts.backbones.structure import Structure, projection_names
 from cl_prompts.interfaces import PrefixKV
@@ -76,7 +76,7 @@ def narrowing_is_exact(
     numbers = torch.randn(2, 5, structure.shape.width, generator=torch.Generator().manual_seed(0))
     hidden = numbers.to(like)
     arguments = {"attention_mask": None} if "attention_mask" in signature(type(block).forward).parameters else {}
-    plain, narrowed = PassPlan(), PassPlan(read=(1, 2))
+    plain, narrowed = PassPlan(PassRecord()), PassPlan(PassRecord(), read=(1, 2))
     try:
         with torch.autocast(like.device.type, enabled=False):
             run(plain, hidden, arguments)

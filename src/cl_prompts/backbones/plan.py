@@ -66,6 +66,7 @@ class PassPlan:
     """What the hooks do in one pass.
 
     Args:
+        record: takes what the pass computes; a new one for each plan, without a default because Dynamo cannot trace one.
         tokens: prompt tokens [B, P, D] to insert in front of block 0; None: none.
         token_index: position of the first prompt token in the sequence.
         prefixes: prefix by block number.
@@ -75,9 +76,9 @@ class PassPlan:
         keep_block_input: keep what enters block 0 in the record.
         repeats: number of passes for each image; tokens and prefixes have B * repeats rows.
         learning: whether gradients must reach the prefixes.
-        record: what the pass computed.
     """
 
+    record: PassRecord
     tokens: Tensor | None = None
     token_index: int = 0
     prefixes: Mapping[int, Prefix] = field(default_factory=dict)
@@ -87,7 +88,6 @@ class PassPlan:
     keep_block_input: bool = False
     repeats: int = 1
     learning: bool = False
-    record: PassRecord = field(default_factory=PassRecord)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones import block_hooks, last_block, reuse, unmasked
-from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, Reuse, RunningPass
+from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
 
@@ -149,7 +149,7 @@ class PromptedBackbone:
             The feature of each image, [B, D] or [B, 2 D], float32, without gradient; and what a prompted pass can reuse,
             None without `keep_below`.
         """
-        plan = PassPlan(read=self.readable(0, 1) if pooling == "cls" else None, keep_below=keep_below)
+        plan = PassPlan(PassRecord(), read=self.readable(0, 1) if pooling == "cls" else None, keep_below=keep_below)
         with self.prompted(plan):
             self.model(*args, **kwargs)
         feature = read_feature(self.model, self.structure, plan.record, pooling)
@@ -160,7 +160,7 @@ class PromptedBackbone:
     @torch.no_grad()
     def patch_embeddings(self, images: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What enters block 0 for the patches of images, positions included: [patches of all images, D] float32."""
-        plan = PassPlan(keep_block_input=True)
+        plan = PassPlan(PassRecord(), keep_block_input=True)
         with self.prompted(plan):
             self.model(pixel_values=images, **kwargs)
         assert plan.record.block_input is not None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.backbones.input_checks import check_images, check_query
-from cl_prompts.backbones.plan import PassPlan, Reuse
+from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
 from cl_prompts.backbones.prompted_backbone import OWN_ARGUMENTS, PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
@@ -175,6 +175,7 @@ def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reus
     if prompts.candidates > 1 or (reuse is not None and reuse.below and tokens is not None):
         reuse = None
     return PassPlan(
+        PassRecord(),
         tokens=tokens,
         token_index=index,
         prefixes=prompts.prefixes,

@@ -21,8 +21,8 @@ def training_step(
     batch: dict[str, Any],
     accelerator: Accelerator,
     *,
-    pieces: int,
-    max_norm: float,
+    gradient_accumulation_steps: int,
+    max_grad_norm: float,
 ) -> dict[str, Tensor]:
     """Forward and backward of a batch, piece by piece, and one step of the optimizer.
 
@@ -31,14 +31,14 @@ def training_step(
         optimizer: likewise.
         batch: this process's share, on the model's device.
         accelerator: the run's.
-        pieces: micro batches that the batch is cut into.
-        max_norm: largest gradient norm; 0: no clipping.
+        gradient_accumulation_steps: micro batches that the batch is cut into.
+        max_grad_norm: largest gradient norm; 0: no clipping.
 
     Returns:
         The loss ("loss") and its parts by name, detached.
     """
     losses: dict[str, Tensor] = {}
-    parts = micro_batches(batch, pieces)
+    parts = micro_batches(batch, gradient_accumulation_steps)
     # Gradients of pieces are summed and those of processes averaged, so each piece is scaled by the images of all.
     whole: dict[str, Any] = {}
     if len(parts) > 1:
@@ -50,8 +50,8 @@ def training_step(
             accelerator.backward(output.loss * world_size() if whole else output.loss)
         for name, value in {"loss": output.loss, **(output.losses or {})}.items():
             losses[name] = losses.get(name, 0) + value.detach()
-    if max_norm:
-        accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    if max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return losses

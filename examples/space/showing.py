@@ -105,7 +105,7 @@ def record(pool: OpenPool) -> str:
     if counts is not None:
         parts.append(f"<h4>How often each prompt was chosen in training</h4>{_histograms(pool, counts)}")
     elif pool.picture is not None:
-        parts.append(_stranger_picture(pool.picture))
+        parts.append(_record_picture(pool.picture))
     else:
         parts.append(f"<p>{choice_rule(pool)}</p>")
     return f'<div class="card">{"".join(parts)}</div>'
@@ -153,7 +153,7 @@ def _histograms(pool: OpenPool, counts: Tensor) -> str:
     return f'<div class="histograms">{"".join(drawn)}</div>{left_out}<ul class="tasks">{legend}</ul>'
 
 
-def _stranger_picture(content: bytes) -> str:
+def _record_picture(content: bytes) -> str:
     try:
         with Image.open(BytesIO(content), formats=["PNG"]) as opened:
             if opened.width * opened.height > 4_000_000:

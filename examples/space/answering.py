@@ -1,4 +1,4 @@
-"""What the pool says of a picture: classes with scores, which prompts were chosen, and from which task they come."""
+"""Answers of a pool for a picture: classes with scores, the chosen prompts, and the tasks they come from."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class Choice:
     Args:
         prompt: its number in its pool, from 0.
         weight: its score or mixing weight.
-        tasks: from which tasks it comes: shares by task number; empty where nobody knows.
+        tasks: shares of the tasks that it comes from, by task number; empty if unknown.
     """
 
     prompt: int
@@ -33,13 +33,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the pool says of one picture.
+    """The pool's answer for one picture.
 
     Args:
         labels: best classes with their probabilities.
-        rows: chosen prompts by the name of what chooses ("block 2").
-        tasks: shares of the tasks in all that was chosen.
-        routed: task that the method itself took the picture for, where it does.
+        rows: chosen prompts by the place of the choice ("block 2").
+        tasks: shares of the tasks in all chosen prompts.
+        routed: the task that the method inferred; None if it infers none.
     """
 
     labels: list[tuple[str, float]]
@@ -49,7 +49,7 @@ class Answer:
 
 
 def answer(pool: OpenPool, image: Image.Image) -> Answer:
-    """Ask the pool about one picture; nobody tells it the task."""
+    """Classify one picture; the task is unknown."""
     with pool.lock, torch.no_grad():
         model = pool.model.eval()
         output = model(**pool.pipe.image_processor(images=image, return_tensors="pt"))
@@ -82,11 +82,11 @@ def _rows(adapter: Any, ids: Tensor | None, weights: Tensor | None) -> list[tupl
 
 
 def row_name(adapter: Any, places: torch.Size, row: int) -> str:
-    """What chooses: "block 2, head 1"; nothing where the whole pool has one choice.
+    """The place of a choice, like "block 2, head 1"; empty if the whole pool makes one choice.
 
     Args:
         adapter: the model's `adapter`.
-        places: sizes of the table of what chooses: (), (layers,) or (layers, heads).
+        places: shape of the table of choices: (), (layers,) or (layers, heads).
         row: number in that table, flat.
     """
     if not places:
@@ -97,10 +97,10 @@ def row_name(adapter: Any, places: torch.Size, row: int) -> str:
 
 
 class Origins:
-    """From which tasks the prompts of an adapter come.
+    """The tasks that the prompts of an adapter come from.
 
-    Prompts that a task made belong to it. Those of a shared pool were chosen by images of several tasks in training, as
-    the counts tell that are saved with the adapter.
+    A prompt that a task added belongs to that task. The prompts of a shared pool were chosen by images of several tasks in
+    training; the adapter holds counts of these choices.
 
     Args:
         adapter: the model's `adapter`.
@@ -111,7 +111,7 @@ class Origins:
         self.counts = selection_counts(adapter)
 
     def of(self, row: int, prompt: int) -> dict[int, float]:
-        """Shares by task number; empty where nobody knows."""
+        """Shares by task number; empty if unknown."""
         if self.made_by is not None:
             return {prompt // self.made_by: 1.0}
         if self.counts is None:
@@ -126,7 +126,7 @@ def keeps_tasks_apart(adapter: Any) -> bool:
 
 
 def selection_counts(adapter: Any) -> Tensor | None:
-    """How many images of each task chose each prompt in training [tasks, rows, M]; None where nothing was counted."""
+    """How many images of each task chose each prompt in training [tasks, rows, M]; None if nothing was counted."""
     history = getattr(adapter.pool, "history", None)
     if history is None or not len(history.counts) or not history.counts.any():
         return None
@@ -135,7 +135,7 @@ def selection_counts(adapter: Any) -> Tensor | None:
 
 
 def _shares(choices: list[Choice]) -> dict[int, float]:
-    """Shares of the tasks, each choice by its weight."""
+    """Shares of the tasks, with each choice weighted by its weight."""
     found: dict[int, float] = {}
     for choice in choices:
         for task, share in choice.tasks.items():

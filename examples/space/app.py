@@ -1,10 +1,11 @@
-"""A page to try: ask a prompt pool about pictures, see which prompts it chose, teach it a class, take it home.
+"""A demo page: classify pictures with a prompt pool, see the chosen prompts, teach it a class, download the new adapter.
 
     pip install -e '.[space]' -c constraints.txt
     python examples/space/app.py        # http://127.0.0.1:7860; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT change that
 
-Only the page is here. `opening.py` loads pools, `uploads.py` looks at files, `answering.py` asks, `teaching.py` teaches,
-`keeping.py` saves, `showing.py` writes HTML. Each visitor has a pool of their own; no file of theirs is kept.
+This file has the layout and the events of the page. `opening.py` loads pools, `uploads.py` checks uploaded files,
+`answering.py` classifies pictures, `teaching.py` teaches a class, `keeping.py` saves the adapter, `showing.py` writes HTML.
+Each visitor has their own pool; uploaded files are not kept.
 """
 
 import atexit
@@ -47,15 +48,16 @@ from cl_prompts.runtime.text import first_line  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE / "samples"
-MINUTES = 30  # that a visitor's pool and files to fetch are kept after their last use
+MINUTES = 30  # a visitor's pool and download are kept this long after their last use
 ENDED = f"This visit ended: a pool is kept for {MINUTES} minutes after its last use. Reload the page."
 ABOUT = """
 <h1>Ask a prompt pool, teach it a class</h1>
-<p>A vision transformer stays frozen. A small <b>pool of prompts</b> beside it learns new classes, task after task, without
-old pictures. Here you can ask such a pool, see which prompts it chose, and teach it a class of your own.</p>
+<p>A vision transformer stays frozen. A small <b>pool of prompts</b> learns new classes, task after task, without
+old pictures. Here you can classify pictures with such a pool, see which prompts it chose, and teach it a class of your
+own.</p>
 """
 FOOT = f"""
-<p>Your pictures stay in memory for this visit and are gone {MINUTES} minutes after its last use; your files are removed
+<p>Your pictures stay in memory until {MINUTES} minutes after the last use of this visit; uploaded files are removed
 as soon as they are read. At most {uploads.MAX_IMAGES} pictures at a time, {uploads.MAX_IMAGE_BYTES // 2**20} MB each.
 Only safetensors and JSON are read from adapters; nothing in them is run. Made with cl_prompts.</p>
 """
@@ -63,12 +65,12 @@ Only safetensors and JSON are read from adapters; nothing in them is run. Made w
 
 @dataclass(eq=False)
 class Visit:
-    """What one visitor has before them.
+    """The state of one visitor's page.
 
     Args:
-        pool: theirs alone.
-        asked: pictures to answer, by name.
-        lesson: pictures of the class to be taught, by name.
+        pool: the visitor's own pool.
+        asked: pictures to classify, by name.
+        lesson: pictures of the class to teach, by name.
         lessons: a line on each class taught.
     """
 
@@ -78,7 +80,7 @@ class Visit:
     lessons: list[str] = field(default_factory=list)
 
     def answers(self) -> str:
-        """What the pool says of the pictures."""
+        """The pool's answers for the pictures, as HTML."""
         found = [(name, image, answer(self.pool, image)) for name, image in self.asked.items()]
         return showing.answers(self.pool, found)
 
@@ -89,7 +91,7 @@ def bad(error: Exception | str) -> str:
 
 
 def view(visit: Visit, said: str) -> list[Any]:
-    """The whole page after another pool was opened: values for `shown`."""
+    """Values for all elements in `shown`, after another pool was opened."""
     offered, why = teaching.ways(visit.pool)
     own = visit.pool.on_micro_vit
     return [
@@ -107,12 +109,12 @@ def view(visit: Visit, said: str) -> list[Any]:
 
 
 def start() -> list[Any]:
-    """The page as a visitor finds it."""
+    """The page at the start of a visit."""
     return view(Visit(opening.open_digits()), "")
 
 
 def open_other(visit: Visit | None, open_it: Any) -> list[Any]:
-    """Open another pool in place of the visitor's, or say why not."""
+    """Replace the visitor's pool by another one; after an error keep the pool and show the error."""
     try:
         return view(Visit(open_it()), showing.message("The pool is open."))
     except EXPECTED as error:
@@ -147,7 +149,7 @@ def ask(paths: Sequence[str] | None, visit: Visit | None) -> list[Any]:
 
 
 def ask_samples(visit: Visit | None) -> list[Any]:
-    """Answer the pictures that lie here."""
+    """Classify the sample pictures of this folder."""
     if visit is None:
         return [visit, bad(ENDED), gr.skip()]
     visit.asked = samples("try")
@@ -171,7 +173,7 @@ def lay_out(paths: Sequence[str] | None, visit: Visit | None) -> list[Any]:
 
 
 def lay_out_samples(digit: int, visit: Visit | None) -> list[Any]:
-    """Pictures of a digit that the built-in pool does not know, and its name."""
+    """Use sample pictures of a digit that the built-in pool has not learned, and set its name."""
     if visit is None:
         return [visit, bad(ENDED), gr.skip(), gr.skip()]
     visit.lesson = samples(f"teach-{digit}")
@@ -179,7 +181,7 @@ def lay_out_samples(digit: int, visit: Visit | None) -> list[Any]:
 
 
 def clear(visit: Visit | None) -> list[Any]:
-    """Take the lesson's pictures away."""
+    """Remove the pictures of the lesson."""
     if visit is None:
         return [visit, bad(ENDED), gr.skip()]
     visit.lesson = {}
@@ -187,7 +189,7 @@ def clear(visit: Visit | None) -> list[Any]:
 
 
 def teach(name: str, way: str | None, visit: Visit | None, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008 - gradio's way
-    """Teach the pool a class, and ask it again."""
+    """Teach the pool a class, and update its answers."""
     if visit is None:
         return [visit, bad(ENDED), *[gr.skip()] * 5]
     try:
@@ -199,7 +201,7 @@ def teach(name: str, way: str | None, visit: Visit | None, progress: gr.Progress
     visit.lesson = {}
     return [
         visit,
-        showing.message(f"Learnt as {said}. Ask again above, or download the new adapter."),
+        showing.message(f"Learned as {said}. Ask again above, or download the new adapter."),
         showing.facts(visit.pool),
         showing.record(visit.pool),
         visit.answers(),
@@ -209,7 +211,7 @@ def teach(name: str, way: str | None, visit: Visit | None, progress: gr.Progress
 
 
 def samples(folder: str) -> dict[str, Image.Image]:
-    """Pictures that lie here."""
+    """The sample pictures in a folder under `samples/`, by name."""
     return uploads.take_images(sorted((SAMPLES / folder).glob("*.png")))[0]
 
 
@@ -228,7 +230,7 @@ def page() -> gr.Blocks:
                 with gr.Accordion("Open another one", open=False):
                     repo_id = gr.Textbox(label="Hub id", placeholder="name/pool", max_length=100, elem_id="hub-id")
                     from_hub = gr.Button("Open from the Hub", elem_id="open-hub")
-                    files = drop_zone("or drop its files, or the zip of this page", "adapter-files")
+                    files = drop_zone("or drop its files, or a zip from this page", "adapter-files")
                     again = gr.Button("Back to the digits", elem_id="open-digits")
                 with gr.Accordion("How well it did, and what it used", open=False):
                     record = fragment("record")
@@ -278,22 +280,22 @@ def page() -> gr.Blocks:
 
 
 def fragment(name: str, content: str = "") -> gr.HTML:
-    """A place for HTML that `showing.py` writes."""
+    """An element for HTML that `showing.py` writes."""
     return gr.HTML(content, elem_id=name if name != "title" else None, js_on_load=None, padding=False)
 
 
 def drop_zone(label: str, name: str) -> gr.File:
-    """A place for files; what a file may be is looked at in `uploads.py`."""
+    """An upload area for files; `uploads.py` checks them."""
     return gr.File(label=label, file_count="multiple", type="filepath", height=130, elem_id=name, elem_classes="drop")
 
 
 def main() -> None:
-    """Serve the page until it is stopped; leave no file behind."""
+    """Serve the page until it is stopped, then remove its temporary files."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # Names alone: gradio's own fonts would be fetched.
+    # Font names only: gradio's default fonts would be downloaded.
     fonts, fonts_mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     page().queue(max_size=20).launch(
         server_name=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),

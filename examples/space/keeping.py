@@ -1,4 +1,4 @@
-"""The adapter as a visitor takes it home: a zip that loads as it is."""
+"""The downloadable adapter: a zip file that can be unpacked and loaded."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ FOLDER = "taught-pool"
 
 
 def packed(pool: OpenPool, lessons: list[str], place: Path) -> Path:
-    """Write the adapter with card and image processor, and the base where it is not on the Hub, as a zip.
+    """Write a zip file with adapter, card and image processor, and with the base if it is not on the Hub.
 
-    `pool.facts` are brought up to date. The record stays behind: it is of other weights.
+    Updates `pool.facts`. The record of the run is left out, because it describes other weights.
 
     Args:
-        pool: what to save.
+        pool: the pool to save.
         lessons: a line for the card on each class taught.
-        place: folder of the zip; made if it does not exist.
+        place: folder of the zip file; created if it does not exist.
     """
     with tempfile.TemporaryDirectory(prefix="cl-prompts-download-") as room:
         folder = Path(room, FOLDER)

@@ -1,4 +1,4 @@
-"""Make what the page knows when it starts: a Hash adapter of the digits 0 to 7, and pictures to try and to teach with.
+"""Make the built-in pool of the page, a Hash adapter of the digits 0 to 7, and its sample pictures.
 
     python examples/space/make_digits.py
 
@@ -23,7 +23,7 @@ EXAMPLES = HERE.parent
 KNOWN, TASKS = range(8), 4
 FILES = ("adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json", "results.json")
 TO_TEACH = 10  # pictures of a digit
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # the last digits of sums depend on their number
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # rounding of sums depends on the number of threads
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def take_over(made: Path, folder: Path) -> None:
 
 
 def write_samples(splits: Any, folder: Path) -> None:
-    """One test image of each digit to try, and training images of the digits that the adapter has not seen."""
+    """Write one test image of each digit, and training images of the digits that the adapter has not seen."""
     shutil.rmtree(folder, ignore_errors=True)
     labels = {split: np.asarray(rows["label"]) for split, rows in splits.items()}
     for digit in range(10):

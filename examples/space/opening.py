@@ -1,4 +1,4 @@
-"""What a visitor has open: a pool and its base, of their own, from the Hub, from uploaded files, or the digits."""
+"""Open a pool with its base for a visitor: the built-in digits, one from the Hub, or one from uploaded files."""
 
 import os
 import shutil
@@ -27,13 +27,13 @@ from cl_prompts.storage.hub_errors import explain_hub_errors
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE / "digits"
-# A pushed Space brings the micro ViT along; in the repository it lies with the other examples.
+# A pushed Space contains the micro ViT; in the repository it is in the folder of examples.
 MICRO_VIT = next(folder for folder in (HERE / BASE_FOLDER, HERE.parent / "micro_vit") if folder.is_dir())
 
 MAX_BASE_BYTES = 2**30
 MAX_OPEN_BYTES = 4 * 2**30  # of all visitors together
 MIN_FREE_BYTES = 4 * 2**30  # on the disk with the Hub's cache
-PUBLIC: dict[str, Any] = {"token": False}  # the page's own token would open its owner's private repositories to anybody
+PUBLIC: dict[str, Any] = {"token": False}  # with the page's token, visitors could open its owner's private repositories
 PICTURE, MAX_PICTURE_BYTES = "selection.png", 2 * 2**20
 
 
@@ -42,15 +42,15 @@ class OpenPool:
     """A pool that one visitor has open.
 
     Args:
-        name: what the page calls it.
+        name: name on the page.
         pipe: model and image processor.
-        facts: of `describe_adapter`.
-        record: the run that made these weights, where it is known.
-        picture: the record's selection histogram, a PNG that nobody has looked at.
-        taught: whether it has learnt here, after the record.
-        on_micro_vit: its base is the one that lies here, not on the Hub.
+        facts: result of `describe_adapter`.
+        record: record of the run that trained these weights, if known.
+        picture: the record's selection histogram, an unchecked PNG.
+        taught: whether it was taught a class on this page, after the record.
+        on_micro_vit: whether its base is the micro ViT of the examples instead of a model on the Hub.
         notes: warnings of the loading.
-        lock: one thing at a time is done with the model.
+        lock: held while the model is used.
     """
 
     name: str
@@ -70,7 +70,7 @@ class OpenPool:
 
     @property
     def bytes(self) -> int:
-        """Memory of its base and adapter."""
+        """Memory of its base and adapter, in bytes."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -79,7 +79,7 @@ OPEN: weakref.WeakSet[OpenPool] = weakref.WeakSet()
 
 
 def open_digits() -> OpenPool:
-    """The embedded default."""
+    """The built-in pool."""
     return _opened(DIGITS, "Digits 0 to 7 (built in)")
 
 
@@ -93,7 +93,7 @@ def open_hub(repo_id: str) -> OpenPool:
     repo_id = repo_id.strip()
     try:
         validate_repo_id(repo_id)
-        fits = "/" in repo_id and not Path(repo_id).exists()  # folders of this machine are nobody's business
+        fits = "/" in repo_id and not Path(repo_id).exists()  # visitors must not open folders of this machine
     except ValueError:
         fits = False
     if not fits:
@@ -137,7 +137,7 @@ def _opened(source: str | Path, name: str) -> OpenPool:
     results = files.further_file(RESULTS_FILE, MAX_RESULTS_BYTES)
     record = RunRecord.load(results) if results is not None else None
     if record is not None and record.weights_sha256 != config.state.weights_sha256:
-        record = None  # it speaks of other weights
+        record = None  # it describes other weights
     picture = files.further_file(PICTURE, MAX_PICTURE_BYTES) if record is not None else None
     pipe.model.eval()
     pool = OpenPool(
@@ -154,7 +154,7 @@ def _opened(source: str | Path, name: str) -> OpenPool:
 
 
 def micro_vit_fingerprint() -> str | None:
-    """Which adapters stand on the micro ViT; the digits do."""
+    """The base fingerprint of adapters that were trained on the micro ViT, read from the built-in one."""
     return PromptPoolConfig.from_pretrained(DIGITS).state.base_fingerprint
 
 
@@ -164,12 +164,12 @@ def _check_room() -> None:
 
 
 def _check_base(config: PromptPoolConfig, repo_id: str | None, revision: str | None) -> None:
-    """Raise ValueError for a base that is nowhere, or too large to be fetched for a visitor."""
+    """Raise ValueError for a base that is not named or too large to download for a visitor."""
     base, inside = hub_base(config), ""
     if not config.base_model_name_or_path and repo_id is not None:
         base, inside = repo_id, f"{BASE_FOLDER}/"
     if base is None:
-        raise ValueError("the adapter names no base model on the Hub, and it was not made on this page's own")
+        raise ValueError("the adapter names no base model on the Hub, and was not trained on this page's micro ViT")
     if constants.is_offline_mode():  # nothing is fetched then
         return
     with explain_hub_errors(base):

@@ -1,9 +1,9 @@
-"""Put the page together as a Space that needs nothing but its folder, and push it.
+"""Assemble the page as a self-contained folder, and push it to the Hub as a Space.
 
     python examples/space/push.py me/my-space             # to the Hub, with the token of `hf auth login`
     python examples/space/push.py --folder build/space    # only to a folder
 
-The repository holds the micro ViT and the library once; a Space needs them beside app.py.
+A Space needs copies of the micro ViT and the library next to app.py.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def assemble(folder: Path) -> Path:
     """Write the whole Space to a folder.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder exists already.
     """
     left_out = shutil.ignore_patterns(*NOT_OF_THE_SPACE)
     shutil.copytree(HERE, folder, ignore=left_out)
@@ -39,13 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Push the page as a Space of the Hub.")
     parser.add_argument("repo_id", nargs="?", help="name of the Space, like me/my-space; made if it does not exist")
     parser.add_argument("--folder", type=Path, help="write the Space here and push nothing")
-    parser.add_argument("--private", action="store_true", help="only you and your organisation see it")
+    parser.add_argument("--private", action="store_true", help="only you and your organization see it")
     given = parser.parse_args()
     if (given.repo_id is None) == (given.folder is None):
         sys.exit("name a Space to push to, or a --folder to write")
     if given.folder is not None:
         if given.folder.exists():
-            sys.exit(f"{given.folder} is there already: remove it, or name another folder")
+            sys.exit(f"{given.folder} exists already: remove it, or name another folder")
         print(assemble(given.folder))
         return
     api = HfApi()

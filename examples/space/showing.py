@@ -1,4 +1,4 @@
-"""Fragments of the page. Whatever a file or a visitor says enters them as text: every such value goes through `text`."""
+"""HTML fragments of the page. Every value that comes from a file or a visitor is escaped with `text`."""
 
 import base64
 import html
@@ -21,34 +21,34 @@ BARS = 40  # prompts in a histogram
 GROUPS = 4  # histograms
 MATRIX = 12  # tasks in a matrix with numbers
 THUMBNAIL = 96  # pixels
-SCALED_UP = 48  # smaller pictures are shown with hard edges
+SCALED_UP = 48  # pixels; smaller pictures are scaled up without smoothing
 
 
 def text(value: Any) -> str:
-    """A value as text in HTML, without what cannot be printed, and not too long."""
+    """A value escaped for HTML, without unprintable characters, cut to `LONGEST` characters."""
     plain = "".join(c if c.isprintable() else " " for c in str(value))
     return html.escape(plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 1]}…")
 
 
 def message(said: str, kind: str = "done") -> str:
-    """A line on what happened; kind "done" or "bad"."""
+    """A message; kind is "done", "hint" or "bad"."""
     role = "alert" if kind == "bad" else "status"
     plain = "".join(c if c.isprintable() else " " for c in said)
     return f'<p class="message {kind}" role="{role}">{html.escape(plain)}</p>' if said else ""
 
 
 def messages(lines: Sequence[str]) -> str:
-    """Lines on what went wrong."""
+    """A message of kind "bad" for each line."""
     return "".join(message(line, "bad") for line in lines)
 
 
-def colour(task: int) -> str:
-    """A task's colour: neighbours differ, and there is no last one."""
+def color(task: int) -> str:
+    """The color of a task, for any number of tasks; consecutive tasks have different colors."""
     return f"hsl({(205 + 137.5 * task) % 360:.0f} 62% {50 if task % 2 else 42}%)"
 
 
 def task_name(pool: OpenPool, task: int) -> str:
-    """ "task 2 (2, 3)"."""
+    """Number and classes of a task, like "task 2 (2, 3)"."""
     tasks = pool.facts["tasks"]
     if task >= len(tasks):
         return f"task {task + 1}"
@@ -61,7 +61,7 @@ def _names(task: Sequence[dict[str, Any]]) -> str:
 
 
 def facts(pool: OpenPool) -> str:
-    """What the pool is."""
+    """Method, base, head, size and tasks of the pool."""
     found = pool.facts
     base = found["base_model"]
     shape = f"{text(base['class'])}, {base['blocks']} blocks, width {base['width']}"
@@ -78,34 +78,34 @@ def facts(pool: OpenPool) -> str:
         rows |= {"Pool": text(", ".join(said))} if said else {}
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items())
     tasks = "".join(
-        f'<li><i style="background:{colour(number)}"></i>{number + 1}: {_names(task)}</li>'
+        f'<li><i style="background:{color(number)}"></i>{number + 1}: {_names(task)}</li>'
         for number, task in enumerate(found["tasks"])
     )
     head = f'<h3>{text(pool.name)}</h3><dl class="facts">{listed}</dl>'
-    known = f'<p class="label">Tasks, in the order learnt</p><ul class="tasks">{tasks}</ul>' if tasks else ""
+    known = f'<p class="label">Tasks, in the order of learning</p><ul class="tasks">{tasks}</ul>' if tasks else ""
     return f'<div class="card">{head}{known}</div>{messages(pool.notes)}'
 
 
 def record(pool: OpenPool) -> str:
-    """The accuracy matrix and the selection histogram, where there are any."""
+    """The accuracy matrix and the selection histogram, if they are known."""
     parts = (
         [message("The record is of the adapter before it was taught here.", "hint")] if pool.taught and pool.record else []
     )
     if pool.record is None:
-        parts.append("<p>No record of the training goes with these weights, so nobody knows how well they do.</p>")
+        parts.append("<p>There is no training record for these weights, so their accuracy is unknown.</p>")
     else:
         name, matrix = next(iter(pool.record.results.items()))
         summary = matrix.summary()
         parts.append(
             f"<h4>Accuracy in percent, {text(name)}</h4>{_matrix(matrix)}"
             f"<p>After the last task {summary['faa']:.1f} on average, forgetting {summary['forgetting']:.1f} points"
-            f"{text(', ' + pool.record.data if pool.record.data else '')}. So says the adapter's record.</p>"
+            f"{text(', ' + pool.record.data if pool.record.data else '')}. Source: the adapter's record.</p>"
         )
     counts = selection_counts(pool.model.adapter)
     if counts is not None:
         parts.append(f"<h4>How often each prompt was chosen in training</h4>{_histograms(pool, counts)}")
     elif pool.picture is not None:
-        parts.append(_stranger_picture(pool.picture))
+        parts.append(_record_picture(pool.picture))
     else:
         parts.append(f"<p>{choice_rule(pool)}</p>")
     return f'<div class="card">{"".join(parts)}</div>'
@@ -135,7 +135,7 @@ def _histograms(pool: OpenPool, counts: Tensor) -> str:
         bars = "".join(
             f'<span title="prompt {prompt}: {sum(column)} times">'
             + "".join(
-                f'<i style="height:{100 * n / highest:.1f}%;background:{colour(task)}"></i>'
+                f'<i style="height:{100 * n / highest:.1f}%;background:{color(task)}"></i>'
                 for task, n in reversed(list(enumerate(column)))
                 if n
             )
@@ -146,14 +146,14 @@ def _histograms(pool: OpenPool, counts: Tensor) -> str:
         title = row_name(adapter, adapter.pool.history.counts.shape[1:-1], row) or "the pool"
         drawn.append(f'<figure><figcaption>{title}</figcaption><div class="bars">{bars}</div></figure>')
     legend = "".join(
-        f'<li><i style="background:{colour(task)}"></i>{task_name(pool, task)}</li>' for task in range(min(tasks, BARS))
+        f'<li><i style="background:{color(task)}"></i>{task_name(pool, task)}</li>' for task in range(min(tasks, BARS))
     )
     more = f"<p>The first {min(rows, GROUPS)} of {rows} blocks or heads and {min(prompts, BARS)} of {prompts} prompts.</p>"
     left_out = more if rows > GROUPS or prompts > BARS else ""
     return f'<div class="histograms">{"".join(drawn)}</div>{left_out}<ul class="tasks">{legend}</ul>'
 
 
-def _stranger_picture(content: bytes) -> str:
+def _record_picture(content: bytes) -> str:
     try:
         with Image.open(BytesIO(content), formats=["PNG"]) as opened:
             if opened.width * opened.height > 4_000_000:
@@ -165,7 +165,7 @@ def _stranger_picture(content: bytes) -> str:
 
 
 def choice_rule(pool: OpenPool) -> str:
-    """One sentence on what this method chooses, and where its prompts come from."""
+    """One sentence on how this method chooses prompts, and which tasks they belong to."""
     adapter = pool.model.adapter
     if adapter.config.method == "none":
         return "This method has no prompts: there is nothing to choose."
@@ -176,10 +176,10 @@ def choice_rule(pool: OpenPool) -> str:
             "This method chooses nothing: every picture gets a mix of all prompts. Shown are the heaviest and their tasks."
         )
     if keeps_tasks_apart(adapter):
-        return "Each task has prompts of its own; the method looks for the task that a picture fits best."
+        return "Each task has its own prompts; the method infers the task of each picture."
     if selection_counts(adapter) is None:
-        return "All tasks share the prompts, and this adapter does not say which task's pictures chose which."
-    return "All tasks share the prompts. Colours show for which task's pictures a prompt was chosen in training."
+        return "All tasks share the prompts, and this adapter has no counts of which task's pictures chose which prompt."
+    return "All tasks share the prompts. Colors show for which task's pictures a prompt was chosen in training."
 
 
 def answers(pool: OpenPool, found: Sequence[tuple[str, Image.Image, Answer]]) -> str:
@@ -211,7 +211,7 @@ def _prompts(pool: OpenPool, given: Answer) -> str:
         most = max(given.tasks, key=lambda task: given.tasks[task])
         said = f'<p class="from">Prompts most used by <b>{task_name(pool, most)}</b></p>'
     band = "".join(
-        f'<i style="width:{100 * share:.1f}%;background:{colour(task)}" title="task {task + 1}: {share:.0%}"></i>'
+        f'<i style="width:{100 * share:.1f}%;background:{color(task)}" title="task {task + 1}: {share:.0%}"></i>'
         for task, share in given.tasks.items()
     )
     rows = "".join(
@@ -224,7 +224,7 @@ def _prompts(pool: OpenPool, given: Answer) -> str:
 
 def _chip(choice: Choice) -> str:
     most = max(choice.tasks, key=lambda task: choice.tasks[task], default=None)
-    shade = f' style="border-color:{colour(most)}"' if most is not None else ""
+    shade = f' style="border-color:{color(most)}"' if most is not None else ""
     origin = ", ".join(f"task {task + 1} {share:.0%}" for task, share in choice.tasks.items())
     from_task = f"<small>task {most + 1}</small>" if most is not None else ""
     title = f"prompt {choice.prompt}, weight {choice.weight:.2f}{'; ' + origin if origin else ''}"
@@ -240,7 +240,7 @@ def picture(image: Image.Image, name: str) -> str:
 
 
 def waiting(images: dict[str, Image.Image]) -> str:
-    """The pictures that a lesson would use."""
+    """The pictures of the next lesson."""
     if not images:
         return '<p class="hint">No pictures yet.</p>'
     shown = "".join(picture(image, name) for name, image in images.items())

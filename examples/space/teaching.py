@@ -1,4 +1,4 @@
-"""Teaching a pool one more class from a handful of pictures, on the spot; if it fails, the pool is as it was before."""
+"""Teach a pool one more class from a few pictures. After an error the pool is restored."""
 
 import copy
 import time
@@ -20,14 +20,17 @@ MAX_NAME = 40
 EPOCHS = 10
 BATCH = 8
 LR = 5e-3
-LEARNT = 0.3  # loss below which training stops: more of it costs old classes and teaches nothing
+LEARNED = 0.3  # loss below which training stops: further steps only reduce the accuracy on old classes
 MAX_SECONDS = 120.0
 
 Tick = Callable[[float, str], None]
 
 
 def ways(pool: OpenPool) -> tuple[list[str], str]:
-    """How a pool can learn one more class, the better way first, and what visitors should know; no way: why."""
+    """The ways in which a pool can learn one more class, the better one first, and a note for visitors.
+
+    If there is no way, the note says why.
+    """
     model, config = pool.model, pool.model.adapter.config
     if config.num_labels is not None:
         return [], "This adapter was made for a fixed number of classes, without tasks. It cannot learn another one."
@@ -42,21 +45,21 @@ def ways(pool: OpenPool) -> tuple[list[str], str]:
     if not config.closed_form:
         return [TRAINING], (
             f"The {config.head} head of this adapter has no closed form, so only training is offered. The rows of old "
-            "classes in the head stay as they are, but prompts that tasks share change, and nothing compares the new class "
-            "with old pictures, which are gone. Expect the new class to be named too often: "
-            "on the digits such heads lost about half of what they knew."
+            "classes in the head stay as they are, but prompts that tasks share change, and the new class is not compared "
+            "with old pictures, which are not available. Expect the new class to be predicted too often: "
+            "on the digits such heads lost about half of their accuracy on the old classes."
         )
     if keeps_tasks_apart(model.adapter) and config.trained_tasks != "first":
         return [TRAINING], (
-            "Each task of this method has prompts of its own, which must be trained before the head can be computed. "
-            "Statistics of the old classes follow the features as far as the new pictures show how they moved."
+            "Each task of this method has its own prompts, which must be trained before the head can be computed. "
+            "The statistics of the old classes are corrected with the change of features that the new pictures show."
         )
     said = "The head is computed from statistics of features. In closed form only those of the new class are added. "
     if not trains:
         return [CLOSED_FORM], said + "The prompts of this adapter are frozen, so there is nothing to train."
     return [CLOSED_FORM, TRAINING], said + (
-        "Training also changes prompts that all tasks share: a few pictures can spoil them, and what old classes lose is "
-        "not measured here, since their pictures are gone."
+        "Training also changes prompts that all tasks share: a few pictures can make them worse for old classes. This is "
+        "not measured here, since the pictures of old classes are not available."
     )
 
 
@@ -64,21 +67,21 @@ def teach(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, ti
     """Teach one class.
 
     Args:
-        pool: learns in place.
-        name: of the class.
-        images: pictures of it.
+        pool: the pool; it is changed in place.
+        name: name of the class.
+        images: pictures of the class.
         way: `CLOSED_FORM` or `TRAINING`.
-        tick: told how much is done, from 0 to 1, and what is being done.
+        tick: called with the progress from 0 to 1 and the name of the current step.
 
     Returns:
-        A line on what was done.
+        A summary in one line.
 
     Raises:
         ValueError: no usable name, too few pictures, or a way that this pool does not offer.
     """
     offered, why = ways(pool)
     if way not in offered:
-        raise ValueError(why if not offered else f"this pool learns otherwise: choose {' or '.join(offered)}")
+        raise ValueError(why if not offered else f"this pool cannot learn with {way!r}: choose {' or '.join(offered)}")
     name = checked_name(pool, name)
     if len(images) < MIN_IMAGES:
         raise ValueError(f"{len(images)} pictures are too few: give at least {MIN_IMAGES}")
@@ -98,7 +101,7 @@ def teach(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, ti
 
 
 def checked_name(pool: OpenPool, name: str) -> str:
-    """The name of a new class, without what cannot be printed.
+    """The name of a new class, without unprintable characters.
 
     Raises:
         ValueError: empty, too long, or known already.
@@ -119,7 +122,7 @@ def _taught(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, 
     tick(0.0, "looking at the pictures")
     pixels = [pool.pipe.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
     if len({p.shape for p in pixels}) > 1:
-        raise ValueError("the pictures have different shapes for this model: cut them to one")
+        raise ValueError("the image processor gives the pictures different shapes: crop them to the same shape")
     number = next(c for c in count() if c not in set(model.classes))
     lesson = Lesson(torch.cat(pixels), number)
     if model.needs_features_before and model.classes:
@@ -147,13 +150,13 @@ class Lesson:
         self.pixels, self.label = pixels, label
 
     def batches(self, order: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
-        """All pictures, a few at a time."""
+        """All pictures in batches of `BATCH`."""
         for rows in (torch.arange(len(self.pixels)) if order is None else order).split(BATCH):
             yield {"pixel_values": self.pixels[rows], "labels": torch.full((len(rows),), self.label), "sample_ids": rows}
 
 
 def _look(model: Any, lesson: Lesson) -> int:
-    """Let the method count and take its statistics, as in training, but take no step."""
+    """Run the forwards of training, in which the method updates its statistics, without an optimizer step."""
     model.train()
     model.attach_optimizer(torch.optim.SGD(model.parameter_groups(learning_rate=0.0)))
     for batch in lesson.batches():
@@ -162,11 +165,11 @@ def _look(model: Any, lesson: Lesson) -> int:
 
 
 def _train(model: Any, lesson: Lesson, tick: Tick) -> tuple[int, float]:
-    """A few epochs of Adam, until the pictures are learnt.
+    """A few epochs of Adam, until the pictures are learned.
 
-    The new class competes with the old ones, whose rows of the head stay as they are.
+    The loss compares the new class with the old ones, whose rows of the head stay as they are.
     """
-    model.adapter.config.class_mask = "none"  # alone in its task, the class would have nothing to learn from
+    model.adapter.config.class_mask = "none"  # a loss over the task's only class would always be zero
     model.train()
     optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=LR))
     model.attach_optimizer(optimizer)
@@ -178,7 +181,7 @@ def _train(model: Any, lesson: Lesson, tick: Tick) -> tuple[int, float]:
 
 
 def _steps(model: Any, lesson: Lesson, optimizer: torch.optim.Optimizer, tick: Tick) -> tuple[int, float]:
-    """How many steps it took, and how many seconds."""
+    """Train; return the number of steps and the seconds."""
     generator = torch.Generator().manual_seed(0)
     steps, started = 0, time.perf_counter()
     total = EPOCHS * -(-len(lesson.pixels) // BATCH)
@@ -192,7 +195,7 @@ def _steps(model: Any, lesson: Lesson, optimizer: torch.optim.Optimizer, tick: T
             steps += 1
             losses.append(loss.item())
             tick(0.9 * steps / total, f"step {steps} of at most {total}, loss {losses[-1]:.2f}")
-        if max(losses) < LEARNT or time.perf_counter() - started > MAX_SECONDS:
+        if max(losses) < LEARNED or time.perf_counter() - started > MAX_SECONDS:
             break
     return steps, time.perf_counter() - started
 

@@ -1,4 +1,4 @@
-"""Files from a visitor: counted, measured and looked at before they are used, and removed at once. Nothing is executed."""
+"""Uploaded files: their number, size and format are checked before they are used. Nothing in them is executed."""
 
 import shutil
 import zipfile
@@ -32,11 +32,11 @@ NEEDED = f"give {CONFIG_FILE} and {WEIGHTS_FILE}, perhaps with {PROCESSOR_FILE} 
 
 
 def take_images(paths: Sequence[str | Path], beside: Iterable[str] = ()) -> tuple[dict[str, Image.Image], list[str]]:
-    """Pictures as 8-bit RGB by their names, and a line for each file that is none.
+    """Pictures as 8-bit RGB by name, and an error line for each file that cannot be read.
 
     Args:
         paths: uploaded files.
-        beside: names that are taken already.
+        beside: names that are already used.
 
     Raises:
         ValueError: more than `MAX_IMAGES`.
@@ -67,7 +67,7 @@ def _image(path: Path) -> Image.Image:
     with opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{path.name} has {opened.width}x{opened.height} pixels: scale it down")
-        opened.filename = path.name  # what a message names
+        opened.filename = path.name  # the name in error messages
         image = rgb_image(opened)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return image
@@ -78,10 +78,10 @@ def take_adapter(paths: Sequence[str | Path], folder: Path) -> None:
 
     Args:
         paths: uploaded files: those of the adapter, or one zip that holds them.
-        folder: where they go.
+        folder: destination.
 
     Raises:
-        ValueError: a file is missing, unknown, too large, or no zip.
+        ValueError: a file is missing, unknown or too large, or the zip cannot be read.
     """
     files = [Path(path) for path in paths]
     if len(files) == 1 and files[0].suffix.lower() == ".zip":
@@ -110,7 +110,7 @@ def _unpack(file: Path, folder: Path) -> None:
                 entry = entries.get(root / name) if root is not None else None
                 if entry is not None:
                     with archive.open(entry) as packed:
-                        content = packed.read(limit + 1)  # whatever the entry says of its size
+                        content = packed.read(limit + 1)  # the size that the entry states may be wrong
                     _check_size(name, len(content))
                     (folder / name).write_bytes(content)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
@@ -123,7 +123,7 @@ def _check_size(name: str, size: int) -> None:
 
 
 def forget(paths: Iterable[str | Path] | None) -> None:
-    """Remove uploaded files, and the folders that were made for them."""
+    """Remove uploaded files and their folders if these are then empty."""
     for path in map(Path, paths or ()):
         path.unlink(missing_ok=True)
         if path.parent.is_dir() and not any(path.parent.iterdir()):

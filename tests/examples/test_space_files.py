@@ -149,7 +149,7 @@ def test_an_uploaded_adapter_is_read_from_its_files_or_a_zip(digits: opening.Ope
         pool = opening.open_files(given)
         assert torch.equal(logits(pool), logits(digits))
         assert pool.record is None
-        assert "nobody knows how well" in showing.record(pool)
+        assert "accuracy is unknown" in showing.record(pool)
     with_record = opening.open_files([*files, opening.DIGITS / "results.json"])
     assert "98.3" in showing.record(with_record)
 

@@ -140,7 +140,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for name, part in facts["parts"].items():
         yield f"  {name}: {part['numbers']:,} numbers, {part['bytes']:,} bytes"
     for name, figures in facts["figures"].items():
-        headings = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
+        headings = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learned"}
         yield f"figures   {name}: " + ", ".join(f"{words} {figures[key]:.1f}" for key, words in headings.items())
 
 

@@ -35,7 +35,7 @@ def exported() -> list[str]:
     return [name for name in names if inspect.isclass(found(name)) or inspect.isfunction(found(name))]
 
 
-def short_repr() -> list[str]:
+def shown() -> list[str]:
     """Every object that a page of the API reference shows."""
     texts = [page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md"))]
     return [name for text in texts for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)]

@@ -253,7 +253,7 @@ class TaskAPI:
         self.adapter.tasks.check_labels()
 
     def compile_backbone(self, **options: Any) -> None:
-        """Compile the base model's forward (both passes) with `torch.compile(**options)`.
+        """Compile the base model's forward (both passes) with `torch.compile`, which gets the `options`.
 
         Pool and head are not compiled. Token routers are inputs of the graph with a fixed shape, so that growing them does
         not recompile it.

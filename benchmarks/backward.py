@@ -1,4 +1,4 @@
-"""Where the backward of a frozen block is slow on a CPU: linear layers against attention, forward and backward.
+"""Time of forward and backward of linear layers and attention on a CPU, in bf16 and fp32.
 
 python benchmarks/backward.py
 """
@@ -22,12 +22,12 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def forward_and_backward(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> None:
-    """One attention, and the gradients of what went in."""
+    """Run one attention function forward, and backward to its inputs."""
     attend(q, k, v).sum().backward()
 
 
 def main() -> None:
-    """Milliseconds for 32 images of 197 tokens."""
+    """Print milliseconds for 32 images of 197 tokens."""
     print(machine())
     for dtype in (torch.bfloat16, torch.float32):
         for inner, outer in ((192, 768), (768, 192), (768, 768)):

@@ -32,14 +32,14 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for inner, outer in ((192, 768), (768, 192), (768, 768)):
             x, weight, gradient = (torch.randn(*size).to(dtype) for size in ((6304, inner), (outer, inner), (6304, outer)))
-            found = by_turns(
+            times = by_turns(
                 {"forward": partial(F.linear, x, weight), "backward": partial(torch.mm, gradient, weight)}, 9, "cpu"
             )
-            print(f"linear {inner} -> {outer}, {dtype}: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in found.items()))
+            print(f"linear {inner} -> {outer}, {dtype}: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in times.items()))
         q, k, v = (torch.randn(32, 3, 197, 64).to(dtype).requires_grad_() for _ in range(3))
         attention: dict[str, Any] = {"sdpa": F.scaled_dot_product_attention, "eager": eager}
         for name, attend in attention.items():
-            found = by_turns(
+            times = by_turns(
                 {
                     "forward": partial(attend, q, k, v),
                     "forward and backward": partial(forward_and_backward, attend, q, k, v),
@@ -47,7 +47,7 @@ def main() -> None:
                 9,
                 "cpu",
             )
-            print(f"attention {name}, {dtype}: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in found.items()))
+            print(f"attention {name}, {dtype}: " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in times.items()))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--repeats", type=int, default=10)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    files = [given.adapter / name for name in uploads.ADAPTER_FILES] if given.adapter else []
+    files = [args.adapter / name for name in uploads.ADAPTER_FILES] if args.adapter else []
 
     def opened() -> opening.OpenPool:
         return opening.open_files(files) if files else opening.open_digits()
@@ -54,19 +54,19 @@ def main() -> None:
     some = uploads.take_images(sorted((opening.HERE / "samples" / "try").glob("*.png")))[0]
     for image in some.values():  # warm-up
         answer(pool, image)
-    report("a picture answered", given.repeats, lambda: answer(pool, next(iter(some.values()))))
-    report("ten pictures answered", given.repeats, lambda: [answer(pool, image) for image in some.values()])
+    report("one picture", args.repeats, lambda: answer(pool, next(iter(some.values()))))
+    report("ten pictures", args.repeats, lambda: [answer(pool, image) for image in some.values()])
     print(f"digits 0 to 7 before: {correct(pool, known):.1f} %")
     for way in teaching.ways(pool)[0]:
         for digit in (8, 9):
             seconds = []
-            for _ in range(given.repeats):
+            for _ in range(args.repeats):
                 pool = opened()
                 handful = uploads.take_images(sorted((opening.HERE / "samples" / f"teach-{digit}").glob("*.png")))[0]
                 with tempfile.TemporaryDirectory() as temporary:
                     started = time.perf_counter()
-                    said = teaching.teach(pool, str(digit), list(handful.values()), way)
-                    keeping.packed(pool, [said], Path(temporary))
+                    message = teaching.teach(pool, str(digit), list(handful.values()), way)
+                    keeping.packed(pool, [message], Path(temporary))
                     seconds.append(time.perf_counter() - started)
             new = [pair for pair in test if pair[1] == digit]
             print(

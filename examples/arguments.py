@@ -58,7 +58,7 @@ class Arguments:
     augment_on_device: bool = setting(False, "crop batches of resized images on the model's device")
     on_bad_image: str = setting("stop", "stop or skip (and count) images that cannot be read")
 
-    scenario: str = setting("class", "what a task brings: " + ", ".join(SCENARIOS))
+    scenario: str = setting("class", "what is new in each task: " + ", ".join(SCENARIOS))
     joint: bool = setting(False, "train on all images in one task: an upper bound for continual learning")
     tasks: list[int] = field(
         default_factory=lambda: [5],

@@ -195,7 +195,7 @@ def named_sources(sources: Sequence[str], *, inside: bool) -> dict[str, str]:
         sources = sorted(str(folder) for folder in Path(sources[0]).iterdir() if folder.is_dir())
     named = {Path(source).name: source for source in sources}
     if len(named) < len(sources) or not named:
-        raise ValueError(f"sources {list(sources)}: give at least one, none with the last part of another")
+        raise ValueError(f"sources {list(sources)}: give at least one, and no two with the same last part")
     return named
 
 

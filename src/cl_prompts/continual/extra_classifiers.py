@@ -118,6 +118,6 @@ def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_text(value: Any) -> str:
-    """Text for a value that is not JSON-able: `str(value)` for types whose text is complete, else the type's name."""
+    """Text for a value that JSON cannot hold: `str(value)` for types whose text is complete, else the type's name."""
     complete = isinstance(value, np.generic | torch.dtype | torch.device | PurePath)
     return str(value) if complete else type(value).__qualname__

@@ -26,7 +26,7 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
     if not isinstance(stream, IndexedStream) and (model.needs_consolidation or classifiers):
         raise ValueError(
             f"{type(model).__name__} or an extra classifier needs each task's images once more after its training, "
-            "which this stream cannot show again: load the data set whole, or leave out head, alignment and classifiers"
+            "which this stream cannot read again: load the data set whole, or leave out head, alignment and classifiers"
         )
     if args.rehearses and model.replay == "none":
         raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")

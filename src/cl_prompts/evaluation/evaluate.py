@@ -91,9 +91,9 @@ def evaluate(
                 counts["choices"] += by_prompts[real].numel()
                 counts["task_identity"] += (by_prompts[real] == task).sum()
         for name, classifier in classifiers.items():
-            answer = _checked(_classified(classifier, output.features, name), ids, f"classifier {name!r}")
-            further[name] += ((ids[answer.argmax(1)] == labels) & real).sum()
-            counts["no numbers"] += (answer.isnan().any(1) & real).sum()
+            own_logits = _checked(_classified(classifier, output.features, name), ids, f"classifier {name!r}")
+            further[name] += ((ids[own_logits.argmax(1)] == labels) & real).sum()
+            counts["no numbers"] += (own_logits.isnan().any(1) & real).sum()
         if output.prompt_ids is not None:
             chosen.append(output.prompt_ids[real])
     total = sum_over_processes(torch.stack([*counts.values(), *further.values()])).tolist()

@@ -256,11 +256,11 @@ def matrix_from_predictions(
         ValueError: the lengths differ, a task number is negative, or there are no predictions for a task i after a task
             j >= i.
     """
-    answers = [np.asarray(part, dtype=np.int64) for part in (predictions, references, task_ids, after_task)]
-    if len({part.shape for part in answers}) > 1:
-        lengths = [len(part) for part in answers]
+    columns = [np.asarray(part, dtype=np.int64) for part in (predictions, references, task_ids, after_task)]
+    if len({part.shape for part in columns}) > 1:
+        lengths = [len(part) for part in columns]
         raise ValueError(f"predictions, references, task_ids and after_task must be alike in length, got {lengths}")
-    predicted, wanted, task, after = (part[answers[1] >= 0] for part in answers)
+    predicted, wanted, task, after = (part[columns[1] >= 0] for part in columns)
     if not len(wanted):
         raise ValueError("there are no predictions")
     if min(task.min(), after.min()) < 0 or (task > after).any():

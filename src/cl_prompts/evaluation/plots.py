@@ -23,7 +23,7 @@ NAMES_BELOW_EACH_OTHER = 28  # largest number of rows of that legend
 def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
     """Draw the accuracy curves of all `results` and the accuracy matrix of the first into `folder`. Returns the files."""
     name, matrix = next(iter(results.items()))
-    curves = {learner: [found] for learner, found in results.items()}
+    curves = {learner: [learner_matrix] for learner, learner_matrix in results.items()}
     return [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
 
 
@@ -40,12 +40,12 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     columns = -(-len(curves) // NAMES_BELOW_EACH_OTHER)
     figure = _figure(6 + 3 * columns, max(4, 0.19 * min(len(curves), NAMES_BELOW_EACH_OTHER))) if many else _figure(6, 4)
     axes = figure.subplots()
-    for number, (name, found) in enumerate(curves.items()):
-        tasks, mean = range(1, found.shape[1] + 1), found.mean(0)
+    for number, (name, runs) in enumerate(curves.items()):
+        tasks, mean = range(1, runs.shape[1] + 1), runs.mean(0)
         style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
         (line,) = axes.plot(tasks, mean, marker="o", markersize=3, linestyle=style, label=name)
-        if len(found) > 1:
-            std = found.std(0, ddof=1)
+        if len(runs) > 1:
+            std = runs.std(0, ddof=1)
             axes.fill_between(tasks, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="tasks learned", ylabel="mean accuracy over them, %")
     if not many:  # many curves cannot be told apart on a scale from 0 to 100

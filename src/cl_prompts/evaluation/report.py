@@ -105,13 +105,13 @@ def task_table(evaluations: Sequence[Evaluation]) -> str:
         evaluations: one per task, from `evaluate` with `task`.
     """
     rows = []
-    for number, found in enumerate(evaluations, start=1):
+    for number, evaluation in enumerate(evaluations, start=1):
         shares = {
-            "accuracy": found.accuracy,
-            "task known": found.task_incremental,
-            "class of the right task": found.task_of_class,
-            "prompts of the right task": found.task_identity,
-            **found.by_classifier,
+            "accuracy": evaluation.accuracy,
+            "task known": evaluation.task_incremental,
+            "class of the right task": evaluation.task_of_class,
+            "prompts of the right task": evaluation.task_identity,
+            **evaluation.by_classifier,
         }
         rows.append({"task": str(number), **{name: "" if s is None else f"{s:.1f}" for name, s in shares.items()}})
     average = {heading: [float(row[heading]) for row in rows if row[heading]] for heading in list(rows[0])[1:]}

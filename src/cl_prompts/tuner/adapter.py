@@ -90,7 +90,7 @@ class PoolAdapter(nn.Module):
     def check_pool_learns(self) -> None:
         """Raise ValueError if the pool is frozen."""
         if self.frozen:
-            raise ValueError('trained_tasks="first": prompts are frozen after the first task, statistics rely on them')
+            raise ValueError('trained_tasks="first": prompts are frozen after the first task and cannot be changed')
 
     def _rebuild(self) -> None:
         """Create the tensors of the tasks in `config.state`. Their values are then read from a file."""
@@ -150,7 +150,7 @@ class PoolAdapter(nn.Module):
         if self.classifier.needs_before and int(self.classifier.fitted):
             if self.recorded is None:
                 raise ValueError(
-                    "drift compensation needs the task's images as they were seen before the task: call "
+                    "drift compensation needs the features of the task's images from before the task: call "
                     'model.record_features(images) before begin_task, or set drift_compensation="none"'
                 )
             before = self.recorded.features_of(seen)
@@ -158,8 +158,8 @@ class PoolAdapter(nn.Module):
         outside = ~self.head.current[targets.clamp_min(0)] | (targets < 0)
         if outside.any():
             raise ValueError(
-                f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: show the classifier "
-                "the task's images only"
+                f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
+                "the current task only"
             )
         self.classifier.fit(seen.features, targets, before, self.head)
         self.recorded = None

@@ -73,8 +73,8 @@ def _check_grows_along(optimizer: torch.optim.Optimizer, pool: PromptPool) -> No
     missing = [name for name, p in parameters.items() if id(p) not in trained]
     if missing:
         raise ValueError(
-            f"the optimizer does not train the pool's {missing}: give the one that was built from "
-            "model.parameter_groups(...), or none"
+            f"the optimizer does not train the pool's {missing}: pass the one that was built from "
+            "model.parameter_groups(...), or None"
         )
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -30,7 +30,7 @@ def shard_frozen_blocks(model: PeftModel) -> None:
         ValueError: there is only one process, the blocks are sharded already, or a parameter in them is trained.
     """
     if world_size() == 1:
-        raise ValueError("there is one process, nobody to share the blocks with: launch several, or do not shard")
+        raise ValueError("there is only one process: launch several to shard the blocks, or do not shard")
     tuner = model.base_model
     blocks = [tuner.model.get_submodule(name) for name in tuner.structure.blocks]
     inside = [(name, p) for block in blocks for name, p in block.named_parameters()]
@@ -38,7 +38,7 @@ def shard_frozen_blocks(model: PeftModel) -> None:
         raise ValueError("the blocks of this base are sharded already")
     trained = [name for name, p in inside if p.requires_grad]
     if trained:
-        raise ValueError(f"only what stays frozen can be sharded, and {trained[:3]} in the blocks are to be trained")
+        raise ValueError(f"only frozen parameters can be sharded, and {trained[:3]} in the blocks require gradients")
     mesh = init_device_mesh(inside[0][1].device.type, (world_size(),))
     for block in blocks:
         # Explicit, because by default a block without a sharded parent is not resharded after its forward.

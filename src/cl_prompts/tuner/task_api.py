@@ -48,7 +48,7 @@ class TaskAPI:
     peft_config: Any
     active_adapters: Any
 
-    # ---- what it is --------------------------------------------------------------------------------------------------
+    # ---- properties --------------------------------------------------------------------------------------------------
 
     @property
     def structure(self) -> Structure:
@@ -273,7 +273,7 @@ class TaskAPI:
             ValueError: a task is open.
         """
         if self.adapter.config.state.task_open:
-            raise ValueError("record_features shows the next task's images to the model before begin_task, a task is open")
+            raise ValueError("record_features must be called before begin_task, a task is open: call end_task first")
         self.adapter.recorded = record(self.features_of, images)
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
@@ -325,7 +325,7 @@ class TaskAPI:
 
     def _check_not_released(self) -> None:
         if self.released:
-            raise ValueError("the base of this model was unloaded: wrap it anew with get_prompt_pool_model")
+            raise ValueError("the base of this model was unloaded: wrap it again with get_prompt_pool_model")
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
         """Task whose prompts were selected for each image, if the method selects prompts by task.

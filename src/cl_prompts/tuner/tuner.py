@@ -158,7 +158,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         if len(self.backbone.users) > 1:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}: this base belongs to several models, and one of them trains "
-                "copies of its modules, which would change the answers of the others: unload() the other model, or load "
+                "copies of its modules, which would change the outputs of the others: unload() the other model, or load "
                 "the base once more"
             )
         if not hasattr(self, "pools"):
@@ -305,10 +305,10 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             for name, tensor in model.state_dict().items()
             if infix in name or copies in name
         }
-        found = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
+        actual = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
         # The checksum is for this file only; other files may be loaded into the adapter later (Trainer's best checkpoint).
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
-        check_tensors(found, expected, sha256 if config.verify else None)
+        check_tensors(actual, expected, sha256 if config.verify else None)
         return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
 
 

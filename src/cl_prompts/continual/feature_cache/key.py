@@ -201,7 +201,7 @@ def _content(image: Any) -> bytes:
     elif isinstance(image, np.ndarray) and not image.dtype.hasobject:
         kind = [image.dtype.str, list(image.shape)]
     else:
-        raise NotCacheableError(f"an image given as {type(image).__name__} does not show its content")
+        raise NotCacheableError(f"the contents of an image of type {type(image).__name__} cannot be read")
     return json.dumps(kind).encode() + image.tobytes()
 
 

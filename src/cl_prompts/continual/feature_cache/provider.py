@@ -122,13 +122,15 @@ class FeatureProvider:
             self.accelerator.print(f"{images} computed once, in memory{why}")
             return self._computed(view)
         table = self._cache.read(key)
-        found = torch.tensor(int(table is not None), device=device)
-        if int(sum_over_processes(found)) == world_size() and table is not None:
+        hit = torch.tensor(int(table is not None), device=device)
+        if int(sum_over_processes(hit)) == world_size() and table is not None:
             self.accelerator.print(f"{images} read from {self._cache.path(key)}")
             return table
         table = self._computed(view)
         if not table[rows].isfinite().all() or not table[rows].any(1).all():
-            self.accelerator.print(f"{images} computed once, in memory only: some cannot be read, or give no numbers")
+            self.accelerator.print(
+                f"{images} computed once, in memory only: some cannot be read, or have features that are not finite"
+            )
         elif self.accelerator.is_main_process and self._cache.write(key, table):
             self.accelerator.print(f"{images} computed once, kept in {self._cache.path(key)}")
         return table

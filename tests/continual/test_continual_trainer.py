@@ -220,7 +220,7 @@ def test_a_stream_without_tasks_is_passed_over_once() -> None:
     stream = GaussianStream(known.train, known.test, known.transform, seed=0)
     base = build("vit")
     model = get_prompt_pool_model(base, L2PConfig(top_k=3, num_labels=6, class_mask="none"))
-    with pytest.raises(ValueError, match="set num_train_epochs=1"):
+    with pytest.raises(ValueError, match=r"num_train_epochs=2: .* set it to 1"):
         ContinualTrainer(model, stream, ContinualArguments(num_train_epochs=2))
     args = ContinualArguments(num_train_epochs=1, batch_size=4, memory_size=6, memory_batch_size=2)
     trainer = ContinualTrainer(model, stream, args)

@@ -171,7 +171,7 @@ def evaluate(model: PromptPoolModel, stream: ClassIncrementalStream) -> tuple[li
         assert not kwargs
         (batch,) = args
         assert batch.task is None
-        assert batch.counted is None or batch.counted.all()
+        assert batch.valid is None or batch.valid.all()
 
     handles = [
         model.register_forward_pre_hook(into_model, with_kwargs=True),

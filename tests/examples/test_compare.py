@@ -93,7 +93,7 @@ def test_what_is_empty_is_left_out_or_refused(tmp_path: Path) -> None:
         ({"num_train_epochs": None}, "row 'L2P': num_train_epochs has no value in None"),
         ({"epochz": None}, "row 'L2P': epochz has no value in None"),
         ({"dataset": ["digits", None]}, r"row 'L2P': dataset has no value in \['digits', None\]"),
-        ({"num_train_epochs": "many"}, "row 'L2P': argument --num_train_epochs: invalid int value: 'many'$"),
+        ({"num_train_epochs": "many"}, r"row 'L2P': argument --num_train_epochs/\S+: invalid int value: 'many'$"),
         ({"extra_classifiers": "rigde"}, "row 'L2P': --extra_classifiers rigde: there is"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -136,7 +136,7 @@ def test_every_setting_of_the_trainer_is_a_flag() -> None:
     line = ["--learning_rates", "head=1e-3", "--optim", "sgd", "--optim_args", "momentum=0.9", "--warmup_steps", "7"]
     told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output", "here"]).of_trainer()
     assert (told.learning_rates, told.optim, told.optim_args) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
-    assert (told.warmup, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
+    assert (told.warmup_steps, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
     flags = {f.name for f in fields(Arguments)}
     assert {f.name for f in fields(ContinualArguments)} - flags == {"output_dir"}
 

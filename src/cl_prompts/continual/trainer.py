@@ -155,7 +155,7 @@ class ContinualTrainer:
         before = dict(self.model.named_parameters()) if self.args.keep_optimizer else {}
         if not resumed:
             self._begin(task)
-        if self._trains(task):
+        if self.model.trains_task(task.number) and any(p.requires_grad for p in self.model.parameters()):
             optimizer = self.optimizer if resumed else None
             self._train(task, optimizer or self._next_optimizer(before))
         self._finish(task)
@@ -183,9 +183,6 @@ class ContinualTrainer:
         self.progress.begun = True
         self._call("on_task_begin", task)
 
-    def _trains(self, task: Task) -> bool:
-        return any(p.requires_grad for p in self.model.parameters()) and self.model.trains_task(task.number)
-
     def _finish(self, task: Task) -> None:
         """The steps after a task's training. A run killed within them repeats all of them."""
         model, provider = self.model, self.feature_provider
@@ -203,9 +200,8 @@ class ContinualTrainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        return build_optimizer(
-            args.optim, self.model.parameter_groups(args.learning_rate, **args.learning_rates), **args.optim_args
-        )
+        groups = self.model.parameter_groups(args.learning_rate, **args.learning_rates)
+        return build_optimizer(args.optim, groups, **args.optim_args)
 
     def _next_optimizer(self, before: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         """A new optimizer, with the last one's state if `keep_optimizer`; `before` has the parameters before the task."""
@@ -221,22 +217,19 @@ class ContinualTrainer:
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
         # Computed before the loop, so that progress bar and throughput do not include these passes.
-        for epoch in range(args.num_train_epochs):
+        epochs = args.num_train_epochs
+        for epoch in range(epochs):
             self.feature_provider.training_queries(epoch)
         self.feature_provider.queries(train=False)
         self._throughput = Throughput()
         per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
-        while progress.epoch < args.num_train_epochs:
+        while progress.epoch < epochs:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
                 self._call("on_step_begin", task)
-                step, steps = progress.epoch * per_epoch + progress.step, args.num_train_epochs * per_epoch
-                set_rates(
-                    optimizer,
-                    rate_factor(
-                        args.lr_scheduler_type, step, steps, args.warmup_steps, progress.epoch, args.num_train_epochs
-                    ),
-                )
+                step, steps = progress.epoch * per_epoch + progress.step, epochs * per_epoch
+                schedule, warmup = args.lr_scheduler_type, args.warmup_steps
+                set_rates(optimizer, rate_factor(schedule, step, steps, warmup, progress.epoch, epochs))
                 losses = self._step(wrapped, prepared, batch)
                 self.replay.observe(batch, accelerator.device)
                 progress.step += 1
@@ -262,7 +255,12 @@ class ContinualTrainer:
         args, accelerator = self.args, self.accelerator
         images = self.stream.augment_on_device(to_device(batch, accelerator.device), (args.seed, self.progress.epoch))
         losses = training_step(
-            wrapped, optimizer, images, accelerator, pieces=args.gradient_accumulation_steps, max_norm=args.max_grad_norm
+            wrapped,
+            optimizer,
+            images,
+            accelerator,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            max_grad_norm=args.max_grad_norm,
         )
         self._throughput.add(len(batch["labels"]) * world_size())
         return losses

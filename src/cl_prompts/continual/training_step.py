@@ -21,8 +21,8 @@ def training_step(
     batch: dict[str, Any],
     accelerator: Accelerator,
     *,
-    pieces: int,
-    max_norm: float,
+    gradient_accumulation_steps: int,
+    max_grad_norm: float,
 ) -> dict[str, Tensor]:
     """Forward and backward of a batch, split into micro-batches, and one optimizer step.
 
@@ -31,14 +31,14 @@ def training_step(
         optimizer: the optimizer, prepared by the accelerator.
         batch: this process's share of the batch, on the model's device.
         accelerator: the run's accelerator.
-        pieces: number of micro-batches.
-        max_norm: largest gradient norm; 0: no clipping.
+        gradient_accumulation_steps: number of micro-batches.
+        max_grad_norm: largest gradient norm; 0: no clipping.
 
     Returns:
         The loss as "loss" and its parts by name: detached scalars.
     """
     losses: dict[str, Tensor] = {}
-    parts = micro_batches(batch, pieces)
+    parts = micro_batches(batch, gradient_accumulation_steps)
     # Gradients are summed over micro-batches and averaged over processes, so each loss is divided by the number of images
     # of the global batch and multiplied by the number of processes.
     num_items: dict[str, Any] = {}
@@ -51,8 +51,8 @@ def training_step(
             accelerator.backward(output.loss * world_size() if num_items else output.loss)
         for name, value in {"loss": output.loss, **(output.losses or {})}.items():
             losses[name] = losses.get(name, 0) + value.detach()
-    if max_norm:
-        accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    if max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return losses

@@ -1,10 +1,10 @@
-"""What a training step of prompt tokens costs without any library: the hardware's answer to a goal.
+"""Cost of a training step with prompt tokens without this library: a lower bound for prompt methods.
 
     python benchmarks/floor.py --tokens 1 5 25
 
-A bare Hugging Face ViT, run block by block: learned tokens behind the class token, forward and backward to them, no pool,
-no query, no head but a sum. In units of a plain forward, measured by turns in one run; beside it the forward of the
-longer sequence alone.
+A Hugging Face ViT is run block by block with learned tokens after the class token, forward and backward to the tokens. It
+has no pool, no query pass and no classifier. Times are in units of a forward without prompts, measured in turns in one run.
+The forward with prompts is also measured alone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from cl_prompts.evaluation.report import machine
 
 
 def main() -> None:
-    """Print a line for each number of tokens."""
+    """Print a row for each number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 5, 25])
     parser.add_argument("--model", choices=SIZES, default="tiny")
@@ -41,22 +41,22 @@ def main() -> None:
         with torch.no_grad(), precision():
             vit(pixel_values=images)
 
-    def longer(prompts: torch.Tensor) -> torch.Tensor:
+    def prompted(prompts: torch.Tensor) -> torch.Tensor:
         with precision():
             hidden = vit.embeddings(images)
             hidden = torch.cat([hidden[:, :1], prompts.expand(len(images), -1, -1), hidden[:, 1:]], 1)
             for block in vit.layers:
                 hidden = block(hidden)
-            answer: torch.Tensor = vit.layernorm(hidden)[:, 0].sum()
-        return answer
+            total: torch.Tensor = vit.layernorm(hidden)[:, 0].sum()
+        return total
 
-    def acts(prompts: torch.Tensor) -> dict[str, Callable[[], None]]:
+    def functions(prompts: torch.Tensor) -> dict[str, Callable[[], None]]:
         def forward() -> None:
             with torch.no_grad():
-                longer(prompts)
+                prompted(prompts)
 
         def step() -> None:
-            longer(prompts).backward()
+            prompted(prompts).backward()
 
         return {"plain": plain, "forward": forward, "step": step}
 
@@ -64,8 +64,8 @@ def main() -> None:
     print("| tokens | forward | forward and backward |\n|---:|---:|---:|", flush=True)
     for tokens in options.tokens:
         prompts = torch.zeros(1, tokens, vit.config.hidden_size, requires_grad=True)
-        found = by_turns(acts(prompts), options.repeats, "cpu")
-        print(f"| {tokens} | {found['forward'] / found['plain']:.2f} | {found['step'] / found['plain']:.2f} |", flush=True)
+        times = by_turns(functions(prompts), options.repeats, "cpu")
+        print(f"| {tokens} | {times['forward'] / times['plain']:.2f} | {times['step'] / times['plain']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What loading a pool onto a loaded backbone costs, in units of building that backbone.
+"""Time to load an adapter onto a loaded backbone, in units of the time to build that backbone.
 
     python benchmarks/load_adapter.py --repeats 5
 
-For each method: an adapter of ten tasks of ten classes on a random ViT-B/16, loaded from a local folder, checks included.
-The smallest of the repeats counts for both, taken by turns in one process.
+For each method: an adapter with ten tasks of ten classes on a random ViT-B/16, loaded from a local folder with all checks.
+Builds and loads are measured in turns in one process; the smallest time of each is used.
 """
 
 import argparse
@@ -30,15 +30,15 @@ def build() -> ViTModel:
     return ViTModel(ViTConfig(), add_pooling_layer=False).eval()
 
 
-def seconds(act: Callable[[], Any]) -> float:
-    """What a call takes."""
+def seconds(call: Callable[[], Any]) -> float:
+    """Duration of a call in seconds."""
     start = time.perf_counter()
-    act()
+    call()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table with a row per method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--repeats", type=int, default=5)
@@ -47,13 +47,13 @@ def main() -> None:
     torch.manual_seed(0)
     vit = build()
     print(f"{machine()}\n\n| method | adapter, MB | build, s | load, s | load / build |\n|---|---:|---:|---:|---:|")
-    with tempfile.TemporaryDirectory() as room:
+    with tempfile.TemporaryDirectory() as temporary:
         for method in options.methods:
             model = get_prompt_pool_model(vit, PromptPoolConfig(method=method))
             for task in range(10):
                 model.begin_task(range(10 * task, 10 * task + 10))
                 model.end_task()
-            folder = Path(room, method)
+            folder = Path(temporary, method)
             model.save_pretrained(folder)
             vit = model.unload()
             built, loaded = [], []

@@ -1,9 +1,8 @@
-"""Peak memory of a training step on the CPU, against the way of the published code: a second copy of the backbone.
+"""Peak memory of a training step on the CPU, compared with published code, which keeps a second copy of the backbone.
 
     python benchmarks/memory.py --model base --batch 16
 
-Each variant runs in a process of its own; what counts is the largest resident set, less that of a process that has imported
-the libraries.
+Each variant runs in its own process. The result is the largest resident set size minus that after the imports.
 """
 
 import argparse
@@ -24,12 +23,12 @@ VARIANTS = ("two backbones", "one backbone", "one, bf16 weights", "one, checkpoi
 
 
 def peak() -> int:
-    """Largest resident set so far, in bytes."""
+    """Largest resident set size of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def step(variant: str, options: argparse.Namespace) -> int:
-    """Two training steps; the bytes they took at most."""
+    """Run two training steps and return the growth of the peak memory, in bytes."""
     before = peak()
     vit = build(options.model, options.attention, "cpu")
     other = build(options.model, options.attention, "cpu") if variant == "two backbones" else None
@@ -43,11 +42,11 @@ def step(variant: str, options: argparse.Namespace) -> int:
     model.attach_optimizer(optimizer)
     images, labels = torch.randn(options.batch, 3, 224, 224), torch.arange(options.batch) % 10
     query = None
-    asked = get_prompt_pool_model(other, PromptPoolConfig(method=options.method)) if other is not None else None
+    query_model = get_prompt_pool_model(other, PromptPoolConfig(method=options.method)) if other is not None else None
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
-            if asked is not None and model.needs_query:
-                query = extract_features(asked, images)
+            if query_model is not None and model.needs_query:
+                query = extract_features(query_model, images)
             loss = model.train()(pixel_values=images, labels=labels, query=query).loss
         loss.backward()
         optimizer.step()
@@ -56,7 +55,7 @@ def step(variant: str, options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Run every variant in a process of its own."""
+    """Run each variant in its own process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="base")
     parser.add_argument("--method", choices=METHODS, default="l2p")
@@ -74,9 +73,9 @@ def main() -> None:
     first = 0
     for variant in VARIANTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-        found = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-        first = first or found
-        print(f"| {variant} | {found / 1e6:,.0f} | {found / first:.2f} |", flush=True)
+        size = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        first = first or size
+        print(f"| {variant} | {size / 1e6:,.0f} | {size / first:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

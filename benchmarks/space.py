@@ -1,10 +1,10 @@
-"""How fast the page of examples/space answers and teaches, and what teaching does to the digits it knows.
+"""Speed of prediction and of teaching a class on the page examples/space, and accuracies after teaching.
 
     python benchmarks/space.py                      # the embedded default
-    python benchmarks/space.py --adapter DIR        # another adapter of the digits 0 to 7 on the micro ViT
+    python benchmarks/space.py --adapter DIR        # another adapter for the digits 0 to 7 on the micro ViT
 
-Seconds are of the functions that the page calls, without the browser: median and largest of the repetitions. Accuracies
-are of all test images of scikit-learn's digits: those of the digits 0 to 7, and those of the digit taught.
+Times are of the functions that the page calls, without the browser: median and largest of the repetitions. Accuracies are
+on all test images of scikit-learn's digits: those of the digits 0 to 7, and those of the new digit.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from transformers.utils import logging  # noqa: E402
 
 
 def main() -> None:
-    """Measure."""
+    """Measure and print times and accuracies."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--repeats", type=int, default=10)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    files = [given.adapter / name for name in uploads.ADAPTER_FILES] if given.adapter else []
+    files = [args.adapter / name for name in uploads.ADAPTER_FILES] if args.adapter else []
 
     def opened() -> opening.OpenPool:
         return opening.open_files(files) if files else opening.open_digits()
@@ -54,19 +54,19 @@ def main() -> None:
     some = uploads.take_images(sorted((opening.HERE / "samples" / "try").glob("*.png")))[0]
     for image in some.values():  # warm-up
         answer(pool, image)
-    report("a picture answered", given.repeats, lambda: answer(pool, next(iter(some.values()))))
-    report("ten pictures answered", given.repeats, lambda: [answer(pool, image) for image in some.values()])
+    report("one picture", args.repeats, lambda: answer(pool, next(iter(some.values()))))
+    report("ten pictures", args.repeats, lambda: [answer(pool, image) for image in some.values()])
     print(f"digits 0 to 7 before: {correct(pool, known):.1f} %")
     for way in teaching.ways(pool)[0]:
         for digit in (8, 9):
             seconds = []
-            for _ in range(given.repeats):
+            for _ in range(args.repeats):
                 pool = opened()
                 handful = uploads.take_images(sorted((opening.HERE / "samples" / f"teach-{digit}").glob("*.png")))[0]
-                with tempfile.TemporaryDirectory() as room:
+                with tempfile.TemporaryDirectory() as temporary:
                     started = time.perf_counter()
-                    said = teaching.teach(pool, str(digit), list(handful.values()), way)
-                    keeping.packed(pool, [said], Path(room))
+                    message = teaching.teach(pool, str(digit), list(handful.values()), way)
+                    keeping.packed(pool, [message], Path(temporary))
                     seconds.append(time.perf_counter() - started)
             new = [pair for pair in test if pair[1] == digit]
             print(
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def report(what: str, repeats: int, call: Callable[[], object]) -> None:
-    """Print how long a call takes."""
+    """Print the duration of a call."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -86,7 +86,7 @@ def report(what: str, repeats: int, call: Callable[[], object]) -> None:
 
 
 def times(seconds: list[float]) -> str:
-    """Median and largest."""
+    """Median and largest of durations, as text."""
     return f"{statistics.median(seconds):.3f} s, at most {max(seconds):.3f} s of {len(seconds)}"
 
 

@@ -1,11 +1,11 @@
-"""What a training step and an answer cost, in units of one plain forward of the same model, batch and precision.
+"""Time of a training step and of inference, in units of a forward without prompts (same model, batch and precision).
 
     python benchmarks/speed.py --output results/speed-tiny
     python benchmarks/speed.py --model base --batch 16 --precision fp32
     python benchmarks/speed.py --device cuda --batch 64 --attention sdpa
 
-For every method: the step with the query at hand and without, and inference. Each is timed by turns with the plain forward,
-several times; the smallest counts. Writes speed.json and speed.md. Sizes and weights are those of a random ViT.
+For every method: the step with a given query and without, and inference. They are measured in turns with the plain forward,
+several times; the smallest time is used. Writes speed.json and speed.md. The model is a random ViT.
 """
 
 import argparse
@@ -59,33 +59,33 @@ def build(size: str, attention: str, device: str) -> ViTModel:
     return ViTModel(config, add_pooling_layer=False).eval().to(device)
 
 
-def timed(act: Callable[[], Any], device: str) -> float:
-    """Seconds of a call."""
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Duration of a call in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    act()
+    call()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 @freed_memory_kept()  # as in the trainer
-def by_turns(acts: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """The smallest time of each, after one call of each that does not count."""
-    for act in acts.values():
-        act()
-    times = {name: [timed(act, device)] for name, act in acts.items()}
+def by_turns(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Smallest duration of each call in seconds, over `repeats` rounds after one warm-up call of each."""
+    for call in calls.values():
+        call()
+    times = {name: [timed(call, device)] for name, call in calls.items()}
     for _ in range(repeats - 1):
-        for name, act in acts.items():
-            times[name].append(timed(act, device))
-    return {name: min(found) for name, found in times.items()}
+        for name, call in calls.items():
+            times[name].append(timed(call, device))
+    return {name: min(durations) for name, durations in times.items()}
 
 
 def measure(
     method: str, vit: ViTModel, images: torch.Tensor, options: argparse.Namespace, tasks: int, pool_size: int
 ) -> dict[str, float]:
-    """Seconds of the plain forward, of the steps, and of an answer, with so many tasks of ten classes begun."""
+    """Seconds of the plain forward, the training steps and inference, for a model with `tasks` tasks of ten classes."""
 
     def precision() -> AbstractContextManager[Any]:
         return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
@@ -113,29 +113,29 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
 
-    def answer() -> None:
+    def inference() -> None:
         model.eval()
         with torch.no_grad(), precision():
             model(pixel_values=images)
 
-    acts: dict[str, Callable[[], Any]] = {"plain forward": plain, "step": step, "inference": answer}
+    calls: dict[str, Callable[[], Any]] = {"plain forward": plain, "step": step, "inference": inference}
     if query is not None:
-        acts["step, query at hand"] = lambda: step(query)
-    found = by_turns(acts, options.repeats, options.device)
+        calls["step, query at hand"] = lambda: step(query)
+    times = by_turns(calls, options.repeats, options.device)
     model.end_task()
     model.unload()
-    return found
+    return times
 
 
-def as_row(method: str, found: dict[str, float], batch: int) -> str:
-    """A line of the table."""
-    unit = found["plain forward"]
-    cells = [f"{found[name] / unit:.2f}" if name in found else "" for name in ("step, query at hand", "step", "inference")]
+def as_row(method: str, times: dict[str, float], batch: int) -> str:
+    """A row of the table."""
+    unit = times["plain forward"]
+    cells = [f"{times[name] / unit:.2f}" if name in times else "" for name in ("step, query at hand", "step", "inference")]
     return f"| {method} | {batch} | {1e3 * unit / batch:.2f} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    """Time every method, print the table as it grows, and write it."""
+    """Measure all methods, print a row for each, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="tiny")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -163,11 +163,11 @@ def main() -> None:
     for batch in options.batch:
         images = torch.randn(batch, 3, 224, 224, device=options.device)
         for method, tasks, pool_size in product(options.methods, options.tasks, options.pool_size):
-            found = measure(method, vit, images, options, tasks, pool_size)
+            times = measure(method, vit, images, options, tasks, pool_size)
             name = method + (f", {tasks} tasks" if options.tasks != [1] else "")
             name += f", pool of {pool_size:,}" if pool_size else ""
-            rows.append(as_row(name, found, batch))
-            numbers.append({"method": name, "batch": batch, "seconds": found})
+            rows.append(as_row(name, times, batch))
+            numbers.append({"method": name, "batch": batch, "seconds": times})
             print(rows[-1], flush=True)
     if options.output:
         write_atomically(options.output / "speed.md", "\n".join([*head, *rows]) + "\n")

@@ -1,4 +1,4 @@
-"""The settings of a run: a flag for each, recipes that set some of them, the command line with the last word."""
+"""The settings of a run: defaults, overridden by a recipe, overridden by the command line."""
 
 import json
 import sys
@@ -30,20 +30,20 @@ def setting(default: Any, text: str) -> Any:
 
 @dataclass
 class Arguments:
-    """Everything a run depends on. A recipe sets some of them; the command line has the last word."""
+    """Settings of a run. A recipe overrides the defaults; the command line overrides the recipe."""
 
     recipe: str = setting("digits", "name in examples/recipes, or a YAML file")
     output: str | None = setting(None, "results folder; default: results/<recipe>-<method>-seed<seed>")
-    resume: bool = setting(False, "go on where the run in the results folder was killed")
+    resume: bool = setting(False, "continue the run in the results folder from its last checkpoint")
 
     model: str = setting(str(HERE / "micro_vit"), "Hub id or folder of a vision transformer")
     attention: str = setting("sdpa", "sdpa or eager; eager trains faster on CPUs in bf16, whose fused backward is slow")
-    shard_backbone: bool = setting(False, "share the memory of the frozen backbone's blocks among the processes")
+    shard_backbone: bool = setting(False, "shard the frozen backbone's blocks over the processes, to save memory")
     dataset: list[str] = field(
         default_factory=lambda: ["digits"],
         metadata={"help": "digits, Hub ids, folders of parquet files or of image folders; several for domains or datasets"},
     )
-    streaming: bool = setting(False, "read the data set in order instead of loading it whole; for scenarios class, domain")
+    streaming: bool = setting(False, "read the data set in order instead of loading it; for scenarios class, domain")
     train_images: list[int] = field(
         default_factory=list, metadata={"help": "training images of each task, which cannot be counted while streaming"}
     )
@@ -54,12 +54,12 @@ class Arguments:
     resample: str = setting("processor", "processor, bilinear or bicubic")
     augment: bool = setting(False, "random crops and flips of training images")
     crop_scale: float = setting(0.05, "smallest crop, as a share of the image's area")
-    views: int = setting(0, "crops an image has, shown in turn, so that their queries can be kept; 0: new ones each epoch")
-    augment_on_device: bool = setting(False, "crop whole batches on the model's device, out of the resized images")
+    views: int = setting(0, "crops per image, one per epoch in turn, so that queries can be cached; 0: new ones each epoch")
+    augment_on_device: bool = setting(False, "crop batches of resized images on the model's device")
     on_bad_image: str = setting("stop", "stop or skip (and count) images that cannot be read")
 
-    scenario: str = setting("class", "what a task brings: " + ", ".join(SCENARIOS))
-    joint: bool = setting(False, "one task with all images, which no continual learner may have: an upper bound")
+    scenario: str = setting("class", "what is new in each task: " + ", ".join(SCENARIOS))
+    joint: bool = setting(False, "train on all images in one task: an upper bound for continual learning")
     tasks: list[int] = field(
         default_factory=lambda: [5],
         metadata={"help": "number of tasks, or the number of classes of each; for scenario class"},
@@ -67,9 +67,9 @@ class Arguments:
     shuffle_classes: bool = setting(False, "class order by seed instead of ascending; for scenarios class and gaussian")
     domain_column: str | None = setting(None, "column of the domain, where one data set holds all of them")
     order: list[str] = field(
-        default_factory=list, metadata={"help": "domains or data sets in order; default: as they come"}
+        default_factory=list, metadata={"help": "domains or data sets in order; default: the order of the data"}
     )
-    common_test: bool = setting(False, "all domains are tested on one test set")
+    common_test: bool = setting(False, "test all domains on one test set")
     width: float = setting(0.05, "standard deviation of a class's times, as a share of the stream; for scenario gaussian")
 
     method: str = setting(
@@ -78,16 +78,16 @@ class Arguments:
     )
     extra_classifiers: list[str] = field(
         default_factory=list,
-        metadata={"help": f"classifiers that are measured too, on the same features: {', '.join(sorted(CLASSIFIERS))}"},
+        metadata={"help": f"classifiers to evaluate on the same features: {', '.join(sorted(CLASSIFIERS))}"},
     )
-    config: list[str] = field(default_factory=list, metadata={"help": "its own settings: pool_size=20 layers=[0,1,2]"})
+    config: list[str] = field(
+        default_factory=list, metadata={"help": "settings of the method: pool_size=20 layers=[0,1,2]"}
+    )
 
     num_train_epochs: int = setting(5, "epochs per task")
     batch_size: int = setting(64, "images of an optimizer step, over all processes")
-    gradient_accumulation_steps: int = setting(
-        1, "parts that a batch is cut into: less memory, for most methods the same step"
-    )
-    optim: str = setting("adam", "adam, adamw or sgd, anew for every task")
+    gradient_accumulation_steps: int = setting(1, "micro-batches per batch: less memory, for most methods the same step")
+    optim: str = setting("adam", "adam, adamw or sgd, a new one for every task")
     optim_args: list[str] = field(
         default_factory=list, metadata={"help": "further options of torch's optimizer: weight_decay=0.01"}
     )
@@ -97,23 +97,21 @@ class Arguments:
         default_factory=list, metadata={"help": "other rates by group: head=1e-3 prompts=1e-2"}
     )
     max_grad_norm: float = setting(1.0, "largest gradient norm; 0: no clipping")
-    lr_scheduler_type: str = setting("constant", "constant, cosine, linear or coda, anew for every task")
-    warmup_steps: int = setting(0, "steps of a linear warm-up of every task")
+    lr_scheduler_type: str = setting("constant", "constant, cosine, linear or coda; restarted for every task")
+    warmup_steps: int = setting(0, "steps of a linear warm-up at the start of every task")
     mixed_precision: str = setting("no", "no, bf16 or fp16")
-    cache_queries: bool = setting(
-        True, "compute un-prompted features once where images come again (no --augment, or --views)"
-    )
+    cache_queries: bool = setting(True, "compute un-prompted features once if images repeat (no --augment, or --views)")
     query_cache: str | None = setting(
-        None, "folder that keeps these features for other runs; default: $CL_PROMPTS_CACHE/queries, else in memory only"
+        None, "folder of these features, shared by runs; default: $CL_PROMPTS_CACHE/queries, else in memory only"
     )
-    query_cache_bytes: int = setting(8 * 2**30, "how much that folder may take")
-    memory_size: int = setting(0, "images kept for rehearsal in all")
-    memory_per_class: int = setting(0, "images kept for rehearsal of every class")
-    memory_batch_size: int | None = setting(None, "rehearsed images that join each batch; default: batch_size")
-    forward_transfer: bool = setting(False, "evaluate a task also before it is trained, where its classes are known")
-    seed: int = setting(0, "seed of everything")
-    dataloader_num_workers: int = setting(0, "loader processes")
-    logging_steps: int = setting(20, "steps between two lines of the log")
+    query_cache_bytes: int = setting(8 * 2**30, "limit on the size of that folder")
+    memory_size: int = setting(0, "images kept for rehearsal in total")
+    memory_per_class: int = setting(0, "images kept for rehearsal per class")
+    memory_batch_size: int | None = setting(None, "rehearsed images added to each batch; default: batch_size")
+    forward_transfer: bool = setting(False, "also evaluate a task before it is trained, if its classes are known")
+    seed: int = setting(0, "random seed")
+    dataloader_num_workers: int = setting(0, "data loader processes")
+    logging_steps: int = setting(20, "steps between two log entries")
     save_steps: int = setting(100, "steps between two checkpoints; 0: only after every task")
     trackers: list[str] = field(
         default_factory=list, metadata={"help": "tensorboard, wandb, trackio, ... besides log.jsonl"}
@@ -141,15 +139,15 @@ class Arguments:
 
 
 def read_arguments(line: Sequence[str] | None = None) -> Arguments:
-    """Defaults, then the recipe, then the command line (default: this process's).
+    """Read the settings from defaults, recipe and command line `line` (None: that of this process).
 
     Exits with a message if a recipe or a setting does not exist.
     """
     parser = HfArgumentParser(Arguments, description="Continual learning with a prompt pool. " + str(Arguments.__doc__))
     words = list(sys.argv[1:] if line is None else line)
-    first, strange = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if strange:
-        sys.exit(f"no such arguments: {strange}; --help lists them all")
+    first, unknown_words = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown_words:
+        sys.exit(f"no such arguments: {unknown_words}; --help lists them all")
     path = Path(first.recipe) if first.recipe.endswith((".yaml", ".yml")) else RECIPES / f"{first.recipe}.yaml"
     if not path.is_file():
         sys.exit(f"no recipe {first.recipe!r}: choose one of {known_recipes()} or name a YAML file")
@@ -160,7 +158,7 @@ def read_arguments(line: Sequence[str] | None = None) -> Arguments:
     settings = {name: as_words(name, value) for name, value in settings.items()}
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in PAIRS})
     arguments: Arguments = parser.parse_args_into_dataclasses(words)[0]
-    # What a recipe says in pairs is of its own method (or optimizer); the command line changes single ones.
+    # A recipe's pairs are for its own method (or optimizer). The command line overrides single pairs.
     owner = {"config": "method", "learning_rates": "method", "optim_args": "optim"}
     for name in PAIRS:
         same = getattr(arguments, owner[name]) == settings.get(owner[name], getattr(Arguments(), owner[name]))
@@ -170,24 +168,24 @@ def read_arguments(line: Sequence[str] | None = None) -> Arguments:
 
 
 def check(arguments: Arguments) -> None:
-    """Exit with a message if a setting is none; those of the method and the data are checked where they are used."""
+    """Exit with a message if a setting is invalid. Settings of the method and the data are checked later."""
     for name, known in (
         ("scenario", SCENARIOS),
         ("method", sorted({*METHODS, *BASELINES})),
         ("trackers", [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]),
         ("extra_classifiers", sorted(CLASSIFIERS)),
     ):
-        given = getattr(arguments, name)
-        absent = sorted(set(given if isinstance(given, list) else [given]) - set(known))
+        value = getattr(arguments, name)
+        absent = sorted(set(value if isinstance(value, list) else [value]) - set(known))
         if absent:
             sys.exit(f"--{name} {' '.join(absent)}: there is {', '.join(known)}" + " (installed)" * (name == "trackers"))
     crops = [name for name in ("views", "augment_on_device") if getattr(arguments, name) != getattr(Arguments, name)]
     if crops and not arguments.augment:
         sys.exit(
-            f"--{crops[0]} {getattr(arguments, crops[0])} says how images are cropped: add --augment True, or leave it out"
+            f"--{crops[0]} {getattr(arguments, crops[0])} has no effect without --augment True: add that, or leave it out"
         )
     if arguments.method in BASELINES and arguments.shard_backbone:
-        sys.exit(f"--shard_backbone is for backbones that stay frozen under prompts: leave it out for {arguments.method}")
+        sys.exit(f"--shard_backbone needs a prompt method, whose backbone is frozen: leave it out for {arguments.method}")
     if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not arguments.rehearses:
         sys.exit(f"{arguments.method} needs remembered images: set --memory_size or --memory_per_class")
     try:
@@ -202,7 +200,7 @@ def known_recipes() -> list[str]:
 
 
 def as_words(name: str, value: Any) -> Any:
-    """A recipe's value as the command line would give it: lists where flags take several words."""
+    """A recipe's value in the form of the command line: a list if the flag takes several words."""
     if name in PAIRS and isinstance(value, dict):
         return [f"{key}={as_word(entry)}" for key, entry in value.items()]
     several = isinstance(getattr(Arguments(), name), list)
@@ -210,7 +208,7 @@ def as_words(name: str, value: Any) -> Any:
 
 
 def as_word(value: Any) -> str:
-    """None -> "null", which is read as None again; all else as Python writes it, if that reads as the same value."""
+    """A value as a word that `pairs` reads as the same value: `str(value)`, or JSON if YAML reads that differently."""
     word = str(value)
     return word if isinstance(value, str) or yaml.safe_load(word) == value else json.dumps(value)
 

@@ -1,13 +1,13 @@
-"""Runs learners with several seeds and writes one table with mean and standard deviation.
+"""Runs learners with several seeds and writes a table of means and standard deviations.
 
     python examples/compare.py compare_cifar100_mini --seeds 0 1 2 --jobs 2 --output results/cifar100-mini
     python examples/compare.py rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
-The YAML (of examples/recipes, or a file) has `settings`, arguments of all runs, and `rows`: the name of a row in the table,
-and its arguments, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know go
-to every run and override the file's. Each run is a process and a folder of its own: one that fails is named below the table
-and loses no other; called again, complete runs are read and killed ones resumed. Rows with another number of tasks than
-most stand in tables of their own.
+The YAML file (in examples/recipes, or a path) has `settings`, the arguments of all runs, and `rows`, the arguments of each
+row by name, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know are
+passed to every run and override those of the file. Each run has its own process and folder. Failed runs are listed below
+the table and do not stop the others. When the script is called again, complete runs are read and killed ones are resumed.
+Rows with another number of tasks than most are in separate tables.
 """
 
 import argparse
@@ -44,10 +44,10 @@ class Run:
     """One row with one seed.
 
     Args:
-        row: its name in the table.
-        words: of train_cil's command line.
-        arguments: the same, read.
-        error: why it failed or cannot be read; "" if neither.
+        row: name of the row in the table.
+        words: arguments of train_cil's command line.
+        arguments: the parsed arguments.
+        error: why the run failed or cannot be read; "" without an error.
     """
 
     row: str
@@ -57,17 +57,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Its results folder."""
+        """The results folder of the run."""
         return self.arguments.folder
 
     @property
     def done(self) -> bool:
-        """Whether its folder holds this run, complete."""
+        """Whether the folder has the complete results of this run."""
         return is_complete(self.folder) and not differences(described(self.arguments), self.folder)
 
 
 def read_rows(name: str) -> dict[str, dict[str, Any]]:
-    """The arguments of each row, those of all runs first. Exits if the file is none that lists rows."""
+    """The arguments of each row, with those of all runs. Exits if the file does not exist or is invalid."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("compare_*.yaml"))
@@ -78,7 +78,7 @@ def read_rows(name: str) -> dict[str, dict[str, Any]]:
     settings = content.get("settings") or {}
     for row, own in [("settings", settings), *content["rows"].items()]:
         if not isinstance(row, str):
-            sys.exit(f"{path}: {row!r} is no text and names no row: put it in quotes")
+            sys.exit(f"{path}: {row!r} is not a text, as names of rows must be: put it in quotes")
         if not isinstance(own or {}, dict):
             sys.exit(f"{path}: {row!r} must have a mapping of arguments, not {own!r}")
     if not content["rows"]:
@@ -87,7 +87,7 @@ def read_rows(name: str) -> dict[str, dict[str, Any]]:
 
 
 def as_line(settings: Mapping[str, Any]) -> list[str]:
-    """{"seed": 1, "config": {"top_k": 2}} -> ["--seed", "1", "--config", "top_k=2"]; what is empty has no words."""
+    """{"seed": 1, "config": {"top_k": 2}} -> ["--seed", "1", "--config", "top_k=2"]; empty values are left out."""
     words = []
     for name, value in settings.items():
         entries = [f"{k}={as_word(v)}" for k, v in value.items()] if isinstance(value, dict) else value
@@ -97,15 +97,15 @@ def as_line(settings: Mapping[str, Any]) -> list[str]:
 
 
 def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, further: list[str]) -> list[Run]:
-    """All runs, seed after seed, so that a comparison that is cut short has all rows. Exits on arguments that are none."""
+    """All runs, ordered by seed, so that an interrupted comparison has all rows. Exits on invalid arguments."""
     runs = []
     for seed in seeds:
         for row, settings in rows.items():
             folder = output / f"{re.sub(r'[^A-Za-z0-9]+', '-', row).strip('-').lower()}-seed{seed}"
             words = [*as_line(settings), *further, "--seed", str(seed), "--output", str(folder)]
             arguments = arguments_of(row, words)
-            given = {name: value for name, value in settings.items() if f"--{name}" not in further}
-            refuse_empty(row, given, arguments)
+            own = {name: value for name, value in settings.items() if f"--{name}" not in further}
+            refuse_empty(row, own, arguments)
             runs.append(Run(row, words, arguments))
     folders = [run.folder for run in runs]
     twice = sorted({run.row for run in runs if folders.count(run.folder) > 1})
@@ -118,18 +118,18 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
 
 
 def arguments_of(row: str, words: list[str]) -> Arguments:
-    """What the words of a row's command line say. Exits, with the row's name, on words that say nothing."""
-    said = io.StringIO()
+    """Parse the words of a row's command line. Exits with the row's name on invalid arguments."""
+    stderr = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(stderr):
             return read_arguments(words)
     except SystemExit as stop:
-        message = stop.code if isinstance(stop.code, str) else said.getvalue().rpartition("error: ")[2].strip()
+        message = stop.code if isinstance(stop.code, str) else stderr.getvalue().rpartition("error: ")[2].strip()
         sys.exit(f"row {row!r}: {message}")
 
 
 def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Arguments) -> None:
-    """Exit if something without a value would silently have one, that of its default or of the recipe."""
+    """Exit if a setting has no value in the file, so that the default or the recipe's value would be used."""
     for name, value in settings.items():
         stays_empty = name in PAIRS or getattr(arguments, name, name) in (None, [])
         if (value in (None, [], {}) and not stays_empty) or (isinstance(value, list) and None in value):
@@ -137,7 +137,7 @@ def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Arguments) ->
 
 
 def execute(run: Run, launcher: list[str], threads: int) -> None:
-    """Run it in a process of its own; its output goes to a log beside its folder."""
+    """Run in a separate process. The output is written to a log next to the run's folder."""
     command = [*launcher, str(HERE / "train_cil.py"), *run.words, "--resume"]
     log = run.folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ def execute(run: Run, launcher: list[str], threads: int) -> None:
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     if ended.returncode:
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        run.error = f"{said[-1].strip() if said else 'it said nothing'} (exit code {ended.returncode}, {log})"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        run.error = f"{lines[-1].strip() if lines else 'no output'} (exit code {ended.returncode}, {log})"
         print(f"{run.folder.name} failed: {run.error}", flush=True)
 
 
 def read_run(run: Run) -> dict[str, Result]:
-    """Results of a complete run, by the names in results.json; none, and an error, if that is damaged."""
+    """Results of a complete run, by the names in results.json. If that is damaged: no results, and `run.error` is set."""
     try:
         record = read_results(run.folder)
     except ValueError as error:
@@ -166,10 +166,10 @@ def read_run(run: Run) -> dict[str, Result]:
 
 
 def collect(runs: list[Run]) -> tuple[list[Result], list[Result]]:
-    """What complete runs reached: the table's results, and those with another number of tasks, which cannot stand in it.
+    """Results of complete runs: those of the table, and those with another number of tasks.
 
-    The table has the number of tasks that most rows have, and at its end the references. They stand in many runs: each is
-    taken from the row that has it with most seeds.
+    The table has the rows with the most common number of tasks, followed by the references. A reference is in the results
+    of many runs; it is taken from the row that has it with most seeds.
     """
     order = list(dict.fromkeys(run.row for run in runs))
     own: list[Result] = []
@@ -189,14 +189,14 @@ def collect(runs: list[Run]) -> tuple[list[Result], list[Result]]:
     learners = {result.learner for result in own}
     shared: list[Result] = []
     for name in [name for name in references if name not in learners]:
-        fitting = [[r for r in found if len(r.matrix.columns) == tasks] for found in references[name].values()]
+        fitting = [[r for r in of_row if len(r.matrix.columns) == tasks] for of_row in references[name].values()]
         shared += sorted(fitting, key=len, reverse=True)[0]
     others = [result for result in own if len(result.matrix.columns) != tasks]
     return [result for result in own if len(result.matrix.columns) == tasks] + shared, others
 
 
 def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None = None) -> None:
-    """Write the table, the picture (of the learners in `drawn`; None: of all), and every run's numbers."""
+    """Write the table, the plot (of the learners in `drawn`; None: all), and the accuracies of all runs."""
     results, others = collect(runs)
     by_learner: dict[str, list[Result]] = {}
     for result in results:
@@ -229,18 +229,18 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
 
 
 def other_tables(others: list[Result]) -> list[str]:
-    """A table for each number of tasks that the large one does not have."""
+    """A table for each number of tasks other than that of the main table."""
     groups: dict[int, list[Result]] = {}
     for result in others:
         groups.setdefault(len(result.matrix.columns), []).append(result)
     return [
-        f"With {number} task{'s' * (number > 1)}, so not in the table above:\n\n{comparison_table(found)}"
-        for number, found in sorted(groups.items())
+        f"With {number} task{'s' * (number > 1)}, so not in the table above:\n\n{comparison_table(group)}"
+        for number, group in sorted(groups.items())
     ]
 
 
 def main() -> None:
-    """Run what is not complete yet, and write the table."""
+    """Run all runs that are not complete, and write the table after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", help="name in examples/recipes, or a YAML file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -251,9 +251,9 @@ def main() -> None:
     parser.add_argument("--launcher", default=sys.executable, help='like "accelerate launch --num_processes 2"')
     options, further = parser.parse_known_args()
     rows = read_rows(options.comparison)
-    strange = sorted(set(options.rows or []) - set(rows))
-    if strange or options.jobs < 1:
-        sys.exit(f"--rows {strange} are none of {list(rows)}" if strange else f"--jobs {options.jobs} must be positive")
+    absent = sorted(set(options.rows or []) - set(rows))
+    if absent or options.jobs < 1:
+        sys.exit(f"--rows {absent} are none of {list(rows)}" if absent else f"--jobs {options.jobs} must be positive")
     output = options.output or Path("results") / Path(options.comparison).stem
     runs = plan({row: rows[row] for row in options.rows or rows}, options.seeds, output, further)
     command = f"python examples/compare.py {shlex.join(sys.argv[1:])}"
@@ -265,7 +265,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(complete, runs):
-            write(runs, output, command, options.draw)  # as far as it is
+            write(runs, output, command, options.draw)  # with the runs that are complete so far
     print((output / PAGE).read_text())
     learners = list(dict.fromkeys(result.learner for result in collect(runs)[0]))
     unknown = [name for name in options.draw or () if name not in learners]

@@ -1,4 +1,4 @@
-"""Images to learn from, and streams of them.
+"""Loading image data sets, and streams of them.
 
 Sources are scikit-learn's digits, Hub data sets, folders of parquet files, and folders of image folders.
 """
@@ -30,12 +30,12 @@ SCENARIOS = ("class", "domain", "datasets", "gaussian")
 
 
 class ToTensor:
-    """Image -> [3, H, W] through the model's image processor; grey images become RGB first.
+    """Transform: image -> [3, H, W], with the model's image processor. Images are converted to RGB first.
 
     Args:
-        processor: the model's.
-        input_range: "processor", its own mean and standard deviation, or "unit", [0, 1].
-        resample: "processor", its own, or "bilinear", "bicubic", ...
+        processor: the model's image processor.
+        input_range: "processor" (its mean and standard deviation) or "unit" (values in [0, 1]).
+        resample: "processor" (its own), or "bilinear", "bicubic", ...
     """
 
     def __init__(self, processor: Any, input_range: str = "processor", resample: str = "processor") -> None:
@@ -49,19 +49,19 @@ class ToTensor:
             self.options["resample"] = PILImage.Resampling[resample.upper()]
 
     def settings(self) -> dict[str, Any]:
-        """All that decides what becomes of an image, for the query cache."""
+        """All settings of the transform, JSON-able, for the query cache."""
         kind = type(self.processor)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **self.processor.to_dict(), "options": self.options}
 
     def __call__(self, image: Any) -> torch.Tensor:
-        """The tensor of an image."""
+        """The tensor [3, H, W] of an image."""
         pixels: torch.Tensor = self.processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"][0]
         return pixels
 
 
 @dataclass
 class ImageData:
-    """A training and a test set, and where images and labels stand in them."""
+    """A training and a test set, with the names of their image and label columns."""
 
     train: Any
     test: Any
@@ -70,7 +70,7 @@ class ImageData:
 
     @property
     def classes(self) -> list[int]:
-        """Class ids of the training set, ascending; where it cannot be counted, those that its labels name."""
+        """Class ids of the training set, ascending. While streaming, those of the label column's ClassLabel."""
         if isinstance(self.train, IterableDataset):
             label = (self.train.features or {}).get(self.label_column)
             if not isinstance(label, ClassLabel):
@@ -81,16 +81,16 @@ class ImageData:
         return sorted(set(self.train[self.label_column]))
 
     def names(self, classes: list[int]) -> dict[int, str]:
-        """Class names, where the data set knows them."""
+        """Names of classes by id; empty if the data set has none."""
         label = self.train.features[self.label_column]
         return {c: label.int2str(c) for c in classes} if isinstance(label, ClassLabel) else {}
 
     def transform(self, processor: Any, input_range: str, resample: str) -> ToTensor:
-        """What makes tensors of these images."""
+        """The transform for these images."""
         return ToTensor(processor, input_range, resample)
 
     def renamed(self, image_column: str, label_column: str) -> "ImageData":
-        """The same with other column names, and no other columns."""
+        """The same data with these column names, without other columns."""
         names = {self.image_column: image_column, self.label_column: label_column}
         train, test = (part.select_columns(list(names)).rename_columns(names) for part in (self.train, self.test))
         return ImageData(train, test, image_column, label_column)
@@ -116,30 +116,30 @@ def load_stream(
     streaming: bool = False,
     train_images: Sequence[int] | None = None,
 ) -> Stream:
-    """A stream from plain settings.
+    """Build a stream from settings.
 
     Args:
         scenario: "class" (new classes), "domain" (new domains of the same classes), "datasets" (several data sets in a row)
             or "gaussian" (no tasks).
-        sources: "digits", folders or Hub ids: one for "class" and "gaussian"; for "domain" one with a domain column, or one
-            for each domain; for "datasets" one for each. One folder can stand for the data sets in its subfolders. Domains
-            and data sets are called as the last part of their path.
+        sources: "digits", folders or Hub ids: one for "class" and "gaussian"; for "domain", one with a domain column or one
+            per domain; for "datasets", one per data set. A single folder means the data sets in its subfolders. The name of
+            a domain or data set is the last part of its path.
         transform: image -> float tensor [3, H, W].
-        tasks: their number, or the number of classes of each; for "class".
-        shuffle_classes: class order by `seed` instead of ascending; for "class" and "gaussian".
-        seed: of the class order, the Gaussian schedule and the held-out images.
-        image_column, label_column: column names; None: found by their types.
-        domain_column: its name, where one data set holds all domains.
-        order: names of the domains or data sets in order; None: as they are given.
-        common_test: the (first) test set is that of all domains.
-        width: of the Gaussians, as a share of the stream.
-        held_out: if positive, tests are on this share of the training images of each class (and domain).
+        tasks: number of tasks, or number of classes of each task; for "class".
+        shuffle_classes: order classes by `seed` instead of ascending; for "class" and "gaussian".
+        seed: seed of the class order, the Gaussian schedule and the held-out images.
+        image_column, label_column: column names; None: found by type.
+        domain_column: name of the domain column, if one data set has all domains.
+        order: names of the domains or data sets in order; None: the order of the sources.
+        common_test: test all domains on one test set, the first.
+        width: standard deviation of the Gaussians, as a share of the stream.
+        held_out: if positive, test on this share of the training images of each class (and domain).
         augmentation, on_bad_image: see `Stream`.
         streaming: read the sources in order instead of loading them; for "class" and "domain".
-        train_images: how many training images each task has, where that is known while streaming.
+        train_images: number of training images of each task, if it is known while streaming.
 
     Raises:
-        ValueError: settings do not fit each other, or the data.
+        ValueError: settings do not fit each other or the data.
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario={scenario!r}: choose one of {', '.join(SCENARIOS)}")
@@ -190,12 +190,12 @@ def load_stream(
 
 
 def named_sources(sources: Sequence[str], *, inside: bool) -> dict[str, str]:
-    """Sources by the last part of their path; `inside`: one folder stands for its subfolders."""
+    """Sources by the last part of their path. With `inside`, a single folder means its subfolders."""
     if inside and len(sources) == 1 and Path(sources[0]).is_dir():
         sources = sorted(str(folder) for folder in Path(sources[0]).iterdir() if folder.is_dir())
     named = {Path(source).name: source for source in sources}
     if len(named) < len(sources) or not named:
-        raise ValueError(f"sources {list(sources)}: give at least one, none with the last part of another")
+        raise ValueError(f"sources {list(sources)}: give at least one, and no two with the same last part")
     return named
 
 
@@ -213,12 +213,12 @@ def load_image_data(
 
     Args:
         source: "digits", a folder, or a Hub id, with ":" and its configuration where it has several.
-        image_column, label_column: column names; None: found by their types.
+        image_column, label_column: column names; None: found by type.
         held_out: if positive, the test set is this share of the training images of each class, and the real test set is
-            not touched.
-        seed: chooses the held-out images.
-        others: columns that are not labels, like the domain; held-out images are a share of each of their values too.
-        streaming: give data sets that are read in order.
+            not used.
+        seed: seed of the held-out images.
+        others: columns that are not labels, like the domain; held-out images are drawn for each of their values too.
+        streaming: return data sets that are read in order.
     """
     splits = digits() if source == "digits" else load_splits(source, streaming=streaming)
     train = splits["train"]
@@ -238,7 +238,7 @@ def load_image_data(
 
 
 def load_splits(source: str, *, streaming: bool = False) -> Any:
-    """All splits of a folder, or of a Hub data set, whose configuration may follow a colon."""
+    """All splits of a folder or of a Hub data set, "name" or "name:configuration"."""
     folder = Path(source)
     if not folder.exists():
         name, _, configuration = source.partition(":")
@@ -253,7 +253,7 @@ def load_splits(source: str, *, streaming: bool = False) -> Any:
 
 
 def only_column(features: dict[str, Any], kind: str, fits: Callable[[Any], bool]) -> str:
-    """The one column of a kind."""
+    """The name of the only column that `fits`. Raises ValueError if there is not exactly one."""
     names = [name for name, feature in features.items() if fits(feature)]
     if len(names) != 1:
         raise ValueError(f"cannot tell the {kind} column among {sorted(features)}: pass --{kind}_column")
@@ -261,7 +261,7 @@ def only_column(features: dict[str, Any], kind: str, fits: Callable[[Any], bool]
 
 
 def split_by_class(rows: Dataset, columns: str | Sequence[str], share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, the same share of each class, or of each combination of several columns' values."""
+    """Training rows and held-out rows: the same `share` of each class, or of each combination of values of `columns`."""
     names = [columns] if isinstance(columns, str) else columns
     values = np.stack([np.unique(np.asarray(rows[name]), return_inverse=True)[1] for name in names], axis=1)
     groups = np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
@@ -274,7 +274,7 @@ def split_by_class(rows: Dataset, columns: str | Sequence[str], share: float, se
 
 
 def digits() -> DatasetDict:
-    """scikit-learn's handwritten digits: 1,797 real grey images of 8x8 pixels; a fifth of each class is the test set."""
+    """scikit-learn's handwritten digits: 1,797 real gray images of 8x8 pixels; a fifth of each class is the test set."""
     from sklearn.datasets import load_digits  # only this data set needs it
 
     bunch = load_digits()

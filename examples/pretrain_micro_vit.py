@@ -2,8 +2,8 @@
 
     python examples/pretrain_micro_vit.py --data PATH --output examples/micro_vit
 
-`PATH` is a folder of parquet files with the columns `img` and `label` (grey glyphs, white on black). Every twentieth
-image is held out; its accuracy is written to the model card. The classifier is thrown away, the backbone is kept.
+`PATH` is a folder of parquet files with the columns `img` and `label` (gray glyphs, white on black). Every twentieth image
+is held out; the accuracy on these is written to the model card. Only the backbone is saved, without the classifier.
 """
 
 import argparse
@@ -40,13 +40,13 @@ A Vision Transformer of {parameters:,} parameters (6 blocks, width 128, patch 4,
 that ships with cl_prompts so that its examples and tests run without a network.
 
 - **Made by** `python examples/pretrain_micro_vit.py --data PATH --epochs {epochs} --seed {seed}`
-- **Trained on** {images:,} grey glyphs of {classes} classes: Omniglot (MIT) and a copy of notMNIST (MIT as distributed;
+- **Trained on** {images:,} gray glyphs of {classes} classes: Omniglot (MIT) and a copy of notMNIST (MIT as distributed;
   glyphs of third-party fonts)
 - **Held-out accuracy** {accuracy:.1f} % over {held_out:,} glyphs, every twentieth image ({seconds:.0f} s on {threads} CPU
   threads)
-- **Licence** Apache-2.0
+- **License** Apache-2.0
 
-It must not be evaluated on Omniglot or notMNIST: it has seen them. It knows nothing about natural images.
+Do not evaluate it on Omniglot or notMNIST, which it was trained on. It was not trained on natural images.
 """
 
 
@@ -65,7 +65,7 @@ def to_input(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(backbone: ViTModel, classifier: nn.Linear, images: Tensor, labels: Tensor) -> float:
-    """Share of right answers in percent."""
+    """Accuracy in percent."""
     backbone.eval()
     hits = 0
     for batch, target in zip(images.split(256), labels.split(256), strict=True):
@@ -75,7 +75,7 @@ def accuracy(backbone: ViTModel, classifier: nn.Linear, images: Tensor, labels: 
 
 
 def main() -> None:
-    """Train, report, save."""
+    """Train the backbone, print the accuracy, and save backbone, image processor and model card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", default="examples/micro_vit")
@@ -107,7 +107,7 @@ def main() -> None:
     for epoch in range(args.epochs):
         order = torch.randperm(len(images))
         for index in order[: len(order) // args.batch_size * args.batch_size].split(args.batch_size):
-            # Kornia pads with zeros, and the glyphs' ground is black: augment in [0, 1], then move to [-1, 1].
+            # Kornia pads with zeros and the background is black, so augment in [0, 1], then scale to [-1, 1].
             batch = augment(images[index].float()[:, None] / 255) * 2 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 features = backbone(batch.expand(-1, 3, -1, -1)).last_hidden_state[:, 0]

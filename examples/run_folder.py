@@ -14,7 +14,7 @@ from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 
 
 RUN = "run.json"
-# All that a run writes; results.json last, so that a folder that has it is complete.
+# All files of a run. results.json is written last, so a folder with it is complete.
 FILES = (
     RUN,
     RESULTS_FILE,
@@ -27,7 +27,7 @@ FILES = (
     "selection.png",
     "adapter",
 )
-# Arguments that change nothing about the results.
+# Arguments that do not change the results.
 NOT_OF_THE_RUN = (
     *("output", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
     *("query_cache", "query_cache_bytes", "shard_backbone"),
@@ -36,18 +36,18 @@ LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datas
 
 
 def described(arguments: Arguments, **facts: Any) -> dict[str, Any]:
-    """What run.json says.
+    """The content of run.json.
 
     Args:
-        arguments: of the run.
-        facts: what else makes it this run: the stream's fingerprint, the learner's, the number of processes.
+        arguments: arguments of the run.
+        facts: further identification of the run: fingerprints of stream and learner, number of processes.
     """
     versions = {name: version(name) for name in LIBRARIES}
     return {"arguments": as_dict(arguments), **facts, "versions": versions, "machine": machine()}
 
 
 def differences(run: dict[str, Any], folder: Path) -> list[str]:
-    """What differs between a run and the one that the folder is of, in words; nothing if the folder is free.
+    """Differences between a run and the run in the folder, as text; empty if the folder has no run.
 
     Args:
         run: from `described`; facts that are not there are not compared.
@@ -61,27 +61,27 @@ def differences(run: dict[str, Any], folder: Path) -> list[str]:
         known = None
     if not isinstance(known, dict) or not isinstance(known.get("arguments"), dict):
         return [f"{RUN} cannot be read"]
-    mine, theirs = run["arguments"], known["arguments"]
-    found = [
-        f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
-        for name in sorted({*mine, *theirs} - set(NOT_OF_THE_RUN))
-        if mine.get(name) != theirs.get(name)
+    new, old = run["arguments"], known["arguments"]
+    differing = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted({*new, *old} - set(NOT_OF_THE_RUN))
+        if new.get(name) != old.get(name)
     ]
     facts = [name for name in run if name not in ("arguments", "versions", "machine")]
-    return found + [f"{name} differs" for name in facts if name in known and run[name] != known[name]]
+    return differing + [f"{name} differs" for name in facts if name in known and run[name] != known[name]]
 
 
 def refuse_another_run(run: dict[str, Any], folder: Path) -> None:
-    """Exit if the folder is of another run."""
-    found = differences(run, folder)
-    if found:
-        sys.exit(f"{folder} holds another run ({'; '.join(found)}): choose another --output, or remove that folder")
+    """Exit if the folder has another run."""
+    differing = differences(run, folder)
+    if differing:
+        sys.exit(f"{folder} holds another run ({'; '.join(differing)}): choose another --output, or remove that folder")
 
 
 def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:
-    """Write run.json. A run that starts over first removes what the last one left.
+    """Write run.json. Without `resume`, the results of an earlier run are removed first.
 
-    The log and the checkpoints are the trainer's, who clears them itself.
+    The trainer removes the earlier log and checkpoints itself.
     """
     if (folder / RESULTS_FILE).exists() and not resume:
         (folder / RESULTS_FILE).unlink()
@@ -94,12 +94,12 @@ def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the run in the folder has come to its end."""
+    """Whether the run in the folder is complete."""
     return (folder / RESULTS_FILE).is_file()
 
 
 def read_results(folder: Path) -> RunRecord:
-    """The record of a complete run; the first of its learners is the one that was trained.
+    """The record of a complete run. Its first learner is the one that was trained.
 
     Raises:
         ValueError: the file is damaged.

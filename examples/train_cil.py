@@ -3,12 +3,12 @@
     accelerate launch examples/train_cil.py                                   # digits on the micro ViT, two minutes
     accelerate launch examples/train_cil.py --model google/vit-base-patch16-224-in21k --dataset path/to/images
     accelerate launch examples/train_cil.py --recipe l2p_cifar100 --seed 1    # a YAML of examples/recipes, overridden
-    accelerate launch examples/train_cil.py --resume                          # go on where a run was killed
+    accelerate launch examples/train_cil.py --resume                          # continue a run that was killed
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train_cil.py # two processes on one CPU
 
-Every task brings new classes, domains or data sets; old images are gone; at test nobody says which task an image is from.
-The results folder holds settings, log, checkpoints, the accuracy matrix, a page with table and plots, and the adapter.
-References on features of the untrained backbone stand in the table: what does not beat them is not worth its training.
+Every task has new classes, domains or data sets. Images of old tasks are not available, and at test the task of an image is
+not given. The results folder has settings, log, checkpoints, the accuracy matrix, a page with table and plots, and the
+adapter. The table also has baselines on features of the untrained backbone, which a method should beat.
 """
 
 import shlex
@@ -54,21 +54,21 @@ from cl_prompts.tuner.sharding import shard_frozen_blocks
 
 
 def load_backbone(name: str, attention: str) -> Any:
-    """A backbone without the pooler that many checkpoints lack and transformers then makes up."""
+    """Load a backbone without pooler. Many checkpoints have none, and transformers would initialize one at random."""
     config = AutoConfig.from_pretrained(name)
     config = getattr(config, "vision_config", config)
-    takes = signature(AutoModel._model_mapping[type(config)].__init__).parameters
-    options = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+    parameters = signature(AutoModel._model_mapping[type(config)].__init__).parameters
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
     return AutoModel.from_pretrained(name, config=config, attn_implementation=attention, **options)
 
 
 def augmentation(args: Arguments) -> CropAndFlip:
-    """Of training images."""
+    """The augmentation of training images."""
     return CropAndFlip(scale=(args.crop_scale, 1.0), views=args.views or None, on_device=args.augment_on_device)
 
 
 def build_stream(args: Arguments, processor: Any) -> Stream:
-    """The tasks."""
+    """The stream of tasks."""
     stream = load_stream(
         args.scenario,
         args.dataset,
@@ -106,18 +106,18 @@ def build_learner(args: Arguments, stream: Stream) -> Any:
 
 
 def extra_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifier]:
-    """Classifiers that are measured too, on the learner's features."""
+    """Classifiers to evaluate on the learner's features."""
     frozen = learner.features.frozen if args.method in BASELINES else learner.adapter.config.drift == "none"
-    found: dict[str, FeatureClassifier] = {}
+    classifiers: dict[str, FeatureClassifier] = {}
     for name in args.extra_classifiers:
         make: Any = CLASSIFIERS[name]
         seed = {"seed": args.seed} if "seed" in signature(make).parameters else {}
-        found[name] = make(learner.head.weight.shape[1], drift="none" if frozen else "affine", **seed)
-    return found
+        classifiers[name] = make(learner.head.weight.shape[1], drift="none" if frozen else "affine", **seed)
+    return classifiers
 
 
 def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Un-prompted features of all training and all test images by row number, each [rows, D]; asked of all processes."""
+    """Un-prompted features of all training and test images by row number, each [rows, D]. All processes must call it."""
     provider = trainer.feature_provider
     return provider.frozen_features(train=True).cpu(), provider.frozen_features(train=False).cpu()
 
@@ -125,7 +125,7 @@ def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
 def references(
     train: torch.Tensor, test: torch.Tensor, stream: IndexedStream, args: Arguments
 ) -> dict[str, AccuracyMatrix]:
-    """Learners without prompts on the frozen features of the same images, with the head's own learning rate."""
+    """Accuracies of classifiers without prompts on frozen features of the same images, with the head's learning rate."""
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
@@ -137,20 +137,20 @@ def references(
         "learning_rate": rate,
         "seed": args.seed,
     }
-    found = {"sequential linear probe": sequential_probe(data, **settings)}
+    matrices = {"sequential linear probe": sequential_probe(data, **settings)}
     options = pairs(args.config)
     if options.get("head") == "cosine":
         scale = options.get("head_scale", PromptPoolConfig.head_scale)
-        found["sequential cosine probe"] = sequential_probe(data, **settings, cosine_scale=scale)
-    found["nearest class mean"] = nearest_class_mean(data)
+        matrices["sequential cosine probe"] = sequential_probe(data, **settings, cosine_scale=scale)
+    matrices["nearest class mean"] = nearest_class_mean(data)
     width = data.train[0][0].shape[1]
-    found["discriminant analysis"] = closed_form(data, DiscriminantClassifier(width, drift="none"))
-    found["joint linear probe"] = joint_linear_probe(data, **settings)
-    return found
+    matrices["discriminant analysis"] = closed_form(data, DiscriminantClassifier(width, drift="none"))
+    matrices["joint linear probe"] = joint_linear_probe(data, **settings)
+    return matrices
 
 
 def report_selection(evaluations: Sequence[Evaluation], learner: Any, folder: Path) -> tuple[str, list[Path]]:
-    """Which prompts were chosen for which task: a few lines and a picture; nothing for learners that choose none."""
+    """Text and plot of the prompts selected for each task; "" and no plot if the learner selects none."""
     chosen = [e.prompt_ids for e in evaluations if e.prompt_ids is not None]
     if not chosen:
         return "", []
@@ -158,12 +158,12 @@ def report_selection(evaluations: Sequence[Evaluation], learner: Any, folder: Pa
     tasks = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(ids) for ids in chosen]))
     size = prompts.shape[1]
     counts = selection_counts(torch.cat(chosen), tasks, size)
-    similarity = prompt_similarity(prompts) if size <= 1000 else None  # one number for every two prompts
+    similarity = prompt_similarity(prompts) if size <= 1000 else None  # its size is quadratic in the number of prompts
     return selection_summary(counts, similarity), [draw_selection(counts, similarity, folder)]
 
 
 def main() -> None:
-    """Run a stream of tasks and write its results."""
+    """Train on a stream of tasks and write the results."""
     started = time.perf_counter()
     args = read_arguments()
     folder = args.folder
@@ -196,28 +196,28 @@ def main() -> None:
         trackers=args.trackers,
         classifiers=extra_classifiers(args, learner),
     )
-    accelerator.wait_for_everyone()  # all have looked at the folder before it is written to
+    accelerator.wait_for_everyone()  # all processes have checked the folder before it is written to
     if accelerator.is_main_process:
         begin(run, folder, resume=args.resume)
     untrained = None
     if isinstance(stream, IndexedStream) and not trainer.feature_provider.base_is_frozen:
-        untrained = features_of(trainer)  # now: afterwards they are those of a base that has learnt
+        untrained = features_of(trainer)  # before training changes the backbone
     before = time.perf_counter() - started
     trainer.train(resume=args.resume)
     trained = time.perf_counter()
 
     result = trainer.result()
     matrices = {args.method: result.matrix}
-    matrices |= {f"{args.method} + {name}": found for name, found in result.extra_matrices.items()}
+    matrices |= {f"{args.method} + {name}": matrix for name, matrix in result.extra_matrices.items()}
     if isinstance(stream, IndexedStream):
         matrices |= references(*(untrained or features_of(trainer)), stream, args)
     skipped = own_stream.count_skipped()
-    accelerator.state.destroy_process_group()  # what follows is for one
+    accelerator.state.destroy_process_group()  # only the main process continues
     if not accelerator.is_main_process:
         return
     seconds = before + result.seconds + time.perf_counter() - trained
     trainable = {args.method: result.trainable_parameters}
-    results = [Result(name, found, args.seed, trainable.get(name)) for name, found in matrices.items()]
+    results = [Result(name, matrix, args.seed, trainable.get(name)) for name, matrix in matrices.items()]
     print(f"\n{comparison_table(results)}\n\n{remarks(results)}\n")
     if skipped:
         print(f"{skipped} images could not be read and were left out\n")
@@ -255,7 +255,7 @@ def main() -> None:
             processor.save_pretrained(staging)
     else:
         learner.save_pretrained(folder / "adapter", record=record, pictures=pictures, image_processor=processor)
-    record.save(folder, None)  # last: a folder that has it is complete
+    record.save(folder, None)  # last, because a folder with results.json counts as complete
     print(f"{seconds:.0f} s; results, plots and adapter in {folder}")
 
 

@@ -143,7 +143,7 @@ def test_inspect(adapter: Path, capsys: Output) -> None:
         "  top_k = 2",
         "  layers = [0, 2]",
         "  head: 132 numbers, 528 bytes",
-        "figures   Hash: FAA 75.0, CAA 82.5, forgetting 20.0, when just learnt 85.0",
+        "figures   Hash: FAA 75.0, CAA 82.5, forgetting 20.0, when just learned 85.0",
     ):
         assert line in printed.out.splitlines(), line
 

@@ -1,4 +1,4 @@
-"""The base model that an adapter names, and the adapter on it."""
+"""Loading an adapter together with the base model that its config names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_a
 
 
 class AutoPromptPoolModel:
-    """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter, then the adapter.
+    """`AutoPromptPoolModel.from_pretrained(adapter)` loads the base model named in the adapter's config, then the adapter.
 
     Raises:
-        TypeError: on an attempt to make an instance.
+        TypeError: always; the class has no instances.
     """
 
     def __init__(self) -> None:
@@ -34,21 +34,21 @@ class AutoPromptPoolModel:
     ) -> PromptPoolModel:
         """Load an adapter and its base.
 
-        Only model classes of transformers itself are built, from safetensors; no code of a repository is run.
+        The base must be a model class of transformers with safetensors weights. No code from a repository is run.
 
         Args:
-            model_id: folder or Hub id of the adapter, or the files that `find_adapter` found.
+            model_id: folder or Hub id of the adapter, or the result of `find_adapter`.
             adapter_name: name of the adapter in the model.
-            is_trainable: whether training goes on.
-            strict_base: a base with other weights is an error instead of a warning.
-            verify: compare the checksum of the weights.
-            max_adapter_bytes: refuse larger adapters before memory is allocated (default 8 GiB).
-            kwargs: `revision`, `subfolder` of the adapter; `token`, `cache_dir`, `local_files_only` of both; the rest, like
-                `dtype` or `attn_implementation`, goes to the base's `from_pretrained`.
+            is_trainable: whether the adapter is loaded for training.
+            strict_base: raise an error instead of a warning if the base has other weights than the adapter was trained on.
+            verify: check the checksum of the weights.
+            max_adapter_bytes: largest accepted size of the adapter, checked before memory is allocated; None: 8 GiB.
+            kwargs: `revision` and `subfolder` for the adapter; `token`, `cache_dir` and `local_files_only` for both; all
+                others, for example `dtype` or `attn_implementation`, for the base's `from_pretrained`.
 
         Raises:
-            ValueError: the adapter is damaged, or names no base that can be loaded here.
-            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
+            ValueError: the adapter is damaged, or its base cannot be loaded.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes

@@ -1,4 +1,4 @@
-"""The command `cl-prompts`: predict, inspect, push. An error is one line on stderr that says what to do, exit code 1."""
+"""The command `cl-prompts`: predict, inspect, push. An error is printed as one line on stderr, with exit code 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.push import push_folder
 
 
-# Errors of files, networks, devices and memory. Any other error is a bug, and its traceback is shown.
+# Errors of input, files, network, devices and memory. Any other error is a bug and is shown with its traceback.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
@@ -27,23 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: those of the command line; None: this process's.
+        arguments: arguments of the command line; None: those of this process.
 
     Returns:
         The exit code: 0, or 1 after an error. Wrong arguments exit with 2.
     """
-    given = _parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = given.run
+    args = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = args.run
     try:
         with _warnings_on_stderr():
-            code = run(given)
+            code = run(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `cl-prompts ... | head`: the reader is gone
+    except BrokenPipeError:  # the reader has closed the pipe, as in `cl-prompts ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
-        _complain(error)
+        _print_to_stderr(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -86,36 +86,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _predict(given: argparse.Namespace) -> int:
-    if given.batch_size < 1 or given.top_k < 1:
-        raise ValueError(f"--batch-size {given.batch_size} and --top-k {given.top_k} must be at least 1")
+def _predict(args: argparse.Namespace) -> int:
+    if args.batch_size < 1 or args.top_k < 1:
+        raise ValueError(f"--batch-size {args.batch_size} and --top-k {args.top_k} must be at least 1")
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     pipe = PromptPoolPipeline.from_pretrained(
-        given.adapter, base=given.base, revision=given.revision, batch_size=given.batch_size, device=given.device
+        args.adapter, base=args.base, revision=args.revision, batch_size=args.batch_size, device=args.device
     )
     failed = False
-    for start in range(0, len(given.images), given.batch_size):
+    for start in range(0, len(args.images), args.batch_size):
         names, images = [], []
-        for name in given.images[start : start + given.batch_size]:
+        for name in args.images[start : start + args.batch_size]:
             try:
                 images.append(rgb_image(name))
                 names.append(name)
             except ValueError as error:
-                _complain(error)
+                _print_to_stderr(error)
                 failed = True
-        for name, answer in zip(names, pipe(images, top_k=given.top_k), strict=True):
-            if given.json:
+        for name, answer in zip(names, pipe(images, top_k=args.top_k), strict=True):
+            if args.json:
                 print(json.dumps({"image": name, "predictions": answer}))
             else:
                 print(*(_plain(f"{name}  {a['score']:6.1%}  {a['label']}") for a in answer), sep="\n")
     return int(failed)
 
 
-def _inspect(given: argparse.Namespace) -> int:
-    facts = describe_adapter(given.adapter, revision=given.revision)
-    print(json.dumps(facts, indent=1) if given.json else "\n".join(_plain(line) for line in _lines(facts)))
+def _inspect(args: argparse.Namespace) -> int:
+    facts = describe_adapter(args.adapter, revision=args.revision)
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(_plain(line) for line in _lines(facts)))
     return 0
 
 
@@ -140,22 +140,22 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for name, part in facts["parts"].items():
         yield f"  {name}: {part['numbers']:,} numbers, {part['bytes']:,} bytes"
     for name, figures in facts["figures"].items():
-        headings = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
+        headings = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learned"}
         yield f"figures   {name}: " + ", ".join(f"{words} {figures[key]:.1f}" for key, words in headings.items())
 
 
-def _push(given: argparse.Namespace) -> int:
+def _push(args: argparse.Namespace) -> int:
     commit = push_folder(
-        given.folder,
-        given.repo_id,
-        private=given.private,
-        revision=given.revision,
-        commit_message=given.message,
-        create_pr=given.create_pr,
-        token=given.token,
-        base_model_id=given.base_model_id,
-        include_base=given.include_base,
-        license=given.license,
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        commit_message=args.message,
+        create_pr=args.create_pr,
+        token=args.token,
+        base_model_id=args.base_model_id,
+        include_base=args.include_base,
+        license=args.license,
     )
     print(commit.pr_url or commit.commit_url)
     return 0
@@ -163,16 +163,16 @@ def _push(given: argparse.Namespace) -> int:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """Print warnings, like that of another base, as lines on stderr."""
+    """Print this library's warnings as one line each on stderr."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of libraries to programmers
+        warnings.simplefilter("ignore")  # such as DeprecationWarning of other libraries
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_: _complain(message, "warning: ")
+        warnings.showwarning = lambda message, *_: _print_to_stderr(message, "warning: ")
         yield
 
 
-def _complain(what: Warning | str | Exception, kind: str = "") -> None:
-    text = str(what) or type(what).__name__
+def _print_to_stderr(message: Warning | str | Exception, kind: str = "") -> None:
+    text = str(message) or type(message).__name__
     print(_plain(f"cl-prompts: {kind}{' '.join(text.split())}"), file=sys.stderr)
 
 

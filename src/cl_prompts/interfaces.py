@@ -1,4 +1,4 @@
-"""Input and output types of a prompt pool, shared by pools, backbones and the tuner. Torch only.
+"""Input and output types of a prompt pool, shared by pools, backbones and the tuner. Depends on torch only.
 
 Letters in shapes: B images, N tokens of a block, D width, P prompt tokens, H heads, d = D / H head width, k chosen prompts.
 """
@@ -12,13 +12,13 @@ from typing import Literal
 from torch import Tensor
 
 
-# Label of padding and of images to leave out: they enter no loss and no statistic. `ignore_index` of torch and
+# Label of padding and of images to ignore: they enter no loss and no statistic. The `ignore_index` of torch and
 # transformers.
 IGNORE_INDEX = -100
 
 
 class NotCacheableError(Exception):
-    """Features cannot be cached, because something that decides them does not say what it does."""
+    """Features cannot be cached, because something that they depend on has no cache key."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BackboneShape:
     Args:
         width: hidden size D.
         num_layers: number of transformer blocks.
-        num_heads: attention heads H of a block (of its keys and values).
+        num_heads: number of attention heads H of a block (key and value heads).
         head_dim: width d of one head.
         has_cls: whether a block's first token is a CLS token.
     """
@@ -46,8 +46,8 @@ class LossPart:
 
     Args:
         value: one number per image [B] for "mean" and "sum"; a scalar for "batch".
-        reduction: "mean" averages and "sum" adds the values over the valid images of the global batch. "batch" is for a
-            term that cannot be split by image, or depends on none; it is added unchanged.
+        reduction: "mean" or "sum" over the valid images of the global batch, or "batch" for a term that is not a sum over
+            images; it is added unchanged.
     """
 
     value: Tensor
@@ -59,7 +59,7 @@ class PrefixKV:
     """Key/value prefixes of one block, concatenated in front of the block's own keys and values.
 
     Args:
-        k: projected keys [B, H, P, d], or [B, P, D] in the input space, which the block's own key projection projects.
+        k: projected keys [B, H, P, d], or [B, P, D] in the input space, to be projected by the block's key projection.
         v: values, [B, H, P, d] or [B, P, D] as for `k`.
         logit_bias: added to the attention logits of the prefix, [B, H, N, P]; may be -inf.
         normed: apply the norm in front of the block's attention to rows in the input space before they are projected.
@@ -86,7 +86,7 @@ Prefix = PrefixKV | Callable[[Tensor, Tensor], PrefixKV]
 
 @dataclass
 class PoolInput:
-    """Input of a pool's forward. It holds no labels, and at test no task.
+    """Input of a pool's forward. It has no labels, and at test no task.
 
     Args:
         batch_size: B.
@@ -116,7 +116,7 @@ class Prompts:
         scores: selection scores of the whole pool [B, M].
         candidates: number c of prompted passes per image. With c > 1, tokens, prefixes with all their fields, ids and
             weights have c * B rows, those of one image adjacent; `scores` has B.
-        combine: how the candidates of an image are combined: "confident" (the answer of the most confident candidate) or
+        combine: how the candidates of an image are combined: "confident" (the output of the most confident candidate) or
             "mean" (log of the mean class probabilities).
     """
 

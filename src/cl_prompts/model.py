@@ -1,4 +1,4 @@
-"""The model users hold: a `PeftModel` with a typed forward, whole saves, and checks on load."""
+"""`PromptPoolModel`: a `PeftModel` with a typed forward, atomic saves, and checks on load."""
 
 from __future__ import annotations
 
@@ -41,15 +41,14 @@ PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PromptPoolTuner
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PromptPoolTuner.prefix
 
 
-_PEFT_SAVES = threading.Lock()  # PEFT sets fields of the shared configs while it saves, and back afterwards
+_PEFT_SAVES = threading.Lock()  # PEFT changes fields of the configs during a save
 
 
 class PromptPoolModel(TaskAPI, PeftModel):
     """A frozen vision transformer with a prompt pool.
 
-    The adapters live on the `PromptPoolTuner`, so a plain `PeftModel` around the same base answers the same; this class
-    adds the signature of the forward and saves that replace a folder as a whole. `TaskAPI` has the methods for tasks,
-    training and features.
+    The `PromptPoolTuner` holds the adapters, so a plain `PeftModel` on the same base gives the same output. This class adds
+    the signature of the forward, atomic saves and checked loads. `TaskAPI` has the methods for tasks and training.
     """
 
     def forward(
@@ -62,19 +61,19 @@ class PromptPoolModel(TaskAPI, PeftModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> PromptPoolOutput:
-        """Logits over the known classes, and with labels the loss.
+        """Logits over the known classes and, with labels, the loss.
 
         Args:
-            pixel_values: images [B, 3, H, W], normalised as the base expects.
-            labels: class ids [B]; -100 marks padding that counts nowhere.
-            query: un-prompted features [B, D] if the caller has them (`extract_features`); spares the un-prompted pass.
-            sample_ids: a number per image, the same in every epoch; with them the method's counts take an image once per
-                task. Without them every training forward counts.
-            num_items_in_batch: number of images of the whole accumulated batch, a scalar; `transformers.Trainer` passes it.
-            kwargs: go to the base model.
+            pixel_values: images [B, 3, H, W], normalized as the base expects.
+            labels: class ids [B]; -100 marks padding, which is ignored.
+            query: un-prompted features [B, D] from `extract_features`; saves the un-prompted pass.
+            sample_ids: a number per image, the same in every epoch. With them the method's statistics count an image once
+                per task; without them, in every training forward.
+            num_items_in_batch: number of images of the accumulated global batch, a scalar, from `transformers.Trainer`.
+            kwargs: passed to the base model.
 
         Raises:
-            ValueError: wrong image size or channels, labels of undeclared classes, no class known yet.
+            ValueError: wrong image size or channels, a label of no declared class, or no class is known yet.
         """
         own = {
             "labels": labels,
@@ -82,8 +81,8 @@ class PromptPoolModel(TaskAPI, PeftModel):
             "sample_ids": sample_ids,
             "num_items_in_batch": num_items_in_batch,
         }
-        given = {name: value for name, value in own.items() if value is not None}
-        return super().forward(pixel_values=pixel_values, **given, **kwargs)
+        passed = {name: value for name, value in own.items() if value is not None}
+        return super().forward(pixel_values=pixel_values, **passed, **kwargs)
 
     def save_pretrained(
         self,
@@ -97,27 +96,28 @@ class PromptPoolModel(TaskAPI, PeftModel):
         image_processor: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters as `adapter_config.json` and `adapter_model.safetensors` ("default" at the top, others by name).
+        """Save adapters as `adapter_config.json`, `adapter_model.safetensors` and a model card, `README.md`.
 
-        Each gets a model card, `README.md`. Several threads and processes may save into one folder: the last one wins, and
-        whoever loads finds one whole adapter. Other files in the folder stay untouched.
+        The adapter "default" is saved in the folder itself, others in subfolders by name. A save is atomic: with several
+        threads or processes saving into one folder the last one wins, and a load always gets the files of one save. Other
+        files in the folder are not changed.
 
         Args:
             save_directory: folder to write.
-            safe_serialization: must be True; pickle is never written.
+            safe_serialization: must be True; pickle files are not supported.
             selected_adapters: names of adapters; None: all.
-            is_main_process: only the main process writes.
+            is_main_process: if False, nothing is written.
             record: the run that trained the active adapter (`RunRecord.of`), for `results.json` and the card.
-            pictures: PNG files for the card, beside the accuracies, which are drawn from `record` if matplotlib is there.
-            image_processor: what made the images, saved as `preprocessor_config.json`.
+            pictures: PNG files for the card. Accuracies are drawn from `record` in addition, if matplotlib is installed.
+            image_processor: image processor of the training, saved as `preprocessor_config.json`.
             kwargs: passed to PEFT (`state_dict`).
 
         Raises:
-            ValueError: pickle was asked for, an adapter does not exist, the path is a file, or `record` is of an adapter
-                that is not saved.
-            OSError: the disk is full; what was there before is still there.
+            ValueError: `safe_serialization` is False, an adapter does not exist, the path is a file, or `record` is given
+                and the active adapter is not saved.
+            OSError: the disk is full. The files of the last save are kept.
         """
-        from cl_prompts.sharing.card import add_pictures, card_inputs, write_card  # knows results, which know the model
+        from cl_prompts.sharing.card import add_pictures, card_inputs, write_card  # deferred: imports evaluation
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
@@ -126,7 +126,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         if record is not None and not set(names) & set(self.active_adapters):
             raise ValueError(
-                f"record= speaks of the active adapter, {self.active_adapters}; saved are {names}: set_adapter first"
+                f"record= is of the active adapter, {self.active_adapters}; saved are {names}: call set_adapter first"
             )
         places = {name: "" if name == "default" else f"{name}/" for name in names}
         inputs = [
@@ -148,7 +148,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
                 write_card(folder / place, name=Path(save_directory).resolve().name)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Nothing: PEFT asks for one in `output_dir` before there is anything to tell. `save_pretrained` writes it."""
+        """Does nothing. PEFT calls it too early, before files are in `output_dir`; `save_pretrained` writes the card."""
 
     def push_to_hub(
         self,
@@ -167,32 +167,33 @@ class PromptPoolModel(TaskAPI, PeftModel):
         pictures: Sequence[str | os.PathLike[str]] = (),
         image_processor: Any = None,
     ) -> CommitInfo:
-        """Push an adapter to the Hub, with a model card, in one commit. The base model stays where it is.
+        """Push an adapter with a model card to the Hub, in one commit. The base model is not pushed by default.
 
         Args:
-            repo_id: "name/pool".
-            private: whether a repository that is made is private.
-            revision: branch; made if it does not exist.
-            commit_message: default "Upload adapter".
+            repo_id: Hub id, like "name/pool".
+            private: whether a new repository is private; None: the account's default.
+            revision: branch, created if it does not exist; None: the main branch.
+            commit_message: message of the commit; None: "Upload adapter".
             create_pr: open a pull request against the main branch instead of committing; not with `revision`.
-            token: of the Hub; None: the one of `hf auth login`.
+            token: token of the Hub; None: that of `hf auth login`.
             base_model_id: Hub id of the base model, for an adapter whose base is a local folder.
-            include_base: push the base model along, into the folder `base/`.
-            license: identifier of the Hub, like "apache-2.0".
-            adapter_name: which adapter; default: the active one.
+            include_base: also push the base model, into the folder `base/`.
+            license: license identifier of the Hub, like "apache-2.0".
+            adapter_name: name of the adapter; None: the active one.
             record: the run that trained it, see `save_pretrained`.
             pictures: PNG files for the card.
-            image_processor: what made the images.
+            image_processor: image processor of the training.
 
         Raises:
-            ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` was given.
-            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses; no file there was changed.
+            ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` is given.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request; nothing was changed
+                there.
         """
-        from cl_prompts.sharing.push import push_folder  # knows cards
+        from cl_prompts.sharing.push import push_folder  # deferred: imports the model card
 
         name = adapter_name or self.active_adapters[0]
-        with tempfile.TemporaryDirectory(prefix="cl_prompts-") as room:
-            folder = Path(room, repo_id.split("/")[-1])
+        with tempfile.TemporaryDirectory(prefix="cl_prompts-") as temporary:
+            folder = Path(temporary, repo_id.split("/")[-1])
             self.save_pretrained(
                 folder, selected_adapters=[name], record=record, pictures=pictures, image_processor=image_processor
             )
@@ -226,20 +227,20 @@ class PromptPoolModel(TaskAPI, PeftModel):
         """Load an adapter from a folder or the Hub onto a base model.
 
         Args:
-            model: the base; left as it was if loading fails.
-            model_id: folder or Hub id.
+            model: the base model. It is not changed if loading fails.
+            model_id: folder or Hub id of the adapter, or the result of `find_adapter`.
             adapter_name: name of the adapter in this model.
-            is_trainable: whether training goes on.
-            config: use this config instead of the saved one.
-            strict_base: a base with other weights is an error instead of a warning.
-            verify: compare the checksum of the weights.
-            max_adapter_bytes: refuse larger adapters before memory is allocated (default 8 GiB).
-            kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `low_cpu_mem_usage` and the like, as in PEFT.
+            is_trainable: whether the adapter is loaded for training.
+            config: config to use instead of the saved one.
+            strict_base: raise an error instead of a warning if the base has other weights than the adapter was trained on.
+            verify: check the checksum of the weights.
+            max_adapter_bytes: largest accepted size of the adapter, checked before memory is allocated; None: 8 GiB.
+            kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `low_cpu_mem_usage` and others, as in PEFT.
 
         Raises:
-            TypeError: the base is not supported, or `config` is no prompt pool's.
-            ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
-            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
+            TypeError: the base is not supported, or `config` is not a `PromptPoolConfig`.
+            ValueError: a file is missing, damaged or not of this library, or the adapter does not fit the base.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
@@ -253,24 +254,24 @@ class PromptPoolModel(TaskAPI, PeftModel):
                 loaded: PromptPoolModel = super(PromptPoolModel, cls).from_pretrained(
                     model, files, adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
                 )
-                if not verify and files.were_replaced():  # a checksum would have told
+                if not verify and files.were_replaced():  # with `verify` the checksum detects it
                     raise ValueError(f"{files.folder} was saved again while it was loaded: try again")
             return loaded
 
         return load_with_retry(find_adapter(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **hub), load)
 
     def load_adapter(self, model_id: AdapterSource, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
-        """Load one more adapter, as in PEFT; if that fails the model is as before and the name is free.
+        """Load another adapter, as in PEFT. If that fails, the model is not changed.
 
         Args:
-            model_id: folder or Hub id.
-            adapter_name: its name in this model.
-            is_trainable: whether its training goes on.
+            model_id: folder or Hub id of the adapter, or the result of `find_adapter`.
+            adapter_name: name of the adapter in this model.
+            is_trainable: whether the adapter is loaded for training.
             kwargs: as in PEFT.
 
         Raises:
-            ValueError: the files are missing, damaged or foreign, or the adapter does not fit the base.
-            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
+            ValueError: a file is missing, damaged or not of this library, or the adapter does not fit the base.
+            cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = PromptPoolConfig.max_adapter_bytes
@@ -283,8 +284,8 @@ class PromptPoolModel(TaskAPI, PeftModel):
     def _load_files(self, files: AdapterFiles, adapter_name: str, is_trainable: bool, **kwargs: Any) -> Any:
         new = adapter_name not in self.peft_config
         if not new and self.peft_config[adapter_name].state.weights_sha256 is None:
-            # PEFT then reads the tensors only, as transformers.Trainer wants for its best checkpoint. The checksum of the
-            # saved config tells whether the tensors belong to it.
+            # PEFT then reads tensors only, as when transformers.Trainer loads its best checkpoint. They are checked against
+            # the checksum in the config that was saved with them.
             saved, own = PromptPoolConfig.from_pretrained(files).state, self.peft_config[adapter_name].state
             if saved.tasks != own.tasks:
                 raise ValueError(
@@ -294,7 +295,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             own.weights_sha256 = saved.weights_sha256
         with _left_as_it_was(self.get_base_model()):
             try:
-                if new:  # as PEFT would do, which reads the config twice more
+                if new:  # PEFT would do the same, but read the config two more times
                     config = PromptPoolConfig.from_pretrained(files)
                     config.inference_mode = not is_trainable
                     options = ("low_cpu_mem_usage", "autocast_adapter_dtype")
@@ -305,7 +306,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             except BaseException as error:
                 if new and adapter_name in self.peft_config:
                     self.delete_adapter(adapter_name)
-                if isinstance(error, KeyError):  # PEFT looks up the tensors of modules_to_save before we can
+                if isinstance(error, KeyError):  # PEFT looks up the tensors of modules_to_save before our checks
                     raise ValueError(
                         f"{WEIGHTS_FILE} does not fit its config: missing {error}. Are both files from the same save?"
                     ) from error
@@ -315,27 +316,27 @@ class PromptPoolModel(TaskAPI, PeftModel):
 def get_prompt_pool_model(
     model: nn.Module, config: PromptPoolConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PromptPoolModel:
-    """Put a new prompt pool on a vision transformer, which is frozen in place.
+    """Add a new prompt pool to a vision transformer, whose parameters are frozen in place.
 
     Args:
-        model: any supported Hugging Face vision transformer, bare or with an image classification head (bypassed).
+        model: a supported Hugging Face vision transformer, bare or with an image classification head (which is not used).
         config: a method's config.
         adapter_name: name of the adapter.
         kwargs: `revision`, `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in PEFT.
 
     Raises:
-        TypeError: the model is not supported; the message lists what is.
+        TypeError: the model is not supported; the message lists the supported models.
         ValueError: the config does not fit the model.
     """
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision
-    config.declared = None  # a config that was read from a file: its weights are not loaded here
+    config.declared = None  # set if the config was read from a file; its weights are not loaded here
     with _left_as_it_was(model):
         return PromptPoolModel(model, config, adapter_name=adapter_name, **kwargs)
 
 
 def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-    """The frozen backbone's feature of each image, the query of the methods that ask for one.
+    """Features of the frozen backbone without prompts. They are the query of the methods that use one.
 
     Args:
         model: a model with a prompt pool.
@@ -350,7 +351,7 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo on an error what was done to the base: hooks, wrapped modules, modes, gradients, and whose it is."""
+    """Restore the base on an error: hooks, wrapped modules, modes, requires_grad, users, and new attributes."""
     attributes, backbone = dict(vars(model)), PromptedBackbone.existing(model)
     config = getattr(model, "config", None)
     config_fields = set(vars(config)) if config is not None else set()

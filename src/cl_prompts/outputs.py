@@ -1,4 +1,4 @@
-"""What the model answers."""
+"""The output of a model with a prompt pool."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class PromptPoolOutput(ModelOutput):
-    """Answer of a model with a prompt pool.
+    """Output of a model with a prompt pool. Fields are None where a method does not have them.
 
     Args:
-        loss: cross entropy plus all further parts, a scalar; only with labels.
-        logits: [B, known classes], in the order of `model.classes`. In training, classes that the loss does not see are
-            -inf (`class_mask`).
-        losses: the parts of the loss, by name ("cross_entropy" and the method's own).
-        prompt_ids: chosen prompts [B, k], or [B, layers, k] where each layer chooses.
-        prompt_weights: their scores or mixing weights, likewise [B, k] or [B, layers, k].
-        scores: what the choice was made by, over the whole pool: [B, M] or [B, layers, M], where a method selects.
-        query: feature of the un-prompted pass [B, D], where the method asks for one.
-        features: what the classifier read [B, D].
+        loss: cross entropy plus the method's terms, a scalar; None without labels.
+        logits: [B, known classes], in the order of `model.classes`. In training, -inf for classes that `class_mask`
+            excludes from the loss.
+        losses: the terms of the loss by name, "cross_entropy" and the method's; None without labels.
+        prompt_ids: numbers of the selected prompts [B, k], or [B, layers, k] if each layer selects.
+        prompt_weights: their scores or mixing weights, [B, k] or [B, layers, k].
+        scores: selection scores of all prompts of the pool, [B, M] or [B, layers, M].
+        query: feature of the un-prompted pass [B, D].
+        features: input of the classifier [B, D].
     """
 
     loss: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Image classification with an adapter: images in, labels and scores out."""
+"""Image classification pipeline for adapters."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Predictions: TypeAlias = list[dict[str, Any]]
 
 
 class PromptPoolPipeline:
-    """Classifies images as transformers' image-classification pipeline does, with an adapter's own class names.
+    """Image classification, like the pipeline of transformers, with the class names of an adapter.
 
-    An image's answer does not depend on the images beside it: each goes through the image processor alone, and only
-    images that come out in one shape share a forward. Several threads may call one pipeline. The mode of the model is not
-    changed: without gradients its forward is that of the test, also in training mode.
+    The prediction for an image does not depend on the other images of a call: each image is processed alone, and only
+    images of one shape share a forward. Several threads may call one pipeline. The model's mode is not changed: without
+    gradients, its forward in training mode is that of eval mode.
 
     Args:
-        model: a model with a prompt pool, `PromptPoolModel` or plain `PeftModel`; its active adapter answers.
-        image_processor: makes `pixel_values` of a PIL image, as the adapter's training did.
-        batch_size: images in a forward.
-        device: where the model is moved; None: it stays where it is.
+        model: a `PromptPoolModel` or plain `PeftModel` with a prompt pool. Its active adapter is used.
+        image_processor: turns a PIL image into `pixel_values`, as in the adapter's training.
+        batch_size: largest number of images in a forward.
+        device: device to move the model to; None: the model is not moved.
 
     Raises:
         TypeError: the model has no prompt pool.
@@ -57,7 +57,7 @@ class PromptPoolPipeline:
         check_processor(image_processor, model.adapter.config.state.image_size)
         try:
             self.model = model if device is None else model.to(device)
-        except (AssertionError, RuntimeError) as error:  # the first where torch was built without that device
+        except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without support for the device
             raise ValueError(f"device={device!r} cannot be used here ({error})") from error
         self.image_processor = image_processor
         self.batch_size = batch_size
@@ -75,20 +75,21 @@ class PromptPoolPipeline:
         device: torch.device | str | int | None = None,
         **kwargs: Any,
     ) -> PromptPoolPipeline:
-        """Load an adapter, its base model and its image processor. No code from the Hub is ever run.
+        """Load an adapter, its base model and its image processor. No code from the Hub is run.
 
         Args:
-            adapter: folder or Hub id, or the files that `find_adapter` found.
-            base: a base model, or its folder or Hub id, instead of the one that the adapter names.
-            image_processor: instead of the adapter's own `preprocessor_config.json` or, where it has none, the base's.
+            adapter: folder or Hub id of the adapter, or the result of `find_adapter`.
+            base: a base model, or its folder or Hub id; None: the base that the adapter's config names.
+            image_processor: an image processor; None: the adapter's `preprocessor_config.json` or, if it has none, the
+                base's.
             revision: branch, tag or commit of the adapter on the Hub.
-            token: for private repositories on the Hub.
-            batch_size: images in a forward.
-            device: where the model is moved; None: the CPU, or where `base` is.
+            token: token of the Hub, for private repositories.
+            batch_size: largest number of images in a forward.
+            device: device to move the model to; None: the device of `base`, or the CPU.
             kwargs: as in `PromptPoolModel.from_pretrained`.
 
         Raises:
-            ValueError: files are missing, damaged or foreign, or do not fit each other.
+            ValueError: a file is missing, damaged or not of this library, or adapter and base do not fit each other.
         """
         hub = {"revision": revision, "token": token} | {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = kwargs.get("max_adapter_bytes") or PromptPoolConfig.max_adapter_bytes
@@ -123,15 +124,15 @@ class PromptPoolPipeline:
 
         Args:
             images: a path, URL, PIL image, array or tensor (see `cl_prompts.sharing.images.rgb_image`), or a list of them.
-            top_k: how many classes, best first; None: all. More than the adapter knows are all.
+            top_k: largest number of classes to return per image; None: all.
 
         Returns:
-            A list of `{"label", "score"}`, for a list of images a list of such lists. A label is the class's name, or its
-            id as text where the adapter has no name for it; scores are probabilities over all classes the adapter knows.
+            A list of `{"label", "score"}`, most likely class first; for a list of images, a list of these lists. A label is
+            the class's name, or its id as text if it has no name. Scores are probabilities over all known classes.
 
         Raises:
-            ValueError: an image cannot be found, read or understood, or `top_k` is below 1.
-            TypeError: something is no image.
+            ValueError: an image cannot be found, read or converted, or `top_k` is below 1.
+            TypeError: an image is of an unsupported type.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1, or None for all classes")
@@ -150,7 +151,7 @@ class PromptPoolPipeline:
 
     def _answer(self, images: Sequence[Any], top_k: int | None) -> list[Predictions]:
         prepared = [dict(self.image_processor(images=image, return_tensors="pt")) for image in images]
-        # A processor that keeps an image's proportions makes several shapes, where the base takes any.
+        # A processor that keeps the aspect ratio makes images of several shapes, for bases that take any size.
         by_shape: dict[Any, list[int]] = {}
         for number, inputs in enumerate(prepared):
             by_shape.setdefault(tuple((name, inputs[name].shape) for name in sorted(inputs)), []).append(number)
@@ -161,7 +162,7 @@ class PromptPoolPipeline:
                 answers[number] = self._best(row, top_k)
         return answers
 
-    @torch.no_grad()  # for this thread only; without gradients a model in training mode answers as at test
+    @torch.no_grad()  # per thread; without gradients a model in training mode predicts as in eval mode
     def _scores(self, inputs: dict[str, Tensor]) -> Tensor:
         base = self.model.get_base_model()
         like = next(base.parameters())

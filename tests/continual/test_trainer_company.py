@@ -87,5 +87,5 @@ def test_what_looks_twice_at_a_task_is_refused_before_it_learns(who: str) -> Non
     config = {"discriminant": {"head": "discriminant"}, "alignment": {"alignment": "covariance"}}.get(who, {})
     model = get_baseline("ewc", build("vit")) if who == "ewc" else small_model("l2p", **config)
     extra = {"beside": DiscriminantClassifier(model.head.weight.shape[1])} if who == "further classifier" else {}
-    with pytest.raises(ValueError, match="which this stream cannot show again: load the data set whole"):
+    with pytest.raises(ValueError, match="which this stream cannot read again: load the data set whole"):
         ContinualTrainer(model, stream, ContinualArguments(), classifiers=extra)

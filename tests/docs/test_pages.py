@@ -52,7 +52,7 @@ def test_comparison_over_seeds() -> None:
     results.insert(1, Result("probe", flat(58.0), 0, seconds=10.0))
     first, second = cells(comparison_table(results))
     spread = np.std(values, ddof=1)
-    assert first["FAA"] == first["when just learnt"] == f"63.0 ± {spread:.1f}" == "63.0 ± 3.6"
+    assert first["FAA"] == first["when just learned"] == f"63.0 ± {spread:.1f}" == "63.0 ± 3.6"
     assert (first["learner"], first["seeds"], first["forgetting"]) == ("L2P", "3", "0.0 ± 0.0")
     assert (first["trainable"], first["seconds"]) == ("1,000 to 1,002", "20")
     assert (second["seeds"], second["FAA"], second["trainable"], second["seconds"]) == ("1", "58.0", "", "10")
@@ -61,7 +61,7 @@ def test_comparison_over_seeds() -> None:
 
 def test_columns_come_where_something_is_known() -> None:
     plain = cells(comparison_table([Result("a", flat(50), 0), Result("b | c", flat(60), 0)]))
-    assert list(plain[0]) == ["learner", "FAA", "CAA", "forgetting", "when just learnt"]
+    assert list(plain[0]) == ["learner", "FAA", "CAA", "forgetting", "when just learned"]
     assert [row["learner"] for row in plain] == ["a", "b \\| c"]
     sized = cells(comparison_table([Result("a", flat(50), 0), Result("b", flat(60), 0, 12345)]))
     assert [row["trainable"] for row in sized] == ["", "12,345"]
@@ -221,11 +221,11 @@ def pixels_of(file: Path) -> Any:
 def test_curves_of_several_seeds_have_a_band(tmp_path: Path) -> None:
     """Between the outer runs lies colour only if there are several; lines end where the tasks end."""
 
-    def coloured(runs: list[AccuracyMatrix]) -> float:
+    def colored(runs: list[AccuracyMatrix]) -> float:
         pixels = pixels_of(draw_curves({"L2P": runs}, tmp_path / "curves.png"))
         return float((pixels.max(2) - pixels.min(2) > 15).mean())
 
-    alone, alike, apart = coloured([flat(50)]), coloured([flat(50), flat(50)]), coloured([flat(30), flat(70)])
+    alone, alike, apart = colored([flat(50)]), colored([flat(50), flat(50)]), colored([flat(30), flat(70)])
     assert alike < 1.5 * alone
     assert apart > 5 * alone
 

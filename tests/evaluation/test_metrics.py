@@ -289,12 +289,12 @@ def test_matrix_of_single_answers() -> None:
     ("answers", "message"),
     [
         (([1], [1], [0], [0, 0]), r"alike in length, got \[1, 1, 1, 2\]"),
-        (([], [], [], []), "no answers to measure"),
-        (([1], [-100], [0], [0]), "no answers to measure"),
+        (([], [], [], []), "there are no predictions"),
+        (([1], [-100], [0], [0]), "there are no predictions"),
         (([1], [1], [1], [0]), "later tasks are unseen"),
         (([1], [1], [-1], [0]), "numbers of tasks from 0"),
-        (([1, 1], [1, 1], [0, 1], [0, 1]), r"after task 1 nobody asked about tasks \[0\]"),
-        (([1], [1], [0], [1]), r"after task 0 nobody asked about tasks \[0\]"),
+        (([1, 1], [1, 1], [0, 1], [0, 1]), r"after task 1 there are no predictions for tasks \[0\]"),
+        (([1], [1], [0], [1]), r"after task 0 there are no predictions for tasks \[0\]"),
     ],
 )
 def test_answers_that_make_no_matrix(answers: Any, message: str) -> None:

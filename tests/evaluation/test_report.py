@@ -134,8 +134,8 @@ def pixels_of(file: Path) -> Any:
         return np.asarray(picture.convert("RGB")).astype(int)
 
 
-def coloured(file: Path) -> Any:
-    """Share of pixels that are not grey."""
+def colored(file: Path) -> Any:
+    """Share of pixels that are not gray."""
     pixels = pixels_of(file)
     return (pixels.max(2) - pixels.min(2) > 30).mean()
 
@@ -150,6 +150,6 @@ def test_picture(tmp_path: Path) -> None:
     assert heights[9] == 6 * heights[1]
     few, many = torch.zeros(2, 30, dtype=torch.int64), torch.ones(2, 30, dtype=torch.int64)
     few[0, 4] = 1
-    shares = [coloured(draw_selection(counts, None, tmp_path)) for counts in (few, many)]
+    shares = [colored(draw_selection(counts, None, tmp_path)) for counts in (few, many)]
     assert shares[0] < 0.1 < 0.3 < shares[1]
     assert draw_selection(few, torch.eye(30)[None], tmp_path) == tmp_path / "selection.png"

@@ -119,7 +119,7 @@ def test_bad_rows_are_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch
             r"rows \['L2P \+ ridge'\] are named like another row",
         ),
         ({"L2P": ["l2p"]}, r"'L2P' must have a mapping of arguments, not \['l2p'\]"),
-        ({False: {"method": "l2p"}}, "False is no text and names no row: put it in quotes"),
+        ({False: {"method": "l2p"}}, "False is not a text, as names of rows must be: put it in quotes"),
         ({}, "has no rows"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -145,7 +145,7 @@ def test_complete_runs_are_read_and_a_failing_row_loses_no_other(
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert first_cells(page)[:2] == ["L2P", "L2P + discriminant"]
     assert page.count("gone, seed ") == 2
-    assert "it said nothing (exit code 1, " in page
+    assert "no output (exit code 1, " in page
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())["results"]
     assert set(numbers["L2P"]) == {"0", "1"}
     values = [numbers["L2P"][seed]["faa"] for seed in ("0", "1")]

@@ -165,7 +165,7 @@ def test_every_recipe_fits_its_method(name: str) -> None:
     ("line", "message"),
     [
         (["--recipe", "nope"], r"no recipe 'nope'.*digits"),
-        (["--views", "3"], r"--views 3 says how images are cropped: add --augment True, or leave it out"),
+        (["--views", "3"], r"--views 3 has no effect without --augment True: add that, or leave it out"),
         (["--epoch_count", "3"], r"no such arguments: \['--epoch_count', '3'\]"),
         (["--method", "nope"], r"--method nope: there is .*ewc, .*hash"),
         (["--scenario", "nope"], r"--scenario nope: there is class, domain"),

@@ -119,7 +119,7 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
         load_stream("task", source, to_tensor)
     with pytest.raises(ValueError, match=r"scenario 'class' takes one data set, got \['birds', 'more'\]"):
         load_stream("class", [source, str(tmp_path / "more")], to_tensor)
-    with pytest.raises(ValueError, match="none with the last part of another"):
+    with pytest.raises(ValueError, match="no two with the same last part"):
         load_stream("datasets", [source, source], to_tensor)
 
 

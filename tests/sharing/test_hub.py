@@ -231,7 +231,7 @@ def test_an_adapter_of_another_name_is_pushed_as_the_repositorys_own(hub: Hub) -
     model.end_task()
     model.push_to_hub("me/other", base_model_id="me/vit")
     with pytest.raises(
-        ValueError, match=r"record= speaks of the active adapter, \['other'\]; saved are \['default'\]: set_"
+        ValueError, match=r"record= is of the active adapter, \['other'\]; saved are \['default'\]: call set_"
     ):
         model.push_to_hub("me/default", base_model_id="me/vit", adapter_name="default", record=record())
     model.push_to_hub("me/default", base_model_id="me/vit", adapter_name="default")

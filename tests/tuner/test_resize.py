@@ -325,7 +325,7 @@ def factored(model: Any) -> Any:
         (2**63, None, r"pool_size=9223372036854775808 must be an integer of at least 1 \(and below"),
         (10**9, None, r"implies [\d,]+ bytes of tensors, more than max_adapter_bytes=8,589,934,592"),
         (10**17, None, r"max_adapter_bytes|impossible size"),
-        (11, foreign_optimizer, r"does not train the pool's \['prompts', 'keys'\]: give the one that was built from"),
+        (11, foreign_optimizer, r"does not train the pool's \['prompts', 'keys'\]: pass the one that was built from"),
         (11, factored, r"Adafactor keeps row_var of shape .* for prompts .*: call grow_pool without it and build a new"),
     ],
 )

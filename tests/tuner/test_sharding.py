@@ -74,7 +74,7 @@ def test_two_processes_share_the_blocks(tmp_path: Path) -> None:
         assert found["after"] == found["before"] / 2
         assert set(found["in the end"]) == {found["after"]}, "also once the blocks have computed"
         assert found["again"] == "the blocks of this base are sharded already"
-        assert "only what stays frozen can be sharded, and [" in found["learning"]
+        assert "only frozen parameters can be sharded, and [" in found["learning"]
         assert found["matrix"] == matrix
         assert found["learnt"].keys() == expected.keys()
         for name, tensor in expected.items():
@@ -92,7 +92,7 @@ def logits(model: Any, images: Tensor) -> Tensor:
 
 
 def test_one_process_has_nobody_to_share_with() -> None:
-    assert "there is one process, nobody to share the blocks with" in refused(small_model("l2p"))
+    assert "there is only one process: launch several" in refused(small_model("l2p"))
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

@@ -1,7 +1,7 @@
-"""Finds the parts of a vision transformer by its structure: no table of model types.
+"""Finds the parts of a vision transformer by its module structure, without a table of model types.
 
-A family is supported when its blocks sit in one `nn.ModuleList`, each block owns one attention module with separate
-query, key and value projections that calls a registered attention function, and `embeddings` come before them.
+A model is supported if its blocks are in one `nn.ModuleList`, each block has one attention module with separate query, key
+and value projections that calls a registered attention function, and an `embeddings` module comes before the blocks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "registe
 
 @dataclass(frozen=True)
 class Structure:
-    """Where the parts of a model are. Parts are kept by name, so that a wrapped or replaced module is found as it is now.
+    """Names of a model's parts, and sizes. Names instead of modules, so that wrapped or replaced modules are found too.
 
     Args:
         inner: name of the bare backbone inside the model ("" for a bare model).
         blocks: names of the transformer blocks, in order.
         attentions: names of their attention modules.
         norm: name of the final norm.
-        pooler: name of a trained pooling module that reads all tokens, if there is one.
-        pooling: the feature taken by default: "cls", "pooler" or "mean".
+        pooler: name of a trained pooling module that reads all tokens; None without one.
+        pooling: the default feature: "cls", "pooler" or "mean".
         special_tokens: number of tokens before the patches (CLS, distillation, registers).
         has_cls: whether the first token is a CLS token.
         shape: sizes.
@@ -52,7 +52,7 @@ class Structure:
 
 
 def projection_names(attention: nn.Module) -> tuple[str, str, str] | None:
-    """Names of the three projections an attention module owns."""
+    """Names of an attention module's query, key and value projections; None if it does not have three."""
     for names in PROJECTIONS:
         if all(hasattr(getattr(attention, name, None), "out_features") for name in names):
             return names
@@ -63,7 +63,7 @@ def find_structure(model: nn.Module) -> Structure:
     """Find blocks, attentions, final norm and special tokens.
 
     Raises:
-        TypeError: the model is no transformer of a supported structure; names what is.
+        TypeError: the model's structure is not supported. The message lists the supported models.
     """
     blocks, attentions = _find_blocks(model)
     inner = _find_inner(model, blocks[0])
@@ -128,7 +128,7 @@ def _find_inner(model: nn.Module, block: str) -> str:
 
 
 def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str, list[tuple[str, nn.Module]]]:
-    """The first norm registered behind the blocks, and what is registered behind it."""
+    """The first norm registered after the blocks, and the modules registered after it."""
     children = list(backbone.named_children())
     towards_blocks = block.removeprefix(f"{inner}.").split(".")[0] if inner else block.split(".")[0]
     position = [name for name, _ in children].index(towards_blocks)
@@ -141,7 +141,10 @@ def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str, list[t
 
 
 def _reads_all_tokens(module: nn.Module) -> bool:
-    """An attention pooling head (SigLIP) or a norm of the patches' mean (BEiT); a `dense` pooler reads token 0 only."""
+    """Whether a pooler reads all tokens: attention pooling (SigLIP) or a norm of the patches' mean (BEiT).
+
+    A pooler with a `dense` layer reads token 0 only.
+    """
     parts = list(module.modules())
     attends = any(isinstance(part, nn.MultiheadAttention) for part in parts)
     only_norm = any("Norm" in type(part).__name__ for part in parts) and not any(
@@ -174,14 +177,14 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
 
 
 def attention_norm(block: nn.Module, attention: nn.Module) -> str:
-    """Name, in the block, of the norm in front of its attention: the first norm the block owns."""
+    """Name, in the block, of the norm before its attention: the block's first norm."""
     inside = set(attention.modules())
     name = next(name for name, m in block.named_modules() if "Norm" in type(m).__name__ and m not in inside)
     return name.removesuffix(".original_module")  # a ModulesToSaveWrapper of PEFT
 
 
 def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | None:
-    """The CLS token's learned position embedding [1, 1, D]; None where the model has none."""
+    """The CLS token's learned position embedding [1, 1, D]; None if the model has none."""
     if not structure.has_cls:
         return None
     embeddings = model.get_submodule(structure.inner).get_submodule("embeddings")
@@ -193,12 +196,12 @@ def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | N
 
 
 def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:
-    """Channels and (height, width) a model insists on; None where it takes any."""
+    """Number of channels and (height, width) that a model requires; None where it accepts any."""
     backbone: Any = model.get_submodule(structure.inner)
     config = backbone.config
     channels = next((m.in_channels for m in backbone.embeddings.modules() if isinstance(m, nn.Conv2d)), None)
     size = getattr(config, "image_size", None)
-    # A model that interpolates its positions unasked (DINOv2), or has none to interpolate (DINOv3), takes any size.
+    # Models that always interpolate their position embeddings (DINOv2), or have none (DINOv3), accept any size.
     if channels is None or size is None or "interpolate_pos_encoding" not in signature(backbone.forward).parameters:
         return channels, None
     height, width = (size, size) if isinstance(size, int) else size
@@ -206,5 +209,5 @@ def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, 
 
 
 def eager_attention(attention: nn.Module) -> Any:
-    """The `eager_attention_forward` of the file that defines an attention module; transformers registers none."""
+    """The `eager_attention_forward` of the file that defines an attention module. transformers does not register it."""
     return sys.modules[type(attention).__module__].eager_attention_forward

@@ -1,4 +1,4 @@
-"""What a run of the trainer depends on besides its model and its stream."""
+"""Settings of a run of the trainer."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ class ContinualArguments:
     """Settings of `ContinualTrainer`.
 
     Args:
-        output_dir: results folder; None: nothing is written and nothing can be resumed.
-        num_train_epochs: epochs of a task; a stream without tasks is passed over once.
+        output_dir: results folder; None: nothing is written, and the run cannot be resumed.
+        num_train_epochs: epochs per task; 1 for a stream without task boundaries.
         batch_size: images of an optimizer step, over all processes.
-        gradient_accumulation_steps: number of parts that a batch is cut into, with one forward and backward each. The step
-            is the same and takes less memory, except for terms that compare or count the images of a batch and then see
-            those of a part: `class_mask="batch"`, `entropy_weight`, `batchwise_selection`, `key_loss="coupled"`, and the
-            contrastive term and class means of HiDe-Prompt and NoRGa (docs/methods/hide.md).
+        gradient_accumulation_steps: number of micro-batches that a batch is split into, with one forward and backward each.
+            A step takes less memory and gives the same result, except for terms that compare or count the images of a
+            batch, which then see one micro-batch: `class_mask="batch"`, `entropy_weight`, `batchwise_selection`,
+            `key_loss="coupled"`, and the contrastive term and class means of HiDe-Prompt and NoRGa (docs/methods/hide.md).
         optim: "adam", "adamw" or "sgd".
         learning_rate: learning rate.
-        learning_rates: other rates by parameter group ("prompts", "keys", "routers", "head", "base").
-        optim_args: further options of the torch optimizer, like {"weight_decay": 0.01}.
+        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base").
+        optim_args: further options of the torch optimizer, for example {"weight_decay": 0.01}.
         keep_optimizer: carry the optimizer's state from task to task instead of building a new one.
         max_grad_norm: largest gradient norm; 0: no clipping.
-        lr_scheduler_type: "constant", "cosine", "linear" or "coda", anew for every task.
-        warmup_steps: steps of a linear warm-up of every task.
+        lr_scheduler_type: "constant", "cosine", "linear" or "coda", restarted with every task.
+        warmup_steps: steps of the linear warm-up at the start of every task.
         mixed_precision: "no", "bf16" or "fp16".
-        seed: chooses orders, augmentations and initial values.
-        dataloader_num_workers: loader processes.
-        cache_queries: compute un-prompted features of all images once, where the method asks for them and images are not
-            augmented, instead of in every step. Takes 4 * D bytes an image.
-        query_cache: folder in which these features are kept for other runs and methods on the same images and base; None:
-            `$CL_PROMPTS_CACHE/queries` where that variable is set, else in memory only, as with "".
-        query_cache_bytes: how much the files in that folder may take; the one whose last use is longest ago goes first.
-        memory_size: images kept for rehearsal in all, the same number of every class; 0: none.
-        memory_per_class: images kept of every class; 0: see `memory_size`.
-        memory_batch_size: rehearsed images that join each batch; None: as many as `batch_size`.
-        forward_transfer: evaluate each task also before it is trained, where its classes are known already.
-        logging_steps: steps between two lines of the log.
-        save_steps: steps between two checkpoints in a task, besides those at the end of every task; 0: only those.
+        seed: seed of orders, augmentations and initial values.
+        dataloader_num_workers: number of data loader processes.
+        cache_queries: compute the un-prompted features of all images once instead of in every step, if the method uses them
+            and images are not augmented. Takes 4 * D bytes per image.
+        query_cache: folder for these features, shared by runs and methods on the same images and base; "": in memory only;
+            None: `$CL_PROMPTS_CACHE/queries` if that variable is set, else in memory only.
+        query_cache_bytes: limit on the size of the files in that folder; the least recently used ones are removed.
+        memory_size: number of images kept for rehearsal, split evenly over the classes; 0: none.
+        memory_per_class: number of images kept for rehearsal per class; 0: see `memory_size`.
+        memory_batch_size: number of rehearsed images added to each batch; None: `batch_size`.
+        forward_transfer: also evaluate each task before it is trained, if its classes are known already.
+        logging_steps: steps between two log entries.
+        save_steps: steps between two checkpoints within a task; 0: only the checkpoint at the end of every task.
 
     Raises:
-        ValueError: a setting is out of range, or names nothing there is; `output_dir` cannot be a folder.
+        ValueError: a setting is out of range or not one of the choices, or `output_dir` is a file.
     """
 
     output_dir: str | None = None
@@ -101,11 +101,11 @@ class ContinualArguments:
             if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
                 raise ValueError(f"{name}={rate!r} must be a non-negative number")
         if self.memory_size and self.memory_per_class:
-            raise ValueError("memory_size and memory_per_class are two ways to say one thing: give one of them")
+            raise ValueError("memory_size and memory_per_class exclude each other: give one of them")
         if self.output_dir is not None:
-            there = next((p for p in (Path(self.output_dir), *Path(self.output_dir).parents) if p.exists()), None)
-            if there is not None and not there.is_dir():
-                raise ValueError(f"output_dir={self.output_dir!r}: {str(there)!r} is a file, give a folder")
+            existing = next((p for p in (Path(self.output_dir), *Path(self.output_dir).parents) if p.exists()), None)
+            if existing is not None and not existing.is_dir():
+                raise ValueError(f"output_dir={self.output_dir!r}: {str(existing)!r} is a file, give a folder")
 
     @property
     def rehearses(self) -> bool:

@@ -1,4 +1,4 @@
-"""Batches on their way from the stream to the model."""
+"""Moving batches to a device, and splitting them into micro-batches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 class DeviceBatches:
-    """Batches on the model's device. It can be iterated over several times.
+    """Batches moved to a device. Can be iterated over several times.
 
     Args:
-        batches: returns an iterable over this process's share of the batches.
-        device: where the model is.
+        batches: function that returns an iterable over this process's share of the batches.
+        device: the model's device.
     """
 
     def __init__(self, batches: Callable[[], Iterable[dict[str, Any]]], device: torch.device) -> None:
@@ -25,12 +25,12 @@ class DeviceBatches:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on the device; `sample_ids`, a list, stays on the host."""
+    """Move the tensors of a batch to a device. Other values (`sample_ids`, a list) are kept."""
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def micro_batches(batch: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
-    """A batch cut into at most `pieces` parts of nearly equal size, tensors and lists alike."""
+    """Split a batch of tensors and lists into at most `pieces` parts of nearly equal size."""
     images = len(batch["labels"])
     size = -(-images // min(pieces, images))
     return [{k: v[start : start + size] for k, v in batch.items()} for start in range(0, images, size)]

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer with the names of transformers', a progress bar, and a tracker that writes JSON lines."""
+"""Callbacks of the trainer, named as in transformers; a progress bar; and a tracker that writes JSON lines."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from cl_prompts.runtime.files import write_atomically
 
 
 class TrainerCallback:
-    """Called by the trainer on every process; override what you need.
+    """Base class of callbacks. The trainer calls its methods on every process; they do nothing by default.
 
-    Each method gets the `state` of the run, and what the event is about: the `task`, the number of the `epoch`, the `logs`
-    by name, the `evaluations`, or the `folder` that was written. The state has settings, model and optimizer too, so the
-    methods do not take them one by one as transformers' do.
+    Each method gets the `state` of the run and arguments of the event: the `task`, the number of the `epoch`, the `logs`
+    by name, the `evaluations`, or the `folder` that was written. Settings, model and optimizer are fields of the state; in
+    transformers they are separate arguments.
     """
 
     def on_train_begin(self, state: TrainerState) -> None:
-        """Before the first task, or where a resumed run continues."""
+        """Before the first task, or before a resumed run continues."""
 
     def on_task_begin(self, state: TrainerState, task: Task) -> None:
-        """The model has begun the task; not called again by a run that is resumed inside it."""
+        """After `model.begin_task`. Not called again if a run is resumed within the task."""
 
     def on_epoch_begin(self, state: TrainerState, task: Task, epoch: int) -> None:
-        """Before an epoch, or where a resumed run continues in it."""
+        """Before an epoch, or before a resumed run continues in it."""
 
     def on_step_begin(self, state: TrainerState, task: Task) -> None:
         """Before an optimizer step, after its batch was loaded."""
@@ -47,10 +47,10 @@ class TrainerCallback:
         """Every `logging_steps` steps, with loss, its parts, learning rate and images per second."""
 
     def on_evaluate(self, state: TrainerState, evaluations: list[Evaluation]) -> None:
-        """After the evaluation that follows a task: one for each task so far."""
+        """After the evaluation at the end of a task; `evaluations` has one entry per task so far."""
 
     def on_save(self, state: TrainerState, folder: Path) -> None:
-        """After a checkpoint was written; on the main process only."""
+        """After a checkpoint was written. Called on the main process only."""
 
     def on_task_end(self, state: TrainerState, task: Task) -> None:
         """After a task's evaluation, before its checkpoint."""
@@ -60,7 +60,7 @@ class TrainerCallback:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar over the steps of each task with images/s, loss and time left, then a line with the accuracies."""
+    """A progress bar over the steps of each task with images/s and loss, and a line with the accuracies after the task."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -92,7 +92,7 @@ class ProgressBar(TrainerCallback):
 
 
 class JsonlTracker(GeneralTracker):
-    """Accelerate's tracker without a service: a JSON object per line in `log.jsonl`.
+    """A tracker for Accelerate that writes one JSON object per line to `log.jsonl`.
 
     Args:
         folder: results folder.
@@ -113,17 +113,17 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Does nothing: the results folder holds the settings."""
+        """Does nothing: the settings are in other files of the results folder."""
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Append a line: `step` and `values`; `kwargs` of other trackers are ignored."""
+        """Append a line with `step` and `values`. `kwargs`, meant for other trackers, are ignored."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps after `step`, which a resumed run takes again, and a line that was cut short."""
+        """Remove lines of steps after `step`, which a resumed run repeats, and lines that are not complete."""
         if not self.path.exists():
             return
         kept = []

@@ -1,4 +1,4 @@
-"""Extra classifiers on the learner's features: several heads measured in one training."""
+"""Extra classifiers, fitted and evaluated on the features of one trained learner."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ NO_SETTINGS = frozenset(vars(nn.Module()))
 
 
 class ExtraClassifiers:
-    """Classifiers fitted on a learner's features after each task. They change nothing in the learner.
+    """Classifiers fitted on a learner's features after each task. They do not change the learner.
 
     Args:
-        learner: whose features they read.
-        classifiers: by name, new ones.
+        learner: the learner whose features are used.
+        classifiers: new classifiers by name.
 
     Attributes:
-        matrices: accuracies of each.
-        settings: kind and settings of each as it was given, as JSON.
+        matrices: accuracies of each classifier.
+        settings: class and settings of each classifier at the start, as JSON.
     """
 
     def __init__(self, learner: Learner, classifiers: Mapping[str, FeatureClassifier]) -> None:
@@ -39,11 +39,11 @@ class ExtraClassifiers:
         self.matrices = {name: AccuracyMatrix() for name in self.classifiers}
         self.settings = {name: _settings_of(classifier) for name, classifier in self.classifiers.items()}
         self._recorded: Recorded | None = None
-        self._tasks: list[list[int]] = []  # head columns of each task they have seen
+        self._tasks: list[list[int]] = []  # class indices of each task that they were fitted to
 
     @property
     def needs_before(self) -> bool:
-        """Whether one of them compensates drift and needs `record`."""
+        """Whether a classifier compensates drift, so that `record` must be called."""
         return any(classifier.needs_before for classifier in self.classifiers.values())
 
     def record(self, images: Iterable[Mapping[str, Any]]) -> None:
@@ -51,7 +51,7 @@ class ExtraClassifiers:
         self._recorded = record(self.learner.features_of, images)
 
     def fit(self, images: Iterable[Mapping[str, Any]]) -> None:
-        """Fit all classifiers on a task's images when its training is done."""
+        """Fit all classifiers to the features of a task's images after its training."""
         if not self.classifiers:
             return
         seen, head = record(self.learner.features_of, images), self.learner.head
@@ -80,13 +80,13 @@ class ExtraClassifiers:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state` with classifiers that are new."""
+        """Load `state` into new classifiers."""
         self._tasks = [list(task) for task in state["tasks"]]
         for name, matrix in self.matrices.items():
             matrix.load_state_dict(state["matrices"][name])
         for name, classifier in self.classifiers.items():
             for task in self._tasks:
-                classifier.begin_task(task)  # shapes only; numbers follow
+                classifier.begin_task(task)  # for the shapes; the values are copied below
             if self._tasks:
                 classifier.make_room()
             for key, buffer in classifier.named_buffers():
@@ -95,7 +95,7 @@ class ExtraClassifiers:
 
 
 def _own_buffers(classifier: FeatureClassifier) -> dict[str, Tensor]:
-    """Buffers without those of the copy of the learner's head, which is made anew after every task."""
+    """Buffers except those of the copy of the learner's head, which is replaced after every task."""
     return {key: tensor for key, tensor in classifier.named_buffers() if not key.startswith("head.")}
 
 
@@ -118,6 +118,6 @@ def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_text(value: Any) -> str:
-    """Text for a value that JSON does not know: all of a value whose text is complete, else only its type."""
+    """Text for a value that JSON cannot hold: `str(value)` for types whose text is complete, else the type's name."""
     complete = isinstance(value, np.generic | torch.dtype | torch.device | PurePath)
     return str(value) if complete else type(value).__qualname__

@@ -30,22 +30,22 @@ SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
     "constant": lambda progress, epoch, epochs: 1.0,
     "cosine": _cosine,
     "linear": lambda progress, epoch, epochs: 1 - progress,
-    # CODA-Prompt's release: by epoch, from 1 to cos(99 pi / 200)
+    # As in CODA-Prompt's released code: per epoch, from 1 to cos(99 pi / 200).
     "coda": _coda_cosine,
 }
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup: int, epoch: int, epochs: int) -> float:
-    """Factor on the learning rate of step number `step` of a task: a linear warm-up, then the schedule.
+    """Factor on the learning rate of one step of a task: a linear warm-up, then the schedule.
 
-    A function of the position alone, so that a resumed run needs no state for it.
+    It depends on the position only, so checkpoints need no scheduler state.
 
     Args:
-        schedule: "constant", "cosine" (to 0 over the steps after the warm-up), "linear" (likewise) or "coda".
-        step: from 0.
-        steps: steps of the task.
-        warmup: steps of the warm-up; step k of them has factor (k + 1) / (warmup + 1).
-        epoch, epochs: the epoch the step is in, from 0, and the task's number of them.
+        schedule: "constant", "cosine" or "linear" (both to 0 over the steps after the warm-up), or "coda".
+        step: number of the step in the task, from 0.
+        steps: number of steps of the task.
+        warmup: number of warm-up steps; warm-up step k has the factor (k + 1) / (warmup + 1).
+        epoch, epochs: number of the step's epoch, from 0, and number of epochs of the task.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -53,18 +53,18 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: int, epoch: int, e
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """An optimizer over parameter groups; each group remembers its own rate as `base_lr`.
+    """Build an optimizer. Each group keeps its initial learning rate as `base_lr`.
 
     Args:
         name: "adam", "adamw" or "sgd".
         groups: from `model.parameter_groups(learning_rate)`.
-        options: of the torch class (`weight_decay`, `betas`, `momentum`, `nesterov`).
+        options: arguments of the torch class (`weight_decay`, `betas`, `momentum`, `nesterov`).
     """
     return OPTIMIZERS[name]([{**group, "base_lr": group["lr"]} for group in groups], **options)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to `factor` times its own rate."""
+    """Set every group's learning rate to `factor` times its `base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["base_lr"]
 
@@ -72,13 +72,13 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def keep_state(
     old: torch.optim.Optimizer, before: dict[str, nn.Parameter], new: torch.optim.Optimizer, after: dict[str, nn.Parameter]
 ) -> None:
-    """Hand an optimizer's state to one over the parameters of the next task.
+    """Copy the state of the last task's optimizer into the next task's.
 
-    A parameter that is still the same keeps its state; one that has taken the place of a smaller one of its name (a head
-    that grew by rows) keeps it for the old rows, zeros for the new; all others start afresh.
+    An unchanged parameter keeps its state. A parameter that replaces one of the same name with fewer rows (a grown head)
+    keeps the state of the old rows; new rows get zeros. All others have no state.
 
     Args:
-        old, new: the optimizers.
+        old, new: optimizers of the last and the next task.
         before, after: parameters by name, before and after `begin_task`.
     """
     for name, parameter in after.items():

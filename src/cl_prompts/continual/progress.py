@@ -12,11 +12,11 @@ class Progress:
     """Position of a run in its stream.
 
     Args:
-        task: number of the task that is being trained, or comes next.
-        begun: whether the model has begun it.
-        epoch, step: what comes next in it: step number `step` of epoch number `epoch`.
-        global_step: optimizer steps of all tasks so far.
-        seconds: training time so far, over all sittings of a resumed run.
+        task: number of the current or next task.
+        begun: whether `begin_task` was called for it.
+        epoch, step: numbers of the next epoch and step in it.
+        global_step: number of optimizer steps so far, over all tasks.
+        seconds: training time so far, including that before a resume.
     """
 
     task: int = 0

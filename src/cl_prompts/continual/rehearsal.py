@@ -1,6 +1,6 @@
-"""A memory of old images: row numbers of the training set, as many of every class.
+"""A class-balanced memory of training images, kept as row numbers of the training set.
 
-Published with L2P as L2P-R (Wang et al., CVPR 2022, section 5.1: 10 or 50 images a class); any learner can use it.
+L2P uses one as L2P-R (Wang et al., CVPR 2022, section 5.1: 10 or 50 images per class).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ Rows = NDArray[np.int64]
 
 
 class RehearsalMemory:
-    """Keeps row numbers of images, class-balanced, by a budget for all classes or for each.
+    """Class-balanced row numbers of images, with a budget in total or per class.
 
-    With tasks, `add` draws the images of each class at the end of its task and, under a budget for all, lets old classes
-    give up what is too much. Without tasks, `observe` is a class-balanced reservoir (Chrysakis & Moens, "Online Continual
-    Learning from Imbalanced Data", ICML 2020): new images of small classes take the places of the largest; a class that has
-    once been the largest is a reservoir from then on, in which all its images have the same chance.
+    With tasks, `add` draws images of each class at the end of its task and, under a total budget, removes images of old
+    classes. Without tasks, `observe` is a class-balancing reservoir (Chrysakis & Moens, "Online Continual Learning from
+    Imbalanced Data", ICML 2020): an image of a class that was never the largest replaces an image of the largest class; a
+    class that was once the largest uses reservoir sampling, in which all its images have the same probability.
 
     Args:
-        size: images in all; None: see `per_class`.
-        per_class: images of each class; None: see `size`.
-        seed: draws them.
+        size: number of images in total; None: see `per_class`.
+        per_class: number of images per class; None: see `size`.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: not exactly one of the budgets is given, or it is not positive.
+        ValueError: not exactly one budget is given, or it is not positive.
     """
 
     def __init__(self, size: int | None = None, per_class: int | None = None, *, seed: int = 0) -> None:
@@ -37,8 +37,8 @@ class RehearsalMemory:
             raise ValueError(f"size={size}, per_class={per_class}: give one of them, a positive number of images")
         self.size, self.per_class, self.seed = size, per_class, seed
         self.by_class: dict[int, list[int]] = {}
-        self._passed: dict[int, int] = {}  # images of each class that `observe` was shown
-        self._full: set[int] = set()  # classes that were the largest once there was no room left
+        self._passed: dict[int, int] = {}  # number of images of each class that `observe` got
+        self._full: set[int] = set()  # classes that were once the largest in a full memory
         self._draws = 0
 
     def __len__(self) -> int:
@@ -46,35 +46,35 @@ class RehearsalMemory:
 
     @property
     def rows(self) -> Rows:
-        """Row numbers of all images, class by class [n]."""
+        """Row numbers of all images [n], ordered by class."""
         return np.array([row for rows in self.by_class.values() for row in rows], dtype=np.int64)
 
     @property
     def labels(self) -> Rows:
-        """Their class ids [n]."""
+        """Class ids of `rows` [n]."""
         return np.array([label for label, rows in self.by_class.items() for _ in rows], dtype=np.int64)
 
     def add(self, rows: Iterable[int], labels: Iterable[int], ranking: Iterable[float] | None = None) -> None:
-        """Take images of a task's classes: random ones, or the first by `ranking`.
+        """Add images of a task: random ones of each class, or those with the smallest `ranking`.
 
-        A class that is known already (another domain of it) keeps a random choice of its old images and the new ones.
+        For a class that is in the memory already (another domain), old and new images are drawn from together.
 
         Args:
             rows: row numbers of the task's images [n].
             labels: their class ids [n].
-            ranking: the smaller, the sooner an image is kept [n] (herding order); None: random.
+            ranking: rank of each image [n]; the smallest are kept longest (herding order). None: random.
 
         Raises:
-            ValueError: the lists are not of one length, or a place in the ranking is no number.
+            ValueError: the lists differ in length, or a rank is NaN.
         """
         rows, labels = _pairs(rows, labels)
         if ranking is None:
             order = self._order(len(rows))
         else:
-            places = np.asarray(list(ranking), dtype=np.float64)
-            if places.shape != rows.shape or np.isnan(places).any():
-                raise ValueError(f"ranking must be a number for each of {len(rows)} rows, got {places.tolist()}")
-            order = np.argsort(places, kind="stable")
+            ranks = np.asarray(list(ranking), dtype=np.float64)
+            if ranks.shape != rows.shape or np.isnan(ranks).any():
+                raise ValueError(f"ranking must be a number for each of {len(rows)} rows, got {ranks.tolist()}")
+            order = np.argsort(ranks, kind="stable")
         for label in np.unique(labels):
             new = [int(row) for row in rows[order][labels[order] == label]]
             old = self.by_class.get(int(label), [])
@@ -89,19 +89,19 @@ class RehearsalMemory:
         if self.per_class is not None:
             return dict.fromkeys(self.by_class, self.per_class)
         assert self.size is not None
-        # What does not divide goes to the classes that came first, an image each.
+        # The remainder goes to the first classes, one image each.
         quota, left = divmod(self.size, len(self.by_class))
         return {label: quota + (number < left) for number, label in enumerate(self.by_class)}
 
     def observe(self, rows: Iterable[int], labels: Iterable[int]) -> None:
-        """Show images as they pass, one by one.
+        """Offer images to the reservoir, one after another.
 
         Args:
-            rows: their row numbers [n].
+            rows: row numbers of the images [n].
             labels: their class ids [n].
 
         Raises:
-            ValueError: the lists are not of one length.
+            ValueError: the lists differ in length.
         """
         for row, label in zip(*_pairs(rows, labels), strict=True):
             self._observe(int(row), int(label))
@@ -124,7 +124,7 @@ class RehearsalMemory:
             own[place] = row
 
     def _random(self) -> np.random.Generator:
-        """A generator for one draw: its number is all the state there is."""
+        """A generator for one draw, seeded by the number of the draw, which is the only random state."""
         self._draws += 1
         return np.random.default_rng([self.seed, self._draws])
 
@@ -149,7 +149,7 @@ class RehearsalMemory:
 
 
 def _pairs(rows: Iterable[int], labels: Iterable[int]) -> tuple[Rows, Rows]:
-    found = np.asarray(list(rows), dtype=np.int64), np.asarray(list(labels), dtype=np.int64)
-    if len(found[0]) != len(found[1]):
-        raise ValueError(f"{len(found[0])} rows and {len(found[1])} labels: give a label for each row")
-    return found
+    pairs = np.asarray(list(rows), dtype=np.int64), np.asarray(list(labels), dtype=np.int64)
+    if len(pairs[0]) != len(pairs[1]):
+        raise ValueError(f"{len(pairs[0])} rows and {len(pairs[1])} labels: give a label for each row")
+    return pairs

@@ -1,4 +1,4 @@
-"""How a run uses its rehearsal memory: which images enter it, and which of them are trained on."""
+"""Use of the rehearsal memory in a run: adding images to it, and choosing the rows to train on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cl_prompts.runtime.distributed import gather_over_processes
 
 
 class Replay:
-    """The memory of a run, used as the learner's `replay` says: "mixed", "memory_only" or "none".
+    """The memory of a run, used according to the learner's `replay`: "mixed", "memory_only" or "none".
 
     Args:
-        memory: the memory; None: nothing is rehearsed.
+        memory: the memory; None: no rehearsal.
         model: the learner.
-        stream: whose images.
-        feature_provider: shows images to a learner that ranks them.
+        stream: the stream.
+        feature_provider: provides images to a learner that ranks them.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Replay:
 
     @property
     def mixed_rows(self) -> Rows | Callable[[], Rows] | None:
-        """Row numbers that join the task's batches: those of the task's start or, without tasks, the current ones."""
+        """Row numbers to add to the batches: those at the start of the task or, without tasks, the current ones."""
         memory = self.memory
         if memory is None or self.model.replay != "mixed":
             return None
@@ -57,7 +57,7 @@ class Replay:
         return self._indexed.steps_per_epoch(task, batch_size, rows)
 
     def begin_task(self, task: Task) -> None:
-        """Add the task's images now if the learner trains on the memory only."""
+        """Add the task's images to the memory if the learner trains on the memory only."""
         if self.model.replay == "memory_only":
             self._add(task)
 
@@ -75,15 +75,15 @@ class Replay:
         self.memory.add(rows, self._indexed.train_labels[rows], ranking)
 
     def observe(self, batch: Mapping[str, Any], device: torch.device) -> None:
-        """Without tasks, let the memory choose among the images of a batch. All processes call it.
+        """Without tasks, offer the images of a batch to the memory. All processes call it.
 
         Args:
             batch: this process's share.
-            device: where row numbers are gathered.
+            device: device for gathering row numbers.
         """
         if self.memory is None or not self.stream.task_free:
             return
         ids = torch.cat(gather_over_processes(torch.tensor(batch["sample_ids"], device=device)))
         rows = ids[ids >= 0].cpu().numpy()
-        rows = rows[~np.isin(rows, self.memory.rows)]  # not those that were rehearsed
+        rows = rows[~np.isin(rows, self.memory.rows)]  # rehearsed images are in the memory already
         self.memory.observe(rows, self._indexed.train_labels[rows])

@@ -1,4 +1,4 @@
-"""Checks that settings, learner and stream of a run fit each other, before anything is computed."""
+"""Checks that settings, learner and stream of a run fit each other. They run before training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cl_prompts.learner.protocol import Learner
 
 
 def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifiers: Sized) -> None:
-    """Raise ValueError if they do not.
+    """Raise ValueError if settings, learner, stream and extra classifiers do not fit each other.
 
     Args:
         model: the learner.
-        stream: the tasks.
+        stream: the stream.
         args: settings.
         classifiers: the extra classifiers.
     """
@@ -25,8 +25,8 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
         raise ValueError("rehearsal needs images by row number, which this stream cannot give: load the data set whole")
     if not isinstance(stream, IndexedStream) and (model.needs_consolidation or classifiers):
         raise ValueError(
-            f"{type(model).__name__} or a further classifier looks at each task's images once more when it is learnt, "
-            "which this stream cannot show again: load the data set whole, or leave out head, alignment and classifiers"
+            f"{type(model).__name__} or an extra classifier needs each task's images once more after its training, "
+            "which this stream cannot read again: load the data set whole, or leave out head, alignment and classifiers"
         )
     if args.rehearses and model.replay == "none":
         raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
@@ -35,10 +35,10 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
             'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
         )
     if stream.task_free and classifiers:
-        raise ValueError("further classifiers look at each task's images, and this stream has no tasks: leave them out")
+        raise ValueError("extra classifiers are fitted after each task, and this stream has no tasks: leave them out")
     if stream.task_free and args.num_train_epochs != 1:
         raise ValueError(
-            f"num_train_epochs={args.num_train_epochs}: a stream without task boundaries is passed over once, set it to 1"
+            f"num_train_epochs={args.num_train_epochs}: a stream without task boundaries has one epoch, set it to 1"
         )
     if model.needs_memory and not args.rehearses:
         raise ValueError(f"{type(model).__name__} learns from remembered images: set memory_size or memory_per_class")
@@ -47,7 +47,7 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
 
 
 def check_engine(engine: DistributedType) -> None:
-    """Raise ValueError if Accelerate is set to wrap the model with an `engine` that cuts up what grows with the tasks."""
+    """Raise ValueError if Accelerate's `engine` shards the complete model, including parameters that grow with tasks."""
     if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"Accelerate is set to {engine.value}, which shards the whole model, also prompts and heads that grow with the "

@@ -1,4 +1,4 @@
-"""The state of a run as callbacks see it."""
+"""The state of a run that callbacks get."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cl_prompts.learner.protocol import Learner
 
 @dataclass(frozen=True)
 class TrainerState:
-    """The state of a run at one event: what the callbacks of transformers get as `args`, `state`, `model`, `optimizer`.
+    """The state of a run at one event. Callbacks of transformers get these as `args`, `state`, `model`, `optimizer`.
 
     Args:
         args: settings of the run.
         model: the learner, not wrapped.
-        optimizer: of the task that is being trained, or the last one; None before the first.
-        stream: the tasks.
+        optimizer: optimizer of the current or last task; None before the first task.
+        stream: the stream.
         progress: a copy of the position in the stream.
-        steps_per_epoch: optimizer steps of an epoch of the task that is being trained; 0 outside training.
+        steps_per_epoch: optimizer steps per epoch of the current task; 0 outside training.
         matrix: accuracies so far.
-        evaluations: the newest evaluation, one for each task seen.
-        memory: the rehearsed images; None without rehearsal.
+        evaluations: results of the last evaluation, one entry per task seen.
+        memory: the rehearsal memory; None without rehearsal.
     """
 
     args: ContinualArguments
@@ -43,10 +43,10 @@ class TrainerState:
 
     @property
     def task_steps(self) -> int:
-        """Optimizer steps of the task that is being trained."""
+        """Number of optimizer steps of the current task; 0 outside training."""
         return self.args.num_train_epochs * self.steps_per_epoch
 
     @property
     def task_steps_done(self) -> int:
-        """Those of them that are done."""
+        """Number of optimizer steps of the current task so far."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step

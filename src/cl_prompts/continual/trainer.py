@@ -1,6 +1,6 @@
-"""Learning a stream of tasks on any device or many, with Accelerate; a killed run continues where it was.
+"""The trainer: learns a stream of tasks on one or many devices with Accelerate, and resumes a killed run.
 
-The trainer knows a model by `cl_prompts.learner.protocol.Learner`, which prompt pools and baselines implement.
+Models implement `cl_prompts.learner.protocol.Learner`, as prompt pools and baselines do.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class ContinualTrainer:
 
     Args:
         model: a `PromptPoolModel` or a baseline, not wrapped.
-        stream: the tasks.
+        stream: the stream.
         args: settings.
-        accelerator: None: one is made with `args.mixed_precision`.
+        accelerator: Accelerate's accelerator; None: a new one with `args.mixed_precision`.
         callbacks: called at the events of `TrainerCallback`.
-        trackers: Accelerate's trackers besides the log in the results folder, like ["tensorboard"].
-        classifiers: new classifiers to be measured on the model's features (`extra_classifiers.matrices`).
+        trackers: Accelerate's trackers besides the log in the results folder, for example ["tensorboard"].
+        classifiers: new classifiers to fit and evaluate on the model's features (`extra_classifiers.matrices`).
 
     Attributes:
-        matrix: class-incremental accuracies: the task of an image is not given.
+        matrix: class-incremental accuracies: the model does not get the task of an image.
         progress: position in the stream.
-        evaluations: the newest evaluation, one for each task seen.
-        memory: the rehearsed images; None without rehearsal.
+        evaluations: results of the last evaluation, one entry per task seen.
+        memory: the rehearsal memory; None without rehearsal.
         extra_classifiers: the classifiers and their accuracies.
 
     Raises:
@@ -96,7 +96,7 @@ class ContinualTrainer:
         self.feature_provider = FeatureProvider(model, stream, args, self.accelerator)
         self.replay = Replay(self.memory, model, stream, self.feature_provider)
         self._started = time.perf_counter()
-        self._steps_per_epoch = 0  # of the task that is being trained
+        self._steps_per_epoch = 0  # of the current task; 0 outside training
         self._throughput = Throughput()
         check_run(model, stream, args, self.extra_classifiers.classifiers)
 
@@ -104,11 +104,11 @@ class ContinualTrainer:
 
     @freed_memory_kept()
     def train(self, *, resume: bool = False) -> AccuracyMatrix:
-        """Learn all tasks and return the accuracies; `result` returns more.
+        """Learn all tasks and return the accuracies. `result` returns the accuracies and more.
 
         Args:
-            resume: continue from the newest whole checkpoint in the results folder, if there is one. The run then ends with
-                the parameters and accuracies of an uninterrupted one: bit-equal on the same machine with the same threads,
+            resume: continue from the newest intact checkpoint in the results folder, if there is one. The run ends with the
+                parameters and accuracies of an uninterrupted one: bit-equal on the same machine with the same threads,
                 processes and precision.
 
         Raises:
@@ -125,20 +125,20 @@ class ContinualTrainer:
         self.accelerator.init_trackers("cl_prompts", config=None)
         self._started = time.perf_counter() - self.progress.seconds
         if saved is not None:
-            # Last: restoring and the trackers may have drawn random numbers, which the uninterrupted run did not.
+            # Last, because restoring and starting the trackers may draw random numbers.
             restore({"random": self._random_state()}, saved)
         self._call("on_train_begin")
         for task in self.stream.tasks[self.progress.task :]:
             self._learn(task)
-        if not self.evaluations:  # a finished run that was resumed
+        if not self.evaluations:  # a complete run was resumed
             self.evaluations = [self._evaluate(task) for task in self.stream.tasks]
         self._call("on_train_end")
         for tracker in self.accelerator.trackers:
-            tracker.finish()  # end_training would also destroy the process group, which the caller may still need
+            tracker.finish()  # accelerator.end_training would also destroy the process group, which the caller may need
         return self.matrix
 
     def result(self) -> TrainingResult:
-        """What the run has reached; after `train`, all of it."""
+        """Accuracies, evaluations and settings of the run so far."""
         return TrainingResult(
             matrix=self.matrix,
             extra_matrices=self.extra_classifiers.matrices,
@@ -149,7 +149,7 @@ class ContinualTrainer:
         )
 
     def _learn(self, task: Task) -> None:
-        """One task, from the current position to its checkpoint."""
+        """Learn and evaluate one task from the current position, and write its checkpoint."""
         progress = self.progress
         resumed = progress.begun
         before = dict(self.model.named_parameters()) if self.args.keep_optimizer else {}
@@ -184,7 +184,7 @@ class ContinualTrainer:
         self._call("on_task_begin", task)
 
     def _finish(self, task: Task) -> None:
-        """What follows the training of a task; a run killed in it repeats all of it."""
+        """The steps after a task's training. A run killed within them repeats all of them."""
         model, provider = self.model, self.feature_provider
         self.replay.end_task(task)
         with provider.eval_mode():
@@ -204,7 +204,7 @@ class ContinualTrainer:
         return build_optimizer(args.optim, groups, **args.optim_args)
 
     def _next_optimizer(self, before: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of a task, if asked for with the state of the last one; `before`: parameters before the task."""
+        """A new optimizer, with the last one's state if `keep_optimizer`; `before` has the parameters before the task."""
         optimizer = self._new_optimizer()
         if self.args.keep_optimizer and self.optimizer is not None:
             keep_state(self.optimizer, before, optimizer, dict(self.model.named_parameters()))
@@ -216,7 +216,7 @@ class ContinualTrainer:
         model.attach_optimizer(optimizer)
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
-        # Before the loop, so that neither the bar nor the speed of the first steps includes these passes.
+        # Computed before the loop, so that progress bar and throughput do not include these passes.
         epochs = args.num_train_epochs
         for epoch in range(epochs):
             self.feature_provider.training_queries(epoch)
@@ -247,7 +247,7 @@ class ContinualTrainer:
         self._steps_per_epoch = 0
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         for attribute in ("forward", "_is_accelerate_prepared"):
-            # With these Accelerate would take the model for a prepared one and train the next task without mixed precision.
+            # With these attributes Accelerate would not prepare the model again: the next task would lack mixed precision.
             vars(model).pop(attribute, None)
         accelerator.free_memory()
 
@@ -266,7 +266,7 @@ class ContinualTrainer:
         return losses
 
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
-        """The rest of the current epoch's global batches, this process's share of each."""
+        """This process's share of the remaining batches of the current epoch."""
         args, progress = self.args, self.progress
         options: dict[str, Any] = {
             "seed": args.seed,
@@ -324,7 +324,7 @@ class ContinualTrainer:
     # ---- checkpoints and callbacks -----------------------------------------------------------------------------------
 
     def _parts(self) -> dict[str, Stateful]:
-        """What a checkpoint holds, in the order in which it is restored."""
+        """The parts of a checkpoint, in the order in which they are restored."""
         parts: dict[str, Stateful] = {
             "learner": LearnerState(self.model),
             "progress": self.progress,
@@ -345,7 +345,7 @@ class ContinualTrainer:
         return run_identity(self.args, self.stream, self.model, self.extra_classifiers)
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        """Everything but the random numbers. The optimizer is built last, over the restored parameters."""
+        """Restore all parts except the random state. The optimizer is built last, over the restored parameters."""
         restore(self._parts(), saved)
         if "optimizer" in saved["parts"]:
             self.optimizer = self._new_optimizer()
@@ -365,7 +365,7 @@ class ContinualTrainer:
         self.accelerator.wait_for_everyone()
 
     def _saved(self, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint to resume from; a run that starts over removes its earlier checkpoints."""
+        """The checkpoint to resume from, or None. Without `resume`, earlier checkpoints of this run are removed."""
         if self.checkpoints is None:
             if resume:
                 raise ValueError("resume needs the results folder of the run: set output_dir")

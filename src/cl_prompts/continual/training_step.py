@@ -1,4 +1,4 @@
-"""One optimizer step, and the images per second of several."""
+"""One optimizer step, and throughput in images per second."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ def training_step(
     gradient_accumulation_steps: int,
     max_grad_norm: float,
 ) -> dict[str, Tensor]:
-    """Forward and backward of a batch, piece by piece, and one step of the optimizer.
+    """Forward and backward of a batch, split into micro-batches, and one optimizer step.
 
     Args:
-        model: prepared by the accelerator.
-        optimizer: likewise.
-        batch: this process's share, on the model's device.
-        accelerator: the run's.
-        gradient_accumulation_steps: micro batches that the batch is cut into.
+        model: the model, prepared by the accelerator.
+        optimizer: the optimizer, prepared by the accelerator.
+        batch: this process's share of the batch, on the model's device.
+        accelerator: the run's accelerator.
+        gradient_accumulation_steps: number of micro-batches.
         max_grad_norm: largest gradient norm; 0: no clipping.
 
     Returns:
-        The loss ("loss") and its parts by name, detached.
+        The loss as "loss" and its parts by name: detached scalars.
     """
     losses: dict[str, Tensor] = {}
     parts = micro_batches(batch, gradient_accumulation_steps)
-    # Gradients of pieces are summed and those of processes averaged, so each piece is scaled by the images of all.
-    whole: dict[str, Any] = {}
+    # Gradients are summed over micro-batches and averaged over processes, so each loss is divided by the number of images
+    # of the global batch and multiplied by the number of processes.
+    num_items: dict[str, Any] = {}
     if len(parts) > 1:
-        whole["num_items_in_batch"] = sum_over_processes((batch["labels"] != IGNORE_INDEX).sum())
+        num_items["num_items_in_batch"] = sum_over_processes((batch["labels"] != IGNORE_INDEX).sum())
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**part, **whole)
-            accelerator.backward(output.loss * world_size() if whole else output.loss)
+            output = model(**part, **num_items)
+            accelerator.backward(output.loss * world_size() if num_items else output.loss)
         for name, value in {"loss": output.loss, **(output.losses or {})}.items():
             losses[name] = losses.get(name, 0) + value.detach()
     if max_grad_norm:
@@ -58,17 +59,17 @@ def training_step(
 
 
 class Throughput:
-    """Images per second since it was last read."""
+    """Counts images and measures the throughput between two calls of `read`."""
 
     def __init__(self) -> None:
         self._images, self._since = 0, time.perf_counter()
 
     def add(self, images: int) -> None:
-        """Count images."""
+        """Add a number of images."""
         self._images += images
 
     def read(self) -> float:
-        """Images per second since the last call, or since it was made."""
+        """Images per second since the last call of `read` or since construction."""
         now = time.perf_counter()
         rate = self._images / max(now - self._since, 1e-9)
         self._images, self._since = 0, now

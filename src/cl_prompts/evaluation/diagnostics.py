@@ -1,6 +1,6 @@
-"""Use of a prompt pool: which prompts are chosen for which task, how evenly, and how similar prompts are.
+"""Statistics of a prompt pool: which prompts are selected for which task, how evenly, and how similar prompts are.
 
-Letters in shapes: T tasks, M prompts of a pool; `...` stands for the layers (and heads) that choose by themselves, if any.
+Letters in shapes: T tasks, M prompts of a pool; `...` stands for layers (and heads), if each of them selects.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def selection_counts(ids: Tensor, tasks: Tensor, pool_size: int) -> Tensor:
-    """How often each prompt was chosen for the images of each task.
+    """Number of images of each task for which each prompt was selected.
 
     Args:
         ids: `prompt_ids` of the outputs, [images, ..., k].
@@ -29,7 +29,7 @@ def selection_counts(ids: Tensor, tasks: Tensor, pool_size: int) -> Tensor:
 
 
 def routing_entropy(counts: Tensor) -> Tensor:
-    """Entropy of how often prompts are chosen, divided by log M: 1 if all alike, 0 if always the same one.
+    """Entropy of the selection frequencies, divided by log M: 1 if they are equal, 0 if one prompt is always selected.
 
     Args:
         counts: [..., M]; all zeros count as 0.
@@ -44,7 +44,7 @@ def routing_entropy(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prompt_similarity(table: Tensor) -> Tensor:
-    """Cosine of every two prompts of a group (layer, or head of a layer).
+    """Cosine similarity of all pairs of prompts in each group (layer, or head of a layer).
 
     Args:
         table: the prompts, `model.adapter.pool.prompt_table()` [groups, M, ...].
@@ -57,9 +57,11 @@ def prompt_similarity(table: Tensor) -> Tensor:
 
 
 def selection_summary(counts: Tensor, similarity: Tensor | None = None) -> str:
-    """A few lines of Markdown on what was chosen.
+    """Summary of the selection in a few lines of Markdown.
 
-    `counts` [T, ..., M] are those of `selection_counts`, `similarity` [groups, M, M] that of `prompt_similarity`.
+    Args:
+        counts: from `selection_counts` [T, ..., M].
+        similarity: from `prompt_similarity` [groups, M, M]; None: left out.
     """
     by_task = routing_entropy(counts).view(len(counts), -1).mean(1).tolist()
     total = counts.sum(0)

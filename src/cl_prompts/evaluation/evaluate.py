@@ -1,4 +1,4 @@
-"""Evaluation: the model gets images only; labels and tasks are compared with its answers."""
+"""Evaluation: the model gets images only; its predictions are compared with labels and tasks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from cl_prompts.runtime.distributed import gather_over_processes, sum_over_proce
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures on a set of images, over all processes. Shares are in percent of the images.
+    """Measures on a set of images, over all processes, in percent of the images.
 
     Args:
-        accuracy: among all known classes.
+        accuracy: accuracy over all known classes.
         images: number of images.
-        prompt_ids: chosen prompts of each image [images, ..., k], on the CPU, process by process; None if none are chosen.
-        task_incremental: accuracy among the classes of the images' task; None without a task.
-        task_of_class: share whose predicted class belongs to the images' task; None without a task.
-        task_identity: share for which the prompts of the images' task were chosen, averaged over layers that choose
-            separately; None without a task, or if the method does not choose prompts by task.
+        prompt_ids: selected prompts of each image [images, ..., k], on the CPU, in the order of processes; None if the
+            method selects none.
+        task_incremental: accuracy over the classes of the images' task only; None without a task.
+        task_of_class: share of images whose predicted class belongs to their task; None without a task.
+        task_identity: share of images for which the prompts of their task were selected, averaged over layers if each layer
+            selects; None without a task, or if the method does not select prompts by task.
         by_classifier: accuracy of extra classifiers on the same features, by name.
     """
 
@@ -49,20 +50,20 @@ def evaluate(
     tasks: Sequence[Sequence[int]] | None = None,
     classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Evaluation:
-    """Measure a model's answers on images.
+    """Evaluate a model on images.
 
     Args:
-        model: in eval mode. It gets `pixel_values` and, where the batches have it, `query`: neither labels nor tasks.
-        batches: this process's share, with `pixel_values` and `labels`.
+        model: the model, in eval mode. It gets `pixel_values` and `query`, if a batch has it, but no labels and no tasks.
+        batches: this process's share of the batches, with `pixel_values` and `labels`.
         classes: class id of each column of the logits.
-        device: where the model is.
-        task: number of the task that the images belong to; None: not known. It is compared with the answers.
+        device: the model's device.
+        task: number of the images' task, for the measures that need it; None: these are None.
         tasks: class ids of each task of the stream; needed with `task`.
-        classifiers: extra classifiers, float32 `features` [B, D] of the same pass -> logits [B, C] of the same columns.
+        classifiers: extra classifiers by name: functions features [B, D], float32 -> logits [B, C], same columns.
 
     Raises:
-        ValueError: no images, a task that is not in `tasks` or of which the model knows no class, logits whose shape does
-            not match `classes` or that are NaN.
+        ValueError: there are no images; `task` is not in `tasks`, or the model knows none of its classes; logits do not
+            match `classes` in shape, or are NaN.
     """
     ids = torch.tensor(list(classes), device=device)
     own = None if task is None else _members(ids, task, tasks)
@@ -90,34 +91,34 @@ def evaluate(
                 counts["choices"] += by_prompts[real].numel()
                 counts["task_identity"] += (by_prompts[real] == task).sum()
         for name, classifier in classifiers.items():
-            answer = _checked(_classified(classifier, output.features, name), ids, f"classifier {name!r}")
-            further[name] += ((ids[answer.argmax(1)] == labels) & real).sum()
-            counts["no numbers"] += (answer.isnan().any(1) & real).sum()
+            own_logits = _checked(_classified(classifier, output.features, name), ids, f"classifier {name!r}")
+            further[name] += ((ids[own_logits.argmax(1)] == labels) & real).sum()
+            counts["no numbers"] += (own_logits.isnan().any(1) & real).sum()
         if output.prompt_ids is not None:
             chosen.append(output.prompt_ids[real])
     total = sum_over_processes(torch.stack([*counts.values(), *further.values()])).tolist()
-    found = dict(zip(counts, total, strict=False))
-    images = found["images"]
+    totals = dict(zip(counts, total, strict=False))
+    images = totals["images"]
     if not images:
         raise ValueError("there are no images to evaluate on")
-    if found["no numbers"]:
+    if totals["no numbers"]:
         raise ValueError(
-            f"{found['no numbers']} answers on {images} images are NaN: the training diverged, lower the learning rate"
+            f"{totals['no numbers']} answers on {images} images are NaN: the training diverged, lower the learning rate"
         )
     prompt_ids = torch.cat(gather_over_processes(torch.cat(chosen))).cpu() if chosen else None
     return Evaluation(
-        accuracy=100 * found["hits"] / images,
+        accuracy=100 * totals["hits"] / images,
         images=images,
         prompt_ids=prompt_ids,
-        task_incremental=None if own is None else 100 * found["task_incremental"] / images,
-        task_of_class=None if own is None else 100 * found["task_of_class"] / images,
-        task_identity=100 * found["task_identity"] / found["choices"] if found["choices"] else None,
+        task_incremental=None if own is None else 100 * totals["task_incremental"] / images,
+        task_of_class=None if own is None else 100 * totals["task_of_class"] / images,
+        task_identity=100 * totals["task_identity"] / totals["choices"] if totals["choices"] else None,
         by_classifier={name: 100 * hits / images for name, hits in zip(further, total[len(counts) :], strict=True)},
     )
 
 
 def _members(ids: Tensor, task: int, tasks: Sequence[Sequence[int]] | None) -> Tensor:
-    """Which columns are classes of the task [C]."""
+    """Whether each column of the logits is a class of the task: bool [C]."""
     if tasks is None or not 0 <= task < len(tasks):
         raise ValueError(f"task={task} needs `tasks`, the classes of each task; got {tasks and len(tasks)} of them")
     own = torch.isin(ids, torch.tensor(list(tasks[task]), device=ids.device))
@@ -133,9 +134,9 @@ def _checked(logits: Tensor, ids: Tensor, whose: str) -> Tensor:
 
 
 def _classified(classifier: Callable[[Tensor], Tensor], features: Tensor | None, name: str) -> Tensor:
-    """Logits on the features of a pass, in float32 as the model's own head."""
+    """Logits of an extra classifier on the features of a pass, computed in float32 like the model's own."""
     if features is None:
-        raise ValueError(f"the model's answer holds no `features` for classifier {name!r} to read")
+        raise ValueError(f"the model's output holds no `features` for classifier {name!r}")
     with torch.autocast(features.device.type, enabled=False):
         return classifier(features.float())
 
@@ -147,8 +148,8 @@ def accuracy(
 
     `model`, `batches`, `classes` and `device` are as in `evaluate`.
     """
-    found = evaluate(model, batches, classes, device)
-    return found.accuracy, found.images
+    evaluation = evaluate(model, batches, classes, device)
+    return evaluation.accuracy, evaluation.images
 
 
 @torch.no_grad()
@@ -157,18 +158,18 @@ def stream_features(model: Learner, batches: Iterable[dict[str, Any]], rows: int
 
     Args:
         model: the model, not wrapped.
-        batches: this process's share (`ClassIncrementalStream.all_images`).
+        batches: this process's share of the batches (`ClassIncrementalStream.all_images`).
         rows: number of rows of the data set.
-        device: where the model is.
+        device: the model's device.
     """
-    found, numbers = [], []
+    parts, numbers = [], []
     for batch in batches:
         features = model.extract_features(batch["pixel_values"].to(device)).cpu()
         sample_ids = torch.tensor(batch["sample_ids"])
-        found.append(features[sample_ids >= 0])
+        parts.append(features[sample_ids >= 0])
         numbers.append(sample_ids[sample_ids >= 0])
-    features, positions = torch.cat(found).to(device), torch.cat(numbers).to(device)
+    features, positions = torch.cat(parts).to(device), torch.cat(numbers).to(device)
     table = torch.zeros(rows, features.shape[1])
-    for part, where in zip(gather_over_processes(features), gather_over_processes(positions), strict=True):
-        table[where.cpu()] = part.cpu()
+    for part, indices in zip(gather_over_processes(features), gather_over_processes(positions), strict=True):
+        table[indices.cpu()] = part.cpu()
     return table

@@ -1,6 +1,6 @@
-"""Accuracy over tasks and what the field makes of it; four numbers are called "forgetting", and all are here.
+"""The accuracy matrix of a run and the measures of continual learning, with the four definitions of forgetting in use.
 
-`tests/golden/metrics.json` holds what l2p-pytorch, mammoth, CODA-Prompt and SMoPE compute for one matrix.
+`tests/golden/metrics.json` holds the values that l2p-pytorch, mammoth, CODA-Prompt and SMoPE compute for one matrix.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from numpy.typing import NDArray
 from cl_prompts.runtime.files import write_atomically
 
 
-# Measures that are also taken of task-incremental accuracies, where there are any.
+# Measures that are also computed from task-incremental accuracies, if there are any.
 TASK_INCREMENTAL = ("faa", "caa", "forgetting")
 
 
 @dataclass
 class AccuracyMatrix:
-    """Accuracies `a[i][j]` in percent on task i after training task j, filled a column per task.
+    """Accuracies `a[i][j]` in percent on task i after training task j. A column is added after each task.
 
     Args:
-        columns: column j holds the accuracies on tasks 0..j after task j.
+        columns: column j has the accuracies on tasks 0..j after task j.
         sizes: number of test images of each task, for micro averages.
-        task_incremental: the same columns for logits masked to the task's own classes (the task is known), or empty.
-        before: accuracy on task i just before it was trained, by task. Only where its classes were known by then, so in
-            domain-incremental streams and not in class-incremental ones.
+        task_incremental: the same columns for logits masked to the classes of the image's task, or empty.
+        before: accuracy on task i just before it was trained, by task. Only for tasks whose classes were known by then: in
+            domain-incremental streams, not in class-incremental ones.
         baseline: accuracy on task i of the untrained model, by task.
     """
 
@@ -49,12 +49,13 @@ class AccuracyMatrix:
         """Add the column of a task: accuracies in percent and numbers of test images of all tasks so far.
 
         Args:
-            accuracies: on tasks 0..j, in percent.
-            sizes: test images of each; those of earlier tasks as before.
-            task_incremental: accuracies with the task known, for every column or for none.
+            accuracies: accuracies on tasks 0..j, in percent.
+            sizes: number of test images of tasks 0..j; those of earlier tasks must not change.
+            task_incremental: task-incremental accuracies on tasks 0..j, for every column or for none.
 
         Raises:
-            ValueError: there is not one number for every task so far, or it is none that an accuracy or a size can have.
+            ValueError: a list does not have one number per task so far, an accuracy is not between 0 and 100, or a size is
+                not a positive integer or differs from an earlier one.
         """
         tasks = len(self.columns) + 1
         if len(accuracies) != tasks or len(sizes) != tasks:
@@ -80,7 +81,7 @@ class AccuracyMatrix:
             self.task_incremental.append([float(a) for a in task_incremental])
 
     def table(self) -> NDArray[np.float64]:
-        """a[i, j] as an array; NaN where task i had not come yet."""
+        """The matrix a[i, j] as an array [tasks, tasks]; NaN for j < i, before task i was trained."""
         tasks = len(self.columns)
         table = np.full((tasks, tasks), np.nan)
         for j, column in enumerate(self.columns):
@@ -88,17 +89,17 @@ class AccuracyMatrix:
         return table
 
     def curve(self, *, micro: bool = False) -> list[float]:
-        """Average accuracy over the tasks seen, after each task: every task alike, or (`micro`) every image alike."""
+        """Average accuracy over the tasks seen, after each task; with `micro`, the average over images."""
         weights = self.sizes if micro else [1] * len(self.columns)
         return [float(np.average(column, weights=weights[: len(column)])) for column in self.columns]
 
     def summary(self) -> dict[str, float]:
-        """All measures, in percent. Those that compare with earlier tasks are 0 after a single task.
+        """All measures, in percent. Measures of earlier tasks are 0 after a single task.
 
         FAA: last point of the curve. CAA: mean of the curve. `forgetting`: best accuracy ever minus final, mean over
         earlier tasks (L2P, DualPrompt, HiDe, mammoth; never negative). `forgetting_before_final`: the same without the
         final column among the best. `forgetting_step`: mean drop per step (CODA-Prompt's). `forgetting_first`: accuracy
-        when just learnt minus final (avalanche's), the negative of `bwt`. `learning_accuracy`: accuracy when just learnt.
+        when just learned minus final (avalanche's), the negative of `bwt`. `learning_accuracy`: accuracy when just learned.
 
         Only with `task_incremental`: `faa_task_incremental` and so on. Only with `before` for every later task:
         `accuracy_before`, its mean over them, and with `baseline` too `fwt`, the mean of before - baseline (Lopez-Paz &
@@ -112,21 +113,21 @@ class AccuracyMatrix:
         table, last = self.table(), len(self.columns) - 1
         macro, micro = self.curve(), self.curve(micro=True)
         old = table[:last]
-        final, just_learnt = old[:, last], np.diag(table)
+        final, just_learned = old[:, last], np.diag(table)
         measures = {
             "faa": macro[-1],
             "caa": float(np.mean(macro)),
             "faa_micro": micro[-1],
             "caa_micro": float(np.mean(micro)),
-            "learning_accuracy": float(np.mean(just_learnt)),
+            "learning_accuracy": float(np.mean(just_learned)),
         }
         drops = [np.mean(table[:t, t - 1] - table[:t, t]) for t in range(1, last + 1)]
         compared = {
             "forgetting": np.nanmax(old, axis=1) - final if last else [],
             "forgetting_before_final": np.nanmax(old[:, :last], axis=1) - final if last else [],
             "forgetting_step": drops,
-            "forgetting_first": just_learnt[:last] - final,
-            "bwt": final - just_learnt[:last],
+            "forgetting_first": just_learned[:last] - final,
+            "bwt": final - just_learned[:last],
         }
         measures |= {name: float(np.mean(values)) if last else 0.0 for name, values in compared.items()}
         return measures | self._task_incremental_measures() | self._forward_measures()
@@ -147,21 +148,21 @@ class AccuracyMatrix:
         return measures
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy with the measures, once there are any."""
+        """A JSON-able copy, with the measures if a column was added."""
         copy: dict[str, Any] = {"columns": [list(c) for c in self.columns], "sizes": list(self.sizes)}
         if self.task_incremental:
             copy["task_incremental"] = [list(c) for c in self.task_incremental]
-        for name, given in (("before", self.before), ("baseline", self.baseline)):
-            if given:
-                copy[name] = {str(task): value for task, value in given.items()}
+        for name, values in (("before", self.before), ("baseline", self.baseline)):
+            if values:
+                copy[name] = {str(task): value for task, value in values.items()}
         return copy | (self.summary() if self.columns else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
-        """The matrix that `to_dict` described by `values`; its measures are computed anew.
+        """The matrix of `values`, which `to_dict` returned. Measures in `values` are ignored.
 
         Raises:
-            ValueError: a part is missing or is no accuracy matrix.
+            ValueError: a part is missing or invalid.
         """
         try:
             columns, sizes = list(values["columns"]), list(values["sizes"])
@@ -172,8 +173,8 @@ class AccuracyMatrix:
             matrix = cls()
             for j, column in enumerate(columns):
                 matrix.add(column, sizes[: j + 1], known[j] if known else None)
-            for name, given in aside.items():
-                for task, value in given.items():
+            for name, by_task in aside.items():
+                for task, value in by_task.items():
                     _check_percent(value, f"{name} of task {task}")
                     getattr(matrix, name)[int(task)] = float(value)
         except (KeyError, TypeError, ValueError) as error:
@@ -186,29 +187,29 @@ class AccuracyMatrix:
         return {name: value for name, value in self.to_dict().items() if name in known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the content by that of `state`.
+        """Replace all fields by those of `state`.
 
         Raises:
-            ValueError: a part is missing or is no accuracy matrix.
+            ValueError: a part is missing or invalid.
         """
         vars(self).update(vars(AccuracyMatrix.from_dict(state)))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the matrix to the file `path`, a row per task; cells of tasks to come are empty. Numbers read back exactly.
+        """Write the matrix to the CSV file `path`, with a row per task. `from_csv` reads the same numbers back.
 
-        Columns: `task` (from 0), `images`, `after_0`, `after_1`, ..., and where there are such accuracies
-        `task_incremental_after_0`, ..., `before`, `baseline`.
+        Columns: `task` (from 0), `images`, `after_0`, `after_1`, ..., and if there are these accuracies
+        `task_incremental_after_0`, ..., `before`, `baseline`. Cells before a task was trained are empty.
         """
         tasks = len(self.columns)
         parts = [("after", self.columns), ("task_incremental_after", self.task_incremental)]
-        aside = {name: given for name, given in (("before", self.before), ("baseline", self.baseline)) if given}
+        aside = {name: values for name, values in (("before", self.before), ("baseline", self.baseline)) if values}
         header = ["task", "images", *(f"{name}_{j}" for name, columns in parts for j in range(len(columns))), *aside]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)
         for i in range(tasks):
             cells = [repr(column[i]) if i < len(column) else "" for _, columns in parts for column in columns]
-            ends = [repr(given[i]) if i in given else "" for given in aside.values()]
+            ends = [repr(values[i]) if i in values else "" for values in aside.values()]
             writer.writerow([i, self.sizes[i], *cells, *ends])
         write_atomically(path, text.getvalue())
 
@@ -217,7 +218,7 @@ class AccuracyMatrix:
         """Read the file `path` that `to_csv` wrote.
 
         Raises:
-            ValueError: the file is no such table.
+            ValueError: the file was not written by `to_csv`.
         """
         with Path(path).open(newline="") as file:
             reader = csv.DictReader(file)
@@ -243,34 +244,35 @@ class AccuracyMatrix:
 def matrix_from_predictions(
     predictions: Sequence[int], references: Sequence[int], task_ids: Sequence[int], after_task: Sequence[int]
 ) -> AccuracyMatrix:
-    """The matrix of single answers, in any order.
+    """The accuracy matrix of single predictions, in any order.
 
     Args:
         predictions: predicted class of each image.
-        references: its class; negative: padding, which counts nowhere.
-        task_ids: number of its task, from 0.
-        after_task: number of the task after whose training it was asked.
+        references: class of each image; negative: padding, which is ignored.
+        task_ids: number of each image's task, from 0.
+        after_task: number of the task after whose training the prediction was made.
 
     Raises:
-        ValueError: the lengths differ, a number is negative, or a task i was not asked after some task j >= i.
+        ValueError: the lengths differ, a task number is negative, or there are no predictions for a task i after a task
+            j >= i.
     """
-    answers = [np.asarray(part, dtype=np.int64) for part in (predictions, references, task_ids, after_task)]
-    if len({part.shape for part in answers}) > 1:
-        lengths = [len(part) for part in answers]
+    columns = [np.asarray(part, dtype=np.int64) for part in (predictions, references, task_ids, after_task)]
+    if len({part.shape for part in columns}) > 1:
+        lengths = [len(part) for part in columns]
         raise ValueError(f"predictions, references, task_ids and after_task must be alike in length, got {lengths}")
-    predicted, wanted, task, after = (part[answers[1] >= 0] for part in answers)
+    predicted, wanted, task, after = (part[columns[1] >= 0] for part in columns)
     if not len(wanted):
-        raise ValueError("there are no answers to measure")
+        raise ValueError("there are no predictions")
     if min(task.min(), after.min()) < 0 or (task > after).any():
         raise ValueError("task_ids must be numbers of tasks from 0 that are at most after_task: later tasks are unseen")
     matrix = AccuracyMatrix()
     for j in range(int(after.max()) + 1):
-        asked = [(after == j) & (task == i) for i in range(j + 1)]
-        missing = [i for i, mask in enumerate(asked) if not mask.any()]
+        masks = [(after == j) & (task == i) for i in range(j + 1)]
+        missing = [i for i, mask in enumerate(masks) if not mask.any()]
         if missing:
-            raise ValueError(f"after task {j} nobody asked about tasks {missing}: ask all tasks so far after each task")
+            raise ValueError(f"after task {j} there are no predictions for tasks {missing}: predict all tasks so far")
         hits = predicted == wanted
-        matrix.add([100 * float(hits[mask].mean()) for mask in asked], [int(mask.sum()) for mask in asked])
+        matrix.add([100 * float(hits[mask].mean()) for mask in masks], [int(mask.sum()) for mask in masks])
     return matrix
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracies, and what was selected. Needs matplotlib (extra `train`)."""
+"""Plots of a run: accuracies and selected prompts. Needs matplotlib (extra `train`)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.runtime.files import write_atomically
 
 
-ROWS_DRAWN = 6  # layers of a selection
-NUMBERS_DRAWN = 12  # a matrix of more tasks has no room for them
-CURVES_NAMED_INSIDE = 8  # more names go beside the picture
-NAMES_BELOW_EACH_OTHER = 28
+ROWS_DRAWN = 6  # largest number of layers in the plot of a selection
+NUMBERS_DRAWN = 12  # largest number of tasks for which a matrix shows its numbers
+CURVES_NAMED_INSIDE = 8  # with more curves the legend is outside the axes
+NAMES_BELOW_EACH_OTHER = 28  # largest number of rows of that legend
 
 
 def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
-    """Draw into `folder` the accuracy curves of all `results` and the accuracy matrix of the first; returns the files."""
+    """Draw the accuracy curves of all `results` and the accuracy matrix of the first into `folder`. Returns the files."""
     name, matrix = next(iter(results.items()))
-    curves = {learner: [found] for learner, found in results.items()}
+    curves = {learner: [learner_matrix] for learner, learner_matrix in results.items()}
     return [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
 
 
 def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> Path:
-    """Draw the mean accuracy over the tasks seen, after each task; with several runs of a learner, mean and std of them.
+    """Draw the mean accuracy over the tasks seen, after each task; for several runs of a learner, their mean and std.
 
-    `results` has the runs of each learner; the picture goes to `file`, which is returned.
-    Many learners are named beside the picture, the best at the end first.
+    `results` has the runs of each learner. The plot is written to `file`, which is returned. With many learners the legend
+    is outside the axes, ordered by final accuracy.
     """
     curves = {name: np.array([matrix.curve() for matrix in runs]) for name, runs in results.items()}
     many = len(curves) > CURVES_NAMED_INSIDE
@@ -40,15 +40,15 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     columns = -(-len(curves) // NAMES_BELOW_EACH_OTHER)
     figure = _figure(6 + 3 * columns, max(4, 0.19 * min(len(curves), NAMES_BELOW_EACH_OTHER))) if many else _figure(6, 4)
     axes = figure.subplots()
-    for number, (name, found) in enumerate(curves.items()):
-        tasks, mean = range(1, found.shape[1] + 1), found.mean(0)
-        style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colours
+    for number, (name, runs) in enumerate(curves.items()):
+        tasks, mean = range(1, runs.shape[1] + 1), runs.mean(0)
+        style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
         (line,) = axes.plot(tasks, mean, marker="o", markersize=3, linestyle=style, label=name)
-        if len(found) > 1:
-            std = found.std(0, ddof=1)
+        if len(runs) > 1:
+            std = runs.std(0, ddof=1)
             axes.fill_between(tasks, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel="tasks learnt", ylabel="mean accuracy over them, %")
-    if not many:  # from 0 on, dozens of curves are one
+    axes.set(xlabel="tasks learned", ylabel="mean accuracy over them, %")
+    if not many:  # many curves cannot be told apart on a scale from 0 to 100
         axes.set(ylim=(0, 100))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -60,7 +60,7 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
 
 
 def draw_matrix(matrix: AccuracyMatrix, file: Path, *, title: str = "") -> Path:
-    """Draw the accuracy `matrix` under `title` into `file`, which is returned."""
+    """Draw the accuracy `matrix` with a `title` and write it to `file`, which is returned."""
     table = matrix.table()
     figure = _figure(5, 4)
     axes = figure.subplots()
@@ -71,21 +71,21 @@ def draw_matrix(matrix: AccuracyMatrix, file: Path, *, title: str = "") -> Path:
         axes.set(xticks=numbers, yticks=numbers, xticklabels=[n + 1 for n in numbers], yticklabels=[n + 1 for n in numbers])
         for i in numbers:
             for j in range(i, len(table)):
-                colour = "white" if table[i, j] < 60 else "black"
-                axes.text(j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize="x-small", color=colour)
+                color = "white" if table[i, j] < 60 else "black"
+                axes.text(j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize="x-small", color=color)
     figure.colorbar(image, label="%")
     return _save(figure, file)
 
 
 def draw_selection(counts: Tensor, similarity: Tensor | None, folder: Path) -> Path:
-    """Draw how often each prompt was chosen, coloured by task, beside how alike prompts are; returns the file.
+    """Draw how often each prompt was selected, colored by task, and the similarity of prompts. Returns the file.
 
-    A row for each of the first layers (or heads) that choose by themselves.
+    If layers (or heads) select separately, the plot has a row for each of the first ones.
 
     Args:
-        counts: `selection_counts` [tasks, ..., M].
-        similarity: `prompt_similarity` [groups, M, M]; groups is 1 where layers share prompts. None: leave it out.
-        folder: where `selection.png` goes.
+        counts: from `selection_counts` [tasks, ..., M].
+        similarity: from `prompt_similarity` [groups, M, M]; groups is 1 if layers share prompts. None: left out.
+        folder: folder of the plot, `selection.png`.
     """
     from matplotlib import colormaps  # an optional dependency
 
@@ -95,12 +95,12 @@ def draw_selection(counts: Tensor, similarity: Tensor | None, folder: Path) -> P
     figure = _figure(5.5 * columns, 2.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     edges = [prompt - 0.5 for prompt in range(table.shape[2] + 1)]
-    colour = colormaps["viridis"].resampled(tasks)
+    color = colormaps["viridis"].resampled(tasks)
     for row in range(rows):
         below = 0 * table[0, row]
         for task in range(tasks):
             above = below + table[task, row]
-            axes[row, 0].stairs(above, edges, baseline=below, fill=True, color=colour(task), label=f"task {task + 1}")
+            axes[row, 0].stairs(above, edges, baseline=below, fill=True, color=color(task), label=f"task {task + 1}")
             below = above
         axes[row, 0].set(xlabel="prompt", ylabel="times chosen", title="" if rows == 1 else f"group {row + 1}")
         axes[row, 0].xaxis.get_major_locator().set_params(integer=True)

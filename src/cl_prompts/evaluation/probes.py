@@ -1,6 +1,6 @@
-"""Classifiers on the same frozen features; a prompt method is worth its cost only where it beats them.
+"""Baselines on frozen features: classifiers without prompts, which a prompt method should beat.
 
-None of them prompts the backbone or keeps images. All take features [N, D] and class ids [N].
+They use no prompts and store no images. All take features [N, D] and class ids [N].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cl_prompts.heads.incremental import IncrementalHead
 
 
 class FrozenFeatures:
-    """Features of a stream's images, cut by task.
+    """Features of a stream's images, by task.
 
     Args:
         train: one (features [N, D], class ids [N]) per task.
@@ -32,7 +32,7 @@ class FrozenFeatures:
     def accuracies(self, classifier: Callable[[Tensor], Tensor], seen: Sequence[int], tasks: int) -> list[float]:
         """Accuracy in percent on the first `tasks` tasks.
 
-        `classifier` makes logits of features; its columns are the classes `seen`.
+        `classifier` maps features [N, D] to logits, whose columns are the classes `seen`.
         """
         ids = torch.tensor(list(seen))
         return [
@@ -47,9 +47,9 @@ class FrozenFeatures:
 
 
 def nearest_class_mean(data: FrozenFeatures) -> AccuracyMatrix:
-    """The class whose mean training feature, over all tasks so far, has the largest cosine with the image's.
+    """Nearest class mean: predicts the class whose mean training feature has the largest cosine with the image's feature.
 
-    Nothing is trained; `data` are the features.
+    Nothing is trained; `data` has the features.
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
@@ -62,11 +62,11 @@ def nearest_class_mean(data: FrozenFeatures) -> AccuracyMatrix:
 
 
 def closed_form(data: FrozenFeatures, classifier: FeatureClassifier) -> AccuracyMatrix:
-    """A new classifier in closed form, shown each task's features once; nothing is trained.
+    """A closed-form classifier, fitted to each task's features once. Nothing is trained by gradient descent.
 
     Args:
         data: features by task.
-        classifier: for their width; drift is none.
+        classifier: a new classifier for features of this width, with drift "none".
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
@@ -88,15 +88,15 @@ def sequential_probe(
     seed: int,
     cosine_scale: float | None = None,
 ) -> AccuracyMatrix:
-    """A head trained task after task with Adam; the loss sees the current task's classes, as for the prompts.
+    """A head trained task after task with Adam. The loss is over the current task's classes, as for prompts by default.
 
     Args:
         data: features by task.
-        num_train_epochs: of a task, as for the prompts.
-        batch_size: features of a step.
-        learning_rate: of Adam.
-        seed: of the order and the initial values.
-        cosine_scale: None for a linear head, else the scale of a cosine head.
+        num_train_epochs: epochs per task.
+        batch_size: features per step.
+        learning_rate: learning rate of Adam.
+        seed: seed of orders and initial values.
+        cosine_scale: scale of a cosine head; None: a linear head.
     """
     matrix = AccuracyMatrix()
     seen: list[int] = []
@@ -121,7 +121,7 @@ def sequential_probe(
 def joint_linear_probe(
     data: FrozenFeatures, *, num_train_epochs: int, batch_size: int, learning_rate: float, seed: int
 ) -> AccuracyMatrix:
-    """A linear head trained on all tasks so far at once, anew after each task: what no continual learner may do.
+    """A new linear head trained on all tasks so far, after each task: an upper bound, which needs old images.
 
     `data`, `num_train_epochs`, `batch_size`, `learning_rate` and `seed` are as in `sequential_probe`.
     """
@@ -147,7 +147,7 @@ def joint_linear_probe(
 
 
 def _targets(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """The place of each label [n] in `classes`, which has all of them: [n]."""
+    """Index of each label [n] in `classes`: [n]. All labels must be in `classes`."""
     return (labels[:, None] == torch.tensor(list(classes))).int().argmax(1)
 
 

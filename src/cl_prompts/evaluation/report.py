@@ -1,4 +1,4 @@
-"""Result tables, and one Markdown page per run that says what was run, what came out and what it is worth."""
+"""Result tables, and a Markdown page per run with its settings, results and remarks on them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from cl_prompts.runtime.cpu import processor
 from cl_prompts.runtime.files import write_atomically
 
 
-# Headings of the measures of `AccuracyMatrix.summary` in tables; the others only where some learner has them.
-ALWAYS = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learnt"}
+# Headings of the measures of `AccuracyMatrix.summary` in tables; those of WHERE_KNOWN only if a learner has the measure.
+ALWAYS = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learned"}
 WHERE_KNOWN = {"faa_task_incremental": "FAA, task known", "fwt": "FWT"}
-# Learners without prompts on the same frozen features: what prompts must beat to be worth their training.
+# Classifiers without prompts on the same frozen features, which prompts should beat.
 FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean", "discriminant analysis")
 PAGE = "results.md"
 LEGEND = (
@@ -36,14 +36,14 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Result:
-    """What one learner reached in one run.
+    """Results of one learner in one run.
 
     Args:
-        learner: its name, the same for all seeds.
+        learner: name of the learner, the same for all seeds.
         matrix: accuracies.
         seed: seed of the run.
-        trainable: number of parameters it trained in the last task.
-        seconds: what it took.
+        trainable: number of parameters trained in the last task; None: unknown.
+        seconds: duration of the run; None: unknown.
     """
 
     learner: str
@@ -54,10 +54,10 @@ class Result:
 
 
 def comparison_table(results: Sequence[Result]) -> str:
-    """A Markdown table with a row per learner of `results`: means over its seeds ± sample standard deviation, in percent.
+    """A Markdown table with a row per learner of `results`: mean over seeds ± sample standard deviation, in percent.
 
-    The number of seeds has a column unless every learner has one; a single seed shows no deviation. Parameters and seconds
-    have columns where they are known (seconds: mean over seeds).
+    For a single seed there is no deviation. The column with the number of seeds is left out if all learners have one seed.
+    Parameters and seconds (mean over seeds) have columns if they are known.
 
     Raises:
         ValueError: no results, a learner has a seed twice, or the runs have different numbers of tasks.
@@ -99,19 +99,19 @@ def matrix_table(matrix: AccuracyMatrix) -> str:
 
 
 def task_table(evaluations: Sequence[Evaluation]) -> str:
-    """A Markdown table of the newest evaluation, a row per task: whose class and whose prompts each image was given.
+    """A Markdown table of the last evaluation with a row per task: accuracies, and shares of right tasks.
 
     Args:
-        evaluations: one for each task, made with `task`.
+        evaluations: one per task, from `evaluate` with `task`.
     """
     rows = []
-    for number, found in enumerate(evaluations, start=1):
+    for number, evaluation in enumerate(evaluations, start=1):
         shares = {
-            "accuracy": found.accuracy,
-            "task known": found.task_incremental,
-            "class of the right task": found.task_of_class,
-            "prompts of the right task": found.task_identity,
-            **found.by_classifier,
+            "accuracy": evaluation.accuracy,
+            "task known": evaluation.task_incremental,
+            "class of the right task": evaluation.task_of_class,
+            "prompts of the right task": evaluation.task_identity,
+            **evaluation.by_classifier,
         }
         rows.append({"task": str(number), **{name: "" if s is None else f"{s:.1f}" for name, s in shares.items()}})
     average = {heading: [float(row[heading]) for row in rows if row[heading]] for heading in list(rows[0])[1:]}
@@ -121,11 +121,11 @@ def task_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
-    """What a reader should know before believing the table, as Markdown lines; the first learner is spoken of.
+    """Remarks on how far the results of the first learner can be trusted, as Markdown lines.
 
     Args:
         results: all learners, all seeds.
-        floors: learners without prompts that the first must beat.
+        floors: learners without prompts to compare the first learner with.
 
     Raises:
         ValueError: no results.
@@ -155,7 +155,7 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
 
 
 def half_width(share: float, images: int) -> float:
-    """Half of Wilson's 95 % interval of an accuracy (a share) measured on so many images, in percent."""
+    """Half the width of Wilson's 95 % interval, in percent, of an accuracy `share` (0 to 1) on a number of `images`."""
     z = 1.96
     spread = math.sqrt(share * (1 - share) / images + (z / images) ** 2 / 4)
     return 100 * z * spread / (1 + z * z / images)
@@ -175,28 +175,28 @@ def run_page(
     plots: Sequence[Path] = (),
     floors: Sequence[str] = FLOORS,
 ) -> Path:
-    """Write `results.md` into a run's folder, whole or not at all; returns the file.
+    """Write `results.md` into a run's folder, atomically. Returns the file.
 
     Args:
         folder: the run's folder.
-        results: all learners, all seeds; the first learner is the one the page is about.
-        command: what repeats the run.
-        model: the backbone, in words or its Hub id.
-        data: likewise.
-        arguments: all settings.
-        seconds: what the whole run took.
-        evaluations: the newest evaluation, one for each task, made with `task`.
-        selection: `selection_summary`.
-        plots: pictures in the folder.
+        results: all learners, all seeds; the page is about the first learner.
+        command: command line that repeats the run.
+        model: the backbone, as text or Hub id.
+        data: the data, as text or Hub id.
+        arguments: all settings by name.
+        seconds: duration of the run.
+        evaluations: results of the last evaluation, one per task, from `evaluate` with `task`.
+        selection: text from `selection_summary`.
+        plots: PNG files in the folder.
         floors: as in `remarks`.
 
     Raises:
-        ValueError: no results, or a plot that is not in the folder.
+        ValueError: there are no results, or a plot is not in the folder.
     """
     home = Path(folder)
     for plot in plots:
         if not plot.is_file() or not plot.resolve().is_relative_to(home.resolve()):
-            raise ValueError(f"{plot} is no picture in {home}: draw it there first, the page links to it")
+            raise ValueError(f"{plot} is no picture in {home}: draw it there first")
     learners = _by_learner(results)
     first, runs = next(iter(learners.items()))
     seeds = ", ".join(str(run.seed) for run in runs)
@@ -230,7 +230,7 @@ def run_page(
 
 
 def machine() -> str:
-    """Processor, cores, accelerator and versions, in one line."""
+    """CPU, number of cores, GPUs, and versions of Python and libraries, in one line."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] or ["no GPU"]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "cl-prompts"))
     return f"{processor()}, {os.cpu_count()} cores, {', '.join(gpus)}; Python {platform.python_version()}, {libraries}"
@@ -252,7 +252,7 @@ def _by_learner(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Markdown: the first column is text, the others are aligned to the right."""
+    """A Markdown table. The first column is aligned left, the others right."""
     headings = list(rows[0])
 
     def line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a training run ends with."""
+"""The result of a training run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cl_prompts.evaluation.metrics import AccuracyMatrix
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run of `ContinualTrainer` ends with. It holds no model and no images.
+    """The result of a run of `ContinualTrainer`, without model and images.
 
     Args:
         matrix: accuracies of the learner.
         extra_matrices: accuracies of the extra classifiers, by name.
-        evaluations: the newest evaluation, one for each task.
-        settings: of the run, JSON-able: the trainer's arguments, and `scenario`, the stream's.
-        trainable_parameters: number of parameters that the last task trained.
-        seconds: training time over all sittings of a resumed run.
+        evaluations: results of the last evaluation, one per task.
+        settings: settings of the run, JSON-able: the trainer's arguments, and the stream's `scenario`.
+        trainable_parameters: number of parameters trained in the last task.
+        seconds: training time, including that before a resume.
     """
 
     matrix: AccuracyMatrix

@@ -17,7 +17,7 @@ class Recorded:
     """Features of images, in ascending order of `ids`, the same on every process.
 
     Args:
-        features: what the classifier reads [n, D], float32.
+        features: input of the classifier [n, D], float32.
         labels: class ids [n].
         ids: numbers of the images [n].
     """
@@ -27,32 +27,33 @@ class Recorded:
     ids: Tensor
 
     def features_of(self, seen: Recorded) -> Tensor:
-        """These features, on the device of `seen`, which must hold the same images.
+        """These features, on the device of `seen`, which must be of the same images.
 
         Raises:
-            ValueError: `seen` holds other images.
+            ValueError: `seen` is of other images.
         """
         known = self.ids.to(seen.ids), self.labels.to(seen.labels)
         if not (torch.equal(known[0], seen.ids) and torch.equal(known[1], seen.labels)):
             raise ValueError(
                 f"drift compensation needs the same images before and after the task: {len(self.ids)} were recorded, "
-                f"{len(seen.ids)} are shown after, with other sample_ids or labels"
+                f"{len(seen.ids)} came after, with other sample_ids or labels"
             )
         return self.features.to(seen.features)
 
 
 @torch.no_grad()
 def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping[str, Any]]) -> Recorded:
-    """Features of images, gathered over processes; padding and repeated images are left out.
+    """Compute features of images and gather them over processes. Padding and repeated images are left out.
 
     Args:
-        read: a batch -> features [B, D].
-        images: this process's share, with `pixel_values`, `labels` and, for more than one pass or process, `sample_ids`.
+        read: function batch -> features [B, D].
+        images: batches of this process's share, with `pixel_values`, `labels` and `sample_ids`. `sample_ids` may be missing
+            with one process.
 
     Raises:
         ValueError: there are no images, or no `sample_ids` with several processes.
     """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     passed = 0
     for batch in images:
         labels = batch["labels"]
@@ -62,10 +63,10 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
         numbers = torch.arange(passed, passed + len(labels)) if ids is None else torch.as_tensor(ids)
         passed += len(labels)
         valid = labels >= 0
-        found.append((read(batch)[valid].float(), labels[valid], numbers.to(labels.device)[valid]))
-    if not found:
+        parts.append((read(batch)[valid].float(), labels[valid], numbers.to(labels.device)[valid]))
+    if not parts:
         raise ValueError("there are no images to look at")
-    features, labels, numbers = (torch.cat(gather_over_processes(torch.cat([part[i] for part in found]))) for i in range(3))
+    features, labels, numbers = (torch.cat(gather_over_processes(torch.cat([part[i] for part in parts]))) for i in range(3))
     order = numbers.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = numbers[order][1:] != numbers[order][:-1]

@@ -1,1 +1,1 @@
-"""Processes, memory, processor and text. Knows nothing else of ours."""
+"""Processes, files, locks, memory, CPU and text for messages. Imports nothing else of this library."""

@@ -1,4 +1,4 @@
-"""What computes here."""
+"""The name of the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The CPU's name, as far as it can be told."""
+    """Name of the CPU: from /proc/cpuinfo, else `platform.processor()`, else the architecture."""
     cpus = Path("/proc/cpuinfo")
     if cpus.is_file():
         names = [line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]

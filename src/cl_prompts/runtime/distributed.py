@@ -1,4 +1,4 @@
-"""What several processes decide together. Torch only; with one process everything returns its argument."""
+"""Sums and gathers over processes, with torch.distributed. With one process the functions return their argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Number of processes of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -39,16 +39,16 @@ def gather_over_processes(values: Tensor) -> list[Tensor]:
 
 
 def gather_with_gradient(values: Tensor) -> Tensor:
-    """A tensor's rows on all processes, in the order of ranks; every process brings as many. Gradients find their way back.
+    """The rows of all processes, in the order of ranks, with gradient. All processes must have the same number of rows.
 
-    Processes that compute the same loss from these rows, and average their gradients as DDP does, get the gradient of that
-    loss once.
+    The backward sums the gradients of all processes. So if all processes compute the same loss from these rows and average
+    their parameters' gradients, as DDP does, the result is the gradient of that loss.
     """
     return values if world_size() == 1 else _Gather.apply(values)
 
 
 class _Gather(torch.autograd.Function):
-    """All rows forward; backward, each process's own rows of the summed gradient."""
+    """Forward: the rows of all processes. Backward: this process's rows of the gradient summed over processes."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

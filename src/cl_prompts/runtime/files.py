@@ -1,4 +1,4 @@
-"""Writing one file so that readers find the old content or the new, whole."""
+"""Atomic writes of single files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cl_prompts.runtime.locks import hold, hold_leftover, release
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file so that readers find the old content or the new, whole. Of several writers the last one wins.
+    """Write a file atomically: readers get the old or the new content, never a part. Of several writers the last one wins.
 
     Args:
-        path: the file; missing folders are made.
+        path: the file; missing folders are created.
         content: text, written as UTF-8, or bytes.
     """
     with staging_file(path) as staging:
@@ -25,13 +25,13 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 @contextmanager
 def staging_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty file beside `path` to write to, which replaces `path` when the block ends without an error.
+    """An empty file next to `path` that replaces `path` when the context ends without an error.
 
-    Each writer has a staging file of its own and holds its lock. Staging files of killed writers are removed.
-    The block must write to the file that is there; `safetensors.torch.save_file` puts another one in its place.
+    Each writer has its own staging file and holds a lock on it. Staging files of killed writers are removed.
+    Write to the existing file. Do not replace it, as `safetensors.torch.save_file` does.
 
     Args:
-        path: the file; missing folders are made.
+        path: the file; missing folders are created.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def staging_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on disk."""
+    """Wait until a file, or the entries of a folder, are written to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

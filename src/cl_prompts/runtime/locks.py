@@ -1,8 +1,8 @@
 """Locks between threads and processes: files that are locked with `flock`.
 
-The system releases such a lock when the process that holds it ends, however it ends. So a lock file that nobody holds is
-the leftover of a killed process. Some network file systems have no locks, and neither has Windows: there a lock is
-granted without waiting, and a leftover is known by its age.
+The system releases a lock when its process ends, also when it is killed. So a lock file without a lock was left by a killed
+process. Windows and some network file systems do not support `flock`: there a lock is granted at once, and a lock file
+counts as left over when it is older than `LEFTOVER_SECONDS`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-LEFTOVER_SECONDS = 24 * 3600.0  # age from which an unlockable file counts as a leftover
+LEFTOVER_SECONDS = 24 * 3600.0
 
 
 def hold(path: Path) -> int:
-    """Make a lock file if there is none, wait for its lock, and return the open descriptor, to be given to `release`."""
+    """Create a lock file if needed and wait for its lock. Returns the open descriptor; pass it to `release`."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if _flock(descriptor, wait=True) and _is_open_as(path, descriptor):
             return descriptor
-        os.close(descriptor)  # the holder before has removed or renamed it
+        os.close(descriptor)  # the previous holder removed or renamed the file
 
 
 def hold_leftover(path: Path) -> int | None:
-    """As `hold`, for a lock file whose holder is dead; None if it is alive, or there is no such file."""
+    """Lock a lock file that was left over by a killed process. None if it is locked or does not exist."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -41,8 +41,8 @@ def hold_leftover(path: Path) -> int | None:
 
 
 def release(descriptor: int) -> None:
-    """Let go of a lock. A copy of the descriptor in a forked process keeps nothing locked."""
-    with suppress(OSError):  # there was no lock
+    """Release a lock and close its descriptor, also if a forked process has a copy of the descriptor."""
+    with suppress(OSError):  # flock is not supported here
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -51,7 +51,7 @@ def release(descriptor: int) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a path; the file exists only meanwhile."""
+    """Hold the lock of a path. The lock file is removed at the end."""
     descriptor = hold(path)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Keeps the memory that a training step frees, so that the next step need not ask the kernel for it again.
+"""Keeps memory that a training step frees in the process, for the next step.
 
-glibc gives every block above 32 MB back at once. The activations of 64 images are such blocks, and a fifth of a step on a
-CPU went into getting their pages again (docs/performance.md).
+By default glibc returns every freed block above 32 MB to the kernel. Activations of 64 images are larger, and allocating
+them again took a fifth of a training step on a CPU (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-# With any of these in the environment somebody has chosen already.
+# If one of these environment variables is set, the user's settings of malloc are kept.
 CHOICES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
-# Parameters of glibc's mallopt(3), and the threshold that its own adaptation ends with at most.
+# Parameters of glibc's mallopt(3), and the largest threshold that glibc itself adapts to.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
-_KEPT_UP_TO = 2**30  # a block above is asked for so rarely that it may go back
+_LARGEST_KEPT_BLOCK = 2**30  # larger blocks are returned to the kernel; they are rare
 _NEVER = -1
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within it, memory that the process frees stays with it; afterwards what is free goes back to the system.
+    """Within this context, freed memory stays with the process. At its end, free memory is returned to the system.
 
-    `ContinualTrainer.train` works in it; a training loop of one's own can. The same numbers come out. Does nothing without
-    glibc, or where the environment has one of `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_` and
-    `GLIBC_TUNABLES`.
+    `ContinualTrainer.train` uses it, and other training loops can too. It does not change results. It has no effect without
+    glibc, or if one of the environment variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_` and
+    `GLIBC_TUNABLES` is set.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in CHOICES):
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, _KEPT_UP_TO)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK)
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Short text for messages, whatever a file or a library holds."""
+"""Short text of values and errors, for messages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LONGEST = 600  # characters
 
 
 def short_repr(value: Any) -> str:
-    """The `repr` of a value in one line of at most 600 characters; long parts are replaced by dots."""
+    """The `repr` of a value, shortened to about 600 characters; omitted parts are shown as dots."""
     return _short(_REPR.repr(value))
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, printable and of at most 600 characters."""
+    """The first line of an error's message, shortened to about 600 characters, with unprintable characters escaped."""
     text = (str(error) or type(error).__name__).strip().splitlines()[0]
     return _short("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 

@@ -20,21 +20,21 @@ from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
 
 
 class PoolAdapter(nn.Module):
-    """Pool and classifier of one adapter, grown to the tasks in `config.state`.
+    """Pool and classifier of one adapter, with tensors for all tasks in `config.state`.
 
     Args:
-        config: the method's config; its `state` is kept up to date.
+        config: the method's config; its `state` is updated with every task.
         shape: sizes of the backbone.
-        pooling: the resolved feature of the un-prompted pass.
+        pooling: feature of the un-prompted pass: "cls", "mean", "cls_mean" or "pooler".
 
     Attributes:
         tasks: tasks and classes.
         pool: the method's prompts.
         head: the trained classifier.
-        classifier: one made from features, which answers or aligns the head; None without.
+        classifier: a classifier computed from features, which replaces the head at test or aligns it; None without one.
         update_scaler: hooks on the optimizer.
         sample_counter: images that the pool's statistics have counted in this task.
-        recorded: features of the next task's images before it, for drift compensation.
+        recorded: features of the next task's images, computed before that task, for drift compensation; or None.
         grown: whether parameters were added since the last training forward.
     """
 
@@ -59,8 +59,8 @@ class PoolAdapter(nn.Module):
         if config.state.tasks:
             self._rebuild()
 
-    def materialised(self) -> PoolAdapter:
-        """Replace every tensor on the meta device by zeros, to be overwritten from a file."""
+    def materialized(self) -> PoolAdapter:
+        """Replace every meta tensor by zeros on the CPU, to be overwritten from a file. Returns the adapter."""
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
@@ -77,23 +77,23 @@ class PoolAdapter(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether the pool is done learning (`trained_tasks="first"`)."""
+        """Whether the pool is no longer trained (`trained_tasks="first"`, after the first task)."""
         return self.config.trained_tasks == "first" and len(self.config.state.tasks) > 1
 
     def requires_grad_(self, requires_grad: bool = True) -> PoolAdapter:
-        """Switch gradients on or off; a frozen pool stays without."""
+        """Set `requires_grad` of all parameters; a frozen pool's stay False."""
         super().requires_grad_(requires_grad)
         if self.frozen:
             self.pool.requires_grad_(False)
         return self
 
     def check_pool_learns(self) -> None:
-        """Raise ValueError if the pool must not change any more."""
+        """Raise ValueError if the pool is frozen."""
         if self.frozen:
-            raise ValueError('trained_tasks="first": prompts are frozen after the first task, statistics rely on them')
+            raise ValueError('trained_tasks="first": prompts are frozen after the first task and cannot be changed')
 
     def _rebuild(self) -> None:
-        """Make room for what the tasks so far left, whose values come from a file."""
+        """Create the tensors of the tasks in `config.state`. Their values are then read from a file."""
         class_indices = self.tasks.class_indices(self.config.state.tasks)
         self.head.expand(self.classes, self.tasks.current_classes)
         self.pool.rebuild(class_indices if self.config.trained_tasks == "all" else class_indices[:1])
@@ -103,15 +103,15 @@ class PoolAdapter(nn.Module):
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task; see `TaskAPI.begin_task`."""
+        """Begin the next task; see `TaskAPI.begin_task`."""
         task = self.tasks.plan_task(classes, revisit, class_names)
         if self.classifier is not None:
             self.classifier.check_statistics()
-        # Checks are done; from here on things grow.
+        # All checks passed; from here on the state changes.
         self.head.expand(task.known, task.classes)
         self.tasks.begin(task)
         (class_indices,) = self.tasks.class_indices([task.classes])
-        # Prompts that are frozen after the first task have no part in later ones.
+        # A pool that is frozen after the first task gets no prompts for later ones.
         if self.config.trained_tasks == "all" or not self.pool.num_tasks:
             self.pool.begin_task(class_indices)
         if self.classifier is not None:
@@ -123,7 +123,7 @@ class PoolAdapter(nn.Module):
         self.update_scaler.detach()
 
     def end_task(self) -> None:
-        """Close the current task; see `TaskAPI.end_task`."""
+        """End the current task; see `TaskAPI.end_task`."""
         self.tasks.check_open()
         if self.classifier is not None and int(self.classifier.fitted) < self.classifier.num_tasks:
             raise ValueError("the classifier has not seen this task: call model.consolidate(images) before end_task()")
@@ -133,16 +133,16 @@ class PoolAdapter(nn.Module):
         self.update_scaler.detach()
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features [B, D] -> logits [B, C] of the classifier that answers at test."""
+        """Features [B, D] -> logits [B, C] of the classifier used at test: a closed-form one, else the trained head."""
         if self.classifier is None or not self.config.closed_form:
             return self.head(features)
         return self.classifier(features)
 
     def consolidate(self, seen: Recorded) -> None:
-        """Show the classifier a task whose training is done.
+        """Fit the classifier to the features of a task after its training.
 
         Raises:
-            ValueError: the features before the task are missing or of other images, or these are of no class of the task.
+            ValueError: features from before the task are missing or of other images, or a label is not of the task.
         """
         assert self.classifier is not None
         self.classifier.check_turn()
@@ -150,7 +150,7 @@ class PoolAdapter(nn.Module):
         if self.classifier.needs_before and int(self.classifier.fitted):
             if self.recorded is None:
                 raise ValueError(
-                    "drift compensation needs the task's images as they were seen before the task: call "
+                    "drift compensation needs the features of the task's images from before the task: call "
                     'model.record_features(images) before begin_task, or set drift_compensation="none"'
                 )
             before = self.recorded.features_of(seen)
@@ -158,8 +158,8 @@ class PoolAdapter(nn.Module):
         outside = ~self.head.current[targets.clamp_min(0)] | (targets < 0)
         if outside.any():
             raise ValueError(
-                f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: show the classifier "
-                "the task's images only"
+                f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
+                "the current task only"
             )
         self.classifier.fit(seen.features, targets, before, self.head)
         self.recorded = None
@@ -177,11 +177,11 @@ class PoolAdapter(nn.Module):
 
 
 class PromptPoolLayer(nn.Module, BaseTunerLayer):
-    """The tuner layer PEFT looks for: all adapters by name. Nothing in the base is replaced."""
+    """All adapters by name, as the tuner layer that PEFT expects. No module of the base is replaced."""
 
     adapter_layer_names = ("prompt_pool",)
     other_param_names = ()
-    # BaseTunerLayer's, named here because PEFT carries no types
+    # Methods of BaseTunerLayer, declared here because PEFT has no type annotations.
     set_adapter: Any
     set_requires_grad: Any
     delete_adapter: Any
@@ -199,11 +199,11 @@ class PromptPoolLayer(nn.Module, BaseTunerLayer):
         return False
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
-        """PEFT calls it when it has switched gradients on."""
+        """Set `requires_grad` of frozen pools back to False. PEFT calls it after it has set it to True."""
         adapters: Any = self.prompt_pool.values()
         for adapter in adapters:
             if adapter.frozen:
                 adapter.pool.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        """The tuner places adapters; PEFT's way needs a base layer."""
+        """Does nothing: the tuner moves adapters. PEFT's version needs a base layer."""

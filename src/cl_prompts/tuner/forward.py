@@ -2,9 +2,9 @@
 
     validate -> query -> pool -> plan -> prompted pass -> head -> losses -> output
 
-PEFT calls the base model itself, inside `_enable_peft_forward_hooks`. `prompted_forward` is open during that call: it does
-everything up to the plan when it is entered, and hands `answer`, which does the rest, to the backbone. So a plain
-`PeftModel` and `PromptPoolModel` answer alike.
+PEFT calls the base model inside `_enable_peft_forward_hooks`, which enters `prompted_forward`. `prompted_forward` runs the
+steps up to the plan on entry and passes `answer`, which runs the steps after the prompted pass, to the backbone. So a plain
+`PeftModel` and a `PromptPoolModel` return the same output.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Inputs:
     """The arguments of one forward, validated.
 
     Args:
-        adapter: the adapter that answers.
-        args, kwargs: of the base model, without our own arguments.
+        adapter: the active adapter.
+        args, kwargs: arguments of the base model, without `labels`, `query` and the others of this library.
         images: [B, 3, H, W].
         training: whether the method learns from this forward.
-        features_only: ask the trained head, not a classifier made from features; for a look at features.
+        features_only: use the trained head instead of a classifier computed from features; only the features are read.
         targets: index of the logit of each image's class [B], -100 for padding; None without labels.
         valid: True for real images, False for padding [B].
-        query: un-prompted features [B, D] of the caller, or None.
+        query: un-prompted features [B, D] passed by the caller, or None.
         sample_ids: a number per image, or None.
         num_items: number of images of the whole accumulated batch, or None.
     """
@@ -63,7 +63,7 @@ class Inputs:
 
     @property
     def learns(self) -> bool:
-        """Whether the pool takes gradients and statistics from this forward."""
+        """Whether the pool gets gradients and statistics from this forward."""
         return self.training and not self.adapter.frozen
 
 
@@ -77,17 +77,17 @@ def prompted_forward(
     training: bool,
     features_only: bool = False,
 ) -> Iterator[None]:
-    """Until the block ends, the next forward of the base model with these arguments gives the adapter's answer.
+    """Within this context the base model, called with these arguments, returns the adapter's `PromptPoolOutput`.
 
     Args:
         backbone: the base model with its hooks.
-        adapter: answers.
-        args, kwargs: of the forward, our own arguments among them.
+        adapter: the active adapter.
+        args, kwargs: arguments of the forward, including `labels`, `query` and the others of this library.
         training: whether the method learns from this forward.
-        features_only: do not ask a classifier that is made from features.
+        features_only: use the trained head instead of a classifier computed from features.
 
     Raises:
-        ValueError: the images do not fit the base, labels are of no declared class, or a call is missing before this one.
+        ValueError: the images do not fit the base, a label is of no declared class, or an earlier call is missing.
         TypeError: an argument is of the wrong type.
     """
     inputs = validate(backbone, adapter, args, kwargs, training=training, features_only=features_only)
@@ -107,7 +107,7 @@ def validate(
     training: bool,
     features_only: bool,
 ) -> Inputs:
-    """Check the arguments of a forward and look up the labels' classes."""
+    """Check the arguments of a forward and map labels to targets."""
     images: Any = kwargs.get("pixel_values", args[0] if args else None)
     labels, query = kwargs.get("labels"), kwargs.get("query")
     base_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
@@ -136,13 +136,13 @@ def validate(
 
 
 def query_features(backbone: PromptedBackbone, inputs: Inputs) -> tuple[Tensor | None, Reuse | None]:
-    """The un-prompted feature of each image [B, D], if the pool asks for it, and what the prompted pass can reuse."""
+    """Un-prompted features [B, D], or None if the pool needs none, and what the prompted pass can reuse of that pass."""
     pool = inputs.adapter.pool
     if inputs.query is not None:
         return inputs.query.detach().float(), None
     if not pool.needs_query:
         return None, None
-    # A gradient to the images goes through both passes, and a graph of the whole model cannot hold what is kept.
+    # No reuse if a gradient to the images must go through both passes, or the whole model is compiled into one graph.
     reusable = not inputs.images.requires_grad and not torch.compiler.is_compiling()
     below = backbone.unprompted_blocks(min(pool.layers, default=0)) if reusable else None
     query, reuse = backbone.features(inputs.args, inputs.kwargs, inputs.adapter.query_pooling, keep_below=below)
@@ -171,7 +171,7 @@ def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reus
         read = backbone.readable(inserted if index == 0 else 0, 1)
     elif readout == "prompt":
         read = backbone.readable(index, inserted)
-    # Several passes for an image have other tokens and prefixes each; prompt tokens enter block 0.
+    # Nothing to reuse if an image's passes differ (candidates), or if prompt tokens change every block from block 0 on.
     if prompts.candidates > 1 or (reuse is not None and reuse.below and tokens is not None):
         reuse = None
     return PassPlan(
@@ -194,7 +194,7 @@ def answer(
     plan: PassPlan,
     return_dict: bool,
 ) -> PromptPoolOutput | tuple[Any, ...]:
-    """Logits, loss and output from what the prompted pass recorded; in training the pool takes its statistics."""
+    """Output of the forward from what the prompted pass recorded. In training the pool updates its statistics."""
     adapter, record = inputs.adapter, plan.record
     with torch.autocast(inputs.images.device.type, enabled=False):
         features = read_feature(backbone.model, backbone.structure, record, adapter.readout)
@@ -219,8 +219,8 @@ def answer(
         if inputs.learns:
             with torch.no_grad():
                 first_seen = adapter.sample_counter.first_seen(inputs.sample_ids, inputs.valid)
-                shown = (chosen.ids, query, inputs.targets, inputs.valid, first_seen, chosen.scores, features)
-                adapter.pool.observe(Observation(*shown))
+                observed = (chosen.ids, query, inputs.targets, inputs.valid, first_seen, chosen.scores, features)
+                adapter.pool.observe(Observation(*observed))
     output = PromptPoolOutput(
         loss=loss,
         logits=logits,

@@ -1,4 +1,4 @@
-"""From features and logits of the prompted pass to one answer per image and the loss."""
+"""Selection, masked logits, loss and combination of candidates, computed from the prompted pass."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cl_prompts.tuner.adapter import PoolAdapter
 
 @dataclass(frozen=True)
 class Selection:
-    """Prompts that a pass used: numbers, weights, and the scores they were chosen by; None where a method has none.
+    """Prompts that a pass used. A field is None if the method does not have it.
 
     Args:
-        ids: [B, k], or [B, layers, k] where each layer chooses.
-        weights: likewise.
-        scores: [B, M] or [B, layers, M].
+        ids: numbers of the prompts [B, k], or [B, layers, k] if each layer selects.
+        weights: their weights, of the same shape.
+        scores: scores of all prompts of the pool, by which they were selected: [B, M] or [B, layers, M].
     """
 
     ids: Tensor | None
@@ -33,12 +33,12 @@ class Selection:
 
 
 def selection_of(prompts: Prompts, used: Mapping[int, PrefixKV]) -> Selection:
-    """What the pool chose or, where it chose nothing, what the layers chose inside their attention, stacked over layers."""
+    """The pool's selection or, if it made none, those of the layers, stacked over layers."""
     layers = [used[layer] for layer in sorted(used)]
 
     def stacked(own: Tensor | None, by_layer: list[Tensor | None]) -> Tensor | None:
-        found = [value for value in by_layer if value is not None]
-        return torch.stack(found, 1) if own is None and found else own
+        values = [value for value in by_layer if value is not None]
+        return torch.stack(values, 1) if own is None and values else own
 
     return Selection(
         stacked(prompts.ids, [prefix.ids for prefix in layers]),
@@ -48,7 +48,7 @@ def selection_of(prompts: Prompts, used: Mapping[int, PrefixKV]) -> Selection:
 
 
 def mask_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None, valid: Tensor) -> Tensor:
-    """Training logits [B, C] with -inf at the classes that the loss does not see (`class_mask` of the config)."""
+    """Training logits [B, C] with -inf at the classes that `class_mask` of the config excludes from the loss."""
     mask = adapter.config.class_mask
     if mask == "task":
         return logits.masked_fill(~adapter.head.current, float("-inf"))
@@ -68,15 +68,15 @@ def method_losses(
     valid: Tensor,
     chosen: Selection,
 ) -> dict[str, LossPart]:
-    """The method's terms of the training loss; those of one name are added up over the layers."""
+    """The method's terms of the training loss, by name. Terms of the same name are added, for example over layers."""
     parts: dict[str, LossPart] = {}
-    for found in (
+    for source in (
         prompts.losses,
         *(prefix.losses for prefix in used.values()),
         pool.regularizers(chosen.scores, valid),
         pool.feature_losses(features, targets, valid),
     ):
-        for name, part in found.items():
+        for name, part in source.items():
             known = parts.get(name)
             parts[name] = part if known is None else LossPart(known.value + part.value, part.reduction)
     return parts
@@ -91,7 +91,7 @@ def total_loss(
     *,
     over_processes: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy plus the method's parts: the total and each part as it enters the total."""
+    """Cross entropy plus the method's parts: the total, a scalar, and the terms that it is the sum of, by name."""
     each = F.cross_entropy(logits, targets, reduction="none")
     return add_up({"cross_entropy": LossPart(each, "mean"), **parts}, valid, num_items, over_processes=over_processes)
 
@@ -99,12 +99,12 @@ def total_loss(
 def combine_candidates(
     adapter: PoolAdapter, prompts: Prompts, logits: Tensor, features: Tensor, chosen: Selection
 ) -> tuple[Tensor, Tensor, Selection]:
-    """One answer per image from its c candidates.
+    """Combine the c candidates of each image into one row.
 
     Args:
-        adapter: its trained head tells how confident a candidate is.
-        prompts: says how candidates are combined: "confident" takes the most confident candidate of each image; "mean"
-            takes the log of the mean probability, features and scores of the first candidate, and the prompts of all.
+        adapter: its trained head gives the confidence of a candidate, the largest class probability.
+        prompts: `prompts.combine` is "confident" (the most confident candidate of each image) or "mean" (the log of the
+            mean probabilities, features and scores of the first candidate, ids and weights of all).
         logits: [B * c, C].
         features: [B * c, D].
         chosen: rows for all candidates.
@@ -119,7 +119,7 @@ def combine_candidates(
         return None if x is None else x.unflatten(0, (-1, candidates)).movedim(1, -2).flatten(-2)
 
     if prompts.combine == "confident":
-        # By the trained head, so that the features are those that a classifier made from them has seen.
+        # Always by the trained head, as when features are collected for a classifier that is computed from them.
         best = most_confident(adapter.head(features), candidates)
         combined, features = logits[best], features[best]
         ids, weights = (None if x is None else x[best] for x in (chosen.ids, chosen.weights))

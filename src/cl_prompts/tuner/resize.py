@@ -1,4 +1,4 @@
-"""A larger pool in place of a smaller one: old rows stay bit-equal, new rows start as a new pool's would."""
+"""Replaces a pool by a larger one. Old rows stay bit-equal; new rows are initialized as in a new pool."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cl_prompts.tuner.validation import planned_adapter
 
 
 def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimizer: Any = None) -> None:
-    """Grow an adapter's pool; see `TaskAPI.grow_pool`. After an error everything is as before."""
+    """Grow an adapter's pool; see `TaskAPI.grow_pool`. After an error nothing has changed."""
     config, old = adapter.config, adapter.pool
     size = getattr(config, "pool_size", None)
     if size is None:
@@ -35,7 +35,7 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
     except BaseException:
         config.__dict__.update(before)
         raise
-    swapped = _take_over(new.train(old.training), old)
+    swapped = _copy_into(new.train(old.training), old)
     adapter.pool = new
     adapter.grown = True
     if optimizer is not None:
@@ -45,8 +45,8 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
 
 
 @torch.no_grad()
-def _take_over(new: PromptPool, old: PromptPool) -> dict[Tensor, nn.Parameter]:
-    """Put every tensor of `old` into the leading corner of that of `new`; old parameters and what takes their place."""
+def _copy_into(new: PromptPool, old: PromptPool) -> dict[Tensor, nn.Parameter]:
+    """Copy every tensor of `old` into the leading rows (and columns) of that of `new`. Returns new parameters by old."""
     swapped: dict[Tensor, nn.Parameter] = {}
     for name, tensor in [*old.named_parameters(), *old.named_buffers()]:
         owner, _, last = name.rpartition(".")
@@ -67,14 +67,14 @@ def _in_the_corner(tensor: Tensor, larger: Tensor) -> Tensor:
 
 
 def _check_grows_along(optimizer: torch.optim.Optimizer, pool: PromptPool) -> None:
-    """Raise ValueError if an optimizer does not train the pool, or keeps state that has no rows of prompts."""
+    """Raise ValueError if an optimizer does not train the pool, or has state of another shape than its parameter."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parameters = {name: p for name, p in pool.named_parameters() if p.requires_grad}
     missing = [name for name, p in parameters.items() if id(p) not in trained]
     if missing:
         raise ValueError(
-            f"the optimizer does not train the pool's {missing}: give the one that was built from "
-            "model.parameter_groups(...), or none"
+            f"the optimizer does not train the pool's {missing}: pass the one that was built from "
+            "model.parameter_groups(...), or None"
         )
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -86,7 +86,7 @@ def _check_grows_along(optimizer: torch.optim.Optimizer, pool: PromptPool) -> No
 
 
 def _swap_parameters(optimizer: torch.optim.Optimizer, swapped: Mapping[Tensor, nn.Parameter]) -> None:
-    """Let an optimizer train the grown parameters; the state of new rows is zero."""
+    """Replace old parameters by new ones in an optimizer. State of old rows is kept; that of new rows is zero."""
     for group in optimizer.param_groups:
         group["params"] = [swapped.get(p, p) for p in group["params"]]
     for old, new in swapped.items():

@@ -1,8 +1,8 @@
-"""One frozen backbone in the memory of many processes, with torch's FSDP2.
+"""Shards the frozen backbone's blocks over processes, with torch's FSDP2.
 
-What a prompt method trains is small and grows with the tasks, so every process keeps it whole and DDP adds its gradients.
-Wrapping the whole model, as Accelerate's FSDP does, would cut that up too. The frozen blocks neither change nor grow: each
-process keeps its share of their weights and the whole block only while it computes.
+Each process keeps its share of the blocks' weights, and a complete block only while that block computes. The parameters
+that a prompt method trains are small and grow with the tasks; every process keeps all of them, and DDP averages their
+gradients. Accelerate's FSDP wraps the complete model and would shard these too.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from cl_prompts.runtime.distributed import world_size
 
 
 def shard_frozen_blocks(model: PeftModel) -> None:
-    """Spread the weights of the base's transformer blocks over all processes; answers and training stay the same.
+    """Shard the weights of the base's transformer blocks over all processes. Outputs and training stay the same.
 
-    To be called once, on every process, when the model is on its device and before it is wrapped. From then on every
-    forward is one of all processes: each must call it equally often, as it does in training, in `evaluate` and with
-    `ContinualTrainer`. Embeddings, final norm, pools and heads stay whole everywhere, and so does what is saved.
+    Call it once, on every process, after the model is on its device and before it is wrapped. From then on all processes
+    must run the same number of forwards, as they do in training, in `evaluate` and in `ContinualTrainer`. Embeddings, final
+    norm, pools and heads are not sharded. Saved files do not change.
 
     Args:
-        model: with a frozen base, not wrapped.
+        model: the model, with a frozen base and not wrapped.
 
     Raises:
-        ValueError: there is one process only, the blocks are sharded already, or something in them is to be trained.
+        ValueError: there is only one process, the blocks are sharded already, or a parameter in them is trained.
     """
     if world_size() == 1:
-        raise ValueError("there is one process, nobody to share the blocks with: launch several, or do not shard")
+        raise ValueError("there is only one process: launch several to shard the blocks, or do not shard")
     tuner = model.base_model
     blocks = [tuner.model.get_submodule(name) for name in tuner.structure.blocks]
     inside = [(name, p) for block in blocks for name, p in block.named_parameters()]
@@ -38,13 +38,14 @@ def shard_frozen_blocks(model: PeftModel) -> None:
         raise ValueError("the blocks of this base are sharded already")
     trained = [name for name, p in inside if p.requires_grad]
     if trained:
-        raise ValueError(f"only what stays frozen can be sharded, and {trained[:3]} in the blocks are to be trained")
+        raise ValueError(f"only frozen parameters can be sharded, and {trained[:3]} in the blocks require gradients")
     mesh = init_device_mesh(inside[0][1].device.type, (world_size(),))
     for block in blocks:
-        # Said explicitly: by default a block without a sharded parent would stay whole once it has computed.
+        # Explicit, because by default a block without a sharded parent is not resharded after its forward.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # FSDP gathers a block for its backward when the gradient of what it has seen leave the block arrives.
+    # FSDP gathers a block for its backward when the gradient of the output that FSDP saw arrives. Our hooks may replace
+    # that output, so they must run after FSDP's.
     tuner.backbone.move_hooks_behind()
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    # DDP would hand every frozen weight to all processes as it was on the first; these are not whole on any.
+    # DDP broadcasts parameters from the first process; sharded ones differ between processes and must be left out.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)

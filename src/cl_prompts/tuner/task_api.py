@@ -1,4 +1,4 @@
-"""What a training loop calls on a prompt learner: tasks, optimizer, consolidation, state. No method's mathematics."""
+"""The methods of a prompt learner that a training loop calls: tasks, optimizer, consolidation, state."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from cl_prompts.tuner.training_state import restored_adapter, training_state_dic
 
 
 class TaskAPI:
-    """The methods that `PromptPoolTuner` and `PromptPoolModel` have in common: all act on the active adapter.
+    """The methods that `PromptPoolTuner` and `PromptPoolModel` share. All act on the active adapter.
 
-    The tuner holds the attributes below; `PromptPoolModel` finds them on its tuner, as `PeftModel` does.
+    The tuner holds the attributes below; `PromptPoolModel` looks them up on its tuner, as `PeftModel` does.
 
     Attributes:
         model: the frozen base model.
@@ -38,7 +38,7 @@ class TaskAPI:
         released: whether the base was given back by `unload`.
         pools: the adapters by name.
         peft_config: configs by adapter name.
-        active_adapters: names; the first one answers.
+        active_adapters: names; the first one is used by the forward.
     """
 
     model: nn.Module
@@ -48,11 +48,11 @@ class TaskAPI:
     peft_config: Any
     active_adapters: Any
 
-    # ---- what it is --------------------------------------------------------------------------------------------------
+    # ---- properties --------------------------------------------------------------------------------------------------
 
     @property
     def structure(self) -> Structure:
-        """Where the base's parts are."""
+        """Names of the base's parts, and its sizes."""
         return self.backbone.structure
 
     @property
@@ -68,17 +68,17 @@ class TaskAPI:
 
     @property
     def classes(self) -> list[int]:
-        """Class ids as they stand in `labels`, in the order of the logits."""
+        """Known class ids (values of `labels`), in the order of the logits."""
         return self.adapter.classes
 
     @property
     def class_mask(self) -> str:
-        """Which logits the training loss sees: the config's `class_mask`."""
+        """Logits that the training loss uses: the config's `class_mask`."""
         return self.adapter.config.class_mask
 
     @property
     def closed_form(self) -> bool:
-        """Whether the classifier is made from features, so that nothing is known before the first `consolidate`."""
+        """Whether the classifier is computed from features and must be fitted (`consolidate`) before the model predicts."""
         return self.adapter.config.closed_form
 
     @property
@@ -88,22 +88,22 @@ class TaskAPI:
 
     @property
     def needs_query(self) -> bool:
-        """Whether the method reads the un-prompted feature, so that `query=` spares a pass."""
+        """Whether the method uses the un-prompted feature. If so, passing `query=` saves a pass."""
         return self.adapter.pool.needs_query
 
     @property
     def query_pooling(self) -> str:
-        """Which feature the un-prompted pass takes: "cls", "mean", "cls_mean" or "pooler"."""
+        """Feature that the un-prompted pass returns: "cls", "mean", "cls_mean" or "pooler"."""
         return self.adapter.query_pooling
 
     @property
     def replay(self) -> Replay:
-        """How stored images are trained on: always "mixed" into the batches."""
+        """How stored images join training: always "mixed" into the batches."""
         return "mixed"
 
     @property
     def needs_memory(self) -> bool:
-        """Whether stored images are needed: never."""
+        """Whether stored images are needed: always False."""
         return False
 
     @property
@@ -114,7 +114,7 @@ class TaskAPI:
 
     @property
     def needs_consolidation(self) -> bool:
-        """Whether the classifier needs to see a task's images when the task has been trained."""
+        """Whether `consolidate` must be called after a task's training."""
         return self.adapter.classifier is not None
 
     def get_base_model(self) -> nn.Module:
@@ -126,13 +126,13 @@ class TaskAPI:
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task: the head grows by new classes, the method adds what a task needs.
+        """Begin the next task. The head grows by the new classes, and the method adds the parameters of a task.
 
-        On a wrapped model the order is: unwrap, begin_task, new optimizer, wrap (`accelerator.prepare`) again.
+        For a wrapped model the order is: unwrap, begin_task, new optimizer, wrap (`accelerator.prepare`) again.
 
         Args:
-            classes: class ids as they stand in `labels`, in any order.
-            revisit: known classes may come back (new domain, recurring classes); the head does not grow for them.
+            classes: class ids (values of `labels`), in any order.
+            revisit: allow known classes (a new domain, recurring classes); the head does not grow for them.
             class_names: names by class id, saved with the adapter.
 
         Raises:
@@ -143,7 +143,7 @@ class TaskAPI:
         self.adapter.begin_task(classes, revisit=revisit, class_names=class_names)
 
     def _record_base(self, adapter: PoolAdapter) -> None:
-        """Note in the adapter's state which base it is trained on."""
+        """Write the base's fingerprint and sizes into the adapter's state."""
         state, shape = adapter.config.state, self.structure.shape
         if state.base_fingerprint is None:
             state.base_fingerprint = base_fingerprint(self.model, self.structure, adapter.query_pooling)
@@ -153,46 +153,47 @@ class TaskAPI:
             state.image_size = list(size) if size else None
 
     def end_task(self) -> None:
-        """Close the current task.
+        """End the current task.
 
         Raises:
-            ValueError: no task is open, or the classifier has not seen it (`consolidate`).
+            ValueError: no task is open, or `consolidate` was not called for it.
         """
         self.adapter.end_task()
 
     def trains_task(self, number: int) -> bool:
-        """Whether something is trained by gradient in task `number`, counted from 0."""
+        """Whether task `number`, counted from 0, is trained by gradient descent."""
         config = self.adapter.config
         if config.trained_tasks == "first" and number:
-            return not config.closed_form  # the head goes on
+            return not config.closed_form  # only the head is trained
         return config.trains_features or not config.closed_form
 
     def grow_pool(self, pool_size: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Give a method with a fixed `pool_size` more prompts, between tasks or in one. Old rows stay bit-equal.
+        """Add prompts to a pool with a fixed `pool_size`, between tasks or within one. Old rows stay bit-equal.
 
-        New rows start as a new pool's would. Parameters are replaced: on a wrapped model the order is that of
-        `begin_task`, except that an optimizer can be kept.
+        New rows are initialized as in a new pool. Parameters are replaced: for a wrapped model the order is that of
+        `begin_task`, except that the optimizer can be kept.
 
         Args:
             pool_size: the new number of prompts, larger than the old one.
-            optimizer: trains the grown pool from now on, with the state it has for old rows and none (zeros) for new
-                ones; Adam's step count is one for all rows. None: build a new one before training goes on.
+            optimizer: optimizer to continue with. Its state is kept for old rows and zero for new ones; Adam's step count
+                is shared by all rows. None: build a new optimizer before training continues.
 
         Raises:
-            ValueError: no larger size, a method whose pool grows with its tasks, an optimizer that cannot grow along, or
-                more than `max_adapter_bytes`. Nothing has changed then.
+            ValueError: the size is not larger, the method's pool grows with its tasks, the optimizer's state cannot grow,
+                or the pool would exceed `max_adapter_bytes`. After an error nothing has changed.
         """
         self.adapter.check_pool_learns()
         grow_pool(self.adapter, self.structure.shape, pool_size, optimizer)
 
     def initialize_prompts(self, pixel_values: Tensor, seed: int = 0, **kwargs: Any) -> None:
-        """Start the trainable prompts from real images: every row becomes the embedding of one of their patches. Ours.
+        """Initialize the trainable prompts from images: each row becomes the embedding of a random patch.
 
-        Call it before training (after the first `begin_task`, or before it), on several processes with the same images.
+        Not from a paper. Call it before training, before or after the first `begin_task`; on several processes, with the
+        same images on each.
 
         Args:
-            pixel_values: images [B, 3, H, W]; their patches are what enters block 0, positions included.
-            seed: draws the patches, with replacement.
+            pixel_values: images [B, 3, H, W]. The embeddings are the patch tokens that enter block 0, with positions added.
+            seed: seed of the draw of patches, with replacement.
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
@@ -203,17 +204,17 @@ class TaskAPI:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def parameter_groups(self, learning_rate: float, **learning_rates: float) -> list[dict[str, Any]]:
-        """Optimizer groups of all trainable parameters, by kind.
+        """Optimizer groups of all trainable parameters, by kind. Call it after `begin_task`.
 
         Args:
-            learning_rate: of all groups that are not in `learning_rates`.
-            learning_rates: of "prompts", "keys", "routers", "head" or "base" (`modules_to_save`).
+            learning_rate: learning rate of all groups that are not in `learning_rates`.
+            learning_rates: learning rates of "prompts", "keys", "routers", "head" or "base" (`modules_to_save`).
 
         Returns:
-            dicts with `name`, `params` and `lr`, for any torch optimizer. Build it after `begin_task`.
+            dicts with `name`, `params` and `lr`, for any torch optimizer.
 
         Raises:
-            ValueError: `learning_rates` names no group.
+            ValueError: a name in `learning_rates` is not a group.
         """
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.adapter.named_parameters():
@@ -232,58 +233,58 @@ class TaskAPI:
         ]
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the method protect what it must when `optimizer` steps. Call it after every `begin_task`.
+        """Register the optimizer, so that the method can scale its updates. Call it after every `begin_task`.
 
-        Accelerate's wrapper of an optimizer will do too.
+        `optimizer` may be wrapped by Accelerate.
 
         Raises:
-            ValueError: the optimizer lacks a trainable parameter.
+            ValueError: the optimizer does not train all trainable parameters.
         """
         adapter = self.adapter
         adapter.update_scaler.attach(optimizer, adapter, adapter.pool.update_factors(), "pool.")
         adapter.update_scaler.check_trains(adapter.named_parameters())
 
     def check_labels(self) -> None:
-        """Report wrong labels seen on a device or in a compiled model since the last call. Call it where you log.
+        """Check labels of the forwards since the last call, on an accelerator or in a compiled model. Call it at logging.
 
         Raises:
-            ValueError: there were some.
+            ValueError: a label was of no declared class.
         """
         self.adapter.tasks.check_labels()
 
     def compile_backbone(self, **options: Any) -> None:
-        """Compile the base model's forward (both passes) with `torch.compile(**options)`.
+        """Compile the base model's forward (both passes) with `torch.compile`, which gets the `options`.
 
-        `options` are torch's. Pool and head stay outside, and token routers enter the graph as inputs of one shape, so that
-        growing them compiles nothing again.
+        Pool and head are not compiled. Token routers are inputs of the graph with a fixed shape, so that growing them does
+        not recompile it.
         """
         self.backbone.compile(**options)
 
     # ---- passes over images outside training -------------------------------------------------------------------------
 
     def record_features(self, images: Images) -> None:
-        """See a task's images before it begins, for drift compensation.
+        """Compute and keep the features of the next task's images before `begin_task`, for drift compensation.
 
         Args:
-            images: this process's share of all its images, not augmented: batches on the model's device with
+            images: this process's share of all the task's images, not augmented: batches on the model's device with
                 `pixel_values`, `labels`, `sample_ids` and, if known, `query`.
 
         Raises:
-            ValueError: a task is open, so that the model is no longer the one before it.
+            ValueError: a task is open.
         """
         if self.adapter.config.state.task_open:
-            raise ValueError("record_features shows the next task's images to the model before begin_task, a task is open")
+            raise ValueError("record_features must be called before begin_task, a task is open: call end_task first")
         self.adapter.recorded = record(self.features_of, images)
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """See a task's images when its training is done, before `end_task`: statistics of its classes, and the classifier.
+        """Fit the classifier to the features of a task's images. Call it after the task's training, before `end_task`.
 
         Args:
-            images: as for `record_features`, the same images.
+            images: the same images as for `record_features`, in the same form.
             memory: stored images; not used.
 
         Raises:
-            ValueError: the config has no classifier to consolidate, or `record_features` was left out.
+            ValueError: the config has no classifier to consolidate, or `record_features` was not called.
         """
         if self.adapter.classifier is None:
             raise ValueError(
@@ -292,11 +293,11 @@ class TaskAPI:
         self.adapter.consolidate(record(self.features_of, images))
 
     def rank_images(self, rows: Sequence[int] | NDArray[np.int64], images: Images) -> NDArray[np.float64] | None:
-        """Which of the `images` with numbers `rows` rehearsal should keep: None, there is no preference."""
+        """Ranking of the `images` with numbers `rows` for rehearsal: None, prompt learners have no preference."""
         return None
 
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """What the classifier reads of images, as at test: [B, D] float32.
+        """Features that the classifier gets at test: [B, D] float32.
 
         Args:
             batch: with `pixel_values` and, if known, `query`.
@@ -306,7 +307,7 @@ class TaskAPI:
             return self.model(**own).features
 
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """The frozen backbone's feature of each image, the query of the methods that ask for one.
+        """Features of the frozen backbone without prompts. They are the query of the methods that use one.
 
         Args:
             pixel_values: images [B, 3, H, W].
@@ -324,16 +325,16 @@ class TaskAPI:
 
     def _check_not_released(self) -> None:
         if self.released:
-            raise ValueError("the base of this model was unloaded: wrap it anew with get_prompt_pool_model")
+            raise ValueError("the base of this model was unloaded: wrap it again with get_prompt_pool_model")
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
-        """Task whose prompts answered for each image, as far as the method chooses prompts by task.
+        """Task whose prompts were selected for each image, if the method selects prompts by task.
 
         Args:
-            output: the answer of a pass in eval mode.
+            output: output of a forward in eval mode.
 
         Returns:
-            Numbers of tasks [B], or [B, layers] where each layer chooses; None where no task is chosen.
+            Numbers of tasks [B], or [B, layers] if each layer selects; None if the method does not select a task.
         """
         if output.prompt_ids is None:
             return None
@@ -342,34 +343,35 @@ class TaskAPI:
     # ---- identity and state ------------------------------------------------------------------------------------------
 
     def cache_key(self) -> dict[str, Any]:
-        """What `extract_features` depends on, JSON-able: equal keys mean equal features.
+        """Cache key of `extract_features`, JSON-able: equal keys mean equal features.
 
         Raises:
-            cl_prompts.interfaces.NotCacheableError: the base has code or hooks of others, or is compiled.
+            cl_prompts.interfaces.NotCacheableError: the base has hooks or code from outside transformers, or is compiled.
         """
         return backbone_cache_key(self.model, self.query_pooling) | {"reader": "PromptedBackbone.features"}
 
     def fingerprint(self) -> str:
-        """Sha256 of what defines the learner before it has learned: its config, and the base's weights."""
+        """Sha256 of the config without its state, and of the base's weights. Training does not change it."""
         config = {name: value for name, value in self.adapter.config.to_dict().items() if name != "state"}
         base = base_fingerprint(self.model, self.structure, self.adapter.query_pooling)
         return hashlib.sha256(json.dumps([config, base], sort_keys=True, default=str).encode()).hexdigest()
 
     def training_state_dict(self) -> dict[str, Any]:
-        """All that training has changed, also in the middle of a task.
+        """Everything that training has changed, between tasks or within one.
 
         Returns:
-            `tensors` by name, and JSON-able `values`.
+            a dict with `tensors` by name, and JSON-able `values`.
         """
         return training_state_dict(self.adapter, self.model)
 
     def load_training_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state` that `training_state_dict` of a model with the same config on the same base returned.
+        """Load a training state. Parameters are replaced: build a new optimizer and attach it.
 
-        Parameters are replaced: build a new optimizer and attach it.
+        Args:
+            state: from `training_state_dict` of a model with the same config on the same base.
 
         Raises:
-            ValueError: the state was taken with another config.
+            ValueError: the state is of a model with another config.
         """
         new = restored_adapter(self.adapter, self.structure.shape, self.model, state)
         name = self.active_adapters[0]

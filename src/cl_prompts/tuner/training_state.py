@@ -1,4 +1,4 @@
-"""The training state of an adapter: all that training has changed, also in the middle of a task."""
+"""The training state of an adapter: everything that training has changed, between tasks or within one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def training_state_dict(adapter: PoolAdapter, base: nn.Module) -> dict[str, Any]
     """The training state of an adapter on a base.
 
     Returns:
-        `tensors` by name: the adapter's, those it does not save included, and those of the base's trained modules; and
-        `values`, JSON-able.
+        a dict with `tensors` by name (all of the adapter's, also those that an adapter file does not hold, and those of the
+        base's trained modules) and JSON-able `values`.
     """
     tensors = prefixed("adapter.", _tensors(adapter)) | prefixed("base.", _trained(base))
     if adapter.recorded is not None:
@@ -30,16 +30,16 @@ def training_state_dict(adapter: PoolAdapter, base: nn.Module) -> dict[str, Any]
 
 
 def restored_adapter(adapter: PoolAdapter, shape: BackboneShape, base: nn.Module, state: Mapping[str, Any]) -> PoolAdapter:
-    """The adapter that `training_state_dict` was taken from.
+    """A new adapter with a training state.
 
     Args:
-        adapter: one made from the same config on the same base. It stays as it is.
+        adapter: an adapter with the same config on the same base; it is not changed.
         shape: sizes of the base.
         base: its trained modules are overwritten.
-        state: the training state.
+        state: from `training_state_dict`.
 
     Raises:
-        ValueError: the state is of another config. Nothing has changed then.
+        ValueError: the state is of another config. The base is not changed then.
     """
     tensors: Mapping[str, Tensor] = state["tensors"]
     config = copy.deepcopy(adapter.config)

@@ -1,4 +1,4 @@
-"""PEFT's tuner for prompt pools: adapters by name, tasks, state dicts. No method's mathematics.
+"""PEFT's tuner for prompt pools: adapters by name, tasks, state dicts. The mathematics of the methods is in their pools.
 
 PEFT calls the base model inside `_enable_peft_forward_hooks`, which runs `cl_prompts.tuner.forward`. A plain `PeftModel`
 therefore behaves like `PromptPoolModel`.
@@ -36,20 +36,20 @@ SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners swit
 
 
 class PromptPoolTuner(TaskAPI, BaseTuner):
-    """PEFT's tuner for prompt pools: owns the adapters of one model. The base model stays frozen and in eval mode.
+    """PEFT's tuner for prompt pools. It owns the adapters of one model; the base model stays frozen and in eval mode.
 
     `PromptPoolModel` and PEFT's `PeftModel` create it. Several models may share one base.
 
     Args:
-        model: the base.
-        peft_config: a method's config, or one for each adapter by name.
-        adapter_name: name of the adapter to make.
-        kwargs: as in PEFT.
+        model: the base model.
+        peft_config: a method's config, or a dict of configs by adapter name.
+        adapter_name: name of the adapter to create.
+        kwargs: passed to PEFT's `BaseTuner`.
 
     Raises:
-        TypeError: the base is a `PeftModel`, or no supported transformer.
-        ValueError: the config does not fit the base, or asks for too much memory; or another model on this base trains
-            copies of the base's modules (`modules_to_save`).
+        TypeError: the base is a `PeftModel` or not a supported transformer.
+        ValueError: the config does not fit the base or needs more than `max_adapter_bytes`, or another model on this base
+            trains copies of the base's modules (`modules_to_save`).
     """
 
     prefix = "prompt_pool"
@@ -66,7 +66,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             raise TypeError(f"the base is a {type(model).__name__}: pass model.get_base_model(), its LoRA stays inside")
         # Adapters of other kinds inside the base (LoRA) are part of it: switching pools leaves them as they are.
         self._of_the_base = {id(module) for module in model.modules() if isinstance(module, SWITCHED)}
-        # A note of other adapters on the base: of a LoRA, or of another model's pools.
+        # `peft_config` of other adapters on the base: a LoRA, or another model's pools. PEFT must not see it.
         others = vars(model).pop("peft_config", None)
         try:
             super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -87,18 +87,18 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Build an adapter; the first one also puts the hooks on the base model.
+        """Build an adapter. The first one also freezes the base model and registers the hooks on it.
 
         Args:
-            model: the base.
-            adapter_name: name of the adapter, which has its config already.
-            autocast_adapter_dtype: as in PEFT; what is trained is float32 anyway.
+            model: the base model.
+            adapter_name: name of the adapter; its config is already in `peft_config`.
+            autocast_adapter_dtype: as in PEFT; adapters are float32 in any case.
             low_cpu_mem_usage: leave the tensors on the meta device, to be filled from a file.
             state_dict: not used; PEFT passes it.
 
         Raises:
-            TypeError: the base is no supported transformer.
-            ValueError: the config does not fit the base, or asks for too much memory.
+            TypeError: the base is not a supported transformer.
+            ValueError: the config does not fit the base or needs more than `max_adapter_bytes`.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, PromptPoolConfig):
@@ -116,9 +116,9 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         planned = planned_adapter(config, structure.shape, pooling)
         if config.state.base_fingerprint is not None:
             check_base(config, fingerprint(model, structure, pooling))
-        # Values that a file is going to give need no start.
+        # Values that are read from a file next need no initialization.
         loaded, config.declared = config.declared is not None, None
-        adapter = planned.materialised() if loaded else PoolAdapter(config, structure.shape, pooling)
+        adapter = planned.materialized() if loaded else PoolAdapter(config, structure.shape, pooling)
 
         if first:
             model.requires_grad_(False)
@@ -154,27 +154,27 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         if not self.backbone.copied and not config.modules_to_save:
             return
         if len(self.backbone.users) > 1:
-            gc.collect()  # a model that nobody holds any more may still be in a cycle of references
+            gc.collect()  # a model without references may still be in a reference cycle
         if len(self.backbone.users) > 1:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save}: this base belongs to several models, and one of them trains "
-                "copies of its modules, which would change the answers of the others: unload() the other model, or load "
+                "copies of its modules, which would change the outputs of the others: unload() the other model, or load "
                 "the base once more"
             )
         if not hasattr(self, "pools"):
-            self._restore_modules()  # those of a model that is gone
+            self._restore_modules()  # left by a model that no longer exists
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("a prompt pool replaces no module of the base model")
 
     def _copies(self) -> Iterator[AuxiliaryTrainingWrapper]:
-        """Copies of the base's own modules that an adapter trains along (`modules_to_save`)."""
+        """Wrappers with trained copies of the base's own modules (`modules_to_save`)."""
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in self._of_the_base:
                 yield module
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make `adapter_name` the one that answers, trainable unless `inference_mode`."""
+        """Make `adapter_name` the active adapter, trainable unless `inference_mode`."""
         for copies in self._copies():
             name = copies.check_set_adapter(adapter_name)
             copies.set_adapter(name if name in copies._adapters else [], inference_mode=inference_mode)
@@ -182,13 +182,13 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Switch gradients of the adapters `adapter_names` on or off, as `requires_grad` says."""
+        """Set `requires_grad` of the parameters of the adapters `adapter_names`."""
         for copies in self._copies():
             copies.set_requires_grad(adapter_names, requires_grad)
         self.pools.set_requires_grad(adapter_names, requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        # PEFT's copies also switch gradients here, which would make a frozen adapter trainable by switching it off and on.
+        # PEFT's copies also set requires_grad here, so disabling and enabling a frozen adapter would make it trainable.
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for copies in self._copies():
             copies.enable_adapters(enabled)
@@ -197,21 +197,21 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         self.pools._disable_adapters = not enabled
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's last step of a load with `low_cpu_mem_usage`: the tensors lie where it read them."""
+        """Move an adapter to the base's device. PEFT calls it at the end of a load with `low_cpu_mem_usage`."""
         self.pools.prompt_pool[adapter_name].to(device or next(self.model.parameters()).device)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """An adapter works in float32; PEFT would look through the whole base for what to cast."""
+        """Cast an adapter's float16 and bfloat16 tensors to float32. PEFT's own version would search the whole base."""
         adapter = self.pools.prompt_pool[adapter_name]
         for tensor in (*adapter.parameters(), *adapter.buffers()):
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 tensor.data = tensor.data.float()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget `adapter_name`; if it was the active one, the first of the others takes over.
+        """Remove the adapter `adapter_name`. If it was active, the first remaining adapter becomes active.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: no adapter has that name.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}")
@@ -223,7 +223,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             copies.delete_adapter(adapter_name, new_active_adapters=self.active_adapters or None)
 
     def unload(self) -> nn.Module:
-        """Give the base model back as it was, frozen. Hooks stay on it as long as other models use it."""
+        """Remove this model from the base and return the base, frozen. Its hooks are removed with its last model."""
         if self.released:
             return self.model
         self._restore_modules()
@@ -231,24 +231,24 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         return self.model
 
     def _restore_modules(self) -> None:
-        """Put the base's own modules back in place of copies that a model trained."""
+        """Replace the wrappers of `modules_to_save` by the base's own modules."""
         for name in self.backbone.copied:
             wrapper: Any = self.model.get_submodule(name)
             self.model.set_submodule(name, wrapper.original_module)
         self.backbone.copied = []
 
     def _release(self) -> None:
-        """Let go of the base, once."""
+        """Unregister this tuner from the base. Later calls do nothing."""
         backbone = vars(self).get("backbone")
         if backbone is None or self.released:
             return
         self.released = True
         backbone.release(self)
         if not backbone.users:
-            _forget_pools(self.model)
+            _remove_attributes(self.model)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Nothing: prompts depend on the image and cannot become weights, whatever `args` and `kwargs` say.
+        """Not possible: prompts depend on the image and cannot become weights. `args` and `kwargs` are ignored.
 
         Raises:
             TypeError: always.
@@ -256,11 +256,11 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         raise TypeError("prompts cannot be merged into weights; unload() gives the base model back")
 
     def train(self, mode: bool = True) -> PromptPoolTuner:
-        """Pools and heads follow `mode`; the base stays in eval, where its answers are those the query was made for."""
+        """Set pools and heads to `mode`. The base stays in eval mode: queries and features have no dropout."""
         super().train(mode)
         self.model.eval()
         for name in self.structure.blocks:
-            # Blocks checkpoint their activations only while their own flag says training; what is inside stays in eval.
+            # A block checkpoints its activations only if its own flag is set; its submodules stay in eval mode.
             self.model.get_submodule(name).training = mode
         return self
 
@@ -298,30 +298,30 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PromptPoolConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Names as in the model, after every check; nothing is written into the model before."""
+        """The tensors of a file, checked and renamed to the names in the model. The model is not changed here."""
         infix, copies = f".prompt_pool.{adapter_name}.", f".modules_to_save.{adapter_name}."
         expected = {
             name.replace(infix, ".prompt_pool.").replace(copies, "."): tensor
             for name, tensor in model.state_dict().items()
             if infix in name or copies in name
         }
-        found = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
-        # The checksum is that of one file; the adapter may take in others later (a trainer's best checkpoint).
+        actual = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
+        # The checksum is for this file only; other files may be loaded into the adapter later (Trainer's best checkpoint).
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
-        check_tensors(found, expected, sha256 if config.verify else None)
+        check_tensors(actual, expected, sha256 if config.verify else None)
         return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
 
 
 def _ignore_at_inference(model: nn.Module) -> None:
-    """Tell `transformers.Trainer`, which asks the base's config, what not to gather in an evaluation."""
+    """Add the outputs that `transformers.Trainer` must not gather in an evaluation to the base's config, which it reads."""
     config: Any = getattr(model, "config", None)
     if config is not None:
         own = getattr(type(config), "keys_to_ignore_at_inference", ())
         config.keys_to_ignore_at_inference = [*own, *NOT_GATHERED]
 
 
-def _forget_pools(model: nn.Module) -> None:
-    """Take what was noted of pools off a base that no model uses any more; a note of other adapters inside it stays."""
+def _remove_attributes(model: nn.Module) -> None:
+    """Remove this library's attributes from a base without models. A `peft_config` of adapters of other kinds stays."""
     if hasattr(model, "config"):
         vars(model.config).pop("keys_to_ignore_at_inference", None)
     if any(isinstance(config, PromptPoolConfig) for config in vars(model).get("peft_config", {}).values()):

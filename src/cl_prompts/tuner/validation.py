@@ -1,4 +1,4 @@
-"""Whether a config, a base model and a batch of images fit each other; every error names the value and the mend."""
+"""Checks that a config, a base model and an adapter fit each other."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cl_prompts.tuner.adapter import PoolAdapter
 
 
 def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
-    """Raise ValueError if a config asks for blocks the base lacks, or its adapter was made for another kind of base."""
+    """Raise ValueError if a config names blocks that the base lacks, or its adapter was made for a base of other sizes."""
     depth = structure.shape.num_layers
-    asked = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
-    outside = [layer for layer in asked if layer >= depth]
+    layers = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
+    outside = [layer for layer in layers if layer >= depth]
     if outside:
         raise ValueError(f"layers {short_repr(outside)} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
     if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:
@@ -31,15 +31,15 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
             "leave it at None"
         )
     state = config.state
-    for what, made_for, here in (
+    for what, expected, actual in (
         ("width", state.base_width, structure.shape.width),
         ("number of blocks", state.base_layers, depth),
         ("number of heads", state.base_heads, structure.shape.num_heads),
         ("feature", state.pooling, pooling),
     ):
-        if made_for is not None and made_for != here:
+        if expected is not None and expected != actual:
             raise ValueError(
-                f"the adapter was made for a base of {what} {made_for}, this one has {here}: load it on "
+                f"the adapter was made for a base of {what} {expected}, this one has {actual}: load it on "
                 f"{_base_named(config)}"
             )
 
@@ -49,12 +49,12 @@ def _base_named(config: PromptPoolConfig) -> str:
     return short_repr(name) if name else "the base it was trained on"
 
 
-def check_base(config: PromptPoolConfig, found: str) -> None:
-    """Warn, or with `strict_base` raise ValueError, if the base has other weights than the adapter was trained on."""
-    made_for = config.state.base_fingerprint
-    if made_for is not None and found != made_for:
+def check_base(config: PromptPoolConfig, actual: str) -> None:
+    """Warn, or with `strict_base` raise ValueError, if the base's fingerprint is not that of the adapter's base."""
+    expected = config.state.base_fingerprint
+    if expected is not None and actual != expected:
         text = (
-            f"the adapter was trained on a base with fingerprint {made_for[:12]}, this one has {found[:12]}: same shape, "
+            f"the adapter was trained on a base with fingerprint {expected[:12]}, this one has {actual[:12]}: same shape, "
             f"other weights. Load {_base_named(config)}"
         )
         if config.strict_base:
@@ -63,12 +63,12 @@ def check_base(config: PromptPoolConfig, found: str) -> None:
 
 
 def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> PoolAdapter:
-    """The adapter that a config implies, on the meta device: nothing is allocated.
+    """Build the adapter of a config on the meta device, without allocating memory.
 
     Raises:
-        ValueError: its tensors would exceed `max_adapter_bytes`, or are not those that the file to be loaded declares.
+        ValueError: its tensors exceed `max_adapter_bytes`, or differ from those that the file to be loaded declares.
     """
-    # The classes are listed while the head is built, so the head's size is looked at before.
+    # Building the head makes a list of all classes, so the head's size is checked first.
     classes = config.num_labels or len(config.state.classes)
     size = classes * (4 * shape.width + 4)
     if size <= config.max_adapter_bytes:
@@ -81,9 +81,9 @@ def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str
             size = sum(t.numel() * t.element_size() for t in tensors)
             if planned.classifier is not None and not config.inference_mode:
                 size += planned.classifier.bytes_to_learn
-        except (RuntimeError, OverflowError, TypeError) as error:  # all three are torch's for a size beyond int64
-            told = first_line(error)
-            raise ValueError(f"the config implies tensors of impossible size ({told}): choose smaller values") from error
+        except (RuntimeError, OverflowError, TypeError) as error:  # torch raises all three for sizes beyond int64
+            reason = first_line(error)
+            raise ValueError(f"the config implies tensors of impossible size ({reason}): choose smaller values") from error
     if size > config.max_adapter_bytes:
         raise ValueError(
             f"the config implies {size:,} bytes of tensors, more than max_adapter_bytes={config.max_adapter_bytes:,}: "
@@ -91,9 +91,9 @@ def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str
         )
     if config.declared is not None:
         expected = {f"{SAVED_PREFIX}{name}": tensor for name, tensor in planned.state_dict().items()}
-        # Copies of the base's own modules are compared once PEFT has made them.
-        found = {n: d for n, d in config.declared.items() if n in expected or not config.modules_to_save}
-        check_shapes(found, expected)
+        # With modules_to_save the file also has copies of the base's modules; they are checked after PEFT has made them.
+        declared = {n: d for n, d in config.declared.items() if n in expected or not config.modules_to_save}
+        check_shapes(declared, expected)
     return planned
 
 
@@ -107,7 +107,7 @@ def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:
 
 
 def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
-    """Raise ValueError if an adapter cannot answer, or in training cannot learn: names the call that is missing."""
+    """Raise ValueError if an adapter is not ready for a forward or, if `learning`, for a training forward."""
     if not adapter.classes:
         raise ValueError("no class is known yet: call begin_task(classes), or set num_labels in the config")
     dtype = adapter.head.weight.dtype

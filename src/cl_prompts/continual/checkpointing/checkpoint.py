@@ -1,7 +1,7 @@
 """Checkpoints of a run: tensors in safetensors, the rest in JSON, no pickle, no copy of the backbone.
 
-A checkpoint is a folder `<number>` that is written beside its place and renamed into it. `manifest.json` holds the sha256
-of each file, so that damage is detected.
+A checkpoint is a folder `<number>`. It is written under a temporary name and then renamed. `manifest.json` holds the sha256
+of each file, to detect damage.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ REFERENCE = "$tensor"  # key of the JSON object that stands for a tensor; its va
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest few kept.
+    """The checkpoints of one run. Only the newest ones are kept.
 
     Args:
-        folder: where they are.
-        keep: how many are kept.
+        folder: folder of the checkpoints.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, number: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and remove those that are no longer kept.
+        """Write a checkpoint and remove all but the newest `keep`.
 
         Args:
-            number: orders the checkpoints.
+            number: number of the checkpoint; newer checkpoints have larger numbers.
             state: nested dicts and lists of tensors and JSON-able values; keys are strings.
 
         Returns:
@@ -49,7 +49,7 @@ class Checkpoints:
         """
         target = self.folder / f"{number:09d}"
         tensors, values = split_tensors(state)
-        # A file holds each tensor once, whole: views and shared storage become copies.
+        # safetensors refuses views and shared storage, so every tensor is copied.
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         files = {TENSORS: save(own), VALUES: json.dumps(values).encode()}
         files[MANIFEST] = json.dumps({name: _sha256(content) for name, content in files.items()}).encode()
@@ -61,7 +61,7 @@ class Checkpoints:
         return target
 
     def latest(self) -> dict[str, Any] | None:
-        """State of the newest whole checkpoint, None without one; damaged ones are skipped with a warning."""
+        """State of the newest intact checkpoint; None if there is none. Damaged ones are skipped with a warning."""
         for folder in self._folders():
             finish_interrupted_save(folder)
             try:
@@ -77,22 +77,22 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints, and nothing else that lies there."""
+        """Remove all checkpoints. Other files in the folder are kept."""
         for folder in self._folders():
             shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
-        """Newest first."""
+        """Folders of the checkpoints, newest first."""
         if not self.folder.is_dir():
             return []
         return sorted((f for f in self.folder.iterdir() if f.name.isdigit()), reverse=True)
 
 
 def split_tensors(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a nested `state` by path ("optimizer/state/0/exp_avg"), and the state with references for them.
+    """Split a nested `state` into tensors by path ("optimizer/state/0/exp_avg") and a JSON-able state that refers to them.
 
     Raises:
-        TypeError: a key is not a string, which JSON would change.
+        TypeError: a key is not a string; JSON would turn it into one.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -112,7 +112,7 @@ def split_tensors(state: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def join_tensors(tensors: Mapping[str, Tensor], values: Any) -> Any:
-    """The nested state that `split_tensors` cut into `tensors` and `values`; tuples come back as lists."""
+    """The inverse of `split_tensors`, except that tuples become lists."""
     if isinstance(values, dict):
         if values.keys() == {REFERENCE}:
             return tensors[values[REFERENCE]]

@@ -1,4 +1,4 @@
-"""Parts of a run that have no `state_dict` of their own, and those whose `state_dict` is not what a checkpoint needs."""
+"""Parts of a checkpoint whose objects have no `state_dict`, or one with keys or contents that a checkpoint cannot hold."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from cl_prompts.runtime.distributed import gather_over_processes, world_size
 
 
 class Stateful(Protocol):
-    """A part of a run that goes into its checkpoints.
+    """A part of a run that is saved in its checkpoints.
 
-    The state is nested dicts, with strings as keys, of tensors and JSON-able values. With several processes all of them
-    call both methods.
+    The state is a nested dict of tensors and JSON-able values; keys are strings. With several processes all of them call
+    both methods.
     """
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The state as it is now."""
+        """The current state."""
 
     def load_state_dict(self, state: Any) -> Any:
-        """Continue from a state that `state_dict` returned."""
+        """Load a state from `state_dict`."""
 
 
 class LearnerState:
-    """What training has changed in a learner: not the backbone, which `nn.Module.state_dict` contains.
+    """The training state of a learner. Unlike `nn.Module.state_dict` it does not contain the frozen backbone.
 
     Args:
         learner: the learner, not wrapped.
@@ -44,7 +44,7 @@ class LearnerState:
         return self.learner.training_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load it. Parameters are replaced, so optimizers are built afterwards."""
+        """Load a training state. Parameters are replaced, so optimizers must be built afterwards."""
         self.learner.load_training_state_dict(state)
 
 
@@ -59,21 +59,21 @@ class OptimizerState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, by the number of the parameter."""
+        """The optimizer's state; keys are numbers of parameters, as strings."""
         state = self.optimizer.state_dict()
         return {**state, "state": {str(number): entries for number, entries in state["state"].items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load it into an optimizer over the same parameters."""
+        """Load a state into an optimizer over the same parameters."""
         by_number = {int(number): entries for number, entries in state["state"].items()}
         self.optimizer.load_state_dict({**state, "state": by_number})
 
 
 class RandomState:
-    """The random number generators of every process: torch, its CUDA devices, numpy and Python.
+    """State of the random number generators of every process: torch, its CUDA devices, numpy and Python.
 
     Args:
-        device: where tensors are gathered over the processes.
+        device: device for gathering over processes.
         rank: number of this process.
     """
 
@@ -81,7 +81,7 @@ class RandomState:
         self.device, self.rank = device, rank
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by process and generator."""
+        """Tensors by process and generator, the same on every process."""
         states: dict[str, dict[str, Tensor]] = {str(rank): {} for rank in range(world_size())}
         for name, tensor in _generator_states().items():
             for rank, gathered in enumerate(gather_over_processes(tensor.to(self.device))):
@@ -102,7 +102,7 @@ class RandomState:
 
 
 def _generator_states() -> dict[str, Tensor]:
-    """State of each generator of this process as one tensor of integers."""
+    """State of each generator of this process: a tensor of integers each."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert kind == "MT19937"
     version, numbers, gauss = random.getstate()
@@ -117,7 +117,7 @@ def _generator_states() -> dict[str, Tensor]:
 
 
 def _bits_of(number: float) -> int:
-    """The bits of a float64 as an integer: not every device has float64."""
+    """The bits of a float64 as an integer. Not every device supports float64."""
     return int(np.float64(number).view(np.int64))
 
 
@@ -126,24 +126,24 @@ def _float_of(bits: int) -> float:
 
 
 class SkippedImages:
-    """Numbers of the images that a stream could not read, over all processes.
+    """Numbers of the images that a stream could not read on any process.
 
     Args:
         stream: the stream.
-        device: where numbers are gathered over the processes.
+        device: device for gathering over processes.
     """
 
     def __init__(self, stream: Stream, device: torch.device) -> None:
         self.stream, self.device = stream, device
 
     def state_dict(self) -> dict[str, list[int]]:
-        """Ascending numbers by split."""
-        found = {}
+        """Numbers by split, ascending."""
+        skipped = {}
         for split, numbers in self.stream.skipped.items():
             own = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-            found[split] = torch.cat(gather_over_processes(own)).unique().tolist()
-        return found
+            skipped[split] = torch.cat(gather_over_processes(own)).unique().tolist()
+        return skipped
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Every process continues with the images that any process could not read."""
+        """Set the skipped images of all processes on this one."""
         self.stream.skipped = state

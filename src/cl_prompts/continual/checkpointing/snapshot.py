@@ -16,16 +16,16 @@ from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.distributed import world_size
 
 
-FORMAT = 3  # of a checkpoint; other versions of this library may have other numbers
+FORMAT = 3  # version of the checkpoint format
 
-# Settings that do not change the result.
+# Settings that do not change the result of a run.
 NOT_OF_THE_RUN = ("output_dir", "dataloader_num_workers", "logging_steps", "save_steps", "query_cache", "query_cache_bytes")
 
 
 def run_identity(
     args: ContinualArguments, stream: Stream, learner: Learner, extra_classifiers: ExtraClassifiers
 ) -> dict[str, str]:
-    """Fingerprints of what a run is made of. Two runs with equal ones compute the same."""
+    """Fingerprints of settings, stream, transform, learner and classifiers. Runs with equal ones compute the same."""
     settings = {k: v for k, v in args.to_dict().items() if k not in NOT_OF_THE_RUN}
     return {
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -50,10 +50,10 @@ def _transform_settings(transform: Any) -> str:
 
 
 def capture(parts: Mapping[str, Stateful], identity: Mapping[str, str]) -> dict[str, Any]:
-    """The state of a run, for a checkpoint. With several processes all of them call it.
+    """The state of a run, for a checkpoint. With several processes all of them must call it.
 
     Args:
-        parts: by name.
+        parts: parts of the run by name.
         identity: from `run_identity`.
     """
     states = {name: dict(part.state_dict()) for name, part in parts.items()}
@@ -65,11 +65,11 @@ def validate(state: Mapping[str, Any], identity: Mapping[str, str], folder: str 
 
     Args:
         state: from `capture`.
-        identity: of this run.
+        identity: `run_identity` of this run.
         folder: the results folder, for the message.
 
     Raises:
-        ValueError: it belongs to another run, or was written by another version of this library.
+        ValueError: the state belongs to another run, or has another format.
     """
     if state.get("format") != FORMAT:
         raise ValueError(
@@ -86,7 +86,7 @@ def validate(state: Mapping[str, Any], identity: Mapping[str, str], folder: str 
 
 
 def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any]) -> None:
-    """Load the captured `state` into the `parts` of a new run, in their order. Parts without a state stay as they are."""
+    """Load a captured `state` into the `parts` of a new run, in order. Parts that are not in the state are not changed."""
     for name, part in parts.items():
         if name in state["parts"]:
             part.load_state_dict(state["parts"][name])

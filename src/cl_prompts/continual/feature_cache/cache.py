@@ -1,7 +1,7 @@
-"""Un-prompted features kept over runs: a folder of safetensors files, each named after its cache key.
+"""A folder of un-prompted features that runs share: safetensors files, each named by its cache key.
 
-Files are mapped into memory when they are read, so that processes share what the system has loaded. They are written beside
-their place and renamed: of several writers the last one wins, and all are right, since one key stands for one content.
+Files are memory-mapped when read, so that processes share the pages. They are written under a temporary name and renamed.
+Of several writers of one key the last one wins; all write the same content.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 from cl_prompts.storage.staging import staging_folder
 
 
-VARIABLE = "CL_PROMPTS_CACHE"  # names a folder for what this library keeps over runs
+VARIABLE = "CL_PROMPTS_CACHE"  # environment variable with the folder of this library's caches
 FEATURES = "features"
-HEADER = 4096  # bytes that a file may have besides its numbers
+HEADER = 4096  # largest size of a file's header, in bytes
 OWN = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
-def folder_of_queries(asked_for: str | None) -> Path | None:
-    """Where queries are kept: as asked for, else in $CL_PROMPTS_CACHE; None: in memory only ("" asks for that)."""
-    if asked_for is not None:
-        return Path(asked_for) if asked_for else None
+def folder_of_queries(query_cache: str | None) -> Path | None:
+    """Folder of the query cache: `query_cache`, or `$CL_PROMPTS_CACHE/queries` if that is None; None: in memory only."""
+    if query_cache is not None:
+        return Path(query_cache) if query_cache else None
     root = os.environ.get(VARIABLE)
     return Path(root, "queries") if root else None
 
@@ -38,12 +38,12 @@ def folder_of_queries(asked_for: str | None) -> Path | None:
 class QueryCache:
     """Tables of features by key.
 
-    A file that cannot be read or written is reported and costs a pass over the images; it never ends a run.
+    If a file cannot be read or written, that is reported and the features are computed again; no error is raised.
 
     Args:
-        folder: where the files lie; files of others in it are left alone.
-        max_bytes: how much they may take together; the one whose last use is longest ago goes first.
-        say: called with a line about each such event.
+        folder: folder of the files; other files in it are not touched.
+        max_bytes: limit on the size of all files; the least recently used ones are removed.
+        say: called with a message, one line, for each file that cannot be used or kept.
 
     Raises:
         ValueError: `folder` is a file.
@@ -55,11 +55,11 @@ class QueryCache:
         self.folder, self.max_bytes, self.say = folder, max_bytes, say
 
     def path(self, key: str) -> Path:
-        """The file of a key."""
+        """Path of the file of a key."""
         return self.folder / f"{key}.safetensors"
 
     def read(self, key: str) -> Tensor | None:
-        """The table [rows, D] float32 of a key, mapped from its file; None if there is none that is whole."""
+        """The table [rows, D] float32 of a key, memory-mapped; None if there is no file or it is damaged."""
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -74,12 +74,12 @@ class QueryCache:
         except (OSError, ValueError, SafetensorError) as error:
             self.say(f"query cache: {path} cannot be used ({error}) and is computed again")
             return None
-        with suppress(OSError):  # the file of somebody else
+        with suppress(OSError):  # not permitted if another user owns the file
             os.utime(path)
         return table
 
     def write(self, key: str, table: Tensor) -> bool:
-        """Keep a table [rows, D] float32 and make room for it; returns whether it is kept."""
+        """Write a table [rows, D] float32 and remove old files if needed. Returns whether the table was written."""
         if table.nbytes + HEADER > self.max_bytes:
             self.say(f"query cache: {table.nbytes:,} bytes are not kept, query_cache_bytes is {self.max_bytes:,}")
             return False
@@ -87,22 +87,22 @@ class QueryCache:
             with staging_folder(self.folder) as staging:
                 metadata = {"key": key, "sha256": _sha256(table)}
                 save_file({FEATURES: table.contiguous()}, staging / self.path(key).name, metadata=metadata)
-            self._make_room(self.path(key))
+            self._remove_oldest(self.path(key))
         except (OSError, ValueError, SafetensorError) as error:
             self.say(f"query cache: nothing could be kept in {self.folder} ({error})")
             return False
         return True
 
-    def _make_room(self, kept: Path) -> None:
-        """Remove files by their last use until the rest and `kept` fit."""
-        found = []
+    def _remove_oldest(self, kept: Path) -> None:
+        """Remove the least recently used files, except `kept`, until the size of all is at most `max_bytes`."""
+        files = []
         for path in self.folder.iterdir():
             if OWN.fullmatch(path.name):
-                with suppress(FileNotFoundError):  # another process makes room as well
+                with suppress(FileNotFoundError):  # another process may remove files too
                     status = path.stat()
-                    found.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+                    files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if total <= self.max_bytes:
                 return
             if path != kept:

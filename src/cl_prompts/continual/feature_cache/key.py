@@ -1,7 +1,7 @@
 """Cache key of un-prompted features: images, transform, backbone, libraries and hardware. Equal keys mean equal features.
 
-If one of them has no key (a transform without `settings()`, a backbone with code of others in it), the features are kept in
-memory only.
+If one of them has no key (a transform without `settings()`, a backbone with code from outside transformers), features are
+kept in memory only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BACKENDS = (
     *("cudnn.deterministic", "mkldnn.enabled", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision"),
     *("cuda.matmul.allow_bf16_reduced_precision_reduction", "cuda.matmul.allow_fp16_reduced_precision_reduction"),
 )
-SWITCHES = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE")  # of the environment, read by kernels
+SWITCHES = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE")  # environment variables that kernels read
 READ_AT_ONCE = 64  # rows
 
 
@@ -59,19 +59,19 @@ def query_digest(
     device: torch.device,
     augmented_by: tuple[int, int] | None = None,
 ) -> bytes:
-    """Sha256 of what the features of some rows of a stream depend on: this process's share of the images, and all the rest.
+    """Sha256 of everything that features of rows of a stream depend on, with this process's share of the images.
 
-    It does not depend on tasks, labels and prompts, nor on seeds where images are not augmented, so other methods and task
-    orders use the same features.
+    It does not depend on tasks, labels or prompts, nor on the seed unless images are augmented. So other methods and task
+    orders get the same digest.
 
     Args:
         model: the learner, not wrapped, in the mode and under the precision of the pass.
-        stream: whose images.
-        rows: their row numbers.
-        train: in the training or the test set.
+        stream: the stream.
+        rows: row numbers of the images.
+        train: True for the training set, False for the test set.
         together: batch size of the pass.
-        device: where the backbone is.
-        augmented_by: (seed, epoch) of the augmentation; None: none.
+        device: the backbone's device.
+        augmented_by: (seed, epoch) of the augmentation; None: not augmented.
 
     Raises:
         NotCacheableError: one of these has no key.
@@ -90,18 +90,18 @@ def query_digest(
 
 
 def agreed_key(digest: bytes | None, device: torch.device) -> str | None:
-    """One key [64 hexadecimal digits] for all processes, which must all call it; None if one of them has no digest."""
+    """One key, 64 hexadecimal digits, from the digests of all processes; None if one has no digest. All must call it."""
     parts = gather_over_processes(torch.tensor([list(digest or bytes(32))], dtype=torch.uint8, device=device))
     if not all(part.any() for part in parts):
         return None
     return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()
 
 
-# ---- what computes -------------------------------------------------------------------------------------------------------
+# ---- software and hardware -----------------------------------------------------------------------------------------------
 
 
 def _numerics(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, precision: the same on one machine, another one's last bits may differ."""
+    """Versions, hardware and precision. If they differ, the last bits of features may differ."""
     backends = torch.backends
     return {
         "versions": {name: _version(name) for name in LIBRARIES},
@@ -125,18 +125,18 @@ def _version(library: str) -> str | None:
 
 @cache
 def _own_code() -> str:
-    """Sha256 of our files that a pass runs through: a change in them may change last bits.
+    """Sha256 of this library's files that a pass uses. A change in them may change features.
 
     Raises:
-        FileNotFoundError: a name in `OWN_CODE` matches no file, so that a change in what it stood for would go unseen.
+        FileNotFoundError: a pattern in `OWN_CODE` matches no file. Changes of the file it was for would not be detected.
     """
     home = Path(cl_prompts.__file__).parent
     files: list[Path] = []
     for pattern in OWN_CODE:
-        found = sorted(home.glob(pattern))
-        if not found:
-            raise FileNotFoundError(f"no file of cl_prompts matches {pattern!r}: name in OWN_CODE where it is now")
-        files += found
+        matches = sorted(home.glob(pattern))
+        if not matches:
+            raise FileNotFoundError(f"no file of cl_prompts matches {pattern!r}: update OWN_CODE")
+        files += matches
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -144,7 +144,7 @@ def _own_code() -> str:
 
 
 def _transform(transform: Any) -> list[Any]:
-    """Class, source and settings of what makes tensors of images."""
+    """Class, source code and settings of the image transform."""
     kind, settings = type(transform), getattr(transform, "settings", None)
     if not callable(settings):
         name = getattr(transform, "__qualname__", kind.__qualname__)
@@ -152,12 +152,12 @@ def _transform(transform: Any) -> list[Any]:
     try:
         sources = [inspect.getsource(part) for part in kind.__mro__ if part is not object]
     except (OSError, TypeError) as error:
-        raise NotCacheableError(f"the source of the transform {kind.__qualname__} is not at hand") from error
+        raise NotCacheableError(f"the source code of the transform {kind.__qualname__} cannot be read") from error
     return [kind.__module__, kind.__qualname__, sources, settings()]
 
 
 def _images(stream: IndexedStream, rows: Rows, *, train: bool) -> Iterator[bytes]:
-    """This process's share of the images, byte by byte, and where they stand."""
+    """Row numbers and contents of this process's share of the images, as bytes."""
     data, column = (stream.train if train else stream.test), stream.image_column
     own = np.array_split(rows, world_size())[rank_and_processes()[0]]
     yield np.ascontiguousarray(own, dtype="<i8").tobytes()
@@ -181,7 +181,7 @@ def _cell(data: Any, row: int, column: str) -> Any:
 
 
 def _file(cell: Any) -> bytes:
-    """An encoded image: the bytes that lie in the data set, else those of the file that it names."""
+    """An encoded image: its bytes in the data set or, if it has none, those of its file."""
     if cell is None:
         return b""
     try:
@@ -191,17 +191,17 @@ def _file(cell: Any) -> bytes:
 
 
 def _content(image: Any) -> bytes:
-    """All of a decoded image. A path or a number only stands for one, and what it stands for may change."""
+    """Contents of a decoded image. Paths and numbers are refused: the image that they refer to may change."""
     if isinstance(image, PIL.Image.Image):
-        about = [image.mode, image.size, image.getpalette(), image.info, dict(image.getexif())]
-        return json.dumps(about, default=repr).encode() + image.tobytes()
+        metadata = [image.mode, image.size, image.getpalette(), image.info, dict(image.getexif())]
+        return json.dumps(metadata, default=repr).encode() + image.tobytes()
     if isinstance(image, Tensor):
         kind = [str(image.dtype), list(image.shape)]
         image = image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     elif isinstance(image, np.ndarray) and not image.dtype.hasobject:
         kind = [image.dtype.str, list(image.shape)]
     else:
-        raise NotCacheableError(f"an image given as {type(image).__name__} does not show its content")
+        raise NotCacheableError(f"the contents of an image of type {type(image).__name__} cannot be read")
     return json.dumps(kind).encode() + image.tobytes()
 
 

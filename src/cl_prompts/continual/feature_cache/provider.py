@@ -1,4 +1,4 @@
-"""Images and un-prompted features outside training: features computed once, a task's images, test images."""
+"""Images and un-prompted features for passes outside training, computed once where possible."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.distributed import sum_over_processes, world_size
 
 
-# Images of a pass over frozen images, on each process. One number for all runs: how many go through the base together
-# decides the last bits of each one's feature.
+# Batch size of the pass over all images, on each process. The same for all runs, because the batch size can change the last
+# bits of a feature.
 TOGETHER = 64
 
 
 @dataclass(frozen=True)
 class ImageView:
-    """One view of all images of a set: equal views are equal pixels.
+    """One view of all images of a set. Equal views have equal pixels.
 
     Args:
-        train: the training or the test set.
+        train: True for the training set, False for the test set.
         augmented_by: (seed, view) of the augmentation; None: not augmented.
     """
 
@@ -46,7 +46,9 @@ class FeatureProvider:
 
     Args:
         model: the learner, not wrapped.
-        stream, args, accelerator: the trainer's.
+        stream: the stream.
+        args: settings of the run.
+        accelerator: the run's accelerator.
 
     Raises:
         ValueError: `args.query_cache` is a file.
@@ -64,7 +66,7 @@ class FeatureProvider:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """The learner in eval mode under the run's precision; afterwards it is in the mode it was in before."""
+        """Within this context the learner is in eval mode, under the run's precision. Afterwards its mode is restored."""
         training = self.model.training
         self.model.eval()
         try:
@@ -75,14 +77,13 @@ class FeatureProvider:
 
     @property
     def base_is_frozen(self) -> bool:
-        """Whether the backbone is not trained, so that un-prompted features do not change."""
+        """Whether no parameter of the backbone is trained, so that un-prompted features do not change."""
         return not any(p.requires_grad for p in self.model.get_base_model().parameters())
 
     def frozen_features(self, *, train: bool) -> Tensor:
-        """Un-prompted features of all images of the stream's tasks by row number [rows, D].
+        """Un-prompted features of all images of the stream's tasks, by row number [rows, D].
 
-        `train` selects the training images, else the test images. With a frozen backbone they are computed once; with one
-        that is trained they are computed at every call.
+        `train` selects training or test images. They are computed once if the backbone is frozen, else at every call.
         """
         return self._features_of(ImageView(train))
 
@@ -121,19 +122,21 @@ class FeatureProvider:
             self.accelerator.print(f"{images} computed once, in memory{why}")
             return self._computed(view)
         table = self._cache.read(key)
-        found = torch.tensor(int(table is not None), device=device)
-        if int(sum_over_processes(found)) == world_size() and table is not None:
+        hit = torch.tensor(int(table is not None), device=device)
+        if int(sum_over_processes(hit)) == world_size() and table is not None:
             self.accelerator.print(f"{images} read from {self._cache.path(key)}")
             return table
         table = self._computed(view)
         if not table[rows].isfinite().all() or not table[rows].any(1).all():
-            self.accelerator.print(f"{images} computed once, in memory only: some cannot be read, or give no numbers")
+            self.accelerator.print(
+                f"{images} computed once, in memory only: some cannot be read, or have features that are not finite"
+            )
         elif self.accelerator.is_main_process and self._cache.write(key, table):
             self.accelerator.print(f"{images} computed once, kept in {self._cache.path(key)}")
         return table
 
     def _computed(self, view: ImageView) -> Tensor:
-        """Features of a pass over all images."""
+        """Features [rows, D] from a pass over all images."""
         size, device, augmented_by = TOGETHER * world_size(), self.accelerator.device, view.augmented_by
         stream = self._indexed
         batches = stream.all_images(
@@ -144,11 +147,11 @@ class FeatureProvider:
         return stream_features(self.model, batches_on_device, rows, device)
 
     def queries(self, *, train: bool) -> Tensor | None:
-        """Queries of all images by row number; None if the method needs none or the backbone is trained."""
+        """Queries of all images by row number [rows, D]; None if the method needs none or the backbone is trained."""
         return self._queries(ImageView(train))
 
     def training_queries(self, epoch: int) -> Tensor | None:
-        """Queries of all training images as they are in an epoch; None if every epoch augments them anew."""
+        """Queries of all training images in an epoch [rows, D]; None if every epoch has new augmentations."""
         augmentation = self.stream.augmentation
         if augmentation is None:
             return self.queries(train=True)
@@ -162,11 +165,11 @@ class FeatureProvider:
         return self._features_of(view) if self.base_is_frozen else None
 
     def task_images(self, task: Task) -> DeviceBatches:
-        """Training images of a task, not augmented, batch by batch on the device."""
+        """Batches of a task's training images on the device, not augmented."""
         return self.images(self._indexed.tasks[task.number].train_rows)
 
     def images(self, rows: Any) -> DeviceBatches:
-        """Training images of these rows, not augmented, batch by batch on the device."""
+        """Batches of the training images with numbers `rows` on the device, not augmented."""
 
         def batches() -> Any:
             queries = self.queries(train=True)
@@ -177,7 +180,7 @@ class FeatureProvider:
         return DeviceBatches(batches, self.accelerator.device)
 
     def test_batches(self, task: Task) -> Any:
-        """A task's test images."""
+        """Batches of a task's test images."""
         size, num_workers = self.args.batch_size, self.args.dataloader_num_workers
         if isinstance(self.stream, IndexedStream):
             return self.stream.test_batches(task, size, num_workers=num_workers, queries=self.queries(train=False))

@@ -1,4 +1,4 @@
-"""Metrics for Hugging Face `evaluate`, which loads them from a path, without the network.
+"""Metrics for Hugging Face `evaluate`. They are loaded from a path, without network access.
 
 metric = evaluate.load(path_of("continual_accuracy"))
 """

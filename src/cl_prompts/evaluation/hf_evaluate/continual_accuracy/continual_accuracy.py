@@ -12,16 +12,17 @@ from cl_prompts.evaluation.metrics import matrix_from_predictions
 
 
 DESCRIPTION = """
-Accuracy over a sequence of tasks and what becomes of it: final (faa) and mean (caa) average accuracy, by task and by image
-(_micro), accuracy when just learnt, backward transfer, and the four numbers that are called forgetting. All in percent.
+Accuracy over a sequence of tasks: final (faa) and mean (caa) average accuracy, over tasks and over images (_micro),
+accuracy when just learned, backward transfer, and four definitions of forgetting. All in percent.
 """
 
 INPUTS = """
 Args:
     predictions: predicted class of each image.
-    references: its class; negative: padding, which counts nowhere.
-    task_ids: number of the image's task, from 0.
-    after_task: number of the task after whose training it was asked; all tasks so far must be asked after each task.
+    references: class of each image; negative: padding, which is ignored.
+    task_ids: number of each image's task, from 0.
+    after_task: number of the task after whose training the prediction was made; predictions for all tasks so far are needed
+        after each task.
 Returns:
     the measures of `AccuracyMatrix.summary`.
 Example:
@@ -44,7 +45,7 @@ CITATION = """
 
 
 class ContinualAccuracy(evaluate.Metric):
-    """The measures of an accuracy matrix, from single answers in any order."""
+    """The measures of an accuracy matrix, from single predictions in any order."""
 
     def _info(self) -> evaluate.MetricInfo:
         columns = ("predictions", "references", "task_ids", "after_task")

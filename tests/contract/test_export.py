@@ -15,6 +15,7 @@ ALL = METHODS | WITH_CLASSIFIER
 SOME = ("l2p", "hash", "coda one-stage", "smope", "norga", "hash discriminant")
 
 
+@torch.enable_grad()
 def learnt(config: Any) -> Any:
     torch.manual_seed(0)
     model = get_prompt_pool_model(build("vit"), config)

@@ -154,8 +154,7 @@ def choose_prompts(inputs: Inputs, query: Tensor | None) -> Prompts:
     pool = inputs.adapter.pool
     task = max(pool.num_tasks - 1, 0) if inputs.training else None
     with torch.autocast(inputs.images.device.type, enabled=False):
-        prompts: Prompts = pool(PoolInput(inputs.images.shape[0], query, task, inputs.valid))
-    return prompts
+        return pool(PoolInput(inputs.images.shape[0], query, task, inputs.valid))
 
 
 def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reuse: Reuse | None) -> PassPlan:

@@ -43,7 +43,7 @@ def questions(family: str, count: int = 8) -> list[dict[str, Tensor]]:
     return [with_noise(family, inputs(family, 1 + number % 3, seed=number)) for number in range(count)]
 
 
-def ask_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: int = 48) -> None:
+def check_answers_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: int = 48) -> None:
     """Ask from several threads at once and compare each answer with the one that was given alone."""
     with torch.no_grad():
         alone = [ask(batch) for batch in batches]
@@ -64,7 +64,7 @@ def ask_from_threads(ask: Callable[[Any], Tensor], batches: list[Any], calls: in
 )
 def test_threads_share_one_model(method: str, family: str) -> None:
     model = learnt(method, family)
-    ask_from_threads(lambda batch: model(**batch).logits, questions(family, 4))
+    check_answers_from_threads(lambda batch: model(**batch).logits, questions(family, 4))
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_threads_share_one_model(method: str, family: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_share_one_model_for_long(method: str, family: str) -> None:
     model = learnt(method, family)
-    ask_from_threads(lambda batch: model(**batch).logits, questions(family), CALLS)
+    check_answers_from_threads(lambda batch: model(**batch).logits, questions(family), CALLS)
 
 
 def pipeline_of(method: str, family: str) -> Callable[[Any], Tensor]:
@@ -94,14 +94,14 @@ def pictures(count: int) -> list[list[Image.Image]]:
 
 @pytest.mark.parametrize("method", ["l2p", "hash", "coda"])
 def test_threads_share_one_pipeline(method: str) -> None:
-    ask_from_threads(pipeline_of(method, "vit"), pictures(4))
+    check_answers_from_threads(pipeline_of(method, "vit"), pictures(4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_share_one_pipeline_for_long(method: str, family: str) -> None:
-    ask_from_threads(pipeline_of(method, family), pictures(8), CALLS)
+    check_answers_from_threads(pipeline_of(method, family), pictures(8), CALLS)
 
 
 def test_a_base_without_prompts_is_asked_beside_them() -> None:
@@ -114,14 +114,14 @@ def test_a_base_without_prompts_is_asked_beside_them() -> None:
         lambda batch: model.base_model.extract_features(**batch),
     ]
     jobs = [(kind, batch) for batch in batches for kind in kinds]
-    ask_from_threads(lambda job: job[0](job[1]), jobs)
+    check_answers_from_threads(lambda job: job[0](job[1]), jobs)
 
 
 def test_threads_on_models_that_share_a_base() -> None:
     base = build("vit")
     models = [learnt(method, base=base, seed=seed) for seed, method in enumerate(["l2p", "coda", "hash", "none"])]
     jobs = [(model, batch) for batch in questions("vit", 4) for model in models]
-    ask_from_threads(lambda job: job[0](**job[1]).logits, jobs)
+    check_answers_from_threads(lambda job: job[0](**job[1]).logits, jobs)
 
 
 @torch.no_grad()

@@ -289,9 +289,9 @@ UNTOLD: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "numbers of images": (
         picture_model,
         lambda: ClassIncrementalStream(row_values([0, 1]), row_values([0, 1]), [[0, 1]], Scaled()),
-        "given as int",
+        "of type int",
     ),
-    "paths": (picture_model, lambda: picture_stream(Rows(["owl.png"] * len(LABELS))), "given as str"),
+    "paths": (picture_model, lambda: picture_stream(Rows(["owl.png"] * len(LABELS))), "of type str"),
     "LoRA inside": (
         lambda: picture_model(base=get_peft_model(build("vit"), LoraConfig(target_modules=["q_proj"])).base_model.model),
         picture_stream,

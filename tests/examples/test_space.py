@@ -177,7 +177,7 @@ def test_which_ways_a_pool_offers() -> None:
     linear = tiny(L2PConfig(top_k=3))
     for pool, offered, told in [
         (linear, [teaching.TRAINING], "some|lost about half"),
-        (tiny(L2PConfig(top_k=3, **closed), ()), [teaching.CLOSED_FORM, teaching.TRAINING], "a few pictures"),
+        (tiny(L2PConfig(top_k=3, **closed), ()), [teaching.CLOSED_FORM, teaching.TRAINING], "can make them worse"),
         (tiny(NoPromptsConfig(**closed), ()), [teaching.CLOSED_FORM], "nothing to train"),
         (tiny(DualPromptConfig(g_layers=[0], e_layers=[1], **closed), ()), [teaching.TRAINING], "has its own prompts"),
         (tiny(L2PConfig(top_k=3, num_labels=3, class_mask="none"), ()), [], "fixed number of classes"),

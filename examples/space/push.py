@@ -18,7 +18,8 @@ from huggingface_hub import HfApi
 HERE = Path(__file__).resolve().parent
 MICRO_VIT = HERE.parent / "micro_vit"
 LIBRARY = HERE.parent.parent / "src" / "cl_prompts"
-NOT_OF_THE_SPACE = ("push.py", "make_digits.py", "__pycache__", ".*")
+GENERATED = ("__pycache__", ".*")
+NOT_OF_THE_SPACE = ("push.py", "make_digits.py")  # of this folder; the library has a push.py of its own
 
 
 def assemble(folder: Path) -> Path:
@@ -27,10 +28,10 @@ def assemble(folder: Path) -> Path:
     Raises:
         FileExistsError: the folder exists already.
     """
-    left_out = shutil.ignore_patterns(*NOT_OF_THE_SPACE)
-    shutil.copytree(HERE, folder, ignore=left_out)
-    shutil.copytree(MICRO_VIT, folder / "base", ignore=left_out)
-    shutil.copytree(LIBRARY, folder / "cl_prompts", ignore=left_out)
+    generated = shutil.ignore_patterns(*GENERATED)
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(*GENERATED, *NOT_OF_THE_SPACE))
+    shutil.copytree(MICRO_VIT, folder / "base", ignore=generated)
+    shutil.copytree(LIBRARY, folder / "cl_prompts", ignore=generated)
     return folder
 
 

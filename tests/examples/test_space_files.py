@@ -297,5 +297,8 @@ def test_a_space_is_whole(tmp_path: Path) -> None:
     assert (
         load_file(folder / "base" / "model.safetensors").keys() == load_file(opening.MICRO_VIT / "model.safetensors").keys()
     )
+    library = ROOT / "src" / "cl_prompts"
+    copied, own = ({p.relative_to(top) for p in top.rglob("*.py")} for top in (folder / "cl_prompts", library))
+    assert copied == own
     assert not list(folder.rglob("__pycache__"))
     assert not (folder / "push.py").exists()

@@ -14,6 +14,7 @@ from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 
 
 RUN = "run.json"
+LOCK = ".run.lock"  # held during the run
 # All files of a run. results.json is written last, so a folder with it is complete.
 FILES = (
     RUN,

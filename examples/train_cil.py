@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import Arguments, as_dict, pairs, read_arguments
 from images import ToTensor, load_stream
-from run_folder import begin, described, is_complete, read_results, refuse_another_run
+from run_folder import LOCK, begin, described, is_complete, read_results, refuse_another_run
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
@@ -44,10 +44,12 @@ from cl_prompts.continual import (
     nearest_class_mean,
     sequential_probe,
 )
+from cl_prompts.continual.run_lock import FolderInUseError, run_lock
 from cl_prompts.evaluation.diagnostics import prompt_similarity, selection_counts, selection_summary
 from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
+from cl_prompts.runtime.disk_full import NO_ROOM
 from cl_prompts.sharing.run_record import RunRecord
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.sharding import shard_frozen_blocks
@@ -166,6 +168,20 @@ def main() -> None:
     """Train on a stream of tasks and write the results."""
     started = time.perf_counter()
     args = read_arguments()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, project_dir=args.folder)
+    try:
+        with run_lock(args.folder, accelerator, name=LOCK):
+            run(args, accelerator, started)
+    except FolderInUseError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        sys.exit(f"{error.strerror}; --resume continues the run")
+
+
+def run(args: Arguments, accelerator: Accelerator, started: float) -> None:
+    """Run with the settings `args`; the process has `started` at this value of `time.perf_counter`."""
     folder = args.folder
     refuse_another_run(described(args), folder)
     if args.resume and is_complete(folder):
@@ -177,15 +193,15 @@ def main() -> None:
         print(f"the run in {folder} was complete ({record.seconds:.0f} s); without --resume it starts over")
         return
 
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, project_dir=folder)
     set_seed(args.seed)
     processor = AutoImageProcessor.from_pretrained(args.model)
     stream = build_stream(args, processor)
     learner = build_learner(args, stream)
     if args.shard_backbone:
         shard_frozen_blocks(learner.to(accelerator.device))
-    run = described(args, stream=stream.fingerprint(), learner=learner.fingerprint(), processes=accelerator.num_processes)
-    refuse_another_run(run, folder)
+    facts = {"stream": stream.fingerprint(), "learner": learner.fingerprint(), "processes": accelerator.num_processes}
+    description = described(args, **facts)
+    refuse_another_run(description, folder)
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
     trainer = ContinualTrainer(
         learner,
@@ -198,7 +214,7 @@ def main() -> None:
     )
     accelerator.wait_for_everyone()  # all processes have checked the folder before it is written to
     if accelerator.is_main_process:
-        begin(run, folder, resume=args.resume)
+        begin(description, folder, resume=args.resume)
     untrained = None
     if isinstance(stream, IndexedStream) and not trainer.feature_provider.base_is_frozen:
         untrained = features_of(trainer)  # before training changes the backbone

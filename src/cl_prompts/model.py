@@ -24,7 +24,6 @@ from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
-from cl_prompts.storage.disk_full import explain_disk_full
 from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.task_api import TaskAPI
@@ -134,7 +133,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             for place in places.values()
             for pattern in card_inputs(Path(save_directory, place))
         ]
-        with explain_disk_full(save_directory), staging_folder(save_directory, inputs) as folder:
+        with staging_folder(save_directory, inputs) as folder:
             with _PEFT_SAVES:
                 super().save_pretrained(
                     str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs

@@ -18,6 +18,7 @@ from cl_prompts import L2PConfig, get_prompt_pool_model
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback, TrainerState
 from cl_prompts.continual.batches import micro_batches
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor
+from cl_prompts.continual.training_step import Throughput
 from cl_prompts.heads import DiscriminantClassifier
 
 
@@ -241,12 +242,23 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+class Logs(TrainerCallback):
+    """What a process is given to log."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, float]] = []
+
+    def on_log(self, state: TrainerState, logs: dict[str, float]) -> None:
+        self.found.append(dict(logs))
+
+
 def results(run: str, folder: Path) -> dict[str, Any]:
     """What a run ends with, killed and resumed on the way."""
     settings = {**RUNS[run], "tasks": 2, "learning_rate": 1e-3}
-    trainer = small_trainer(settings.pop("method"), folder, **settings)
+    logs = Logs()
+    trainer = small_trainer(settings.pop("method"), folder, callbacks=[logs], logging_steps=1, **settings)
     trainer.train()
-    return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict()}
+    return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict(), "logs": logs.found}
 
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
@@ -283,6 +295,23 @@ def test_two_processes_equal_one(run: str, runs: tuple[dict[str, Any], list[dict
                 assert_close(found["tensors"][name], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
             else:
                 assert torch.equal(found["tensors"][name], tensor), name
+
+
+@pytest.mark.xdist_group("trainer-processes")
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_log_what_one_logs(run: str, runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    one, two = runs[0][run]["logs"], [found[run]["logs"] for found in runs[1]]
+    assert two[0] == two[1], "each process logs the same"
+    for ours, expected in zip(two[0], one, strict=True):
+        speeds = [logs.pop("images_per_second") for logs in (ours, expected)]
+        assert min(speeds) > 0
+        assert ours == pytest.approx(expected, abs=1e-4)
+
+
+def test_padding_is_no_image() -> None:
+    throughput = Throughput()
+    throughput.add(torch.tensor([3, -100, 1]))
+    assert throughput.read()[0] == 2
 
 
 @pytest.mark.xdist_group("trainer-processes")

@@ -200,7 +200,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     assert found is not None
     del found["format"]
     Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found)
-    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 3\).*remove them"):
+    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 4\).*remove them"):
         small_trainer("l2p", tmp_path).train(resume=True)
 
 
@@ -259,6 +259,40 @@ def test_the_log_has_every_step_once(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
     assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_evaluate", "on_task_end"])
+def test_a_run_that_ends_between_a_line_and_its_checkpoint(event: str, tmp_path: Path) -> None:
+    """Also lines of a user's callback: what the resumed run repeats stands in the log once."""
+
+    class Ends(TrainerCallback):
+        trainer: ContinualTrainer
+
+        def __init__(self, task: int) -> None:
+            self.task = task
+
+        def on_task_end(self, state: TrainerState, task: Any) -> None:
+            self.trainer.accelerator.log({"mine": task.number}, step=state.progress.global_step)
+
+    def end(self: Ends, state: TrainerState, *_: Any) -> None:
+        if event == "on_task_end":
+            Ends.on_task_end(self, state, *_)
+        if state.progress.task - (event == "on_task_end") == self.task:
+            raise Stop
+
+    dying = type("Dying", (Ends,), {event: end})
+    for number, callback in enumerate([dying(0), dying(1), dying(2), Ends(9)]):
+        trainer = small_trainer("l2p", tmp_path, callbacks=[callback], logging_steps=1, save_steps=4)
+        callback.trainer = trainer
+        if number < 3:
+            with pytest.raises(Stop):
+                trainer.train(resume=number > 0)
+        else:
+            trainer.train(resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
+    assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]
+    assert [line["mine"] for line in lines if "mine" in line] == [0, 1, 2]
 
 
 def test_a_nested_state_is_split_and_joined() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cl_prompts.storage.disk_full import explain_disk_full
 from cl_prompts.storage.staging import finish_interrupted_save, read_together, staging_folder
 
 
@@ -29,7 +28,7 @@ def write_files(folder: str | os.PathLike[str], name: str, options: Mapping[str,
     """
     config = {"learner": name, "options": options, **state["values"]}
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state["tensors"].items()}
-    with explain_disk_full(folder), staging_folder(folder) as staging:
+    with staging_folder(folder) as staging:
         save_file(tensors, staging / WEIGHTS_FILE)
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
 from tqdm.auto import tqdm
 
+from cl_prompts.continual.checkpointing.checkpoint import CONTINUE
 from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.stream import Task
 from cl_prompts.evaluation.evaluate import Evaluation
+from cl_prompts.runtime.disk_full import explain_disk_full
 from cl_prompts.runtime.files import write_atomically
 
 
@@ -96,6 +100,9 @@ class JsonlTracker(GeneralTracker):
 
     Args:
         folder: results folder.
+
+    Attributes:
+        lines: number of lines so far.
     """
 
     name = "jsonl"
@@ -104,7 +111,7 @@ class JsonlTracker(GeneralTracker):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
-        self.path = Path(folder) / "log.jsonl"
+        self.path, self.lines = Path(folder) / "log.jsonl", 0
 
     @property
     def tracker(self) -> Path:
@@ -117,20 +124,33 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Append a line with `step` and `values`. `kwargs`, meant for other trackers, are ignored."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append a line with `step` and `values`. `kwargs`, meant for other trackers, are ignored.
 
-    def forget_after(self, step: int) -> None:
-        """Remove lines of steps after `step`, which a resumed run repeats, and lines that are not complete."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        Raises:
+            OSError: the disk is full. No part of the line stays in the file.
+        """
+        with explain_disk_full(self.path, CONTINUE):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = self.path.stat().st_size if self.path.exists() else 0
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self.path, before)
+                raise
+        self.lines += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of `lines`, for a checkpoint."""
+        return {"lines": self.lines}
+
+    @on_main_process
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Keep only the lines written before the checkpoint with this `state`; a resumed run writes the others again."""
+        kept = self.path.read_bytes().splitlines(keepends=True)[: state["lines"]] if self.path.exists() else []
+        if kept and not kept[-1].endswith(b"\n"):
+            kept.pop()  # cut short when the machine went down
+        self.lines = len(kept)
+        if self.path.exists():
+            write_atomically(self.path, b"".join(kept))

@@ -5,7 +5,6 @@ Models implement `cl_prompts.learner.protocol.Learner`, as prompt pools and base
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,16 +28,16 @@ from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.replay import Replay
 from cl_prompts.continual.run_checks import check_engine, check_run
+from cl_prompts.continual.run_lock import run_lock
 from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream, Task
-from cl_prompts.continual.training_step import Throughput, training_step
+from cl_prompts.continual.training_step import Throughput, global_logs, training_step
 from cl_prompts.evaluation.evaluate import Evaluation, evaluate
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.heads import FeatureClassifier
 from cl_prompts.learner.protocol import Learner
-from cl_prompts.runtime.distributed import world_size
 from cl_prompts.runtime.memory import freed_memory_kept
 
 
@@ -114,14 +113,21 @@ class ContinualTrainer:
         Raises:
             ValueError: the checkpoints in the results folder are of another run, or this trainer has trained already.
             FloatingPointError: the loss is no longer finite.
+            FolderInUseError: another run uses the results folder.
+            OSError: the disk is full.
         """
         if self.evaluations and not resume:
             raise ValueError("this trainer has trained already: make a new one, with a new model")
+        with run_lock(self.folder, self.accelerator):
+            self._train_tasks(resume)
+        return self.matrix
+
+    def _train_tasks(self, resume: bool) -> None:
         saved = self._saved(resume)
         if saved is not None:
             self._restore(saved)
-        if self.log is not None and self.accelerator.is_main_process:
-            self.log.forget_after(self.progress.global_step if saved is not None else -1)
+        elif self.log is not None:
+            self.log.load_state_dict({"lines": 0})
         self.accelerator.init_trackers("cl_prompts", config=None)
         self._started = time.perf_counter() - self.progress.seconds
         if saved is not None:
@@ -135,7 +141,6 @@ class ContinualTrainer:
         self._call("on_train_end")
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training would also destroy the process group, which the caller may need
-        return self.matrix
 
     def result(self) -> TrainingResult:
         """Accuracies, evaluations and settings of the run so far."""
@@ -262,7 +267,7 @@ class ContinualTrainer:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             max_grad_norm=args.max_grad_norm,
         )
-        self._throughput.add(len(batch["labels"]) * world_size())
+        self._throughput.add(batch["labels"])
         return losses
 
     def _batches(self, task: Task) -> Iterator[dict[str, Any]]:
@@ -285,14 +290,8 @@ class ContinualTrainer:
 
     def _log(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()
-        logs = {name: float(value) for name, value in losses.items()}
-        if not all(math.isfinite(value) for value in logs.values()):
-            raise FloatingPointError(
-                f"the loss is {logs} in task {task.number}, epoch {self.progress.epoch}, step {self.progress.step}: lower "
-                "the learning rate, or clip the gradient"
-            )
-        logs |= {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": self._throughput.read()}
-        logs |= {"task": task.number, "epoch": self.progress.epoch}
+        logs = global_logs(losses, self._throughput, self.progress)
+        logs |= {"learning_rate": optimizer.param_groups[0]["lr"], "task": task.number, "epoch": self.progress.epoch}
         self.accelerator.log(logs, step=self.progress.global_step)
         self._call("on_log", logs)
 
@@ -334,6 +333,8 @@ class ContinualTrainer:
         }
         if self.memory is not None:
             parts["memory"] = self.memory
+        if self.log is not None:
+            parts["log"] = self.log
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         return parts
@@ -353,9 +354,9 @@ class ContinualTrainer:
 
     def _save(self) -> None:
         """Write a checkpoint."""
+        self.progress.seconds = time.perf_counter() - self._started
         if self.checkpoints is None:
             return
-        self.progress.seconds = time.perf_counter() - self._started
         parts = self._parts() | {"random": self._random_state()}
         if self.optimizer is not None and (self.progress.begun or self.args.keep_optimizer):
             parts["optimizer"] = OptimizerState(self.optimizer)

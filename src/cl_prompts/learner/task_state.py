@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.runtime.distributed import sum_over_processes
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_state import AdapterState
 
@@ -40,16 +41,20 @@ class TaskState(nn.Module):
         num_labels: number of classes of a learner without tasks, which knows ids 0 to `num_labels` - 1 from the start.
 
     Attributes:
-        unknown_labels: number of labels, seen on a device, that could not be learned. Not saved.
+        unknown_labels: number of labels, seen on a device by this process, that could not be learned. Not saved.
     """
-
-    unknown_labels: Tensor
 
     def __init__(self, state: AdapterState, num_labels: int | None = None) -> None:
         super().__init__()
         self.state = state
         self.num_labels = num_labels
-        self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
+        # No buffer: DDP would replace the buffers of every process by those of the first before each forward.
+        self.unknown_labels = torch.zeros((), dtype=torch.int64, device="cpu")  # also where PEFT builds on "meta"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.unknown_labels = fn(self.unknown_labels)
+        return self
 
     @property
     def classes(self) -> list[int]:
@@ -167,12 +172,14 @@ class TaskState(nn.Module):
         return targets
 
     def check_labels(self) -> None:
-        """Report wrong labels that `targets` has counted on a device since the last call.
+        """Report wrong labels that `targets` has counted on a device since the last call, on any process.
+
+        All processes must call it.
 
         Raises:
-            ValueError: there were some.
+            ValueError: there were some. It is raised on every process.
         """
-        count = int(self.unknown_labels)
+        count = int(sum_over_processes(self.unknown_labels))
         self.unknown_labels.zero_()
         if count:
             raise ValueError(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from cl_prompts.runtime.disk_full import explain_disk_full
 from cl_prompts.runtime.locks import hold, hold_leftover, release
 
 
@@ -18,6 +19,9 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     Args:
         path: the file; missing folders are created.
         content: text, written as UTF-8, or bytes.
+
+    Raises:
+        OSError: the disk is full. The old file is kept.
     """
     with staging_file(path) as staging:
         staging.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -32,22 +36,26 @@ def staging_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the file; missing folders are created.
+
+    Raises:
+        OSError: the disk is full. The old file is kept.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):
-        _remove_if_dead(leftover)
-    staging = target.with_name(f".{target.name}.{uuid4().hex}.writing")
-    descriptor = hold(staging)
-    try:
-        yield staging
-        os.fsync(descriptor)
-        os.replace(staging, target)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-    finally:
-        release(descriptor)
+    with explain_disk_full(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):
+            _remove_if_dead(leftover)
+        staging = target.with_name(f".{target.name}.{uuid4().hex}.writing")
+        descriptor = hold(staging)
+        try:
+            yield staging
+            os.fsync(descriptor)
+            os.replace(staging, target)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+        finally:
+            release(descriptor)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
+from cl_prompts.runtime.disk_full import explain_disk_full
 from cl_prompts.runtime.files import sync_to_disk
 from cl_prompts.runtime.locks import hold_leftover, locked, release
 from cl_prompts.storage.integrity import CONFIG_FILE
@@ -46,20 +47,19 @@ def staging_folder(folder: str | os.PathLike[str], inputs: Iterable[str] = ()) -
 
     Raises:
         ValueError: `folder` is a file, or has a folder where the block wrote a file.
+        OSError: the disk is full. The files of the last save are kept.
     """
     target = Path(folder).resolve()
     if target.is_file():
         raise ValueError(f"{folder} is a file: name a folder to save into")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    with suppress(OSError):  # it may be read-only
-        _remove_leftovers(target.parent)
-    place = target if target.is_dir() else target.parent
-    name = f"{PREFIX}{uuid4().hex}"
-    with locked(place / f"{name}{ALIVE}"):
-        staging = place / f"{name}{STAGING}"
-        staging.mkdir()
-        try:
+    with explain_disk_full(folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        with suppress(OSError):  # it may be read-only
+            _remove_leftovers(target.parent)
+        place = target if target.is_dir() else target.parent
+        name = f"{PREFIX}{uuid4().hex}"
+        with locked(place / f"{name}{ALIVE}"), _new_folder(place / f"{name}{STAGING}") as staging:
             copies = _copy_inputs(target, staging, inputs)
             yield staging
             for copy, before in copies.items():
@@ -67,9 +67,6 @@ def staging_folder(folder: str | os.PathLike[str], inputs: Iterable[str] = ()) -
                     copy.unlink()
             _prepare(staging, target)
             _commit(staging, target, target / f"{name}{COMPLETE}")
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
 
 
 def finish_interrupted_save(folder: str | os.PathLike[str]) -> None:
@@ -115,6 +112,17 @@ def _version(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A new folder, removed if the block ends with an error."""
+    folder.mkdir()
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _remove_leftovers(place: Path) -> None:

@@ -18,11 +18,12 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.runtime.disk_full import explain_disk_full
 from cl_prompts.storage.staging import finish_interrupted_save, staging_folder
 
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
+CONTINUE = "free some and continue the run with resume=True"  # what to do when the disk of a run is full
 REFERENCE = "$tensor"  # key of the JSON object that stands for a tensor; its value is the tensor's name
 
 
@@ -46,6 +47,9 @@ class Checkpoints:
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            OSError: the disk is full. The earlier checkpoints are kept.
         """
         target = self.folder / f"{number:09d}"
         tensors, values = split_tensors(state)
@@ -53,7 +57,7 @@ class Checkpoints:
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         files = {TENSORS: save(own), VALUES: json.dumps(values).encode()}
         files[MANIFEST] = json.dumps({name: _sha256(content) for name, content in files.items()}).encode()
-        with explain_disk_full(target), staging_folder(target) as staging:
+        with explain_disk_full(target, CONTINUE), staging_folder(target) as staging:
             for name, content in files.items():
                 (staging / name).write_bytes(content)
         for old in self._folders()[self.keep :]:

@@ -1,4 +1,4 @@
-"""Errors of a full disk as one line that says what to do."""
+"""Errors of a full disk as one line that names the file and says what to do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def explain_disk_full(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of a full disk into one line that names `folder` and what to do.
+def explain_disk_full(path: str | os.PathLike[str], mend: str = "free some and save again") -> Iterator[None]:
+    """Turn errors of a full disk into one line that names `path` and says what to do.
+
+    Nested contexts: the outermost one words the error.
+
+    Args:
+        path: file or folder that is written.
+        mend: what to do.
 
     Raises:
         OSError: with the number of the error (ENOSPC, EDQUOT or EFBIG).
@@ -29,5 +35,5 @@ def explain_disk_full(folder: str | os.PathLike[str]) -> Iterator[None]:
         number = int(match[1]) if match else getattr(error, "errno", None)
         if number not in NO_ROOM:
             raise
-        text = f"no room to save {folder} ({os.strerror(number)}): free some and save again; what was there is unharmed"
+        text = f"no room to save {path} ({os.strerror(number)}): {mend}; what was there is unharmed"
         raise OSError(number, text) from error

@@ -1,11 +1,13 @@
 """The settings of a run: defaults, overridden by a recipe, overridden by the command line."""
 
+import inspect
 import json
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate.tracking import get_available_trackers
@@ -14,13 +16,15 @@ from transformers import HfArgumentParser
 
 from cl_prompts.baselines import BASELINES
 from cl_prompts.continual import ContinualArguments
+from cl_prompts.continual.arguments import key_values
 from cl_prompts.heads import CLASSIFIERS
 from cl_prompts.methods import METHODS
 
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
-PAIRS = ("config", "learning_rates", "optim_args")  # lists of name=value, mappings in recipes
+OPTIONS = ("config", "learning_rates", "optim_args")  # mappings in recipes
+T = TypeVar("T")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -30,10 +34,13 @@ def setting(default: Any, text: str) -> Any:
 
 @dataclass
 class Arguments:
-    """Settings of a run. A recipe overrides the defaults; the command line overrides the recipe."""
+    """Settings of a run besides those of its trainer, `ContinualArguments`.
+
+    A recipe overrides the defaults; the command line overrides the recipe. Without output_dir the results folder is
+    results/<recipe>-<method>-seed<seed>.
+    """
 
     recipe: str = setting("digits", "name in examples/recipes, or a YAML file")
-    output: str | None = setting(None, "results folder; default: results/<recipe>-<method>-seed<seed>")
     resume: bool = setting(False, "continue the run in the results folder from its last checkpoint")
 
     model: str = setting(str(HERE / "micro_vit"), "Hub id or folder of a vision transformer")
@@ -84,90 +91,69 @@ class Arguments:
         default_factory=list, metadata={"help": "settings of the method: pool_size=20 layers=[0,1,2]"}
     )
 
-    num_train_epochs: int = setting(5, "epochs per task")
-    batch_size: int = setting(64, "images of an optimizer step, over all processes")
-    gradient_accumulation_steps: int = setting(1, "micro-batches per batch: less memory, for most methods the same step")
-    optim: str = setting("adam", "adam, adamw or sgd, a new one for every task")
-    optim_args: list[str] = field(
-        default_factory=list, metadata={"help": "further options of torch's optimizer: weight_decay=0.01"}
-    )
-    keep_optimizer: bool = setting(False, "carry the optimizer's state from task to task")
-    learning_rate: float = setting(5e-3, "learning rate")
-    learning_rates: list[str] = field(
-        default_factory=list, metadata={"help": "other rates by group: head=1e-3 prompts=1e-2"}
-    )
-    max_grad_norm: float = setting(1.0, "largest gradient norm; 0: no clipping")
-    lr_scheduler_type: str = setting("constant", "constant, cosine, linear or coda; restarted for every task")
-    warmup_steps: int = setting(0, "steps of a linear warm-up at the start of every task")
-    mixed_precision: str = setting("no", "no, bf16 or fp16")
-    cache_queries: bool = setting(True, "compute un-prompted features once if images repeat (no --augment, or --views)")
-    query_cache: str | None = setting(
-        None, "folder of these features, shared by runs; default: $CL_PROMPTS_CACHE/queries, else in memory only"
-    )
-    query_cache_bytes: int = setting(8 * 2**30, "limit on the size of that folder")
-    memory_size: int = setting(0, "images kept for rehearsal in total")
-    memory_per_class: int = setting(0, "images kept for rehearsal per class")
-    memory_batch_size: int | None = setting(None, "rehearsed images added to each batch; default: batch_size")
-    forward_transfer: bool = setting(False, "also evaluate a task before it is trained, if its classes are known")
-    seed: int = setting(0, "random seed")
-    dataloader_num_workers: int = setting(0, "data loader processes")
-    logging_steps: int = setting(20, "steps between two log entries")
-    save_steps: int = setting(100, "steps between two checkpoints; 0: only after every task")
     trackers: list[str] = field(
         default_factory=list, metadata={"help": "tensorboard, wandb, trackio, ... besides log.jsonl"}
     )
 
-    @property
-    def folder(self) -> Path:
-        """The results folder."""
-        return Path(self.output or f"results/{Path(self.recipe).stem}-{self.method}-seed{self.seed}")
 
-    @property
-    def rehearses(self) -> bool:
-        """Whether images of earlier tasks are kept."""
-        return bool(self.memory_size or self.memory_per_class)
-
-    def of_trainer(self) -> ContinualArguments:
-        """The trainer's settings.
-
-        Raises:
-            ValueError: a setting is out of range.
-        """
-        own = {f.name: getattr(self, f.name) for f in fields(ContinualArguments) if f.name != "output_dir"}
-        own |= {name: pairs(own[name]) for name in ("learning_rates", "optim_args")}
-        return ContinualArguments(output_dir=str(self.folder), **own)
-
-
-def read_arguments(line: Sequence[str] | None = None) -> Arguments:
+def read_arguments(line: Sequence[str] | None = None) -> tuple[Arguments, ContinualArguments]:
     """Read the settings from defaults, recipe and command line `line` (None: that of this process).
 
-    Exits with a message if a recipe or a setting does not exist.
+    Exits with a message if a recipe or a setting does not exist, or a setting is invalid.
     """
-    parser = HfArgumentParser(Arguments, description="Continual learning with a prompt pool. " + str(Arguments.__doc__))
+    parser = HfArgumentParser((Arguments, ContinualArguments), description=Arguments.__doc__)
+    add_help(parser, ContinualArguments)
     words = list(sys.argv[1:] if line is None else line)
-    first, unknown_words = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    first, unknown_words = parser.parse_known_args(words)
     if unknown_words:
         sys.exit(f"no such arguments: {unknown_words}; --help lists them all")
     path = Path(first.recipe) if first.recipe.endswith((".yaml", ".yml")) else RECIPES / f"{first.recipe}.yaml"
     if not path.is_file():
         sys.exit(f"no recipe {first.recipe!r}: choose one of {known_recipes()} or name a YAML file")
     settings = yaml.safe_load(path.read_text()) or {}
-    unknown = sorted(set(settings) - {f.name for f in fields(Arguments)})
+    unknown = sorted(set(settings) - {f.name for kind in (Arguments, ContinualArguments) for f in fields(kind)})
     if unknown:
         sys.exit(f"{path} sets {unknown}, which are no arguments of this script")
-    settings = {name: as_words(name, value) for name, value in settings.items()}
-    parser.set_defaults(**{name: value for name, value in settings.items() if name not in PAIRS})
-    arguments: Arguments = parser.parse_args_into_dataclasses(words)[0]
-    # A recipe's pairs are for its own method (or optimizer). The command line overrides single pairs.
-    owner = {"config": "method", "learning_rates": "method", "optim_args": "optim"}
-    for name in PAIRS:
-        same = getattr(arguments, owner[name]) == settings.get(owner[name], getattr(Arguments(), owner[name]))
-        setattr(arguments, name, merged(settings.get(name, []) if same else [], getattr(arguments, name)))
-    check(arguments)
-    return arguments
+    parser.set_defaults(**{name: as_words(name, value) for name, value in settings.items() if name not in OPTIONS})
+    arguments, training = validated(lambda: parser.parse_args_into_dataclasses(words))
+    # Options in a recipe are for its own method (or optimizer). The command line overrides single ones.
+    of_method = settings.get("method", Arguments.method) == arguments.method
+    of_optim = settings.get("optim", ContinualArguments.optim) == training.optim
+    if of_method:
+        arguments.config = merged(as_words("config", settings.get("config", [])), arguments.config)
+    options = {
+        "learning_rates": settings.get("learning_rates") if of_method else None,
+        "optim_args": settings.get("optim_args") if of_optim else None,
+    }
+    training = validated(
+        lambda: replace(
+            training,
+            output_dir=training.output_dir or f"results/{path.stem}-{arguments.method}-seed{training.seed}",
+            **{name: {**key_values(name, value), **getattr(training, name)} for name, value in options.items()},
+        )
+    )
+    check(arguments, training)
+    return arguments, training
 
 
-def check(arguments: Arguments) -> None:
+def add_help(parser: HfArgumentParser, settings: type) -> None:
+    """Give the options of a dataclass their help texts: those of its docstring."""
+    section = str(inspect.getdoc(settings)).partition("Args:\n")[2].partition("\n\n")[0]
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE))
+    for action in parser._actions:
+        if action.help is None and action.dest in texts:
+            action.help = " ".join(texts[action.dest].split()).replace("%", "%%")
+
+
+def validated(make: Callable[[], T]) -> T:
+    """`make()`. Exits with the message of a ValueError."""
+    try:
+        return make()
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def check(arguments: Arguments, training: ContinualArguments) -> None:
     """Exit with a message if a setting is invalid. Settings of the method and the data are checked later."""
     for name, known in (
         ("scenario", SCENARIOS),
@@ -179,6 +165,7 @@ def check(arguments: Arguments) -> None:
         absent = sorted(set(value if isinstance(value, list) else [value]) - set(known))
         if absent:
             sys.exit(f"--{name} {' '.join(absent)}: there is {', '.join(known)}" + " (installed)" * (name == "trackers"))
+    pairs(arguments.config)
     crops = [name for name in ("views", "augment_on_device") if getattr(arguments, name) != getattr(Arguments, name)]
     if crops and not arguments.augment:
         sys.exit(
@@ -186,12 +173,8 @@ def check(arguments: Arguments) -> None:
         )
     if arguments.method in BASELINES and arguments.shard_backbone:
         sys.exit(f"--shard_backbone needs a prompt method, whose backbone is frozen: leave it out for {arguments.method}")
-    if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not arguments.rehearses:
+    if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not training.rehearses:
         sys.exit(f"{arguments.method} needs remembered images: set --memory_size or --memory_per_class")
-    try:
-        arguments.of_trainer()
-    except ValueError as error:
-        sys.exit(str(error))
 
 
 def known_recipes() -> list[str]:
@@ -201,9 +184,9 @@ def known_recipes() -> list[str]:
 
 def as_words(name: str, value: Any) -> Any:
     """A recipe's value in the form of the command line: a list if the flag takes several words."""
-    if name in PAIRS and isinstance(value, dict):
+    if name == "config" and isinstance(value, dict):
         return [f"{key}={as_word(entry)}" for key, entry in value.items()]
-    several = isinstance(getattr(Arguments(), name), list)
+    several = isinstance(getattr(Arguments(), name, None), list)
     return [value] if several and not isinstance(value, list) else value
 
 
@@ -226,6 +209,6 @@ def pairs(items: Sequence[str]) -> dict[str, Any]:
     return {name: float(v) if isinstance(v, str) and v[:1].isdigit() else v for name, v in values.items()}  # 1e-3
 
 
-def as_dict(arguments: Arguments) -> dict[str, Any]:
-    """A JSON-able copy."""
-    return asdict(arguments)
+def as_dict(arguments: Arguments, training: ContinualArguments) -> dict[str, Any]:
+    """All settings by name, JSON-able."""
+    return asdict(arguments) | training.to_dict()

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import HERE, PAIRS, RECIPES, Arguments, as_word, read_arguments
-from run_folder import described, differences, is_complete, read_results
+from arguments import HERE, OPTIONS, RECIPES, Arguments, as_dict, as_word, read_arguments
+from run_folder import described, differences, folder_of, is_complete, read_results
 
+from cl_prompts.continual import ContinualArguments
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
 from cl_prompts.runtime.files import write_atomically
@@ -46,24 +47,25 @@ class Run:
     Args:
         row: name of the row in the table.
         words: arguments of train_cil's command line.
-        arguments: the parsed arguments.
+        arguments, training: the parsed arguments.
         error: why the run failed or cannot be read; "" without an error.
     """
 
     row: str
     words: list[str]
     arguments: Arguments
+    training: ContinualArguments
     error: str = ""
 
     @property
     def folder(self) -> Path:
         """The results folder of the run."""
-        return self.arguments.folder
+        return folder_of(self.training)
 
     @property
     def done(self) -> bool:
         """Whether the folder has the complete results of this run."""
-        return is_complete(self.folder) and not differences(described(self.arguments), self.folder)
+        return is_complete(self.folder) and not differences(described(self.arguments, self.training), self.folder)
 
 
 def read_rows(name: str) -> dict[str, dict[str, Any]]:
@@ -91,6 +93,8 @@ def as_line(settings: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in settings.items():
         entries = [f"{k}={as_word(v)}" for k, v in value.items()] if isinstance(value, dict) else value
+        if isinstance(value, dict) and name != "config":
+            entries = [",".join(entries)] if entries else []
         if entries is not None and entries != []:
             words += [f"--{name}", *(str(entry) for entry in (entries if isinstance(entries, list) else [entries]))]
     return words
@@ -102,11 +106,11 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
     for seed in seeds:
         for row, settings in rows.items():
             folder = output / f"{re.sub(r'[^A-Za-z0-9]+', '-', row).strip('-').lower()}-seed{seed}"
-            words = [*as_line(settings), *further, "--seed", str(seed), "--output", str(folder)]
-            arguments = arguments_of(row, words)
+            words = [*as_line(settings), *further, "--seed", str(seed), "--output_dir", str(folder)]
+            arguments, training = arguments_of(row, words)
             own = {name: value for name, value in settings.items() if f"--{name}" not in further}
-            refuse_empty(row, own, arguments)
-            runs.append(Run(row, words, arguments))
+            refuse_empty(row, own, as_dict(arguments, training))
+            runs.append(Run(row, words, arguments, training))
     folders = [run.folder for run in runs]
     twice = sorted({run.row for run in runs if folders.count(run.folder) > 1})
     if twice:
@@ -117,7 +121,7 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
     return runs
 
 
-def arguments_of(row: str, words: list[str]) -> Arguments:
+def arguments_of(row: str, words: list[str]) -> tuple[Arguments, ContinualArguments]:
     """Parse the words of a row's command line. Exits with the row's name on invalid arguments."""
     stderr = io.StringIO()
     try:
@@ -128,10 +132,10 @@ def arguments_of(row: str, words: list[str]) -> Arguments:
         sys.exit(f"row {row!r}: {message}")
 
 
-def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Arguments) -> None:
+def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Exit if a setting has no value in the file, so that the default or the recipe's value would be used."""
     for name, value in settings.items():
-        stays_empty = name in PAIRS or getattr(arguments, name, name) in (None, [])
+        stays_empty = name in OPTIONS or arguments.get(name, name) in (None, [])
         if (value in (None, [], {}) and not stays_empty) or (isinstance(value, list) and None in value):
             sys.exit(f"row {row!r}: {name} has no value in {value!r}: give it one, or leave it out for the recipe's")
 
@@ -158,7 +162,7 @@ def read_run(run: Run) -> dict[str, Result]:
     except ValueError as error:
         run.error = str(error)
         return {}
-    method, seed = run.arguments.method, run.arguments.seed
+    method, seed = run.arguments.method, run.training.seed
     return {
         name: Result(name, matrix, seed, record.trainable.get(name), record.seconds if name == method else None)
         for name, matrix in record.results.items()
@@ -205,8 +209,8 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
     for result in [*results, *others]:
         numbers.setdefault(result.learner, {})[str(result.seed)] = result.matrix.to_dict()
     write_atomically(output / NUMBERS, json.dumps({"command": command, "results": numbers}, indent=1))
-    failed = [f"- {run.row}, seed {run.arguments.seed}: {run.error}" for run in runs if run.error]
-    missing = [f"- {run.row}, seed {run.arguments.seed}" for run in runs if not run.done and not run.error]
+    failed = [f"- {run.row}, seed {run.training.seed}: {run.error}" for run in runs if run.error]
+    missing = [f"- {run.row}, seed {run.training.seed}" for run in runs if not run.done and not run.error]
     seconds = sum(result.seconds or 0 for result in [*results, *others])
     commands = {
         run.row: shlex.join(["accelerate", "launch", "examples/train_cil.py", *run.words]) for run in reversed(runs)

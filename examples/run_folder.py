@@ -8,6 +8,7 @@ from typing import Any
 
 from arguments import Arguments, as_dict
 
+from cl_prompts.continual import ContinualArguments
 from cl_prompts.evaluation.report import PAGE, machine
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
@@ -30,21 +31,27 @@ FILES = (
 )
 # Arguments that do not change the results.
 NOT_OF_THE_RUN = (
-    *("output", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
+    *("output_dir", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
     *("query_cache", "query_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
-def described(arguments: Arguments, **facts: Any) -> dict[str, Any]:
+def folder_of(training: ContinualArguments) -> Path:
+    """The results folder of a run whose settings were read with `read_arguments`."""
+    return Path(str(training.output_dir))
+
+
+def described(arguments: Arguments, training: ContinualArguments, **facts: Any) -> dict[str, Any]:
     """The content of run.json.
 
     Args:
-        arguments: arguments of the run.
+        arguments: settings of the run.
+        training: settings of its trainer.
         facts: further identification of the run: fingerprints of stream and learner, number of processes.
     """
     versions = {name: version(name) for name in LIBRARIES}
-    return {"arguments": as_dict(arguments), **facts, "versions": versions, "machine": machine()}
+    return {"arguments": as_dict(arguments, training), **facts, "versions": versions, "machine": machine()}
 
 
 def differences(run: dict[str, Any], folder: Path) -> list[str]:
@@ -76,7 +83,7 @@ def refuse_another_run(run: dict[str, Any], folder: Path) -> None:
     """Exit if the folder has another run."""
     differing = differences(run, folder)
     if differing:
-        sys.exit(f"{folder} holds another run ({'; '.join(differing)}): choose another --output, or remove that folder")
+        sys.exit(f"{folder} holds another run ({'; '.join(differing)}): choose another --output_dir, or remove that folder")
 
 
 def begin(run: dict[str, Any], folder: Path, *, resume: bool) -> None:

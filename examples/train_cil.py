@@ -24,13 +24,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from arguments import Arguments, as_dict, pairs, read_arguments
 from images import ToTensor, load_stream
-from run_folder import LOCK, begin, described, is_complete, read_results, refuse_another_run
+from run_folder import LOCK, begin, described, folder_of, is_complete, read_results, refuse_another_run
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from cl_prompts import PromptPoolConfig, get_prompt_pool_model
 from cl_prompts.baselines import BASELINES, get_baseline
 from cl_prompts.continual import (
     AccuracyMatrix,
+    ContinualArguments,
     ContinualTrainer,
     CropAndFlip,
     Evaluation,
@@ -69,7 +70,7 @@ def augmentation(args: Arguments) -> CropAndFlip:
     return CropAndFlip(scale=(args.crop_scale, 1.0), views=args.views or None, on_device=args.augment_on_device)
 
 
-def build_stream(args: Arguments, processor: Any) -> Stream:
+def build_stream(args: Arguments, processor: Any, seed: int) -> Stream:
     """The stream of tasks."""
     stream = load_stream(
         args.scenario,
@@ -77,7 +78,7 @@ def build_stream(args: Arguments, processor: Any) -> Stream:
         ToTensor(processor, args.input_range, args.resample),
         tasks=args.tasks[0] if len(args.tasks) == 1 else args.tasks,
         shuffle_classes=args.shuffle_classes,
-        seed=args.seed,
+        seed=seed,
         image_column=args.image_column,
         label_column=args.label_column,
         domain_column=args.domain_column,
@@ -93,7 +94,7 @@ def build_stream(args: Arguments, processor: Any) -> Stream:
     return JointStream(stream, only_last=True) if args.joint else stream
 
 
-def build_learner(args: Arguments, stream: Stream) -> Any:
+def build_learner(args: Arguments, stream: Stream, seed: int) -> Any:
     """A prompt pool on a frozen backbone, or a baseline on one that may be trained."""
     options = pairs(args.config)
     backbone = load_backbone(args.model, args.attention)
@@ -101,19 +102,19 @@ def build_learner(args: Arguments, stream: Stream) -> Any:
         options = {"num_labels": max(stream.classes) + 1} | options
     if args.method in BASELINES:
         return get_baseline(args.method, backbone, **options)
-    options = {"classifier_seed": args.seed} | options
+    options = {"classifier_seed": seed} | options
     if stream.task_free:
         options = {"class_mask": "batch"} | options
     return get_prompt_pool_model(backbone, PromptPoolConfig(method=args.method, **options))
 
 
-def extra_classifiers(args: Arguments, learner: Any) -> dict[str, FeatureClassifier]:
+def extra_classifiers(args: Arguments, learner: Any, own_seed: int) -> dict[str, FeatureClassifier]:
     """Classifiers to evaluate on the learner's features."""
     frozen = learner.features.frozen if args.method in BASELINES else learner.adapter.config.drift == "none"
     classifiers: dict[str, FeatureClassifier] = {}
     for name in args.extra_classifiers:
         make: Any = CLASSIFIERS[name]
-        seed = {"seed": args.seed} if "seed" in signature(make).parameters else {}
+        seed = {"seed": own_seed} if "seed" in signature(make).parameters else {}
         classifiers[name] = make(learner.head.weight.shape[1], drift="none" if frozen else "affine", **seed)
     return classifiers
 
@@ -125,19 +126,18 @@ def features_of(trainer: ContinualTrainer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def references(
-    train: torch.Tensor, test: torch.Tensor, stream: IndexedStream, args: Arguments
+    train: torch.Tensor, test: torch.Tensor, stream: IndexedStream, args: Arguments, training: ContinualArguments
 ) -> dict[str, AccuracyMatrix]:
     """Accuracies of classifiers without prompts on frozen features of the same images, with the head's learning rate."""
     data = FrozenFeatures(
         [(train[task.train_rows], torch.as_tensor(stream.train_labels[task.train_rows])) for task in stream],
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
     )
-    rate = pairs(args.learning_rates).get("head", args.learning_rate)
     settings: dict[str, Any] = {
-        "num_train_epochs": args.num_train_epochs,
-        "batch_size": args.batch_size,
-        "learning_rate": rate,
-        "seed": args.seed,
+        "num_train_epochs": training.num_train_epochs,
+        "batch_size": training.batch_size,
+        "learning_rate": training.to_dict()["learning_rates"].get("head", training.learning_rate),
+        "seed": training.seed,
     }
     matrices = {"sequential linear probe": sequential_probe(data, **settings)}
     options = pairs(args.config)
@@ -167,50 +167,51 @@ def report_selection(evaluations: Sequence[Evaluation], learner: Any, folder: Pa
 def main() -> None:
     """Train on a stream of tasks and write the results."""
     started = time.perf_counter()
-    args = read_arguments()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, project_dir=args.folder)
+    args, training = read_arguments()
+    folder = folder_of(training)
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, project_dir=folder)
     try:
-        with run_lock(args.folder, accelerator, name=LOCK):
-            run(args, accelerator, started)
+        with run_lock(folder, accelerator, name=LOCK):
+            run(args, training, accelerator, started)
     except FolderInUseError as error:
         sys.exit(str(error))
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        sys.exit(f"{error.strerror}; --resume continues the run")
+        sys.exit(f"{error.strerror} (resume with --resume)")
 
 
-def run(args: Arguments, accelerator: Accelerator, started: float) -> None:
-    """Run with the settings `args`; the process has `started` at this value of `time.perf_counter`."""
-    folder = args.folder
-    refuse_another_run(described(args), folder)
+def run(args: Arguments, training: ContinualArguments, accelerator: Accelerator, started: float) -> None:
+    """Run with these settings; the process has `started` at this value of `time.perf_counter`."""
+    folder, seed = folder_of(training), training.seed
+    refuse_another_run(described(args, training), folder)
     if args.resume and is_complete(folder):
         try:
             record = read_results(folder)
         except ValueError as error:
             sys.exit(str(error))
-        print(comparison_table([Result(name, matrix, args.seed) for name, matrix in record.results.items()]))
+        print(comparison_table([Result(name, matrix, seed) for name, matrix in record.results.items()]))
         print(f"the run in {folder} was complete ({record.seconds:.0f} s); without --resume it starts over")
         return
 
-    set_seed(args.seed)
+    set_seed(seed)
     processor = AutoImageProcessor.from_pretrained(args.model)
-    stream = build_stream(args, processor)
-    learner = build_learner(args, stream)
+    stream = build_stream(args, processor, seed)
+    learner = build_learner(args, stream, seed)
     if args.shard_backbone:
         shard_frozen_blocks(learner.to(accelerator.device))
     facts = {"stream": stream.fingerprint(), "learner": learner.fingerprint(), "processes": accelerator.num_processes}
-    description = described(args, **facts)
+    description = described(args, training, **facts)
     refuse_another_run(description, folder)
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
     trainer = ContinualTrainer(
         learner,
         own_stream,
-        args.of_trainer(),
+        training,
         accelerator=accelerator,
         callbacks=[ProgressBar()],
         trackers=args.trackers,
-        classifiers=extra_classifiers(args, learner),
+        classifiers=extra_classifiers(args, learner, seed),
     )
     accelerator.wait_for_everyone()  # all processes have checked the folder before it is written to
     if accelerator.is_main_process:
@@ -226,19 +227,23 @@ def run(args: Arguments, accelerator: Accelerator, started: float) -> None:
     matrices = {args.method: result.matrix}
     matrices |= {f"{args.method} + {name}": matrix for name, matrix in result.extra_matrices.items()}
     if isinstance(stream, IndexedStream):
-        matrices |= references(*(untrained or features_of(trainer)), stream, args)
+        matrices |= references(*(untrained or features_of(trainer)), stream, args, training)
     skipped = own_stream.count_skipped()
     accelerator.state.destroy_process_group()  # only the main process continues
     if not accelerator.is_main_process:
         return
     seconds = before + result.seconds + time.perf_counter() - trained
     trainable = {args.method: result.trainable_parameters}
-    results = [Result(name, matrix, args.seed, trainable.get(name)) for name, matrix in matrices.items()]
+    results = [Result(name, matrix, seed, trainable.get(name)) for name, matrix in matrices.items()]
     print(f"\n{comparison_table(results)}\n\n{remarks(results)}\n")
     if skipped:
         print(f"{skipped} images could not be read and were left out\n")
 
-    settings = as_dict(args) | {"seconds": round(seconds, 1), "processes": accelerator.num_processes, "skipped": skipped}
+    settings = as_dict(args, training) | {
+        "seconds": round(seconds, 1),
+        "processes": accelerator.num_processes,
+        "skipped": skipped,
+    }
     command = f"accelerate launch examples/train_cil.py {shlex.join(sys.argv[1:])}".strip()
     data = f"{', '.join(args.dataset)} ({stream.scenario})"
     result.matrix.to_csv(folder / "matrix.csv")

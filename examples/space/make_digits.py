@@ -36,7 +36,7 @@ def main() -> None:
         data, output = Path(room, "digits-0-to-7"), Path(room, "run")
         for split, rows in splits.items():
             rows.filter(lambda row: row["label"] in KNOWN).to_parquet(str(data / f"{split}.parquet"))
-        line = ["--dataset", str(data), "--tasks", str(TASKS), "--output", str(output), "--save_steps", "0"]
+        line = ["--dataset", str(data), "--tasks", str(TASKS), "--output_dir", str(output), "--save_steps", "0"]
         subprocess.run([sys.executable, str(EXAMPLES / "train_cil.py"), *line], check=True, env=os.environ | ONE_THREAD)
         take_over(output / "adapter", HERE / "digits")
     write_samples(splits, HERE / "samples")

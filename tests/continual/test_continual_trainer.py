@@ -13,6 +13,7 @@ from support.query_images import provider_of, shared_by_two
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import HfArgumentParser
 
 from cl_prompts import L2PConfig, get_prompt_pool_model
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback, TrainerState
@@ -28,6 +29,7 @@ from cl_prompts.heads import DiscriminantClassifier
 def test_it_does_what_a_plain_loop_does() -> None:
     trainer = small_trainer("hash", optim="adamw", optim_args={"weight_decay": 0.1}, max_grad_norm=0.5)
     trainer.train()
+    assert trainer.result().seconds > 0, "measured without a results folder, too"
     model, stream = small_model("hash"), small_stream()
     for task in stream:
         model.begin_task(task.classes)
@@ -208,12 +210,33 @@ def test_a_kept_optimizer_keeps_what_is_still_there() -> None:
         ({"learning_rates": {"head": -1.0}}, "head=-1.0 must be"),
         ({"memory_size": 3, "memory_per_class": 2}, "give one of them"),
         ({"memory_size": 3}, 'class_mask="none"'),
+        ({"learning_rates": "head"}, "learning_rates='head': write like key=value,key=value"),
+        ({"learning_rates": "{"}, "learning_rates='{' is no JSON object"),
+        ({"optim_args": ["a=1"]}, r"optim_args=\['a=1'\] must be a dict, or text like"),
         ({"learning_rates": {"heads": 1.0}}, "no parameter group is called"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_trainer("l2p", **settings).train()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("momentum=0.9,nesterov=True", {"momentum": 0.9, "nesterov": True}),
+        ("betas=[0.9, 0.99], eps=1e-6", {"betas": [0.9, 0.99], "eps": 1e-6}),
+        ('{"amsgrad": true, "eps": 1e-6}', {"amsgrad": True, "eps": 1e-6}),
+        ("fused=None,mode=max", {"fused": None, "mode": "max"}),
+        ("", {}),
+    ],
+)
+def test_options_of_the_optimizer_as_text(text: str, value: dict[str, Any]) -> None:
+    line = ["--optim_args", text, "--learning_rates", "head=1e-3"]
+    (args,) = HfArgumentParser(ContinualArguments).parse_args_into_dataclasses(line)
+    assert args == ContinualArguments(optim_args=value, learning_rates={"head": 1e-3})
+    assert ContinualArguments(**args.to_dict()) == args
+    assert HfArgumentParser(ContinualArguments).parse_args_into_dataclasses([]) == (ContinualArguments(),)
 
 
 def test_a_stream_without_tasks_is_passed_over_once() -> None:
@@ -261,6 +284,22 @@ def results(run: str, folder: Path) -> dict[str, Any]:
     return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict(), "logs": logs.found}
 
 
+def wrong_label_on(one: int, rank: int) -> str:
+    """The error of a run in which a process saw a wrong label on its device, one step before the next log entry."""
+
+    class Wrong(TrainerCallback):
+        def on_step_end(self, state: TrainerState, task: Any) -> None:
+            if rank == one and state.progress.global_step == 1:
+                tasks: Any = state.model.adapter.tasks  # type: ignore[attr-defined]
+                tasks.unknown_labels += 1
+
+    try:
+        small_trainer("l2p", callbacks=[Wrong()], logging_steps=2).train()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def one_of_two(rank: int, port: int, folder: str) -> None:
     become(rank, port)
     found = {}
@@ -270,6 +309,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 
             assert AcceleratorState().num_processes == 2
         found[run] = results(run, Path(folder) / "two" / run)
+    found["wrong label"] = wrong_label_on(1, rank)
     found["query cache"] = shared_by_two(rank, Path(folder) / "queries")
     torch.save(found, Path(folder) / f"{rank}.pt")
 
@@ -306,6 +346,11 @@ def test_two_processes_log_what_one_logs(run: str, runs: tuple[dict[str, Any], l
         speeds = [logs.pop("images_per_second") for logs in (ours, expected)]
         assert min(speeds) > 0
         assert ours == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.xdist_group("trainer-processes")
+def test_a_wrong_label_on_one_process_stops_all(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    assert ["1 labels are of no declared class" in part["wrong label"] for part in runs[1]] == [True, True]
 
 
 def test_padding_is_no_image() -> None:

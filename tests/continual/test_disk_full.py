@@ -52,7 +52,8 @@ def test_a_run_names_the_file_and_goes_on(case: str, tmp_path: Path) -> None:
         return trainer
 
     for resume in (False, True):
-        with small_disk(size), pytest.raises(OSError, match=f"no room to save .*{name} .*: free some and continue") as full:
+        message = f"no room to save .*{name} .*: free some and resume the run"
+        with small_disk(size), pytest.raises(OSError, match=message) as full:
             start(resume)
         assert "\n" not in str(full.value)
         assert left_over(tmp_path) == []

@@ -17,6 +17,7 @@ from support.example_runs import EXAMPLES, few_digits
 
 from cl_prompts import PromptPoolConfig
 from cl_prompts.continual import AccuracyMatrix
+from cl_prompts.continual.arguments import key_values
 from cl_prompts.methods import METHODS
 from cl_prompts.sharing.run_record import RunRecord
 
@@ -44,7 +45,7 @@ def test_every_comparison_is_readable(name: str, tmp_path: Path) -> None:
     runs = compare.plan(rows, [0, 1], tmp_path, [])
     assert [run.row for run in runs] == [*rows, *rows]
     for run in runs:
-        assert run.arguments.folder.parent == tmp_path
+        assert run.folder.parent == tmp_path
         if run.arguments.method in METHODS:
             task_free: dict[str, Any] = {"num_labels": 9} if run.arguments.scenario == "gaussian" else {}
             PromptPoolConfig(method=run.arguments.method, **task_free, **pairs(run.arguments.config))
@@ -62,6 +63,8 @@ def test_a_line_from_settings() -> None:
     expected = "--learning_rate 0.1 --augment True --config layers=[0, 2] top_k=2 --extra_classifiers ridge aligned"
     assert " ".join(line) == expected
     assert compare.as_line({"extra_classifiers": [], "config": {}, "memory_batch_size": None}) == []
+    rates = {"base": 1e-5, "head": 0.1}
+    assert key_values("learning_rates", compare.as_line({"learning_rates": rates})[1]) == rates
     config = {"num_labels": None, "layers": [0, None], "kind": "a", "names": ["a"], "on": True, "lr": 1e-5}
     line = compare.as_line({"config": config})
     assert pairs(line[1:]) == config
@@ -71,7 +74,7 @@ def test_a_line_from_settings() -> None:
 def test_a_recipe_sets_its_methods_settings_to_none(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{method: l2p, config: {num_labels: null, layers: [0, null], top_k: 2, flag: true}}")
-    read = read_arguments(["--recipe", str(recipe)])
+    read, _ = read_arguments(["--recipe", str(recipe)])
     assert pairs(read.config) == {"num_labels": None, "layers": [0, None], "top_k": 2, "flag": True}
 
 
@@ -80,11 +83,11 @@ def test_what_is_empty_is_left_out_or_refused(tmp_path: Path) -> None:
     recipe.write_text("{method: l2p, extra_classifiers: [ridge], config: {top_k: 2}}")
     settings: dict[str, Any] = {"method": "l2p", "extra_classifiers": [], "config": {}, "memory_batch_size": None}
     (run,) = compare.plan({"L2P": settings}, [0], tmp_path, [])
-    assert (run.arguments.extra_classifiers, run.arguments.config, run.arguments.memory_batch_size) == ([], [], None)
+    assert (run.arguments.extra_classifiers, run.arguments.config, run.training.memory_batch_size) == ([], [], None)
     (run,) = compare.plan({"L2P": {"recipe": str(recipe), "config": {}}}, [0], tmp_path, [])
     assert run.arguments.config == ["top_k=2"]
     (run,) = compare.plan({"L2P": {"num_train_epochs": None}}, [0], tmp_path, ["--num_train_epochs", "3"])
-    assert run.arguments.num_train_epochs == 3
+    assert run.training.num_train_epochs == 3
     for row, message in (
         (
             {"recipe": str(recipe), "extra_classifiers": []},
@@ -165,7 +168,7 @@ def complete(run: compare.Run, *columns: list[float], references: tuple[str, ...
         for column in columns:
             matrix.add([accuracy - 10 * min(number, 1) for accuracy in column], [10] * len(column))
     run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps(described(run.arguments)))
+    (run.folder / "run.json").write_text(json.dumps(described(run.arguments, run.training)))
     RunRecord(matrices, trainable={run.arguments.method: 5}, seconds=7.0).save(run.folder, None)
 
 
@@ -175,7 +178,7 @@ def test_rows_with_another_number_of_tasks_have_a_table_of_their_own(
     rows: dict[str, Any] = {"joint": {"method": "l2p", "joint": True}, "L2P": {"method": "l2p"}, "VPT": {"method": "vpt"}}
     out = tmp_path / "out"
     for run in compare.plan(rows, [0, 1], out, []):
-        complete(run, *([[60.0 + run.arguments.seed]] if run.row == "joint" else [[90.0], [80.0, 70.0]]))
+        complete(run, *([[60.0 + run.training.seed]] if run.row == "joint" else [[90.0], [80.0, 70.0]]))
     line = [rows_file(tmp_path, rows), "--seeds", "0", "1", "--launcher", "false", "--output", str(out)]
     called(monkeypatch, *line)
     page = (out / "comparison.md").read_text()

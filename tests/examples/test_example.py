@@ -122,38 +122,58 @@ def recipe(tmp_path: Path) -> str:
 
 
 def test_the_command_line_has_the_last_word(recipe: str) -> None:
-    args = read_arguments(["--recipe", recipe, "--num_train_epochs", "2"])
-    assert (args.method, args.num_train_epochs, args.learning_rate, args.tasks) == ("l2p", 2, 1e-4, [3])
+    args, training = read_arguments(["--recipe", recipe, "--num_train_epochs", "2"])
+    assert (args.method, training.num_train_epochs, training.learning_rate, args.tasks) == ("l2p", 2, 1e-4, [3])
     assert pairs(args.config) == {"pool_size": 3, "top_k": 2}
-    assert read_arguments(["--recipe", recipe, "--tasks", "2", "4"]).tasks == [2, 4]
+    assert read_arguments(["--recipe", recipe, "--tasks", "2", "4"])[0].tasks == [2, 4]
     # single settings of the method change, the recipe's others stay; but they are not those of another method
-    assert pairs(read_arguments(["--recipe", recipe, "--config", "top_k=1"]).config) == {"pool_size": 3, "top_k": 1}
-    assert read_arguments(["--recipe", recipe, "--method", "hash"]).config == []
+    assert pairs(read_arguments(["--recipe", recipe, "--config", "top_k=1"])[0].config) == {"pool_size": 3, "top_k": 1}
+    assert read_arguments(["--recipe", recipe, "--method", "hash"])[0].config == []
     assert pairs(["lr=1e-3", "layers=[0, 2]", "head=cosine"]) == {"lr": 1e-3, "layers": [0, 2], "head": "cosine"}
 
 
 def test_every_setting_of_the_trainer_is_a_flag() -> None:
     line = ["--learning_rates", "head=1e-3", "--optim", "sgd", "--optim_args", "momentum=0.9", "--warmup_steps", "7"]
-    told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output", "here"]).of_trainer()
+    _, told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output_dir", "here"])
     assert (told.learning_rates, told.optim, told.optim_args) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
     assert (told.warmup_steps, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
-    flags = {f.name for f in fields(Arguments)}
-    assert {f.name for f in fields(ContinualArguments)} - flags == {"output_dir"}
+    assert not {f.name for f in fields(ContinualArguments)} & {f.name for f in fields(Arguments)}, "no field stands twice"
+
+
+def test_the_help_has_a_text_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("learning rates of single parameter groups", "steps between two log entries", "Hub id or folder of a"):
+        assert words in said
+    assert "GRADIENT_ACCUMULATION_STEPS number of micro-batches" in said
+
+
+@pytest.mark.parametrize("text", ["base=1e-4,head=0.1", '{"base": 1e-4, "head": 0.1}'])
+def test_options_of_a_recipe_and_the_command_line_are_merged(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump({"method": "er", "memory_size": 4, "learning_rates": text, "optim_args": {"eps": "1e-3"}})
+    )
+    _, training = read_arguments(["--recipe", str(path), "--learning_rates", "head=1"])
+    assert (training.learning_rates, training.optim_args) == ({"base": 1e-4, "head": 1}, {"eps": 1e-3})
+    _, other = read_arguments(["--recipe", str(path), "--method", "l2p", "--optim", "sgd"])
+    assert (other.learning_rates, other.optim_args) == ({}, {}), "they are of another method and optimizer"
 
 
 def test_each_seed_has_its_folder() -> None:
-    folders = {read_arguments(["--seed", str(seed)]).folder.name for seed in (0, 1)}
-    assert folders == {"digits-hash-seed0", "digits-hash-seed1"}
+    folders = {read_arguments(["--seed", str(seed)])[1].output_dir for seed in (0, 1)}
+    assert folders == {"results/digits-hash-seed0", "results/digits-hash-seed1"}
 
 
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_fits_its_method(name: str) -> None:
-    args = read_arguments(["--recipe", name])
+    args, training = read_arguments(["--recipe", name])
     assert PromptPoolConfig(method=args.method, **pairs(args.config)).method == args.method
     assert (args.joint, args.resume, args.held_out) == (False, False, 0.0)
     assert args.input_range in ("unit", "processor")
     if args.scenario == "gaussian":
-        assert args.num_train_epochs == 1
+        assert training.num_train_epochs == 1
     text = (EXAMPLES / "recipes" / f"{name}.yaml").read_text()
     assert text.startswith("#"), "a recipe says where its numbers are from"
     if not name.endswith("_mini") and name != "digits":
@@ -173,7 +193,9 @@ def test_every_recipe_fits_its_method(name: str) -> None:
         (["--trackers", "nope"], r"--trackers nope: there is .*\(installed\)"),
         (["--method", "icarl"], "icarl needs remembered images: set --memory_size"),
         (["--num_train_epochs", "0"], "num_train_epochs=0 must be a positive integer"),
-        (["--learning_rates", "0.1"], r"expected name=value, got \['0.1'\]"),
+        (["--learning_rates", "0.1"], r"learning_rates='0.1': write like key=value,key=value or as a JSON object"),
+        (["--optim_args", "{nope"], r"optim_args='{nope' is no JSON object"),
+        (["--config", "0.1"], r"expected name=value, got \['0.1'\]"),
     ],
 )
 def test_unknown_settings_are_named(line: list[str], message: str) -> None:
@@ -209,7 +231,7 @@ def test_references_of_a_trained_backbone_are_those_of_the_frozen_one(
             method,
             "--learning_rate",
             "1e-3",
-            "--output",
+            "--output_dir",
             str(output),
             *line,
         ]

@@ -1,6 +1,7 @@
 """The example from end to end: what its results folder holds, whose it is, and what a killed run becomes."""
 
 import json
+import os
 import random
 import signal
 import sys
@@ -11,8 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from run_folder import LOCK
 from support.example_runs import TINY, few_digits, finished, matrices, process, tensors
+from support.saving import exit_code, forked
+from support.small_disk import small_disk
 from train_cil import main
+
+from cl_prompts.runtime.locks import hold_exclusively
 
 
 Run = Callable[..., Path]
@@ -26,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, data: Path) -> Run:
     def in_this_process(output: Path, *line: str) -> Path:
-        arguments = ["--dataset", str(data), *TINY, "--output", str(output), *line]
+        arguments = ["--dataset", str(data), *TINY, "--output_dir", str(output), *line]
         monkeypatch.setattr(sys, "argv", ["train_cil.py", *arguments])
         main()
         return output
@@ -90,7 +96,7 @@ def test_another_run_is_refused_and_nothing_is_touched(run: Run, tmp_path: Path)
         (["--method", "l2p", "--learning_rate", "0.1"], r"learning_rate: 0.005 there, 0.1 here"),
         (["--method", "vpt", "--resume"], r"method: 'l2p' there, 'vpt' here"),
     ):
-        with pytest.raises(SystemExit, match=f"holds another run \\(.*{what}.*--output"):
+        with pytest.raises(SystemExit, match=f"holds another run \\(.*{what}.*--output_dir"):
             run(folder, *line)
     told = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**told, "stream": "other images"}))
@@ -190,6 +196,48 @@ def test_a_killed_run_goes_on(run: Run, tmp_path: Path, data: Path) -> None:
     lines = (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
     assert lines[0] == begun, "it went on and did not start over: the speed of the first step is the killed process's"
     assert [json.loads(line)["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert_log_is_whole(tmp_path / "killed")
+
+
+def assert_log_is_whole(folder: Path) -> None:
+    """Every line of a complete run is in its log once."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, max(steps) + 1))
+    assert [line["task"] for line in lines if "accuracies" in line] == [0, 1]
+
+
+def test_two_runs_do_not_share_a_folder(run: Run, tmp_path: Path) -> None:
+    """Also while the first one writes its report."""
+    folder = run(tmp_path / "one", "--method", "l2p")
+    before = files(folder)
+
+    def hold() -> None:
+        hold_exclusively(folder / LOCK)
+        (tmp_path / "held").touch()
+        time.sleep(60)
+
+    other = forked(hold)
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(SystemExit, match=f"another run uses .*one \\(process {other} on .*kill {other}"):
+            run(folder, "--method", "l2p")
+    finally:
+        os.kill(other, signal.SIGKILL)
+        exit_code(other)
+    assert {name: content for name, content in files(folder).items() if name != LOCK} == before
+
+
+@pytest.mark.parametrize("size", [3000, 20_000])
+def test_a_full_disk_is_one_line(size: int, run: Run, tmp_path: Path) -> None:
+    folder, line = tmp_path / "one", ["--method", "l2p", "--save_steps", "0", "--num_train_epochs", "1"]
+    with small_disk(size), pytest.raises(SystemExit, match=r"no room to save .*one/.* \(resume with --resume\)") as full:
+        run(folder, *line)
+    assert "\n" not in str(full.value)
+    assert [path for path in folder.rglob("*") if path.name.startswith(".")] == []
+    run(folder, *line, "--resume")
+    assert set(matrices(folder)) > {"l2p"}
 
 
 def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
@@ -224,11 +272,13 @@ def test_twenty_kills(tmp_path: Path, data: Path) -> None:
         run.communicate()
         if (killed / "results.json").exists():
             assert_same_result(whole, killed)
+            assert_log_is_whole(killed)
             killed.rename(tmp_path / f"complete-{completions}")
             completions += 1
     assert kills == 20
     finished(data, killed, *line, "--resume")
     assert_same_result(whole, killed)
+    assert_log_is_whole(killed)
 
 
 def written(file: Path) -> int:

@@ -46,7 +46,7 @@ def few_digits(folder: Path) -> Path:
 
 def process(data: Path, output: Path, *line: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     """A run in a process of its own that has just been started."""
-    command = [*launcher, str(EXAMPLES / "train_cil.py"), "--dataset", str(data), *TINY, "--output", str(output), *line]
+    command = [*launcher, str(EXAMPLES / "train_cil.py"), "--dataset", str(data), *TINY, "--output_dir", str(output), *line]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

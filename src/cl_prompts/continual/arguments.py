@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass
 class ContinualArguments:
-    """Settings of `ContinualTrainer`.
+    """Settings of `ContinualTrainer`. `transformers.HfArgumentParser(ContinualArguments)` reads them from a command line.
 
     Args:
         output_dir: results folder; None: nothing is written, and the run cannot be resumed.
@@ -27,8 +30,10 @@ class ContinualArguments:
             `key_loss="coupled"`, and the contrastive term and class means of HiDe-Prompt and NoRGa (docs/methods/hide.md).
         optim: "adam", "adamw" or "sgd".
         learning_rate: learning rate.
-        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base").
-        optim_args: further options of the torch optimizer, for example {"weight_decay": 0.01}.
+        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base"): a dict, or
+            text for `key_values`, like "head=1e-3,prompts=1e-2". The attribute is a dict.
+        optim_args: further options of the torch optimizer: a dict like {"weight_decay": 0.01}, or text like
+            "weight_decay=0.01". The attribute is a dict.
         keep_optimizer: carry the optimizer's state from task to task instead of building a new one.
         max_grad_norm: largest gradient norm; 0: no clipping.
         lr_scheduler_type: "constant", "cosine", "linear" or "coda", restarted with every task.
@@ -58,8 +63,9 @@ class ContinualArguments:
     gradient_accumulation_steps: int = 1
     optim: str = "adam"
     learning_rate: float = 5e-3
-    learning_rates: dict[str, float] = field(default_factory=dict)
-    optim_args: dict[str, Any] = field(default_factory=dict)
+    # HfArgumentParser passes text to fields of this kind.
+    learning_rates: dict[str, float] | str | None = field(default_factory=dict)
+    optim_args: dict[str, Any] | str | None = field(default_factory=dict)
     keep_optimizer: bool = False
     max_grad_norm: float = 0.0
     lr_scheduler_type: str = "constant"
@@ -78,6 +84,8 @@ class ContinualArguments:
     save_steps: int = 100
 
     def __post_init__(self) -> None:
+        rates = self.learning_rates = key_values("learning_rates", self.learning_rates)
+        self.optim_args = key_values("optim_args", self.optim_args)
         for name, choices in (
             ("optim", OPTIMIZERS),
             ("lr_scheduler_type", SCHEDULES),
@@ -96,7 +104,7 @@ class ContinualArguments:
         for name, rate in {
             "learning_rate": self.learning_rate,
             "max_grad_norm": self.max_grad_norm,
-            **self.learning_rates,
+            **rates,
         }.items():
             if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
                 raise ValueError(f"{name}={rate!r} must be a non-negative number")
@@ -115,3 +123,39 @@ class ContinualArguments:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return asdict(self)
+
+
+def key_values(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The options of a setting that is a dict or text.
+
+    Args:
+        name: name of the setting, for the error.
+        value: a dict; text with comma-separated `key=value`, or a JSON object; None or "": no options. Values that are text
+            are read as JSON or Python literals if they are such: "1e-3", "true", "[0.9, 0.99]".
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} is no JSON object ({error}): write like key=value,key=value") from None
+    elif isinstance(value, str):
+        # Commas within a value, as in betas=[0.9,0.99], separate nothing.
+        items = [item.partition("=") for item in re.split(r",(?=\s*\w+\s*=)", value) if item.strip()]
+        if not all(key.strip() and separator for key, separator, _ in items):
+            raise ValueError(f"{name}={value!r}: write like key=value,key=value or as a JSON object")
+        value = {key.strip(): text.strip() for key, _, text in items}
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict, or text like key=value,key=value")
+    return {key: _literal(entry) if isinstance(entry, str) else entry for key, entry in (value or {}).items()}
+
+
+def _literal(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cl_prompts.continual.arguments import ContinualArguments
+from cl_prompts.continual.arguments import ContinualArguments, key_values
 from cl_prompts.continual.batches import to_device
 from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
 from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
@@ -205,8 +205,9 @@ class ContinualTrainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        groups = self.model.parameter_groups(args.learning_rate, **args.learning_rates)
-        return build_optimizer(args.optim, groups, **args.optim_args)
+        rates = key_values("learning_rates", args.learning_rates)
+        groups = self.model.parameter_groups(args.learning_rate, **rates)
+        return build_optimizer(args.optim, groups, **key_values("optim_args", args.optim_args))
 
     def _next_optimizer(self, before: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         """A new optimizer, with the last one's state if `keep_optimizer`; `before` has the parameters before the task."""

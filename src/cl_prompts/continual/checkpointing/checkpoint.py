@@ -23,7 +23,7 @@ from cl_prompts.storage.staging import finish_interrupted_save, staging_folder
 
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
-CONTINUE = "free some and continue the run with resume=True"  # what to do when the disk of a run is full
+CONTINUE = "free some and resume the run"  # what to do when the disk of a run is full
 REFERENCE = "$tensor"  # key of the JSON object that stands for a tensor; its value is the tensor's name
 
 

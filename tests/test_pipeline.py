@@ -86,6 +86,7 @@ def test_an_answer_does_not_depend_on_the_batch(pipe: PromptPoolPipeline) -> Non
     assert len(pipe(tuple(images[:1]))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the adapter was trained on images of 32x32 pixels, these are")
 def test_shapes_that_differ_within_a_batch() -> None:
     """A base that takes any size, and a processor that keeps proportions."""
     model = get_prompt_pool_model(build("dinov2"), METHODS["vpt"]())
@@ -119,7 +120,7 @@ def test_a_model_in_training_answers_as_at_test(
 def test_a_base_in_bfloat16(folders: tuple[Path, Path], pipe: PromptPoolPipeline) -> None:
     base, adapter = folders
     halved = ViTModel.from_pretrained(base, dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match="fingerprint"):
+    with pytest.warns(UserWarning, match="trained on a base in float32, this one is in bfloat16: another precision"):
         found = PromptPoolPipeline.from_pretrained(adapter, base=halved)
     scores, expected = ({a["label"]: a["score"] for a in p(picture())} for p in (found, pipe))
     assert scores == pytest.approx(expected, abs=0.05)

@@ -20,6 +20,7 @@ from peft.mapping import (
 )
 from torch import Tensor, nn
 
+from cl_prompts.backbones.frozen_tensors import kept_offloaded
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
@@ -249,7 +250,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             if not isinstance(chosen, PromptPoolConfig):
                 raise TypeError(f"config must be a PromptPoolConfig, got {type(chosen).__name__}")
             chosen.strict_base, chosen.verify, chosen.max_adapter_bytes = strict_base, verify, limit
-            with _left_as_it_was(model):
+            with _left_as_it_was(model), kept_offloaded(model):
                 loaded: PromptPoolModel = super(PromptPoolModel, cls).from_pretrained(
                     model, files, adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
                 )
@@ -292,7 +293,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
                     "load it under another name"
                 )
             own.weights_sha256 = saved.weights_sha256
-        with _left_as_it_was(self.get_base_model()):
+        with _left_as_it_was(self.get_base_model()), kept_offloaded(self.get_base_model()):
             try:
                 if new:  # PEFT would do the same, but read the config two more times
                     config = PromptPoolConfig.from_pretrained(files)
@@ -364,7 +365,8 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = training
             module._modules.update(children)
         for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:  # torch refuses any True for tensors of torch.inference_mode()
+                parameter.requires_grad_(requires_grad)
         backbone = PromptedBackbone.existing(model)
         if backbone is not None:
             for user in set(backbone.users) - users:

@@ -54,7 +54,7 @@ class PromptPoolPipeline:
             raise TypeError(f"{type(model).__name__} has no prompt pool: load one with AutoPromptPoolModel.from_pretrained")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        check_processor(image_processor, model.adapter.config.state.image_size)
+        check_processor(image_processor, model.image_size, any_size=model.takes_any_size)
         try:
             self.model = model if device is None else model.to(device)
         except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without support for the device
@@ -165,8 +165,9 @@ class PromptPoolPipeline:
     @torch.no_grad()  # per thread; without gradients a model in training mode predicts as in eval mode
     def _scores(self, inputs: dict[str, Tensor]) -> Tensor:
         base = self.model.get_base_model()
-        like = next(base.parameters())
-        inputs = {k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        # The adapter is where the base runs, also if the base's weights are offloaded.
+        device, dtype = next(self.model.adapter.parameters()).device, next(base.parameters()).dtype
+        inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
         scores: Tensor = self.model(**inputs).logits.float().softmax(-1)
         return scores.cpu()
 

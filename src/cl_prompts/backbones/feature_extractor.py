@@ -10,6 +10,7 @@ from cl_prompts.backbones.fingerprint import fingerprint, unread_parts
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature, resolve_pooling
+from cl_prompts.backbones.trial import check_runs, check_weights
 
 
 class FeatureExtractor(nn.Module):
@@ -21,17 +22,23 @@ class FeatureExtractor(nn.Module):
         base: the backbone; which of its parameters take gradients is set in place.
         pooling: "auto", "cls", "mean", "cls_mean" or "pooler", as a prompt pool reads it.
         frozen: train none of it.
+        arguments: further arguments of every forward of the base, like {"interpolate_pos_encoding": True}.
 
     Raises:
         TypeError: the base is not supported.
         ValueError: it has no such feature, or nothing is left to train because it was frozen before.
     """
 
-    def __init__(self, base: nn.Module, pooling: str = "auto", *, frozen: bool = False) -> None:
+    def __init__(
+        self, base: nn.Module, pooling: str = "auto", *, frozen: bool = False, arguments: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.base = base
         self.frozen = frozen
+        self.arguments = arguments or {}
         self._backbone = PromptedBackbone.of(base, self)
+        check_weights(base, training=not frozen)
+        check_runs(self._backbone, self.arguments, training=False)
         self.structure = self._backbone.structure
         self.pooling = resolve_pooling(pooling, self.structure, type(base).__name__)
         self.fingerprint = fingerprint(base, self.structure, self.pooling)
@@ -55,7 +62,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Images [B, 3, H, W] -> features [B, D], float32."""
-        plan = PassPlan(PassRecord())
+        plan = PassPlan(PassRecord(), arguments=self.arguments)
         with self._backbone.prompted(plan):
             self.base(pixel_values=pixel_values, **kwargs)
         return read_feature(self.base, self.structure, plan.record, self.pooling)

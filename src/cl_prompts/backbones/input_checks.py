@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cl_prompts.backbones.structure import Structure, expected_image
+from cl_prompts.backbones.structure import Structure, check_not_compiled, expected_image
 
 
 def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
     """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
+    check_not_compiled(model)
     if not isinstance(images, Tensor):
         raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
     if images.dim() == 0 or images.shape[0] == 0:

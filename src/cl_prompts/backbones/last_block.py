@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.backbones.frozen_tensors import execution_device
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prefix import BLOCK, fold
 from cl_prompts.backbones.structure import Structure, projection_names
@@ -74,11 +75,11 @@ def narrowing_is_exact(
     block: Any = model.get_submodule(structure.blocks[-1])
     like = next(block.parameters())
     numbers = torch.randn(2, 5, structure.shape.width, generator=torch.Generator().manual_seed(0))
-    hidden = numbers.to(like)
+    hidden = numbers.to(execution_device(block), like.dtype)
     arguments = {"attention_mask": None} if "attention_mask" in signature(type(block).forward).parameters else {}
     plain, narrowed = PassPlan(PassRecord()), PassPlan(PassRecord(), read=(1, 2))
     try:
-        with torch.autocast(like.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             run(plain, hidden, arguments)
             run(narrowed, hidden, arguments)
     except Exception:  # a block that needs more than its tokens is not narrowed, whatever it raises

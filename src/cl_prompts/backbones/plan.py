@@ -76,6 +76,7 @@ class PassPlan:
         keep_block_input: keep what enters block 0 in the record.
         repeats: number of passes for each image; tokens and prefixes have B * repeats rows.
         learning: whether gradients must reach the prefixes.
+        arguments: further arguments of the model's forward, which those of the call override.
     """
 
     record: PassRecord
@@ -88,6 +89,7 @@ class PassPlan:
     keep_block_input: bool = False
     repeats: int = 1
     learning: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.backbones import block_hooks, last_block, reuse, unmasked
+from cl_prompts.backbones import block_hooks, last_block, quantized, reuse, unmasked
 from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
@@ -93,6 +93,7 @@ class PromptedBackbone:
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
             model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
+            *quantized.install(model),
         ]
         self._replaced = reuse.install(model, structure)
         self._unmasked = unmasked.install(model, structure)
@@ -236,7 +237,7 @@ class PromptedBackbone:
     def _base_arguments(self, plan: PassPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments without our own, with all patches in order, and each image as often as it has passes."""
         images: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+        kwargs = {**plan.arguments, **{name: v for name, v in kwargs.items() if name not in OWN_ARGUMENTS}}
         kwargs |= unmasked.in_order_noise(self.model, self.structure, kwargs, images)
         if plan.repeats == 1:
             return args, kwargs

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from inspect import signature, unwrap
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from cl_prompts.backbones.frozen_tensors import stored_tensor
 from cl_prompts.interfaces import BackboneShape
 
 
@@ -65,6 +67,7 @@ def find_structure(model: nn.Module) -> Structure:
     Raises:
         TypeError: the model's structure is not supported. The message lists the supported models.
     """
+    _check_not_wrapped(model)
     blocks, attentions = _find_blocks(model)
     inner = _find_inner(model, blocks[0])
     backbone = model.get_submodule(inner)
@@ -80,6 +83,29 @@ def find_structure(model: nn.Module) -> Structure:
     return Structure(
         inner, blocks, attentions, norm, pooler, pooling, special, has_cls, _shape(model, attentions, len(blocks), has_cls)
     )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise TypeError for a model that `model.compile()` has compiled in place, hooks included."""
+    if model._compiled_call_impl is not None:
+        raise TypeError(
+            f"this {type(model).__name__} was compiled in place, and prompts cannot enter it: load the base anew, and "
+            "compile it afterwards with model.compile_backbone()"
+        )
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Raise TypeError for a model inside a wrapper that hides its calls from hooks: compiled, parallel or TorchScript."""
+    kind = type(model).__name__
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError(
+            "the base is compiled by torch.compile: pass the module inside it, base._orig_mod, and compile it afterwards "
+            "with model.compile_backbone()"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"the base is a TorchScript module ({kind}): pass the transformers model that it was made from")
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(f"the base is wrapped in a {kind}: pass the module inside it, base.module, and wrap the result")
 
 
 def _unsupported(model: nn.Module, why: str) -> TypeError:
@@ -190,9 +216,12 @@ def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | N
     embeddings = model.get_submodule(structure.inner).get_submodule("embeddings")
     table = getattr(embeddings, "position_embeddings", None)
     if isinstance(table, Tensor) and table.dim() == 3:
-        return table[:, :1]
+        return stored_tensor(embeddings, "position_embeddings", table)[:, :1]
     table = getattr(embeddings, "position_embedding", None)
-    return table.weight[None, :1] if isinstance(table, nn.Embedding) else None
+    if not isinstance(table, nn.Embedding):
+        return None
+    weight: Tensor = stored_tensor(embeddings, "position_embedding.weight", table.weight)
+    return weight[None, :1]
 
 
 def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:

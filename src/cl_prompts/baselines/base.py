@@ -30,7 +30,7 @@ from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.learner.task_state import TaskState
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.distributed import world_size
-from cl_prompts.storage.adapter_state import AdapterState
+from cl_prompts.storage.adapter_state import AdapterState, check_base_arguments
 
 
 class Baseline(nn.Module):
@@ -43,6 +43,7 @@ class Baseline(nn.Module):
         class_mask: which classes the cross entropy sees: "task" (those of the current task, as for the prompts) or "none"
             (all known ones); None: "none" for baselines that replay stored images, else "task".
         num_labels: of a stream without tasks: ids 0 to num_labels - 1 are known from the start.
+        base_arguments: further arguments of every forward of the backbone, like {"interpolate_pos_encoding": True}.
 
     Attributes:
         name: of the baseline in `BASELINES`.
@@ -72,6 +73,7 @@ class Baseline(nn.Module):
         pooling: str = "auto",
         class_mask: str | None = None,
         num_labels: int | None = None,
+        base_arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
@@ -85,8 +87,9 @@ class Baseline(nn.Module):
             raise ValueError(f'class_mask={class_mask!r}: choose "none", or "task" for a learner that does not rehearse')
         self.class_mask = mask
         self.options: dict[str, Any] = {"freeze_backbone": freeze_backbone, "pooling": pooling}
-        self.options |= {"num_labels": num_labels, "class_mask": mask}
-        self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone)
+        check_base_arguments("base_arguments", base_arguments or {})
+        self.options |= {"num_labels": num_labels, "class_mask": mask, "base_arguments": base_arguments}
+        self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone, arguments=base_arguments)
         self.head = IncrementalHead(self.features.width)
         self.tasks = TaskState(AdapterState(base_fingerprint=self.features.fingerprint), num_labels)
         self.update_scaler = UpdateScaler()
@@ -245,7 +248,7 @@ class Baseline(nn.Module):
         """
         if not self.classes:
             raise ValueError("no class is known yet: call begin_task(classes), or set num_labels")
-        check_images(self.features.base, self.features.structure, pixel_values, kwargs)
+        check_images(self.features.base, self.features.structure, pixel_values, self.features.arguments | kwargs)
         learning = self.training and torch.is_grad_enabled()
         targets = None
         if labels is not None:
@@ -349,7 +352,8 @@ class Baseline(nn.Module):
         Raises:
             cl_prompts.interfaces.NotCacheableError: the backbone has code or hooks of others, or is compiled.
         """
-        return backbone_cache_key(self.features.base, self.query_pooling) | {"reader": "FeatureExtractor"}
+        reader = {"reader": "FeatureExtractor", "arguments": self.features.arguments}
+        return backbone_cache_key(self.features.base, self.query_pooling) | reader
 
     def fingerprint(self) -> str:
         """Sha256 of what defines the learner before it has learned: its name and options, and the backbone's weights."""

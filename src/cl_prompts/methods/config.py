@@ -18,7 +18,7 @@ from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, positive_number
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
-from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
+from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState, check_base_arguments
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
 from cl_prompts.version import __version__
 
@@ -80,6 +80,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
             prompts. Only for methods that select prompts.
         num_labels: number of classes, with ids 0..num_labels-1, for task-free training without `begin_task`.
         modules_to_save: names of modules of the base that are trained and saved with the adapter, as in PEFT.
+        base_arguments: further arguments of every forward of the base, like {"interpolate_pos_encoding": True} for images
+            of another size than the base's. Those of a training forward are remembered and need not be given here.
         state: tasks, classes and counters of the adapter; set by the model.
         max_adapter_bytes: an adapter with more bytes of tensors is refused before memory is allocated. Not saved.
         strict_base: raise an error, instead of a warning, if the base has other weights than the one of training. Not
@@ -104,6 +106,9 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     num_labels: int | None = field(default=None, metadata={"help": "fixed number of classes, task-free"})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules of the base that are trained with the adapter"}
+    )
+    base_arguments: dict[str, Any] | None = field(
+        default=None, metadata={"help": "further arguments of every forward of the base"}
     )
     state: AdapterState = field(default_factory=AdapterState, metadata={"help": "set by the model"})
     max_adapter_bytes: int = _runtime(8 * 2**30, "largest size of an adapter in bytes")
@@ -139,6 +144,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
             isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
         ):
             raise ValueError(f'modules_to_save={short_repr(saved)} must be a list of names, like ["layernorm"]')
+        if self.base_arguments is not None:
+            check_base_arguments("base_arguments", self.base_arguments)
         choice(self, "readout", READOUTS)
         choice(self, "query_pooling", POOLINGS)
         choice(self, "class_mask", CLASS_MASKS)

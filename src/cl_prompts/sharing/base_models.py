@@ -43,7 +43,9 @@ def load_base(config: PromptPoolConfig, files: AdapterFiles | None = None, **kwa
     try:
         with explain_hub_errors(source, revision):
             _check_base_config(kind, AutoConfig.from_pretrained(source, trust_remote_code=False, **hub))
-            model: PreTrainedModel = kind.from_pretrained(source, **hub | safe | kwargs)
+            model: PreTrainedModel = kind.from_pretrained(
+                source, **hub | safe | _dtype_of_training(config, kwargs) | kwargs
+            )
     except HubError:
         raise
     except Exception as error:  # the code of any model may fail in any way
@@ -52,6 +54,12 @@ def load_base(config: PromptPoolConfig, files: AdapterFiles | None = None, **kwa
             "yourself, then PromptPoolModel.from_pretrained(base, adapter)"
         ) from error
     return model
+
+
+def _dtype_of_training(config: PromptPoolConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The `dtype` of the base in the adapter's training, unless the caller has chosen one or the adapter knows none."""
+    dtype = config.state.base_dtype
+    return {} if dtype is None or {"dtype", "torch_dtype"} & set(kwargs) else {"dtype": dtype}
 
 
 def built_bytes(config: PromptPoolConfig, source: str, **hub: Any) -> int:

@@ -40,12 +40,13 @@ def load_processor(source: str | os.PathLike[str], **hub: Any) -> Any:
         raise ValueError(f"no image processor in {source} ({first_line(error)}): pass image_processor=") from error
 
 
-def check_processor(processor: Any, image_size: list[int] | None) -> None:
+def check_processor(processor: Any, image_size: list[int] | None, *, any_size: bool = False) -> None:
     """Try an image processor.
 
     Args:
         processor: the image processor.
         image_size: height and width in pixels that it has to make; None: any.
+        any_size: whether the base takes images of any size. A processor that keeps proportions is then accepted.
 
     Raises:
         ValueError: it asks for huge images, fails, or makes images of another size.
@@ -56,13 +57,16 @@ def check_processor(processor: Any, image_size: list[int] | None) -> None:
             if max([0, *declared.values()]) > LARGEST:
                 raise ValueError(f"its {name} is {declared}, more than {LARGEST} pixels are refused")
         # Not square, so that a processor that keeps proportions is found.
-        made = processor(images=Image.new("RGB", (48, 64)), return_tensors="pt")["pixel_values"]
+        made, turned = (
+            processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"] for size in ((48, 64), (64, 48))
+        )
         if not made.isfinite().all():
             raise ValueError("it produces NaN or Inf")
     except Exception as error:
         raise ValueError(f"the image processor fails ({first_line(error)}): pass another image_processor=") from error
     found = list(made.shape[-2:])
-    if image_size is not None and found != image_size:
+    keeps_proportions = made.shape != turned.shape
+    if image_size is not None and found != image_size and not (any_size and keeps_proportions):
         raise ValueError(
             f"the image processor makes images of {found[0]}x{found[1]} pixels, the adapter was trained on "
             f"{image_size[0]}x{image_size[1]}: pass the image_processor= of its training"

@@ -28,7 +28,8 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         hub: `revision`, `token` and the like, for the Hub.
 
     Returns:
-        "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size);
+        "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size,
+        precision, arguments);
         "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout";
         "settings" (the fields of the method: pool size, prompt length, layers, ...); "parts" (tensors, numbers and bytes of
         each part of the weights), "numbers" and "bytes" of all; "figures" (percent, by learner), {} without `results.json`.
@@ -58,6 +59,8 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
             "heads": state.base_heads,
             "fingerprint": state.base_fingerprint,
             "image_size": state.image_size,
+            "precision": state.base_precision,
+            "arguments": {**(config.base_arguments or {}), **state.base_arguments},
         },
         "format_version": state.format_version,
         "written_by": state.written_by,

@@ -12,16 +12,43 @@ from cl_prompts.version import __version__
 
 
 FORMAT_VERSION = 1
+_OF_A_CALL = ("pixel_values", "labels", "query", "sample_ids", "num_items_in_batch")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_PRECISION = re.compile(r"[\w.+]{1,100}", re.ASCII)
 _VERSION = re.compile(r"\d[\w.+!]{0,40}", re.ASCII)
 _KINDS: dict[str, type] = {
     "written_by": str,
     "base_fingerprint": str,
+    "base_precision": str,
     "weights_sha256": str,
     "pooling": str,
     "base_width": int,
     "base_layers": int,
     "base_heads": int,
 }
+
+
+def check_base_arguments(name: str, arguments: Any) -> None:
+    """Raise ValueError if `arguments` are no arguments of a base's forward that an adapter can remember.
+
+    These are numbers, truth values and short texts. Images, labels and what the forward returns are not among them.
+    """
+    if (
+        not isinstance(arguments, dict)
+        or len(arguments) > 20
+        or not all(map(is_base_argument, arguments, arguments.values()))
+    ):
+        raise ValueError(
+            f"`{name}` must map arguments of the base's forward to numbers, true, false or short texts, like "
+            f'{{"interpolate_pos_encoding": True}}, got {short_repr(arguments)}'
+        )
+
+
+def is_base_argument(name: Any, value: Any) -> bool:
+    """Whether an adapter can remember an argument of its base's forward."""
+    if not isinstance(name, str) or name in _OF_A_CALL or name.startswith(("output_", "return_")):
+        return False
+    return type(value) in (bool, int, float) or (isinstance(value, str) and len(value) <= 100)
 
 
 @dataclass
@@ -34,10 +61,14 @@ class AdapterState:
         tasks: class ids of every task begun so far, in order, as they stand in `labels`.
         task_open: True between `begin_task` and `end_task`.
         class_names: name of a class by `str(id)`.
-        base_fingerprint: `backbones.structure.fingerprint` of the frozen tensors the adapter stands on.
+        base_fingerprint: `backbones.fingerprint.fingerprint` of the frozen tensors the adapter stands on; None if they
+            could not be read.
+        base_precision: the kinds of numbers in that base, the most frequent one first, like "bfloat16" or "qint8+float32".
         base_width, base_layers, base_heads: sizes of that base.
         pooling: how the base's un-prompted feature was taken ("cls", "mean" or "pooler").
-        image_size: height and width of the input in pixels, where the base has a fixed one.
+        base_arguments: further arguments of the base's forward in training, like {"interpolate_pos_encoding": True}.
+        image_size: height and width of the training images in pixels; None before training, or if there were several sizes.
+        several_sizes: whether there were.
         image_mean, image_std: normalization of the input, one number per channel.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
@@ -48,11 +79,14 @@ class AdapterState:
     task_open: bool = False
     class_names: dict[str, str] = field(default_factory=dict)
     base_fingerprint: str | None = None
+    base_precision: str | None = None
     base_width: int | None = None
     base_layers: int | None = None
     base_heads: int | None = None
     pooling: str | None = None
+    base_arguments: dict[str, Any] = field(default_factory=dict)
     image_size: list[int] | None = None
+    several_sizes: bool = False
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     weights_sha256: str | None = None
@@ -93,6 +127,9 @@ class AdapterState:
         names = state.class_names
         if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
             raise ValueError(f"`state.class_names` must map str(class id) to a name, got {short_repr(state.class_names)}")
+        check_base_arguments("state.base_arguments", state.base_arguments)
+        if not isinstance(state.several_sizes, bool):
+            raise ValueError(f"`state.several_sizes` must be true or false, got {short_repr(state.several_sizes)}")
         if not isinstance(state.task_open, bool) or (state.task_open and not tasks):
             raise ValueError(
                 f"`state.task_open` must be true or false, false without tasks, got {short_repr(state.task_open)}"
@@ -101,6 +138,11 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and type(value) is not kind:
                 raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {short_repr(value)}")
+        if state.base_precision is not None and not _PRECISION.fullmatch(state.base_precision):
+            raise ValueError(
+                "`state.base_precision` must name kinds of numbers, like 'bfloat16', got "
+                f"{short_repr(state.base_precision)}"
+            )
         for name in ("image_size", "image_mean", "image_std"):
             value = getattr(state, name)
             if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
@@ -111,6 +153,12 @@ class AdapterState:
     def classes(self) -> list[int]:
         """Class ids in the order of the logits: by first appearance."""
         return list(dict.fromkeys(c for task in self.tasks for c in task))
+
+    @property
+    def base_dtype(self) -> str | None:
+        """Name of the dtype of most of the base's numbers; None if that is unknown or they are quantized."""
+        most = (self.base_precision or "").split("+")[0]
+        return most if most in _DTYPES else None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""

@@ -71,6 +71,11 @@ class PoolAdapter(nn.Module):
         return self
 
     @property
+    def base_arguments(self) -> dict[str, Any]:
+        """Further arguments of every forward of the base: those of the config, and those of training."""
+        return {**(self.config.base_arguments or {}), **self.config.state.base_arguments}
+
+    @property
     def classes(self) -> list[int]:
         """Known class ids, in the order of the logits."""
         return self.tasks.classes

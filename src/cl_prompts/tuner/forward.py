@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_prompts.backbones.input_checks import check_images, check_query
 from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
 from cl_prompts.backbones.prompted_backbone import OWN_ARGUMENTS, PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
@@ -28,6 +27,7 @@ from cl_prompts.learner.checks import check_labels
 from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
+from cl_prompts.tuner.inputs import check_inputs
 from cl_prompts.tuner.output import combine_candidates, mask_logits, method_losses, selection_of, total_loss
 from cl_prompts.tuner.validation import check_ready
 
@@ -110,14 +110,12 @@ def validate(
     """Check the arguments of a forward and map labels to targets."""
     images: Any = kwargs.get("pixel_values", args[0] if args else None)
     labels, query = kwargs.get("labels"), kwargs.get("query")
-    base_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
-    check_images(backbone.model, backbone.structure, images, base_kwargs)
+    base_kwargs = adapter.base_arguments | {name: v for name, v in kwargs.items() if name not in OWN_ARGUMENTS}
+    check_inputs(backbone, adapter, images, query, base_kwargs, learning=training or features_only)
     batch_size = images.shape[0]
     if labels is not None:
         check_labels(labels, batch_size)
     check_ready(adapter, learning=training and labels is not None)
-    if query is not None:
-        check_query(query, batch_size, backbone.structure.shape.width)
     targets = adapter.to_targets(labels) if labels is not None else None
     valid = torch.ones(batch_size, dtype=torch.bool, device=images.device) if targets is None else targets >= 0
     return Inputs(
@@ -162,7 +160,7 @@ def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reus
     tokens, readout = prompts.tokens, inputs.adapter.readout
     if tokens is not None and prompts.tokens_take_cls_position:
         position = cls_position_embedding(backbone.model, backbone.structure)
-        tokens = tokens if position is None else tokens + position.detach()
+        tokens = tokens if position is None else tokens + position.detach().to(tokens)
     index = int(prompts.tokens_after_cls and backbone.structure.has_cls)
     inserted = 0 if tokens is None else tokens.shape[1]
     read = None
@@ -182,6 +180,7 @@ def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reus
         reuse=reuse,
         repeats=prompts.candidates,
         learning=inputs.training,
+        arguments=inputs.adapter.base_arguments,
     )
 
 

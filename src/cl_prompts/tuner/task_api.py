@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.fingerprint import fingerprint as base_fingerprint
+from cl_prompts.backbones.frozen_tensors import precision
 from cl_prompts.backbones.input_checks import check_images
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import Structure, expected_image
@@ -117,6 +118,20 @@ class TaskAPI:
         """Whether `consolidate` must be called after a task's training."""
         return self.adapter.classifier is not None
 
+    @property
+    def image_size(self) -> list[int] | None:
+        """Height and width of the images of training or, before it, of those that the base requires; None: any."""
+        if self.adapter.config.state.image_size is not None:
+            return self.adapter.config.state.image_size
+        size = None if self.takes_any_size else expected_image(self.model, self.structure)[1]
+        return list(size) if size else None
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether the base takes images of any size, as it is or with the adapter's `base_arguments`."""
+        interpolates = bool(self.adapter.base_arguments.get("interpolate_pos_encoding"))
+        return interpolates or expected_image(self.model, self.structure)[1] is None
+
     def get_base_model(self) -> nn.Module:
         """The base model."""
         return self.model
@@ -147,10 +162,9 @@ class TaskAPI:
         state, shape = adapter.config.state, self.structure.shape
         if state.base_fingerprint is None:
             state.base_fingerprint = base_fingerprint(self.model, self.structure, adapter.query_pooling)
+            state.base_precision = precision(self.model.get_submodule(self.structure.inner))
             state.base_width, state.base_layers, state.base_heads = shape.width, shape.num_layers, shape.num_heads
             state.pooling = adapter.query_pooling
-            size = expected_image(self.model, self.structure)[1]
-            state.image_size = list(size) if size else None
 
     def end_task(self) -> None:
         """End the current task.
@@ -197,6 +211,7 @@ class TaskAPI:
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
+        kwargs = self.adapter.base_arguments | kwargs
         check_images(self.model, self.structure, pixel_values, kwargs)
         vectors = self.backbone.patch_embeddings(pixel_values, kwargs)
         self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
@@ -320,6 +335,7 @@ class TaskAPI:
             ValueError: the images do not fit the base, or it was unloaded.
         """
         self._check_not_released()
+        kwargs = self.adapter.base_arguments | kwargs
         check_images(self.model, self.structure, pixel_values, kwargs)
         return self.backbone.features((), {"pixel_values": pixel_values, **kwargs}, self.adapter.query_pooling)[0]
 
@@ -348,7 +364,8 @@ class TaskAPI:
         Raises:
             cl_prompts.interfaces.NotCacheableError: the base has hooks or code from outside transformers, or is compiled.
         """
-        return backbone_cache_key(self.model, self.query_pooling) | {"reader": "PromptedBackbone.features"}
+        reader = {"reader": "PromptedBackbone.features", "arguments": self.adapter.base_arguments}
+        return backbone_cache_key(self.model, self.query_pooling) | reader
 
     def fingerprint(self) -> str:
         """Sha256 of the config without its state, and of the base's weights. Training does not change it."""

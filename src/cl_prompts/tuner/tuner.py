@@ -18,10 +18,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
-from cl_prompts.backbones.fingerprint import fingerprint
+from cl_prompts.backbones.frozen_tensors import execution_device
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.backbones.quantized import with_quantized_entries
 from cl_prompts.backbones.readout import resolve_pooling
 from cl_prompts.backbones.structure import Structure
+from cl_prompts.backbones.trial import check_runs, check_weights
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
@@ -106,6 +108,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         # The config keeps the adapter's state, so two models made from one config must not share it.
         config = self.peft_config[adapter_name] = copy.deepcopy(config)
         first = not hasattr(self, "backbone")
+        check_weights(model, training=not config.inference_mode)
         if first:
             self.backbone = PromptedBackbone.of(model, self)
         structure: Structure = self.structure
@@ -114,8 +117,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         resolve_pooling(config.readout if config.readout != "prompt" else "auto", structure, type(model).__name__)
         check_fits(config, model, structure, pooling)
         planned = planned_adapter(config, structure.shape, pooling)
-        if config.state.base_fingerprint is not None:
-            check_base(config, fingerprint(model, structure, pooling))
+        check_base(config, model, structure, pooling)
         # Values that are read from a file next need no initialization.
         loaded, config.declared = config.declared is not None, None
         adapter = planned.materialized() if loaded else PoolAdapter(config, structure.shape, pooling)
@@ -123,10 +125,11 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         if first:
             model.requires_grad_(False)
             model.eval()
+            check_runs(self.backbone, adapter.base_arguments, training=not config.inference_mode)
             _ignore_at_inference(model)
             self.pools = PromptPoolLayer()
         if not low_cpu_mem_usage and all(p.device.type != "meta" for p in adapter.parameters()):
-            adapter.to(next(model.parameters()).device)
+            adapter.to(execution_device(model))
         adapter.train(self.training and not config.inference_mode)
         self.pools.prompt_pool[adapter_name] = adapter
         active = adapter_name in self.active_adapters
@@ -198,7 +201,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base's device. PEFT calls it at the end of a load with `low_cpu_mem_usage`."""
-        self.pools.prompt_pool[adapter_name].to(device or next(self.model.parameters()).device)
+        self.pools.prompt_pool[adapter_name].to(device or execution_device(self.model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast an adapter's float16 and bfloat16 tensors to float32. PEFT's own version would search the whole base."""
@@ -309,7 +312,8 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         # The checksum is for this file only; other files may be loaded into the adapter later (Trainer's best checkpoint).
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
         check_tensors(actual, expected, sha256 if config.verify else None)
-        return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
+        renamed = {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
+        return with_quantized_entries(renamed, model)
 
 
 def _ignore_at_inference(model: nn.Module) -> None:

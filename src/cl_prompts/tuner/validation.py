@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 
 import torch
 from torch import nn
 
+from cl_prompts.backbones.fingerprint import fingerprint
+from cl_prompts.backbones.frozen_tensors import DTYPES, precision
 from cl_prompts.backbones.structure import Structure, cls_position_embedding
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.checks import check_wrapper
@@ -30,6 +33,21 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
             f"add_cls_position_embedding=True, but {type(model).__name__} has no position embedding of a CLS token: "
             "leave it at None"
         )
+    accepted = {
+        *signature(type(model).forward).parameters,
+        *signature(type(model.get_submodule(structure.inner)).forward).parameters,
+    }
+    unknown = sorted({*(config.base_arguments or {}), *config.state.base_arguments} - accepted)
+    if unknown:
+        raise ValueError(
+            f"base_arguments {short_repr(unknown)}: the forward of {type(model).__name__} takes no such argument"
+        )
+    if config.modules_to_save:
+        for name, module in model.named_modules():
+            if name.endswith(tuple(config.modules_to_save)) and any(p.is_meta for p in module.parameters()):
+                raise ValueError(
+                    f"modules_to_save: {name!r} of the base is offloaded and cannot be trained: keep it in memory"
+                )
     state = config.state
     for what, expected, actual in (
         ("width", state.base_width, structure.shape.width),
@@ -49,17 +67,43 @@ def _base_named(config: PromptPoolConfig) -> str:
     return short_repr(name) if name else "the base it was trained on"
 
 
-def check_base(config: PromptPoolConfig, actual: str) -> None:
-    """Warn, or with `strict_base` raise ValueError, if the base's fingerprint is not that of the adapter's base."""
-    expected = config.state.base_fingerprint
-    if expected is not None and actual != expected:
+def check_base(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:
+    """Warn, or with `strict_base` raise ValueError, if the base has other weights than the adapter's, or another precision.
+
+    A base whose fingerprint cannot be computed passes with the warning of `fingerprint`, but not with `strict_base`.
+    """
+    expected, trained = config.state.base_fingerprint, config.state.base_precision
+    actual = None if expected is None else fingerprint(model, structure, pooling)
+    if actual is not None and actual == expected:
+        return
+    found = precision(model.get_submodule(structure.inner))
+    if trained is not None and trained != found:
+        text = f"the adapter was trained on a base in {trained}, this one is in {found}: another precision"
+        if actual is not None and _contains(found, trained):
+            same = fingerprint(model, structure, pooling, DTYPES[trained]) == expected
+            text += " of the same weights" if same else ", and other weights"
+        elif actual is not None:
+            text += ", so that weights cannot be compared"
+        text += f". Load {_base_named(config)} " + (
+            f"with dtype=torch.{trained}" if trained in DTYPES else "and quantize it as in training"
+        )
+    elif actual is not None and expected is not None:
         text = (
             f"the adapter was trained on a base with fingerprint {expected[:12]}, this one has {actual[:12]}: same shape, "
             f"other weights. Load {_base_named(config)}"
         )
-        if config.strict_base:
-            raise ValueError(text)
-        warnings.warn(text + ", or expect worse answers", stacklevel=2)
+    elif config.strict_base and expected is not None:
+        raise ValueError("strict_base=True, but the weights of this base cannot be read and compared: load it in memory")
+    else:
+        return
+    if config.strict_base:
+        raise ValueError(text)
+    warnings.warn(text + ", or expect worse answers", stacklevel=2)
+
+
+def _contains(wide: str, narrow: str) -> bool:
+    """Whether a cast from one precision to the other gives back numbers that were cast the other way."""
+    return wide in DTYPES and narrow in DTYPES and torch.promote_types(DTYPES[wide], DTYPES[narrow]) == DTYPES[wide]
 
 
 def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> PoolAdapter:

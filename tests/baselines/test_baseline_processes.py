@@ -1,6 +1,5 @@
 """Baselines on two processes learn what they learn on one."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.comparison import OPTIONS, small_learner
+from support.processes import in_two_processes
 from support.small_runs import small_stream
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -69,8 +69,7 @@ def learn(name: str) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in learner.training_state_dict()["tensors"].items()} | kept
 
 
-def process(rank: int, folder: str, path: list[str]) -> None:
-    sys.path[:] = path
+def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
@@ -83,7 +82,7 @@ def process(rank: int, folder: str, path: list[str]) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("baselines")
-    torch.multiprocessing.spawn(process, (str(folder), sys.path), nprocs=PROCESSES)
+    in_two_processes(process, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

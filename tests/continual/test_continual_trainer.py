@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build
-from support.meeting import become, free_port
+from support.processes import become, free_port, in_two_processes
 from support.query_images import provider_of, shared_by_two
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
@@ -317,7 +317,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.start_processes(one_of_two, (free_port(), str(folder)), nprocs=2, start_method="spawn")
+    in_two_processes(one_of_two, free_port(), str(folder))
     two = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return {run: results(run, folder / "one" / run) for run in RUNS}, two
 

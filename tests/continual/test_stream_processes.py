@@ -1,14 +1,13 @@
 """Two gloo processes see the batches of one, and count what they could not read together, also after a resume."""
 
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from support.meeting import become, free_port
+from support.processes import become, free_port, in_two_processes
 from support.query_images import Scaled
 from support.small_runs import Stop, StopAt, small_model
 from support.stream_data import birds, to_tensor
@@ -53,8 +52,7 @@ def batches() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def process(rank: int, port: int, folder: str, path: list[str]) -> None:
-    sys.path[:] = path
+def process(rank: int, port: int, folder: str) -> None:
     become(rank, port)
     torch.distributed.init_process_group("gloo")
     found = {"batches": batches(), "killed": killed_twice(folder)}
@@ -67,7 +65,7 @@ def process(rank: int, port: int, folder: str, path: list[str]) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of them found."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (free_port(), str(folder), sys.path), nprocs=PROCESSES)
+    in_two_processes(process, free_port(), str(folder))
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(PROCESSES)]
 
 

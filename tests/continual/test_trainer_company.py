@@ -1,12 +1,12 @@
 """A trainer leaves alone what is not its own: another run's folder, the processes, and streams it cannot look at twice."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.families import build
+from support.processes import in_two_processes
 from support.small_runs import small_model, small_stream, small_trainer
 from support.stream_data import birds, to_tensor
 
@@ -59,9 +59,8 @@ def test_trackers_that_write_files_get_the_results_folder(tmp_path: Path) -> Non
 # ---- processes
 
 
-def one_after_the_other(rank: int, folder: str, path: list[str]) -> None:
+def one_after_the_other(rank: int, folder: str) -> None:
     """Two trainings in the same processes."""
-    sys.path[:] = path
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for _ in range(2):
         small_trainer("l2p", tasks=1).train()
@@ -73,7 +72,7 @@ def one_after_the_other(rank: int, folder: str, path: list[str]) -> None:
 
 @pytest.mark.xdist_group("distributed")
 def test_the_processes_stay_together(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_after_the_other, (str(tmp_path), sys.path), nprocs=2)
+    in_two_processes(one_after_the_other, str(tmp_path))
     assert len(list(tmp_path.glob("*.done"))) == 2
 
 

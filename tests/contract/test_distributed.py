@@ -3,7 +3,6 @@
 All cases run in one launch; `learn` is the same code for both sides.
 """
 
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from support.families import build
 from support.methods import METHODS
+from support.processes import in_two_processes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -166,8 +166,7 @@ def grow_while_wrapped(late: bool) -> str:
     return ""
 
 
-def process(rank: int, folder: str, path: list[str]) -> None:
-    sys.path[:] = path
+def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
@@ -188,7 +187,7 @@ def process(rank: int, folder: str, path: list[str]) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(process, (str(folder), sys.path), nprocs=PROCESSES)
+    in_two_processes(process, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

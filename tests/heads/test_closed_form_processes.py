@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.closed_form_models import in_batches, new_model, task_images
-from support.meeting import become, free_port
+from support.processes import become, free_port, in_two_processes
 from support.small_runs import Stop, StopAt, small_model, small_stream, small_trainer, tensors
 from torch import Tensor
 from torch.testing import assert_close
@@ -81,7 +81,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.start_processes(one_of_two, (free_port(), str(folder)), nprocs=2, start_method="spawn")
+    in_two_processes(one_of_two, free_port(), str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

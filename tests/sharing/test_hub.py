@@ -2,8 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.closed_form_models import answers, learn_task, new_model
 from support.families import build
 from support.hub_pools import shaken, small
 from support.hub_server import Hub
 from support.methods import METHODS, WITH_CLASSIFIER
-from support.paths import TESTS
+from support.processes import in_a_new_process
 from transformers import ViTImageProcessorPil
 
 from cl_prompts import AutoPromptPoolModel, L2PConfig, PromptPoolModel
@@ -55,17 +54,10 @@ def vit_on_the_hub(hub: Hub, bases: dict[str, Path]) -> str:
 
 # ---- every method, another process -----------------------------------------------------------------------------------
 
-PULL = """
-import sys, warnings
-sys.path.insert(0, sys.argv[1])
-from support.families import build
-from support.closed_form_models import answers
-from safetensors.torch import save_file
-from cl_prompts import PromptPoolModel
-base = build("vit")
-found = {repo: answers(PromptPoolModel.from_pretrained(base, repo)) for repo in sys.argv[3:]}
-save_file(found, sys.argv[2])
-"""
+
+def pull(repos: Sequence[str], answered: Path) -> None:
+    base = build("vit")
+    save_file({repo: answers(PromptPoolModel.from_pretrained(base, repo)) for repo in repos}, answered)
 
 
 def test_every_method_comes_back_bit_equal_in_another_process(hub: Hub, tmp_path: Path) -> None:
@@ -79,8 +71,7 @@ def test_every_method_comes_back_bit_equal_in_another_process(hub: Hub, tmp_path
                 model.push_to_hub(repo_of(method, number), base_model_id="me/vit")
                 expected[repo_of(method, number)] = answers(model)
     assert len(expected) == 2 * len(EVERY)
-    command = [sys.executable, "-c", PULL, str(TESTS), str(tmp_path / "logits"), *expected]
-    subprocess.run(command, check=True)
+    in_a_new_process(pull, list(expected), tmp_path / "logits")
     found = load_file(tmp_path / "logits")
     for repo, logits in expected.items():
         assert torch.equal(found[repo], logits), repo

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build
+from support.processes import in_a_new_process
 from support.saving import (
     KEPT,
     adapter,
@@ -106,7 +106,7 @@ def trial(room: Path, start: Path | None, cut: Callable[[Path], int], answers: d
 MODELS: dict[str, PromptPoolModel] = {}
 
 
-def helper(room: Path) -> dict[str, Any]:
+def helper(room: Path) -> None:
     torch.set_num_threads(1)  # a fork has no thread pool
     MODELS.update({name: adapter(seed) for seed, name in enumerate(("old", "new", "next"))})
     answers = {name: answer(model) for name, model in MODELS.items()}
@@ -123,7 +123,7 @@ def helper(room: Path) -> dict[str, Any]:
         for limit in (8, size // 2, size - 1):
             deadly = name == "killed writing"
             results[name].append(trial(place, old, lambda t, n=limit, d=deadly: cut_at_size(new, t, n, deadly=d), answers))
-    return results | {"meanwhile": loads_while_saving(old, answers)}
+    (room / "results.json").write_text(json.dumps(results | {"meanwhile": loads_while_saving(old, answers)}))
 
 
 def loads_while_saving(target: Path, answers: dict[str, Tensor]) -> list[str]:
@@ -151,9 +151,7 @@ def loads_while_saving(target: Path, answers: dict[str, Tensor]) -> list[str]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     room = tmp_path_factory.mktemp("saving")
-    command = [sys.executable, __file__, str(room)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert run.returncode == 0, run.stderr
+    in_a_new_process(helper, room)
     return json.loads((room / "results.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -303,11 +301,6 @@ def test_other_adapters_of_a_folder_stay(tmp_path: Path) -> None:
 def test_loading_while_another_process_saves(results: dict[str, Any]) -> None:
     """A load reads two files; a save between the two makes it start again."""
     assert set(results["meanwhile"]) == {"old", "new"}
-
-
-if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    (where / "results.json").write_text(json.dumps(helper(where)))
 
 
 def test_whoever_may_look_into_the_folder_may_read_its_files(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 `test_distributed.py` compares every kind of method step by step.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from support.families import build
-from support.meeting import become, free_port
+from support.processes import become, free_port, in_two_processes
 from support.small_runs import Stop, StopAt, small_model, small_stream, small_trainer, tensors
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -36,8 +35,7 @@ def refused(model: PromptPoolModel) -> str:
     return str(error.value)
 
 
-def process(rank: int, port: int, folder: str, path: list[str]) -> None:
-    sys.path[:] = path
+def process(rank: int, port: int, folder: str) -> None:
     become(rank, port)
     settings: dict[str, Any] = {"tasks": 2, "config": {"prompt_length": 2}}
     trainer = small_trainer("l2p", Path(folder, "run"), callbacks=[StopAt(8)], **settings)
@@ -65,7 +63,7 @@ def process(rank: int, port: int, folder: str, path: list[str]) -> None:
 
 
 def test_two_processes_share_the_blocks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (free_port(), str(tmp_path), sys.path), nprocs=2)
+    in_two_processes(process, free_port(), str(tmp_path))
     alone = small_trainer("l2p", tasks=2, config={"prompt_length": 2})
     matrix = alone.train().to_dict()
     expected = tensors(alone)

@@ -6,63 +6,35 @@ that copies of a module (PEFT's `modules_to_save`) keep it.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from cl_prompts.backbones import last_block
+from cl_prompts.backbones.block_info import BlockInfo
 from cl_prompts.backbones.plan import running_plan
-from cl_prompts.backbones.prefix import ATTENTION, KEYWORD, BlockPlan, enter_attention, leave_attention
-from cl_prompts.backbones.structure import Structure, attention_norm
+from cl_prompts.backbones.prefix import (
+    KEYWORD,
+    BlockPlan,
+    check_recomputation,
+    enter_attention,
+    enter_plainly,
+    leave_attention,
+    leave_plainly,
+    part_of,
+)
+from cl_prompts.backbones.structure import Structure
 from cl_prompts.backbones.tokens import insert_tokens, record_output
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """What the hooks know of a block.
-
-    Args:
-        layer: its number.
-        norm: name, in the block, of the norm in front of its attention.
-        last: whether it is the last one.
-    """
-
-    layer: int
-    norm: str
-    last: bool
-
-
-def prepare(model: nn.Module, structure: Structure) -> None:
-    """Note on each block what the hooks need to know, and let each attention call `prefix_attention`."""
-    for layer, (block_name, attention_name) in enumerate(zip(structure.blocks, structure.attentions, strict=True)):
-        block: Any = model.get_submodule(block_name)
-        attention: Any = model.get_submodule(attention_name)
-        norm = attention_norm(block, attention)
-        block._cl_block = BlockInfo(layer, norm, layer == len(structure.blocks) - 1)
-        attention._cl_shared_config = attention.config
-        attention._cl_norm = (block, norm)  # a tuple, so that the block does not become a child of its attention
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation_internal = ATTENTION
-
-
-def restore(model: nn.Module, structure: Structure) -> None:
-    """Undo `prepare`."""
-    for block_name, attention_name in zip(structure.blocks, structure.attentions, strict=True):
-        attention: Any = model.get_submodule(attention_name)
-        attention.config = attention._cl_shared_config
-        del attention._cl_shared_config, attention._cl_norm
-        del model.get_submodule(block_name)._cl_block
 
 
 def install(model: nn.Module, structure: Structure) -> list[Any]:
     """Put the hooks on blocks, attentions and pooler; returns their handles."""
-    blocks = [model.get_submodule(name) for name in structure.blocks]
+    blocks: list[Any] = [model.get_submodule(name) for name in structure.blocks]
     attentions = [model.get_submodule(name) for name in structure.attentions]
     handles: list[Any] = [
         *(block.register_forward_pre_hook(enter_block, with_kwargs=True) for block in blocks),
         blocks[-1].register_forward_hook(leave_last_block, with_kwargs=True),
+        *(b.register_forward_hook(leave_plainly, always_call=True) for b in blocks if not b._cl_block.takes_keywords),
         *(attention.register_forward_pre_hook(enter_attention, with_kwargs=True) for attention in attentions),
         *(attention.register_forward_hook(leave_attention, always_call=True) for attention in attentions),
         *last_block.install(attentions[-1]),
@@ -82,6 +54,8 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if info.layer == 0:
         if plan.keep_block_input:
             plan.record.block_input = hidden
+        if plan.tokens is not None:
+            check_recomputation(plan.learning)
         hidden = insert_tokens(hidden, plan)
     all_tokens, block_input = None, hidden
     if info.last and last_block.may_narrow(block, plan, info.layer, args, kwargs):
@@ -91,20 +65,22 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         plan.record.narrowed = True
     prefix = plan.prefixes.get(info.layer)
     inserted = None if plan.tokens is None else (plan.token_index, plan.tokens.shape[1])
+    part = None
     if prefix is not None or inserted is not None or all_tokens is not None:
-        kwargs = {
-            **kwargs,
-            KEYWORD: BlockPlan(
-                layer=info.layer,
-                prefix=prefix,
-                block_input=block_input,
-                inserted=inserted,
-                all_tokens=all_tokens,
-                read=plan.read[1] if plan.read is not None else 0,
-                learning=plan.learning,
-                used=plan.record.prefixes,
-            ),
-        }
+        part = BlockPlan(
+            layer=info.layer,
+            prefix=prefix,
+            block_input=block_input,
+            inserted=inserted,
+            all_tokens=all_tokens,
+            read=plan.read[1] if plan.read is not None else 0,
+            learning=plan.learning,
+            used=plan.record.prefixes,
+        )
+    if not info.takes_keywords:
+        enter_plainly(part)
+    elif part is not None:
+        kwargs = {**kwargs, KEYWORD: part}
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
@@ -113,7 +89,7 @@ def leave_last_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     plan = running_plan()
     if plan is None:
         return None
-    part: BlockPlan | None = kwargs.get(KEYWORD)
+    part = part_of(block, kwargs)
     length = 0 if part is None else part.block_input.shape[1] - (0 if part.inserted is None else part.inserted[1])
     return record_output(output, plan, length)
 

@@ -4,7 +4,8 @@ Every attention gets a copy of its config that names `prefix_attention`; it adds
 function that the model is set to at that moment. A block's part of the plan travels with the block's keyword arguments, so
 that gradient checkpointing keeps it with the block's other inputs and recomputation finds it again, in whichever thread.
 The attention's pre-hook takes it out of the keyword arguments, which some families (SigLIP) do not hand on to the attention
-function.
+function. Blocks whose forward takes no further keyword arguments (DINOv2 before transformers 5.18) find it in a context
+variable.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cl_prompts.backbones.plan import CallVariable
-from cl_prompts.backbones.structure import eager_attention, projection_names
+from cl_prompts.backbones.structure import eager_attention, head_width, projection_names
 from cl_prompts.backbones.tokens import widen_mask
 from cl_prompts.interfaces import Prefix, PrefixKV
 
@@ -52,13 +53,47 @@ class BlockPlan:
     used: dict[int, PrefixKV]
 
 
-# The part of the block whose attention is running.
+@dataclass(frozen=True)
+class PlainBlock:
+    """A running block that takes no keyword arguments.
+
+    Args:
+        part: its part of the pass; None: nothing is done in it.
+        outer: the block of this kind inside which this one is called.
+    """
+
+    part: BlockPlan | None
+    outer: PlainBlock | None
+
+
+# The part of the block whose attention is running; and the innermost running block that takes no keyword arguments.
 BLOCK: CallVariable[BlockPlan] = CallVariable("cl_prompts_block")
+PLAIN_BLOCK: CallVariable[PlainBlock] = CallVariable("cl_prompts_plain_block")
 
 
-def enter_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def enter_plainly(part: BlockPlan | None) -> None:
+    """Begin a block that takes no keyword arguments."""
+    PLAIN_BLOCK.set(PlainBlock(part, PLAIN_BLOCK.get()))
+
+
+def leave_plainly(block: nn.Module, args: Any, output: Any) -> None:
+    """Hook behind every block that takes no keyword arguments, also after an error."""
+    running = PLAIN_BLOCK.get()
+    if running is not None:
+        PLAIN_BLOCK.set(running.outer)
+
+
+def part_of(block: Any, kwargs: dict[str, Any]) -> BlockPlan | None:
+    """The part of the pass of a block that is running with the keyword arguments `kwargs`, or whose attention is."""
+    if block._cl_block.takes_keywords:
+        return kwargs.get(KEYWORD)
+    running = PLAIN_BLOCK.get()
+    return None if running is None else running.part
+
+
+def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pre-hook of every attention: take the block's part out of the arguments and let masks cover prompt tokens."""
-    block: BlockPlan | None = kwargs.get(KEYWORD)
+    block = part_of(attention._cl_norm[0], kwargs)
     BLOCK.set(block)
     if block is None:
         return None
@@ -87,11 +122,7 @@ def prefix_attention(
     if block.all_tokens is not None:
         key, value = (unfold(x, query.shape[1], block.all_tokens.shape[1]) for x in (key, value))
     if block.prefix is not None:
-        if block.learning and not torch.is_grad_enabled():
-            raise ValueError(
-                "the base checkpoints its activations with use_reentrant=True, through which prefixes get no or wrong "
-                'gradients: enable it with {"use_reentrant": False}, the default of transformers'
-            )
+        check_recomputation(block.learning)
         prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
         block.used[block.layer] = prefix
         BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
@@ -100,6 +131,19 @@ def prefix_attention(
         value = torch.cat([v.to(value.dtype), value], dim=2)
         attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def check_recomputation(learning: bool) -> None:
+    """Check, where prompts enter a block, that gradients can reach them.
+
+    Raises:
+        ValueError: the prompts are learned and the base recomputes its activations with `use_reentrant=True`.
+    """
+    if learning and not torch.is_grad_enabled():
+        raise ValueError(
+            "the base checkpoints its activations with use_reentrant=True, through which prompts get no or wrong "
+            'gradients: enable it with {"use_reentrant": False}, the default of transformers'
+        )
 
 
 def fold(x: Tensor, read: int) -> Tensor:
@@ -124,7 +168,8 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
         norm = block.get_submodule(name)
         own = (norm(own[0]), norm(own[1]))
     rows = zip(names[1:], own, strict=True)
-    k, v = (getattr(module, name)(x).unflatten(2, (-1, module.head_dim)).transpose(1, 2) for name, x in rows)
+    width = head_width(module)
+    k, v = (getattr(module, name)(x).unflatten(2, (-1, width)).transpose(1, 2) for name, x in rows)
     return k, v
 
 

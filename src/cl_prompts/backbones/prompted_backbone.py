@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.backbones import block_hooks, last_block, quantized, reuse, unmasked
+from cl_prompts.backbones import block_hooks, block_info, checkpointing, last_block, quantized, reuse, unmasked
 from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
@@ -97,8 +97,10 @@ class PromptedBackbone:
         ]
         self._replaced = reuse.install(model, structure)
         self._unmasked = unmasked.install(model, structure)
-        block_hooks.prepare(model, structure)
+        block_info.prepare(model, structure)
         self._block_handles = block_hooks.install(model, structure)
+        blocks = [model.get_submodule(name) for name in structure.blocks]
+        self._recomputing = [block for block in blocks if checkpointing.recomputes_hooks(block)]
 
     def move_hooks_behind(self) -> None:
         """Put the hooks on the blocks behind those that others have put there since."""
@@ -114,7 +116,7 @@ class PromptedBackbone:
             unmasked.uninstall(self.model, self.structure)
         if self._compiled is not None:
             del self.model.forward
-        block_hooks.restore(self.model, self.structure)
+        block_info.restore(self.model, self.structure)
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,7 @@ class PromptedBackbone:
             answer: what that forward returns in place of the model's output, given whether `return_dict` was asked for;
                 called when the pass is done. None: the model's own output.
         """
+        checkpointing.keep_plans(self._recomputing)
         before = STARTING.get(), RUNNING.get()
         STARTING.set(RunningPass(self, plan, answer))
         try:

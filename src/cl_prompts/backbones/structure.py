@@ -61,6 +61,12 @@ def projection_names(attention: nn.Module) -> tuple[str, str, str] | None:
     return None
 
 
+def head_width(attention: nn.Module) -> int | None:
+    """Width of one head of an attention module, which calls it `head_dim` or `attention_head_size`; None if neither."""
+    width = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    return width if isinstance(width, int) else None
+
+
 def find_structure(model: nn.Module) -> Structure:
     """Find blocks, attentions, final norm and special tokens.
 
@@ -190,14 +196,15 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
     attention: Any = model.get_submodule(attentions[0])
     names = projection_names(attention)
     assert names is not None
-    if not hasattr(attention, "head_dim"):
+    width = head_width(attention)
+    if width is None:
         raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
     key = getattr(attention, names[1])
     return BackboneShape(
         width=key.in_features,
         num_layers=depth,
-        num_heads=key.out_features // attention.head_dim,
-        head_dim=attention.head_dim,
+        num_heads=key.out_features // width,
+        head_dim=width,
         has_cls=has_cls,
     )
 

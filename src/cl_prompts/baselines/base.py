@@ -143,6 +143,18 @@ class Baseline(nn.Module):
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
+    def check_one_class(self) -> None:
+        """Check that a task of one class can be learned.
+
+        Raises:
+            ValueError: the cross entropy would see that class only.
+        """
+        if self.class_mask == "task":
+            raise ValueError(
+                f'{self.name!r} learns nothing from a task of one class: class_mask="task" leaves its loss nothing to '
+                'compare; set class_mask="none", or use "ncm" or a baseline with a memory, like "er"'
+            )
+
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
     @property
@@ -153,8 +165,16 @@ class Baseline(nn.Module):
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task; `classes`, `revisit`, `class_names` and errors as `TaskAPI.begin_task`."""
+        """Open the next task; `classes`, `revisit` and `class_names` as `TaskAPI.begin_task`.
+
+        Raises:
+            TypeError: class ids are not integers.
+            ValueError: a class is declared twice or known already, a task is still open, or a task of one class cannot be
+                learned.
+        """
         task = self.tasks.plan_task(classes, revisit, class_names)
+        if len(task.classes) == 1:
+            self.check_one_class()
         self.before_task(task.classes)
         self.head.expand(task.known, task.classes)
         self.tasks.begin(task)

@@ -61,6 +61,11 @@ class TaskState(nn.Module):
         """Class ids of the newest task; without tasks all known ones."""
         return self.state.tasks[-1] if self.state.tasks else self.classes
 
+    @property
+    def earlier_classes(self) -> set[int]:
+        """Class ids of all tasks but the newest."""
+        return {c for task in self.state.tasks[:-1] for c in task}
+
     def class_indices(self, tasks: Iterable[Sequence[int]]) -> list[list[int]]:
         """For each of `tasks`, given by its class ids: the indices of these classes' logits."""
         index = {c: i for i, c in enumerate(self.classes)}

@@ -137,7 +137,8 @@ class TaskAPI:
 
         Raises:
             TypeError: class ids are not integers.
-            ValueError: a class is declared twice or known already, or a task is still open.
+            ValueError: a class is declared twice or known already, a task is still open, or a class would be alone in the
+                loss and the adapter was saved without the feature statistics of earlier classes (`save_statistics`).
         """
         self._record_base(self.adapter)
         self.adapter.begin_task(classes, revisit=revisit, class_names=class_names)
@@ -159,6 +160,14 @@ class TaskAPI:
             ValueError: no task is open, or `consolidate` was not called for it.
         """
         self.adapter.end_task()
+
+    def check_one_class(self) -> None:
+        """Check that a task of one class can be learned.
+
+        Raises:
+            ValueError: the adapter has a trained head and was saved without the feature statistics of its classes.
+        """
+        self.adapter.check_one_class()
 
     def trains_task(self, number: int) -> bool:
         """Whether task `number`, counted from 0, is trained by gradient descent."""

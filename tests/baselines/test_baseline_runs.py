@@ -332,7 +332,7 @@ def test_a_task_of_one_class_is_learned_or_refused(name: str) -> None:
     if not refuses:
         learner.begin_task([0])
         return
-    with pytest.raises(ValueError, match=rf"'{name}' learns nothing from a task of one class.*class_mask=\"none\""):
+    with pytest.raises(ValueError, match=rf"'{name}' learns nothing from a task of one class.*\"er\""):
         learner.begin_task([0])
     assert learner.classes == []
     with pytest.raises(ValueError, match="learns nothing from a task of one class"):

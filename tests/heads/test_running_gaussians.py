@@ -49,7 +49,7 @@ def test_old_images_count_less_than_a_window() -> None:
 @pytest.mark.parametrize("scale", [None, 4.0])
 def test_the_loss_bounds_that_of_drawn_features(scale: float | None) -> None:
     head, gaussians = head_and_gaussians(scale)
-    assert gaussians.cross_entropy(head) == 0
+    assert gaussians.cross_entropy(head).item() == 0
     gaussians.mean.normal_()
     gaussians.count += torch.tensor([3, 3, 0])
     weight = head.weight if scale is None else scale * F.normalize(head.weight, dim=1)
@@ -60,7 +60,7 @@ def test_the_loss_bounds_that_of_drawn_features(scale: float | None) -> None:
         for index in (0, 1):
             logits = F.linear(gaussians.mean[index] + noise * gaussians.variance[index].sqrt(), weight, head.bias)[:, :2]
             terms.append(F.cross_entropy(logits, torch.full((20000,), index)))
-        return float(sum(terms) / 2)
+        return (terms[0] + terms[1]).item() / 2
 
     assert gaussians.cross_entropy(head).item() == pytest.approx(drawn(), rel=1e-5)
     gaussians.variance.fill_(0.3)

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.feature_extractor import FeatureExtractor
 from cl_prompts.backbones.input_checks import check_images, check_query
-from cl_prompts.baselines.batch import Batch
+from cl_prompts.baselines.batch import Batch, cross_entropy
 from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.interfaces import IGNORE_INDEX, LossPart
+from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.checks import check_labels, check_wrapper
 from cl_prompts.learner.losses import add_up
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
@@ -144,15 +143,11 @@ class Baseline(nn.Module):
         """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
     def check_one_class(self) -> None:
-        """Check that a task of one class can be learned.
-
-        Raises:
-            ValueError: the cross entropy would see that class only.
-        """
+        """Raise ValueError if a task of one class cannot be learned, because the cross entropy would see nothing else."""
         if self.class_mask == "task":
             raise ValueError(
-                f'{self.name!r} learns nothing from a task of one class: class_mask="task" leaves its loss nothing to '
-                'compare; set class_mask="none", or use "ncm" or a baseline with a memory, like "er"'
+                f'{self.name!r} learns nothing from a task of one class with class_mask="task": set it to "none", or use '
+                '"ncm" or a baseline with a memory, like "er"'
             )
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
@@ -165,13 +160,7 @@ class Baseline(nn.Module):
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task; `classes`, `revisit` and `class_names` as `TaskAPI.begin_task`.
-
-        Raises:
-            TypeError: class ids are not integers.
-            ValueError: a class is declared twice or known already, a task is still open, or a task of one class cannot be
-                learned.
-        """
+        """Open the next task; arguments and errors as `TaskAPI.begin_task`, and those of `check_one_class`."""
         task = self.tasks.plan_task(classes, revisit, class_names)
         if len(task.classes) == 1:
             self.check_one_class()
@@ -194,11 +183,7 @@ class Baseline(nn.Module):
         """See the next task's `images` before `begin_task`: nothing to do, no baseline compensates drift."""
 
     def check_labels(self) -> None:
-        """Report wrong labels that were seen on a device since the last call.
-
-        Raises:
-            ValueError: there were some.
-        """
+        """Raise ValueError if wrong labels were seen on a device since the last call."""
         self.tasks.check_labels()
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -284,7 +269,7 @@ class Baseline(nn.Module):
             if learning:
                 parts = self.loss_parts(Batch(features, logits, targets, valid, sample_ids, taught))
             else:
-                parts = {"cross_entropy": _cross_entropy(answer, targets)}
+                parts = {"cross_entropy": cross_entropy(answer, targets)}
             loss, losses = add_up(parts, valid, num_items_in_batch, over_processes=learning)
         return PromptPoolOutput(loss=loss, logits=answer, losses=losses, features=features)
 
@@ -297,7 +282,7 @@ class Baseline(nn.Module):
 
     def cross_entropy(self, batch: Batch) -> LossPart:
         """Cross entropy of a training `batch` over the classes that `class_mask` leaves."""
-        return _cross_entropy(self.masked(batch.logits), batch.targets)
+        return cross_entropy(self.masked(batch.logits), batch.targets)
 
     def masked(self, logits: Tensor) -> Tensor:
         """The `logits` [B, C] with -inf at the classes that the cross entropy does not see."""
@@ -410,7 +395,3 @@ class Baseline(nn.Module):
         """
         if is_main_process:
             write_files(save_directory, self.name, self.options, self.training_state_dict())
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> LossPart:
-    return LossPart(F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX), "mean")

@@ -115,6 +115,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         Raises:
             ValueError: `safe_serialization` is False, an adapter does not exist, the path is a file, or `record` is given
                 and the active adapter is not saved.
+            FloatingPointError: a tensor holds NaN or Inf. The files of the last save are kept.
             OSError: the disk is full. The files of the last save are kept.
         """
         from cl_prompts.sharing.card import add_pictures, card_inputs, write_card  # deferred: imports evaluation

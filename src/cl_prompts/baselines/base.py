@@ -21,7 +21,7 @@ from cl_prompts.baselines.batch import Batch, cross_entropy
 from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import LossPart
-from cl_prompts.learner.checks import check_labels, check_wrapper
+from cl_prompts.learner.checks import check_finite, check_labels, check_wrapper
 from cl_prompts.learner.losses import add_up
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.learner.optimizer_hook import UpdateScaler
@@ -171,11 +171,8 @@ class Baseline(nn.Module):
         self.update_scaler.detach()
 
     def end_task(self) -> None:
-        """Close the current task.
-
-        Raises:
-            ValueError: none is open.
-        """
+        """Close the current task. Errors as `TaskAPI.end_task`."""
+        self.check_finite()
         self.tasks.end()
         self.update_scaler.detach()
 
@@ -185,6 +182,10 @@ class Baseline(nn.Module):
     def check_labels(self) -> None:
         """Raise ValueError if wrong labels were seen on a device since the last call."""
         self.tasks.check_labels()
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if anything that training has changed holds NaN or Inf."""
+        self.training_state_dict()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -364,6 +365,7 @@ class Baseline(nn.Module):
     def training_state_dict(self) -> dict[str, Any]:
         """All that training has changed, also in the middle of a task: `tensors` by name, and JSON-able `values`."""
         tensors = prefixed("parameters.", self.trained()) | prefixed("extra.", self.extra_tensors())
+        check_finite(tensors, self.tasks.state.tasks)
         return {"tensors": tensors, "values": {"state": self.tasks.state.to_dict()}}
 
     def load_training_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -111,6 +111,10 @@ class Learner(Protocol):
         """Raise ValueError if it cannot learn a task of one class."""
         ...
 
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if anything that training has changed holds NaN or Inf."""
+        ...
+
     def trains_task(self, number: int) -> bool:
         """Whether task `number` is trained by gradient."""
         ...

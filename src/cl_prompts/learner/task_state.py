@@ -40,16 +40,15 @@ class TaskState(nn.Module):
         num_labels: number of classes of a learner without tasks, which knows ids 0 to `num_labels` - 1 from the start.
 
     Attributes:
-        unknown_labels: number of labels, seen on a device, that could not be learned. Not saved.
+        unknown_labels: number of labels, seen on a device, that could not be learned. Each process has its own count, so it
+            is no buffer: DistributedDataParallel would overwrite it by that of the first process. Not saved.
     """
-
-    unknown_labels: Tensor
 
     def __init__(self, state: AdapterState, num_labels: int | None = None) -> None:
         super().__init__()
         self.state = state
         self.num_labels = num_labels
-        self.register_buffer("unknown_labels", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.unknown_labels = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @property
     def classes(self) -> list[int]:
@@ -158,7 +157,7 @@ class TaskState(nn.Module):
         targets, unknown = head.to_targets(labels)
         outside = (targets >= 0) & ~head.current[targets.clamp_min(0)] & only_current
         if torch.compiler.is_compiling() or labels.device.type != "cpu":
-            self.unknown_labels += (unknown | outside).sum()
+            self.unknown_labels = self.unknown_labels.to(labels.device) + (unknown | outside).sum()
             return torch.where(outside, IGNORE_INDEX, targets)
         if unknown.any():
             wrong = sorted(set(labels[unknown].tolist()))
@@ -178,7 +177,7 @@ class TaskState(nn.Module):
             ValueError: there were some.
         """
         count = int(self.unknown_labels)
-        self.unknown_labels.zero_()
+        self.unknown_labels = torch.zeros_like(self.unknown_labels)
         if count:
             raise ValueError(
                 f"{count} labels are of no declared class, or in training of none of the current task, and were ignored; "

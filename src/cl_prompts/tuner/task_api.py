@@ -158,15 +158,13 @@ class TaskAPI:
 
         Raises:
             ValueError: no task is open, or `consolidate` was not called for it.
+            FloatingPointError: a tensor holds NaN or Inf.
         """
+        self.check_finite()
         self.adapter.end_task()
 
     def check_one_class(self) -> None:
-        """Check that a task of one class can be learned.
-
-        Raises:
-            ValueError: the adapter has a trained head and was saved without the feature statistics of its classes.
-        """
+        """Raise ValueError if a trained head lacks the feature statistics of its classes, which were not saved."""
         self.adapter.check_one_class()
 
     def trains_task(self, number: int) -> bool:
@@ -260,6 +258,14 @@ class TaskAPI:
             ValueError: a label was of no declared class.
         """
         self.adapter.tasks.check_labels()
+
+    def check_finite(self) -> None:
+        """Check all tensors that training has changed. `end_task`, `training_state_dict` and saves do it, too.
+
+        Raises:
+            FloatingPointError: one holds NaN or Inf.
+        """
+        self.training_state_dict()
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile the base model's forward (both passes) with `torch.compile`, which gets the `options`.
@@ -370,6 +376,9 @@ class TaskAPI:
 
         Returns:
             a dict with `tensors` by name, and JSON-able `values`.
+
+        Raises:
+            FloatingPointError: a tensor holds NaN or Inf.
         """
         return training_state_dict(self.adapter, self.model)
 

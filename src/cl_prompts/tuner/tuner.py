@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from cl_prompts.backbones.fingerprint import fingerprint
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import resolve_pooling
 from cl_prompts.backbones.structure import Structure
+from cl_prompts.learner.checks import check_finite
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
@@ -282,12 +283,15 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: PeftConfig,
+        config: PromptPoolConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in state_dict.items() if f".prompt_pool.{adapter_name}." in name}
+        own, copies = f".prompt_pool.{adapter_name}.", f".modules_to_save.{adapter_name}."
+        saved = {n.split(own)[-1]: tensor for n, tensor in state_dict.items() if own in n or copies in n}
+        check_finite(saved, config.state.tasks)
+        return {name: tensor for name, tensor in state_dict.items() if own in name}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

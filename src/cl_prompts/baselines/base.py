@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.feature_extractor import FeatureExtractor
-from cl_prompts.backbones.input_checks import check_images, check_query
+from cl_prompts.backbones.input_checks import check_arguments, check_images, check_query
 from cl_prompts.baselines.batch import Batch, cross_entropy
 from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
@@ -251,6 +251,7 @@ class Baseline(nn.Module):
         """
         if not self.classes:
             raise ValueError("no class is known yet: call begin_task(classes), or set num_labels")
+        check_arguments(self.features.base, kwargs)
         check_images(self.features.base, self.features.structure, pixel_values, kwargs)
         learning = self.training and torch.is_grad_enabled()
         targets = None

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_prompts.backbones.input_checks import check_images, check_query
+from cl_prompts.backbones.input_checks import OWN_ARGUMENTS, check_images, check_query
 from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
-from cl_prompts.backbones.prompted_backbone import OWN_ARGUMENTS, PromptedBackbone
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import PoolInput, Prompts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.fingerprint import fingerprint as base_fingerprint
-from cl_prompts.backbones.input_checks import check_images
+from cl_prompts.backbones.input_checks import check_arguments, check_images
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import Structure, expected_image
 from cl_prompts.heads.incremental import IncrementalHead
@@ -204,6 +204,7 @@ class TaskAPI:
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
+        check_arguments(self.model, kwargs)
         check_images(self.model, self.structure, pixel_values, kwargs)
         vectors = self.backbone.patch_embeddings(pixel_values, kwargs)
         self.adapter.pool.fill_prompts(vectors, torch.Generator().manual_seed(seed))
@@ -335,6 +336,7 @@ class TaskAPI:
             ValueError: the images do not fit the base, or it was unloaded.
         """
         self._check_not_released()
+        check_arguments(self.model, kwargs)
         check_images(self.model, self.structure, pixel_values, kwargs)
         return self.backbone.features((), {"pixel_values": pixel_values, **kwargs}, self.adapter.query_pooling)[0]
 

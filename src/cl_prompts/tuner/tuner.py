@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,14 +20,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from cl_prompts.backbones.fingerprint import fingerprint
+from cl_prompts.backbones.input_checks import check_arguments
+from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import resolve_pooling
 from cl_prompts.backbones.structure import Structure
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.forward import prompted_forward
+from cl_prompts.tuner.mixed_batch import mixed_forward
 from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 
@@ -273,9 +278,27 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             yield
             return
         self._check_not_released()
+        check_arguments(self.model, kwargs, ("adapter_names",))
+        if kwargs.get("adapter_names") is not None:
+            output = self.mixed_forward(*args, **kwargs)
+            # The base's own forward cannot be left out here. `PromptPoolModel.forward` does not call it.
+            with self.backbone.prompted(
+                PassPlan(PassRecord()), lambda return_dict: output if return_dict else output.to_tuple()
+            ):
+                yield
+            return
+        kwargs.pop("adapter_names", None)
         training = self.training and torch.is_grad_enabled()
         with prompted_forward(self.backbone, self.adapter, args, kwargs, training=training):
             yield
+
+    def mixed_forward(self, *args: Any, adapter_names: Any, **kwargs: Any) -> PromptPoolOutput:
+        """The forward of a batch with one adapter per image, `adapter_names` [B]; see `cl_prompts.tuner.mixed_batch`."""
+        if args:
+            kwargs = inspect.signature(type(self.model).forward).bind_partial(self.model, *args).arguments | kwargs
+            kwargs.pop("self", None)
+        training = self.training and torch.is_grad_enabled()
+        return mixed_forward(self.backbone, self.pools.prompt_pool, adapter_names, kwargs, training=training)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

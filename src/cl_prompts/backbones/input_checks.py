@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -38,14 +38,14 @@ def check_arguments(model: nn.Module, kwargs: Mapping[str, Any], further: Collec
                 f"{name}=True: the output of a model with prompts has none; call the base, model.get_base_model()(...)"
             )
     if not torch.compiler.is_compiling():  # a graph cannot look at signatures
-        known = {*_arguments(type(model)), *OWN_ARGUMENTS, *NOT_ANSWERED, "return_dict", *further}
+        known = {*_arguments(type(model).forward), *OWN_ARGUMENTS, *NOT_ANSWERED, "return_dict", *further}
         refuse_unknown("the forward", kwargs, known)
 
 
 @cache
-def _arguments(model: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a model's forward."""
-    parameters = inspect.signature(model.forward).parameters.values()
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a model's `forward`, taken from its class."""
+    parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name != "self")
 
 

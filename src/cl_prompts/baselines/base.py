@@ -143,12 +143,14 @@ class Baseline(nn.Module):
         """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
     def check_one_class(self) -> None:
-        """Raise ValueError if a task of one class cannot be learned, because the cross entropy would see nothing else."""
+        """Check that a task of one class can be learned.
+
+        Raises:
+            ValueError: the cross entropy would see that class only.
+        """
         if self.class_mask == "task":
-            raise ValueError(
-                f'{self.name!r} learns nothing from a task of one class with class_mask="task": set it to "none", or use '
-                '"ncm" or a baseline with a memory, like "er"'
-            )
+            mend = 'set it to "none", or use "ncm" or a baseline with a memory, like "er"'
+            raise ValueError(f'{self.name!r} learns nothing from a task of one class with class_mask="task": {mend}')
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +162,7 @@ class Baseline(nn.Module):
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task; arguments and errors as `TaskAPI.begin_task`, and those of `check_one_class`."""
+        """Open the next task; `classes`, `revisit`, `class_names`: `TaskAPI.begin_task`. Errors: `check_one_class`, too."""
         task = self.tasks.plan_task(classes, revisit, class_names)
         if len(task.classes) == 1:
             self.check_one_class()
@@ -338,10 +340,7 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Features of images, `pixel_values` [B, 3, H, W], as the backbone is now: [B, D] float32, without gradient.
-
-        `kwargs` are further inputs of the backbone.
-        """
+        """Features [B, D] of images `pixel_values`, float32, without gradient; `kwargs` are further inputs of the base."""
         return self.features(pixel_values, **kwargs)
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:

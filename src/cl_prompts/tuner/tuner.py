@@ -293,7 +293,10 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             yield
 
     def mixed_forward(self, *args: Any, adapter_names: Any, **kwargs: Any) -> PromptPoolOutput:
-        """The forward of a batch with one adapter per image, `adapter_names` [B]; see `cl_prompts.tuner.mixed_batch`."""
+        """The forward of a batch with one adapter per image, `adapter_names` [B]; see `cl_prompts.tuner.mixed_batch`.
+
+        `args` and `kwargs` are those of the forward.
+        """
         if args:
             kwargs = inspect.signature(type(self.model).forward).bind_partial(self.model, *args).arguments | kwargs
             kwargs.pop("self", None)

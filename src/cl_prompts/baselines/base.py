@@ -340,7 +340,7 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Features [B, D] of images `pixel_values`, float32, without gradient; `kwargs` are further inputs of the base."""
+        """Features [B, D] float32 of `pixel_values` [B, 3, H, W], without gradient; `kwargs` are for the base."""
         return self.features(pixel_values, **kwargs)
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:

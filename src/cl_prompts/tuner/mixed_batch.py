@@ -64,7 +64,8 @@ def mixed_forward(
         adapter: Any = adapters[name]
         with prompted_forward(backbone, adapter, (), own, training=False):
             groups.append((rows, backbone.model(**own)))
-    output = PromptPoolOutput(**{name: _merged(name, groups, size) for name in PER_IMAGE})
+    merged: dict[str, Any] = {name: _merged(name, groups, size) for name in PER_IMAGE}
+    output = PromptPoolOutput(**merged)
     if labels is not None:
         counts = torch.stack([(labels[rows] != IGNORE_INDEX).sum() for rows, _ in groups])
         share = counts / counts.sum().clamp_min(1)

@@ -200,7 +200,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     assert found is not None
     del found["format"]
     Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found)
-    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 3\).*remove them"):
+    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 4\).*remove them"):
         small_trainer("l2p", tmp_path).train(resume=True)
 
 

@@ -6,8 +6,7 @@ import glob
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,18 @@ from peft.mapping import (
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import kept_offloaded
-from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.backbones.restore import left_as_it_was
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
+from cl_prompts.runtime.arguments import refuse_unknown
+from cl_prompts.storage.adapter_files import (
+    HUB_KEYWORDS,
+    LOAD_KEYWORDS,
+    AdapterFiles,
+    AdapterSource,
+    find_adapter,
+    load_with_retry,
+)
 from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.task_api import TaskAPI
@@ -59,6 +66,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         query: Tensor | None = None,
         sample_ids: Any = None,
         num_items_in_batch: Tensor | int | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PromptPoolOutput:
         """Logits over the known classes and, with labels, the loss.
@@ -70,9 +78,12 @@ class PromptPoolModel(TaskAPI, PeftModel):
             sample_ids: a number per image, the same in every epoch. With them the method's statistics count an image once
                 per task; without them, in every training forward.
             num_items_in_batch: number of images of the accumulated global batch, a scalar, from `transformers.Trainer`.
+            adapter_names: the adapter that answers for each image [B], outside of training; None: the active one for all.
+                The logits of an image follow the classes of its adapter and end in -inf if others have more.
             kwargs: passed to the base model.
 
         Raises:
+            TypeError: the base has no argument of that name.
             ValueError: wrong image size or channels, a label of no declared class, or no class is known yet.
         """
         own = {
@@ -82,6 +93,8 @@ class PromptPoolModel(TaskAPI, PeftModel):
             "num_items_in_batch": num_items_in_batch,
         }
         passed = {name: value for name, value in own.items() if value is not None}
+        if adapter_names is not None and not self.base_model.pools.disable_adapters:
+            return self.base_model.mixed_forward(pixel_values, adapter_names=adapter_names, **passed, **kwargs)
         return super().forward(pixel_values=pixel_values, **passed, **kwargs)
 
     def save_pretrained(
@@ -94,7 +107,8 @@ class PromptPoolModel(TaskAPI, PeftModel):
         record: RunRecord | None = None,
         pictures: Sequence[str | os.PathLike[str]] = (),
         image_processor: Any = None,
-        **kwargs: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        save_function: Any = None,
     ) -> None:
         """Save adapters as `adapter_config.json`, `adapter_model.safetensors` and a model card, `README.md`.
 
@@ -110,11 +124,13 @@ class PromptPoolModel(TaskAPI, PeftModel):
             record: the run that trained the active adapter (`RunRecord.of`), for `results.json` and the card.
             pictures: PNG files for the card. Accuracies are drawn from `record` in addition, if matplotlib is installed.
             image_processor: image processor of the training, saved as `preprocessor_config.json`.
-            kwargs: passed to PEFT (`state_dict`).
+            state_dict: the model's tensors, if the caller has gathered them; None: those of the model.
+            save_function: not used; scripts pass `accelerator.save`, as transformers' models expect.
 
         Raises:
             ValueError: `safe_serialization` is False, an adapter does not exist, the path is a file, or `record` is given
                 and the active adapter is not saved.
+            FloatingPointError: a tensor holds NaN or Inf. The files of the last save are kept.
             OSError: the disk is full. The files of the last save are kept.
         """
         from cl_prompts.sharing.card import add_pictures, card_inputs, write_card  # deferred: imports evaluation
@@ -128,6 +144,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             raise ValueError(
                 f"record= is of the active adapter, {self.active_adapters}; saved are {names}: call set_adapter first"
             )
+        given = {} if state_dict is None else {"state_dict": state_dict}
         places = {name: "" if name == "default" else f"{name}/" for name in names}
         inputs = [
             f"{glob.escape(place)}{pattern}"
@@ -137,7 +154,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         with staging_folder(save_directory, inputs) as folder:
             with _PEFT_SAVES:
                 super().save_pretrained(
-                    str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs
+                    str(folder), selected_adapters=selected_adapters, save_embedding_layers=False, **given
                 )
             for name, place in places.items():
                 if image_processor is not None:
@@ -238,10 +255,11 @@ class PromptPoolModel(TaskAPI, PeftModel):
             kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `low_cpu_mem_usage` and others, as in PEFT.
 
         Raises:
-            TypeError: the base is not supported, or `config` is not a `PromptPoolConfig`.
+            TypeError: the base is not supported, `config` is not a `PromptPoolConfig`, or an argument is unknown.
             ValueError: a file is missing, damaged or not of this library, or the adapter does not fit the base.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
+        refuse_unknown("from_pretrained", kwargs, LOAD_KEYWORDS)
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
 
@@ -250,7 +268,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             if not isinstance(chosen, PromptPoolConfig):
                 raise TypeError(f"config must be a PromptPoolConfig, got {type(chosen).__name__}")
             chosen.strict_base, chosen.verify, chosen.max_adapter_bytes = strict_base, verify, limit
-            with _left_as_it_was(model), kept_offloaded(model):
+            with left_as_it_was(model), kept_offloaded(model):
                 loaded: PromptPoolModel = super(PromptPoolModel, cls).from_pretrained(
                     model, files, adapter_name, is_trainable=is_trainable, config=chosen, **kwargs
                 )
@@ -273,6 +291,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             ValueError: a file is missing, damaged or not of this library, or the adapter does not fit the base.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
+        refuse_unknown("load_adapter", (n for n, value in kwargs.items() if value is not None), LOAD_KEYWORDS)
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = PromptPoolConfig.max_adapter_bytes
         files = find_adapter(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **hub)
@@ -293,7 +312,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
                     "load it under another name"
                 )
             own.weights_sha256 = saved.weights_sha256
-        with _left_as_it_was(self.get_base_model()), kept_offloaded(self.get_base_model()):
+        with left_as_it_was(self.get_base_model()), kept_offloaded(self.get_base_model()):
             try:
                 if new:  # PEFT would do the same, but read the config two more times
                     config = PromptPoolConfig.from_pretrained(files)
@@ -325,13 +344,14 @@ def get_prompt_pool_model(
         kwargs: `revision`, `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in PEFT.
 
     Raises:
-        TypeError: the model is not supported; the message lists the supported models.
+        TypeError: an argument is unknown, or the model is not supported; the message lists the supported models.
         ValueError: the config does not fit the model.
     """
+    refuse_unknown("get_prompt_pool_model", kwargs, ("revision", "autocast_adapter_dtype", "low_cpu_mem_usage"))
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision
     config.declared = None  # set if the config was read from a file; its weights are not loaded here
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         return PromptPoolModel(model, config, adapter_name=adapter_name, **kwargs)
 
 
@@ -347,35 +367,3 @@ def extract_features(model: PeftModel, pixel_values: Tensor, **kwargs: Any) -> T
         float32 [B, D], without gradient.
     """
     return model.extract_features(pixel_values, **kwargs)
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore the base on an error: hooks, wrapped modules, modes, requires_grad, users, and new attributes."""
-    attributes, backbone = dict(vars(model)), PromptedBackbone.existing(model)
-    config = getattr(model, "config", None)
-    config_fields = set(vars(config)) if config is not None else set()
-    users = set() if backbone is None else set(backbone.users)
-    modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, training, children in modules:
-            module.training = training
-            module._modules.update(children)
-        for parameter, requires_grad in parameters:
-            if parameter.requires_grad != requires_grad:  # torch refuses any True for tensors of torch.inference_mode()
-                parameter.requires_grad_(requires_grad)
-        backbone = PromptedBackbone.existing(model)
-        if backbone is not None:
-            for user in set(backbone.users) - users:
-                backbone.release(user)
-        for name in set(vars(model)) - set(attributes):
-            delattr(model, name)
-        if config is not None:
-            for name in set(vars(config)) - config_fields:
-                delattr(config, name)
-        if "peft_config" in attributes:
-            model.peft_config = attributes["peft_config"]
-        raise

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from support.comparison import batch_of, comparison_trainer, small_learner, train_steps
 from support.families import build
-from support.small_runs import Stop, StopAt, small_model, small_stream, tensors
+from support.small_runs import Stop, StopAt, pictures, small_model, small_stream, tensors
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from cl_prompts.baselines import (
     load_baseline,
 )
 from cl_prompts.continual import (
+    ClassIncrementalStream,
     ContinualArguments,
     ContinualTrainer,
     GaussianStream,
@@ -270,17 +272,17 @@ def test_calls_out_of_order_are_named() -> None:
         learner(**batch)
     learner.begin_task([4, 1])
     with pytest.raises(ValueError, match="task 0 is still open: call end_task"):
-        learner.begin_task([0])
+        learner.begin_task([0, 3])
     old = torch.optim.SGD(learner.parameter_groups(0.1))
     learner.end_task()
     with pytest.raises(ValueError, match="outside a task: call begin_task"):
         learner.train()(**batch)
     with pytest.raises(ValueError, match=r"classes \[4\] were declared in an earlier task"):
         learner.begin_task([4, 0])
-    learner.begin_task([0])
+    learner.begin_task([0, 3])
     with pytest.raises(ValueError, match=r"does not train \['head.weight', 'head.bias'\]"):
         learner.attach_optimizer(old)
-    with pytest.raises(ValueError, match=r"labels \[1, 4\] do not belong to the current task \[0\]"):
+    with pytest.raises(ValueError, match=r"labels \[1, 4\] do not belong to the current task \[0, 3\]"):
         learner(**batch)
     with pytest.raises(ValueError, match=r"labels \[9\] are of no declared class"):
         learner.eval()(batch["pixel_values"][:1], torch.tensor([9]))
@@ -315,3 +317,24 @@ def test_numbers_of_images_are_asked_for(name: str) -> None:
 def test_too_small_a_memory_for_exemplar_means() -> None:
     with pytest.raises(ValueError, match=r"holds no image of classes \[3\]: raise memory_size"):
         comparison_trainer("icarl", memory_size=3).train()
+
+
+def one_class_stream() -> ClassIncrementalStream:
+    rows = Dataset.from_dict({"image": [0, 1, 2], "label": [0, 1, 2]})
+    return ClassIncrementalStream(rows, rows, [[0, 1], [2]], pictures([0, 1, 2], 1).__getitem__)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_task_of_one_class_is_learned_or_refused(name: str) -> None:
+    """Refused before training where the loss would see one class only; the trainer asks before the first task."""
+    learner = small_learner(name)
+    refuses = learner.class_mask == "task" and name not in ("joint", "ncm")
+    if not refuses:
+        learner.begin_task([0])
+        return
+    with pytest.raises(ValueError, match=rf"'{name}' learns nothing from a task of one class.*\"er\""):
+        learner.begin_task([0])
+    assert learner.classes == []
+    with pytest.raises(ValueError, match="learns nothing from a task of one class"):
+        ContinualTrainer(learner, one_class_stream(), ContinualArguments())
+    get_baseline(name, build("vit"), class_mask="none").begin_task([0])

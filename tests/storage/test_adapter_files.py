@@ -90,5 +90,5 @@ def test_files_that_were_found_are_not_changed_by_a_load(folders: tuple[Path, Pa
     for _ in range(2):
         model = PromptPoolModel.from_pretrained(build("vit"), files, is_trainable=True)
         assert model.classes == [3, 1]
-        model.begin_task([7])
+        model.begin_task([7, 8])
     assert files.config["state"]["tasks"] == [[3, 1]]

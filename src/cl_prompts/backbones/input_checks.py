@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.structure import Structure, check_not_compiled, expected_image
+from cl_prompts.runtime.arguments import refuse_unknown
+
+
+# Arguments of a prompted forward that the base model never gets.
+OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
+# Taken by every model of transformers, but without effect on `PromptPoolOutput`.
+NOT_ANSWERED = ("output_attentions", "output_hidden_states")
+
+
+def check_arguments(model: nn.Module, kwargs: Mapping[str, Any], further: Collection[str] = ()) -> None:
+    """Check the names of a forward's arguments: the models of transformers accept and ignore unknown ones.
+
+    Args:
+        model: the base.
+        kwargs: the arguments.
+        further: names that are allowed besides those of the base and of a prompted forward.
+
+    Raises:
+        TypeError: the base has no argument of that name.
+        ValueError: attentions or hidden states are asked for, which the output does not have.
+    """
+    for name in NOT_ANSWERED:
+        if kwargs.get(name):
+            raise ValueError(
+                f"{name}=True: the output of a model with prompts has none; call the base, model.get_base_model()(...)"
+            )
+    if not torch.compiler.is_compiling():  # a graph cannot look at signatures
+        known = {*_arguments(type(model).forward), *OWN_ARGUMENTS, *NOT_ANSWERED, "return_dict", *further}
+        refuse_unknown("the forward", kwargs, known)
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a model's `forward`, taken from its class."""
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name != "self")
 
 
 def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones import block_hooks, block_info, checkpointing, last_block, quantized, reuse, unmasked
+from cl_prompts.backbones.input_checks import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
 
 
-# Arguments of a prompted forward that the base model never gets.
-OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
 _ATTRIBUTE = "_cl_prompted_backbone"
 
 

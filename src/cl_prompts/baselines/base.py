@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.feature_extractor import FeatureExtractor
-from cl_prompts.backbones.input_checks import check_images, check_query
-from cl_prompts.baselines.batch import Batch
+from cl_prompts.backbones.input_checks import check_arguments, check_images, check_query
+from cl_prompts.baselines.batch import Batch, cross_entropy
 from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.interfaces import IGNORE_INDEX, LossPart
-from cl_prompts.learner.checks import check_labels, check_wrapper
+from cl_prompts.interfaces import LossPart
+from cl_prompts.learner.checks import check_finite, check_labels, check_wrapper
 from cl_prompts.learner.losses import add_up
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.learner.optimizer_hook import UpdateScaler
@@ -146,6 +145,16 @@ class Baseline(nn.Module):
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
+    def check_one_class(self) -> None:
+        """Check that a task of one class can be learned.
+
+        Raises:
+            ValueError: the cross entropy would see that class only.
+        """
+        if self.class_mask == "task":
+            mend = 'set it to "none", or use "ncm" or a baseline with a memory, like "er"'
+            raise ValueError(f'{self.name!r} learns nothing from a task of one class with class_mask="task": {mend}')
+
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
     @property
@@ -156,8 +165,10 @@ class Baseline(nn.Module):
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
-        """Open the next task; `classes`, `revisit`, `class_names` and errors as `TaskAPI.begin_task`."""
+        """Open the next task; `classes`, `revisit`, `class_names`: `TaskAPI.begin_task`. Errors: `check_one_class`, too."""
         task = self.tasks.plan_task(classes, revisit, class_names)
+        if len(task.classes) == 1:
+            self.check_one_class()
         self.before_task(task.classes)
         self.head.expand(task.known, task.classes)
         self.tasks.begin(task)
@@ -165,11 +176,8 @@ class Baseline(nn.Module):
         self.update_scaler.detach()
 
     def end_task(self) -> None:
-        """Close the current task.
-
-        Raises:
-            ValueError: none is open.
-        """
+        """Close the current task. Errors as `TaskAPI.end_task`."""
+        self.check_finite()
         self.tasks.end()
         self.update_scaler.detach()
 
@@ -177,12 +185,12 @@ class Baseline(nn.Module):
         """See the next task's `images` before `begin_task`: nothing to do, no baseline compensates drift."""
 
     def check_labels(self) -> None:
-        """Report wrong labels that were seen on a device since the last call.
-
-        Raises:
-            ValueError: there were some.
-        """
+        """Raise ValueError if wrong labels were seen on a device since the last call."""
         self.tasks.check_labels()
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if anything that training has changed holds NaN or Inf."""
+        self.training_state_dict()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -248,6 +256,7 @@ class Baseline(nn.Module):
         """
         if not self.classes:
             raise ValueError("no class is known yet: call begin_task(classes), or set num_labels")
+        check_arguments(self.features.base, kwargs)
         check_images(self.features.base, self.features.structure, pixel_values, self.features.arguments | kwargs)
         learning = self.training and torch.is_grad_enabled()
         targets = None
@@ -267,7 +276,7 @@ class Baseline(nn.Module):
             if learning:
                 parts = self.loss_parts(Batch(features, logits, targets, valid, sample_ids, taught))
             else:
-                parts = {"cross_entropy": _cross_entropy(answer, targets)}
+                parts = {"cross_entropy": cross_entropy(answer, targets)}
             loss, losses = add_up(parts, valid, num_items_in_batch, over_processes=learning)
         return PromptPoolOutput(loss=loss, logits=answer, losses=losses, features=features)
 
@@ -280,7 +289,7 @@ class Baseline(nn.Module):
 
     def cross_entropy(self, batch: Batch) -> LossPart:
         """Cross entropy of a training `batch` over the classes that `class_mask` leaves."""
-        return _cross_entropy(self.masked(batch.logits), batch.targets)
+        return cross_entropy(self.masked(batch.logits), batch.targets)
 
     def masked(self, logits: Tensor) -> Tensor:
         """The `logits` [B, C] with -inf at the classes that the cross entropy does not see."""
@@ -334,10 +343,7 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Features of images, `pixel_values` [B, 3, H, W], as the backbone is now: [B, D] float32, without gradient.
-
-        `kwargs` are further inputs of the backbone.
-        """
+        """Features [B, D] float32 of `pixel_values` [B, 3, H, W], without gradient; `kwargs` are for the base."""
         return self.features(pixel_values, **kwargs)
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
@@ -363,6 +369,7 @@ class Baseline(nn.Module):
     def training_state_dict(self) -> dict[str, Any]:
         """All that training has changed, also in the middle of a task: `tensors` by name, and JSON-able `values`."""
         tensors = prefixed("parameters.", self.trained()) | prefixed("extra.", self.extra_tensors())
+        check_finite(tensors, self.tasks.state.tasks)
         return {"tensors": tensors, "values": {"state": self.tasks.state.to_dict()}}
 
     def load_training_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -394,7 +401,3 @@ class Baseline(nn.Module):
         """
         if is_main_process:
             write_files(save_directory, self.name, self.options, self.training_state_dict())
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> LossPart:
-    return LossPart(F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX), "mean")

@@ -1,4 +1,4 @@
-"""A training batch of a baseline."""
+"""A training batch of a baseline, and its cross entropy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.interfaces import IGNORE_INDEX, LossPart
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,8 @@ class Batch:
         if self.sample_ids is None:
             raise ValueError("this learner knows images by their numbers: pass sample_ids, as the streams do")
         return torch.as_tensor(self.sample_ids, device=self.logits.device)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> LossPart:
+    """Cross entropy of each image, for `logits` [B, C] and class indices `targets` [B]; -100 marks padding."""
+    return LossPart(F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX), "mean")

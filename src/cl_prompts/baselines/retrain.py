@@ -26,6 +26,9 @@ class RetrainFromScratch(Baseline):
             name: p.detach().cpu().clone() for name, p in self.features.named_parameters() if p.requires_grad
         }
 
+    def check_one_class(self) -> None:
+        """Does nothing: later tasks are trained from scratch with all classes."""
+
     def before_task(self, classes: Sequence[int]) -> None:
         """Reset backbone and head, before a task of `classes`."""
         with torch.no_grad():

@@ -30,6 +30,8 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
         )
     if args.rehearses and model.replay == "none":
         raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
+    if not stream.task_free and any(len(task.classes) == 1 for task in stream.tasks):
+        model.check_one_class()
     if args.rehearses and model.class_mask == "task":
         raise ValueError(
             'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'

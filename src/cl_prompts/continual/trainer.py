@@ -112,7 +112,7 @@ class ContinualTrainer:
 
         Raises:
             ValueError: the checkpoints in the results folder are of another run, or this trainer has trained already.
-            FloatingPointError: the loss is no longer finite.
+            FloatingPointError: the loss, or a tensor that training changes, is no longer finite.
             FolderInUseError: another run uses the results folder.
             OSError: the disk is full.
         """
@@ -248,6 +248,7 @@ class ContinualTrainer:
             self._call("on_epoch_end", task, progress.epoch)
             progress.epoch, progress.step = progress.epoch + 1, 0
         model.check_labels()
+        model.check_finite()
         if args.save_steps:
             self._save()
         self._steps_per_epoch = 0

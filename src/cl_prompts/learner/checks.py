@@ -1,11 +1,15 @@
-"""Checks of a training forward that prompt learners and baselines share."""
+"""Checks of training that prompt learners and baselines share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cl_prompts.runtime.text import short_repr
+from cl_prompts.storage.integrity import not_finite
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -38,3 +42,20 @@ def check_wrapper(model: nn.Module) -> None:
             raise ValueError(
                 "the model grew after it was wrapped: unwrap it, begin_task, new optimizer, then prepare it again"
             )
+
+
+def check_finite(tensors: Mapping[str, Tensor], tasks: Sequence[Sequence[int]]) -> None:
+    """Check what training has changed. A prompt that no image has chosen does not show in a loss.
+
+    Args:
+        tensors: by name.
+        tasks: class ids of every task begun so far.
+
+    Raises:
+        FloatingPointError: a tensor holds NaN or Inf.
+    """
+    wrong = not_finite(tensors)
+    if wrong:
+        where = f"task {len(tasks) - 1}, of classes {short_repr(tasks[-1])}" if tasks else "training"
+        names = f"{wrong[0]} and {len(wrong) - 1} more tensors hold" if len(wrong) > 1 else f"{wrong[0]} holds"
+        raise FloatingPointError(f"{names} NaN or Inf in {where}: lower the learning rate, or clip the gradient")

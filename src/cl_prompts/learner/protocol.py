@@ -107,6 +107,14 @@ class Learner(Protocol):
         """Raise ValueError if labels seen on a device since the last call could not be learned."""
         ...
 
+    def check_one_class(self) -> None:
+        """Raise ValueError if it cannot learn a task of one class."""
+        ...
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if anything that training has changed holds NaN or Inf."""
+        ...
+
     def trains_task(self, number: int) -> bool:
         """Whether task `number` is trained by gradient."""
         ...

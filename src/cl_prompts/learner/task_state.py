@@ -66,6 +66,11 @@ class TaskState(nn.Module):
         """Class ids of the newest task; without tasks all known ones."""
         return self.state.tasks[-1] if self.state.tasks else self.classes
 
+    @property
+    def earlier_classes(self) -> set[int]:
+        """Class ids of all tasks but the newest."""
+        return {c for task in self.state.tasks[:-1] for c in task}
+
     def class_indices(self, tasks: Iterable[Sequence[int]]) -> list[list[int]]:
         """For each of `tasks`, given by its class ids: the indices of these classes' logits."""
         index = {c: i for i, c in enumerate(self.classes)}
@@ -158,7 +163,7 @@ class TaskState(nn.Module):
         targets, unknown = head.to_targets(labels)
         outside = (targets >= 0) & ~head.current[targets.clamp_min(0)] & only_current
         if torch.compiler.is_compiling() or labels.device.type != "cpu":
-            self.unknown_labels += (unknown | outside).sum()
+            self.unknown_labels = self.unknown_labels.to(labels.device) + (unknown | outside).sum()
             return torch.where(outside, IGNORE_INDEX, targets)
         if unknown.any():
             wrong = sorted(set(labels[unknown].tolist()))

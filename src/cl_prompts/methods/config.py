@@ -71,7 +71,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         query_pooling: feature of the un-prompted pass that is the query: "cls", "mean", "pooler" or "auto" (CLS if the
             model has one and a final norm, else its pooled feature, else the mean of the patches).
         class_mask: logits that the training loss uses: "task" (classes of the current task, others -inf), "batch" (classes
-            of the labels in the global batch) or "none" (all).
+            of the labels in the global batch) or "none" (all). In a task of one class, without images of others, the head
+            learns on the features of all classes seen (docs/methods/classifiers.md).
         logit_temperature: divides the logits at test (calibration). The predicted class does not change.
         diversity_weight: weight of the mean squared cosine between different prompts of a layer
             (`cl_prompts.methods.shared.regularizers.diversity`).

@@ -47,8 +47,8 @@ class ClassifierConfig(PeftConfig):
             images.
         spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out
             images.
-        save_statistics: save what a ridge or aligned head needs to learn further tasks. The discriminant head always saves
-            its statistics, because its answers need them.
+        save_statistics: save what a ridge or aligned head needs to learn further tasks, and a trained head to learn a task
+            of one class. The discriminant head always saves its statistics, because its answers need them.
         classifier_seed: seed of the projection and of features drawn from Gaussians.
     """
 

@@ -30,6 +30,9 @@ from cl_prompts.storage.staging import ATTEMPTS, finish_interrupted_save, versio
 T = TypeVar("T")
 # Arguments of `hf_hub_download` that users pass to our `from_pretrained`.
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# All that are passed on by a load: those, and PEFT's.
+PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "torch_device", "key_mapping", "device_map", "max_memory")
+LOAD_KEYWORDS = (*HUB_KEYWORDS, "subfolder", *PEFT_KEYWORDS, "offload_folder", "offload_dir", "offload_index")
 
 
 @dataclass(frozen=True)

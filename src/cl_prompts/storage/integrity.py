@@ -141,7 +141,16 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
             f"the checksum of {WEIGHTS_FILE} does not match `weights_sha256` in {CONFIG_FILE}: the file was damaged or "
             "changed. Fetch it again, or pass verify=False to load it all the same"
         )
-    for name, tensor in found.items():
+    wrong = not_finite(found)
+    if wrong:
+        raise ValueError(f"{wrong[0]} holds NaN or Inf: the run that wrote it diverged; lower its learning rate")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or Inf."""
+    return [
+        name
+        for name, tensor in tensors.items()
         # A sum shows NaN and Inf ten times as fast. Where it is not finite, an overflow of the sum is ruled out.
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or Inf: the run that wrote it diverged; lower its learning rate")
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all()
+    ]

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from cl_prompts.heads import AlignedClassifier, build_classifier
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.running_gaussians import RunningGaussians
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.optimizer_hook import UpdateScaler
 from cl_prompts.learner.sample_counter import SampleCounter
 from cl_prompts.learner.task_state import TaskState
 from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
+from cl_prompts.runtime.text import short_repr
+from cl_prompts.storage.integrity import SAVED_PREFIX
 
 
 class PoolAdapter(nn.Module):
@@ -31,11 +34,13 @@ class PoolAdapter(nn.Module):
         tasks: tasks and classes.
         pool: the method's prompts.
         head: the trained classifier.
+        running_gaussians: of the trained head's features, for tasks of one class; None with a closed-form head.
         classifier: a classifier computed from features, which replaces the head at test or aligns it; None without one.
         update_scaler: hooks on the optimizer.
         sample_counter: images that the pool's statistics have counted in this task.
         recorded: features of the next task's images, computed before that task, for drift compensation; or None.
         grown: whether parameters were added since the last training forward.
+        num_loaded: number of classes whose tensors were made to be filled from a file.
     """
 
     def __init__(self, config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
@@ -47,13 +52,17 @@ class PoolAdapter(nn.Module):
         self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
         self.head = IncrementalHead(width, config.scale)
+        self.running_gaussians = None if config.closed_form else RunningGaussians(width, save=_saves_gaussians(config))
         self.classifier = build_classifier(config, width)
         self.recorded: Recorded | None = None
         self.update_scaler = UpdateScaler()
         self.sample_counter = SampleCounter()
         self.grown = False
+        self.num_loaded = 0
         if config.num_labels is not None:
             self.head.expand(self.classes, self.classes)
+            if self.running_gaussians is not None:
+                self.running_gaussians.expand(config.num_labels, range(config.num_labels))
             if self.classifier is not None:
                 self.classifier.begin_task(range(config.num_labels))
         if config.state.tasks:
@@ -101,6 +110,9 @@ class PoolAdapter(nn.Module):
         """Create the tensors of the tasks in `config.state`. Their values are then read from a file."""
         class_indices = self.tasks.class_indices(self.config.state.tasks)
         self.head.expand(self.classes, self.tasks.current_classes)
+        if self.running_gaussians is not None:
+            self.running_gaussians.expand(len(self.classes), class_indices[-1])
+            self.num_loaded = len(self.classes)
         self.pool.rebuild(class_indices if self.config.trained_tasks == "all" else class_indices[:1])
         if self.classifier is not None:
             self.classifier.rebuild(class_indices)
@@ -112,10 +124,14 @@ class PoolAdapter(nn.Module):
         task = self.tasks.plan_task(classes, revisit, class_names)
         if self.classifier is not None:
             self.classifier.check_statistics()
+        if 1 in (len(task.classes), len(self.classes)):
+            self.check_one_class()
         # All checks passed; from here on the state changes.
         self.head.expand(task.known, task.classes)
         self.tasks.begin(task)
         (class_indices,) = self.tasks.class_indices([task.classes])
+        if self.running_gaussians is not None:
+            self.running_gaussians.expand(len(task.known), class_indices)
         # A pool that is frozen after the first task gets no prompts for later ones.
         if self.config.trained_tasks == "all" or not self.pool.num_tasks:
             self.pool.begin_task(class_indices)
@@ -126,6 +142,15 @@ class PoolAdapter(nn.Module):
         self.sample_counter.clear()
         self.grown = True
         self.update_scaler.detach()
+
+    def check_one_class(self) -> None:
+        """Check that the head can learn a task of one class; see `TaskAPI.check_one_class`."""
+        if self.running_gaussians is not None and not self.running_gaussians.count[: self.num_loaded].all():
+            raise ValueError(
+                f"a task of one class is learned against the features of earlier classes, {short_repr(self.classes)}, and "
+                "this adapter was saved without their statistics: save with save_statistics=True in its config, or use "
+                'head="discriminant", which always saves them'
+            )
 
     def end_task(self) -> None:
         """End the current task; see `TaskAPI.end_task`."""
@@ -179,6 +204,12 @@ class PoolAdapter(nn.Module):
         """The index of the logit of each label's class [B]; -100 stays. See `TaskState.targets`."""
         only_current = self.training and self.config.class_mask == "task"
         return self.tasks.targets(labels, self.head, only_current=only_current)
+
+
+def _saves_gaussians(config: PromptPoolConfig) -> bool:
+    """Whether an adapter file has the running Gaussians. Files of version 0.1 do not, whatever `save_statistics` says."""
+    name = f"{SAVED_PREFIX}running_gaussians.count"
+    return config.save_statistics and (config.declared is None or name in config.declared)
 
 
 class PromptPoolLayer(nn.Module, BaseTunerLayer):

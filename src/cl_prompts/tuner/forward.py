@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_prompts.backbones.input_checks import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
-from cl_prompts.backbones.prompted_backbone import OWN_ARGUMENTS, PromptedBackbone
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import PoolInput, Prompts
@@ -28,7 +29,7 @@ from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.inputs import check_inputs
-from cl_prompts.tuner.output import combine_candidates, mask_logits, method_losses, selection_of, total_loss
+from cl_prompts.tuner.output import combine_candidates, head_losses, mask_logits, method_losses, selection_of, total_loss
 from cl_prompts.tuner.validation import check_ready
 
 
@@ -201,14 +202,14 @@ def answer(
         if prompts.candidates > 1:
             logits, features, chosen = combine_candidates(adapter, prompts, logits, features, chosen)
         if inputs.training:
-            logits = mask_logits(adapter, logits, inputs.targets, inputs.valid)
+            logits = mask_logits(adapter, logits, inputs.targets)
         else:
             logits = logits / adapter.config.logit_temperature
         loss, losses = None, None
         if inputs.targets is not None:
-            parts = {}
+            parts = head_losses(adapter, features, inputs.targets) if inputs.training else {}
             if inputs.learns:
-                parts = method_losses(
+                parts |= method_losses(
                     adapter.pool, prompts, record.prefixes, features, inputs.targets, inputs.valid, chosen
                 )
             loss, losses = total_loss(

@@ -47,16 +47,51 @@ def selection_of(prompts: Prompts, used: Mapping[int, PrefixKV]) -> Selection:
     )
 
 
-def mask_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None, valid: Tensor) -> Tensor:
+def mask_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None) -> Tensor:
     """Training logits [B, C] with -inf at the classes that `class_mask` of the config excludes from the loss."""
     mask = adapter.config.class_mask
     if mask == "task":
         return logits.masked_fill(~adapter.head.current, float("-inf"))
-    if mask == "batch" and targets is not None:
-        present = torch.zeros(logits.shape[1] + 1, dtype=torch.int64, device=logits.device)
-        present[torch.where(valid, targets, logits.shape[1])] = 1
-        return logits.masked_fill(sum_over_processes(present)[:-1] == 0, float("-inf"))
+    if targets is None:
+        return logits
+    if mask == "batch":
+        return logits.masked_fill(~classes_present(targets, logits.shape[1]), float("-inf"))
+    if len(adapter.tasks.current_classes) == 1:  # images of one class would turn the prompts of all images towards it
+        present = classes_present(targets, logits.shape[1])
+        return logits.masked_fill(~present & (present.sum() == 1), float("-inf"))
     return logits
+
+
+def head_losses(adapter: PoolAdapter, features: Tensor, targets: Tensor) -> dict[str, LossPart]:
+    """The head's loss on the features of all classes seen, for a step whose images show it one class only.
+
+    That is a step of a task of one class, of the task after a first one of one class, and, for a `class_mask` that depends
+    on the batch, with a batch of one class. The prompts get no gradient from it: images of one class do not show what it
+    differs from, and any change of the features of all images towards that class would lower the loss.
+
+    Args:
+        adapter: its running Gaussians are updated.
+        features: input of the head [B, D].
+        targets: index of the logit of each image's class [B]; -100 for padding.
+    """
+    gaussians, mask = adapter.running_gaussians, adapter.config.class_mask
+    if gaussians is None:
+        return {}
+    gaussians.update(adapter.head, features, targets)
+    alone, after_one = (len(classes) == 1 for classes in (adapter.tasks.current_classes, adapter.tasks.earlier_classes))
+    if not (alone or after_one or mask == "batch"):
+        return {}
+    loss = gaussians.cross_entropy(adapter.head)
+    if mask != "task" and not after_one:  # with images of several classes, as in rehearsal, the images teach the head
+        loss = torch.where(classes_present(targets, len(adapter.classes)).sum() == 1, loss, 0.0)
+    return {"class_gaussians": LossPart(loss, "batch")}
+
+
+def classes_present(targets: Tensor, num_classes: int) -> Tensor:
+    """Which classes the images of the global batch are of [C]. `targets` are class indices [B], -100 for padding."""
+    present = torch.zeros(num_classes + 1, dtype=torch.int64, device=targets.device)
+    present[torch.where(targets >= 0, targets, num_classes)] = 1
+    return sum_over_processes(present)[:-1] > 0
 
 
 def method_losses(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.fingerprint import fingerprint as base_fingerprint
 from cl_prompts.backbones.frozen_tensors import precision
-from cl_prompts.backbones.input_checks import check_images
+from cl_prompts.backbones.input_checks import check_arguments, check_images
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import Structure, expected_image
 from cl_prompts.heads.incremental import IncrementalHead
@@ -152,7 +152,8 @@ class TaskAPI:
 
         Raises:
             TypeError: class ids are not integers.
-            ValueError: a class is declared twice or known already, or a task is still open.
+            ValueError: a class is declared twice or known already, a task is still open, or a class would be alone in the
+                loss and the adapter was saved without the feature statistics of earlier classes (`save_statistics`).
         """
         self._record_base(self.adapter)
         self.adapter.begin_task(classes, revisit=revisit, class_names=class_names)
@@ -171,8 +172,14 @@ class TaskAPI:
 
         Raises:
             ValueError: no task is open, or `consolidate` was not called for it.
+            FloatingPointError: a tensor holds NaN or Inf.
         """
+        self.check_finite()
         self.adapter.end_task()
+
+    def check_one_class(self) -> None:
+        """Raise ValueError if a trained head lacks the feature statistics of its classes, which were not saved."""
+        self.adapter.check_one_class()
 
     def trains_task(self, number: int) -> bool:
         """Whether task `number`, counted from 0, is trained by gradient descent."""
@@ -211,6 +218,7 @@ class TaskAPI:
             kwargs: further inputs of the base.
         """
         self.adapter.check_pool_learns()
+        check_arguments(self.model, kwargs)
         kwargs = self.adapter.base_arguments | kwargs
         check_images(self.model, self.structure, pixel_values, kwargs)
         vectors = self.backbone.patch_embeddings(pixel_values, kwargs)
@@ -266,6 +274,14 @@ class TaskAPI:
             ValueError: a label was of no declared class.
         """
         self.adapter.tasks.check_labels()
+
+    def check_finite(self) -> None:
+        """Check all tensors that training has changed. `end_task`, `training_state_dict` and saves do it, too.
+
+        Raises:
+            FloatingPointError: one holds NaN or Inf.
+        """
+        self.training_state_dict()
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile the base model's forward (both passes) with `torch.compile`, which gets the `options`.
@@ -335,6 +351,7 @@ class TaskAPI:
             ValueError: the images do not fit the base, or it was unloaded.
         """
         self._check_not_released()
+        check_arguments(self.model, kwargs)
         kwargs = self.adapter.base_arguments | kwargs
         check_images(self.model, self.structure, pixel_values, kwargs)
         return self.backbone.features((), {"pixel_values": pixel_values, **kwargs}, self.adapter.query_pooling)[0]
@@ -378,6 +395,9 @@ class TaskAPI:
 
         Returns:
             a dict with `tensors` by name, and JSON-able `values`.
+
+        Raises:
+            FloatingPointError: a tensor holds NaN or Inf.
         """
         return training_state_dict(self.adapter, self.model)
 

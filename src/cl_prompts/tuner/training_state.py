@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape
+from cl_prompts.learner.checks import check_finite
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.storage.adapter_state import AdapterState
@@ -21,7 +22,11 @@ def training_state_dict(adapter: PoolAdapter, base: nn.Module) -> dict[str, Any]
     Returns:
         a dict with `tensors` by name (all of the adapter's, also those that an adapter file does not hold, and those of the
         base's trained modules) and JSON-able `values`.
+
+    Raises:
+        FloatingPointError: a tensor holds NaN or Inf.
     """
+    check_finite(_tensors(adapter) | _trained(base), adapter.config.state.tasks)
     tensors = prefixed("adapter.", _tensors(adapter)) | prefixed("base.", _trained(base))
     if adapter.recorded is not None:
         tensors |= prefixed("recorded.", vars(adapter.recorded))

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import execution_device
+from cl_prompts.backbones.input_checks import check_arguments
+from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.quantized import with_quantized_entries
 from cl_prompts.backbones.readout import resolve_pooling
 from cl_prompts.backbones.structure import Structure
 from cl_prompts.backbones.trial import check_runs, check_weights
+from cl_prompts.learner.checks import check_finite
 from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.forward import prompted_forward
+from cl_prompts.tuner.mixed_batch import mixed_forward
 from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 
@@ -275,9 +281,30 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             yield
             return
         self._check_not_released()
+        check_arguments(self.model, kwargs, ("adapter_names",))
+        if kwargs.get("adapter_names") is not None:
+            output = self.mixed_forward(*args, **kwargs)
+            # The base's own forward cannot be left out here. `PromptPoolModel.forward` does not call it.
+            with self.backbone.prompted(
+                PassPlan(PassRecord()), lambda return_dict: output if return_dict else output.to_tuple()
+            ):
+                yield
+            return
+        kwargs.pop("adapter_names", None)
         training = self.training and torch.is_grad_enabled()
         with prompted_forward(self.backbone, self.adapter, args, kwargs, training=training):
             yield
+
+    def mixed_forward(self, *args: Any, adapter_names: Any, **kwargs: Any) -> PromptPoolOutput:
+        """The forward of a batch with one adapter per image, `adapter_names` [B]; see `cl_prompts.tuner.mixed_batch`.
+
+        `args` and `kwargs` are those of the forward.
+        """
+        if args:
+            kwargs = inspect.signature(type(self.model).forward).bind_partial(self.model, *args).arguments | kwargs
+            kwargs.pop("self", None)
+        training = self.training and torch.is_grad_enabled()
+        return mixed_forward(self.backbone, self.pools.prompt_pool, adapter_names, kwargs, training=training)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -285,12 +312,15 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: PeftConfig,
+        config: PromptPoolConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in state_dict.items() if f".prompt_pool.{adapter_name}." in name}
+        own, copies = f".prompt_pool.{adapter_name}.", f".modules_to_save.{adapter_name}."
+        saved = {n.split(own)[-1]: tensor for n, tensor in state_dict.items() if own in n or copies in n}
+        check_finite(saved, config.state.tasks)
+        return {name: tensor for name, tensor in state_dict.items() if own in name}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

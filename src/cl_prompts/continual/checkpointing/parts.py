@@ -40,7 +40,8 @@ class LearnerState:
         self.learner = learner
 
     def state_dict(self) -> dict[str, Any]:
-        """The learner's `training_state_dict`."""
+        """The learner's `training_state_dict`, after its check of labels: a resumed run would not report them."""
+        self.learner.check_labels()
         return self.learner.training_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,107 @@
+"""Gaussians of each class's features, kept while the head is trained, and the head's expected cross entropy on them.
+
+In a task of one class no image shows the head what the class differs from, and a softmax over one class has no gradient.
+The head is then trained on the Gaussians of all classes seen so far. No image is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.runtime.distributed import sum_over_processes
+
+
+# Older images of a class count as this many, because features change in training.
+WINDOW = 256
+
+
+class RunningGaussians(nn.Module):
+    """Running mean and variance of each class's input to the trained head. A cosine head reads features of length 1.
+
+    Args:
+        width: size D of the features.
+        save: whether the tensors are saved.
+
+    Attributes:
+        mean: [C, D].
+        variance: [C, D].
+        count: number of images [C].
+        newest: class indices of the current task; not saved.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+    newest: Tensor
+
+    def __init__(self, width: int, *, save: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(0, width), persistent=save)
+        self.register_buffer("variance", torch.zeros(0, width), persistent=save)
+        self.register_buffer("count", torch.zeros(0, dtype=torch.int64), persistent=save)
+        self.register_buffer("newest", torch.zeros(0, dtype=torch.int64), persistent=False)
+
+    def expand(self, num_classes: int, newest: Sequence[int]) -> None:
+        """Grow to `num_classes` classes; `newest` are the class indices of the current task."""
+        added = num_classes - len(self.count)
+        self.mean, self.variance = F.pad(self.mean, (0, 0, 0, added)), F.pad(self.variance, (0, 0, 0, added))
+        self.count = F.pad(self.count, (0, added))
+        # On the CPU also under a meta device (PEFT's low_cpu_mem_usage): no file fills it.
+        indices = torch.tensor(list(newest), dtype=torch.int64, device="cpu")
+        self.newest = indices if self.count.is_meta else indices.to(self.count.device)
+
+    @torch.no_grad()
+    def update(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:
+        """Add the images of a training step, over all processes.
+
+        Args:
+            head: the trained head.
+            features: its input [B, D].
+            targets: class index of each image [B]; -100 for padding. Images of other tasks are left out.
+        """
+        member = targets[:, None] == self.newest
+        old = self.mean[self.newest]
+        # Relative to the old mean, because differences of large squares lose digits.
+        moved = _read(head, features) - self.mean[targets.clamp_min(0)]
+        moved = torch.where(member.any(1, keepdim=True), moved, 0.0)  # padding may be NaN, and 0 * NaN is NaN
+        weights = member.to(moved.dtype).T
+        sums = sum_over_processes(torch.cat([weights @ moved, weights @ moved.square(), weights.sum(1, keepdim=True)], 1))
+        images = sums[:, -1:]
+        change, squares = (sums[:, :-1] / images.clamp_min(1)).chunk(2, dim=1)
+        before = self.count[self.newest]
+        share = images / (before.clamp_max(WINDOW)[:, None] + images).clamp_min(1)
+        spread = (squares - change.square()).clamp_min(0)
+        variance = (1 - share) * self.variance[self.newest] + share * spread + share * (1 - share) * change.square()
+        self.mean.index_copy_(0, self.newest, old + share * change)
+        self.variance.index_copy_(0, self.newest, variance)
+        self.count.index_copy_(0, self.newest, before + images[:, 0].to(before.dtype))
+
+    def cross_entropy(self, head: IncrementalHead) -> Tensor:
+        """The head's expected cross entropy on the Gaussians of the classes seen, each class with the same weight.
+
+        For a feature x ~ N(mean_c, variance_c) of class c the expectation of log sum_j exp(z_j(x) - z_c(x)) is at most
+        log sum_j exp of (mean + variance / 2) of z_j - z_c, with equality for variance 0. The upper bound is what Wang et
+        al., "Implicit Semantic Data Augmentation for Deep Networks", NeurIPS 2019, minimize in place of drawing features.
+
+        Returns:
+            A scalar with gradient to the head; 0 if fewer than two classes have been seen.
+        """
+        weight = head.weight if head.cosine_scale is None else head.cosine_scale * F.normalize(head.weight, dim=1)
+        logits = F.linear(self.mean, weight, head.bias)
+        # variance_c * (w_j - w_c)^2, summed over D
+        own = self.variance * weight
+        spread = self.variance @ weight.square().T - 2 * own @ weight.T + (own * weight).sum(1, keepdim=True)
+        seen = self.count > 0
+        bound = (logits + spread / 2).masked_fill(~seen, torch.finfo(logits.dtype).min).logsumexp(1) - logits.diagonal()
+        return torch.where(seen, bound, 0.0).sum() / seen.sum().clamp_min(1)
+
+
+def _read(head: IncrementalHead, features: Tensor) -> Tensor:
+    """What the head's weights are multiplied by [B, D]."""
+    features = features.float()
+    return features if head.cosine_scale is None else F.normalize(features, dim=1)

@@ -24,6 +24,7 @@ from cl_prompts.continual import (
     Stream,
     split_classes,
 )
+from cl_prompts.continual.streams.data_sets import holds_files
 
 
 SCENARIOS = ("class", "domain", "datasets", "gaussian")
@@ -69,16 +70,19 @@ class ImageData:
     label_column: str
 
     @property
-    def classes(self) -> list[int]:
-        """Class ids of the training set, ascending. While streaming, those of the label column's ClassLabel."""
+    def classes(self) -> list[Any]:
+        """Class ids of the training set, or class names if the labels are strings.
+
+        While streaming, those of the label column's ClassLabel; without one, a pass over that column lists them.
+        """
+        label = (self.train.features or {}).get(self.label_column)
         if isinstance(self.train, IterableDataset):
-            label = (self.train.features or {}).get(self.label_column)
-            if not isinstance(label, ClassLabel):
-                raise ValueError(
-                    f"the classes of {self.label_column!r} cannot be counted while streaming: cast it to ClassLabel"
-                )
-            return list(range(label.num_classes))
-        return sorted(set(self.train[self.label_column]))
+            if isinstance(label, ClassLabel):
+                return list(range(label.num_classes))
+            values = [row[self.label_column] for row in self.train.select_columns([self.label_column])]
+        else:
+            values = self.train[self.label_column]
+        return sorted({value for value in values if value is not None})
 
     def names(self, classes: list[int]) -> dict[int, str]:
         """Names of classes by id; empty if the data set has none."""
@@ -215,17 +219,23 @@ def load_image_data(
         source: "digits", a folder, or a Hub id, with ":" and its configuration where it has several.
         image_column, label_column: column names; None: found by type.
         held_out: if positive, the test set is this share of the training images of each class, and the real test set is
-            not used.
+            not used. A data set with a single split, of any name, can be used so.
         seed: seed of the held-out images.
         others: columns that are not labels, like the domain; held-out images are drawn for each of their values too.
         streaming: return data sets that are read in order.
     """
     splits = digits() if source == "digits" else load_splits(source, streaming=streaming)
-    train = splits["train"]
+    single = held_out and len(splits) == 1
+    if "train" not in splits and not single:
+        raise ValueError(
+            f"{source} has no split 'train', only {sorted(splits)}: add one or, with a single split, use --held_out 0.2"
+        )
+    train = next(iter(splits.values())) if single else splits["train"]
     features = {name: feature for name, feature in (train.features or {}).items() if name not in others}
-    image_column = image_column or only_column(features, "image", lambda f: isinstance(f, Image))
+    image_column = image_column or only_column(features, "image", holds_files)
+    features.pop(image_column, None)
     label_column = label_column or only_column(
-        features, "label", lambda f: isinstance(f, ClassLabel) or (isinstance(f, Value) and "int" in f.dtype)
+        features, "label", holds_ids if any(map(holds_ids, features.values())) else holds_names
     )
     if held_out:
         train, test = split_by_class(train, [label_column, *others], held_out, seed)
@@ -260,10 +270,23 @@ def only_column(features: dict[str, Any], kind: str, fits: Callable[[Any], bool]
     return names[0]
 
 
+def holds_ids(feature: Any) -> bool:
+    """Whether a column holds class ids."""
+    whole = isinstance(feature, Value) and ("int" in feature.dtype or feature.dtype == "bool")
+    return isinstance(feature, ClassLabel) or whole
+
+
+def holds_names(feature: Any) -> bool:
+    """Whether a column holds strings, which may be class names."""
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
 def split_by_class(rows: Dataset, columns: str | Sequence[str], share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Training rows and held-out rows: the same `share` of each class, or of each combination of values of `columns`."""
     names = [columns] if isinstance(columns, str) else columns
-    values = np.stack([np.unique(np.asarray(rows[name]), return_inverse=True)[1] for name in names], axis=1)
+    columns_of_values = [np.asarray(rows[name]) for name in names]
+    columns_of_values = [v.astype(str) if v.dtype == object else v for v in columns_of_values]  # None has no order
+    values = np.stack([np.unique(column, return_inverse=True)[1] for column in columns_of_values], axis=1)
     groups = np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
     random = np.random.default_rng(seed)
     held = np.zeros(len(groups), dtype=bool)

@@ -20,6 +20,7 @@ from peft.mapping import (
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import kept_offloaded
+from cl_prompts.backbones.input_checks import check_is_model
 from cl_prompts.backbones.restore import left_as_it_was
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
@@ -34,6 +35,7 @@ from cl_prompts.storage.adapter_files import (
 )
 from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
+from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter
 from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
@@ -260,13 +262,13 @@ class PromptPoolModel(TaskAPI, PeftModel):
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
         refuse_unknown("from_pretrained", kwargs, LOAD_KEYWORDS)
+        check_is_model(model)
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
 
         def load(files: AdapterFiles) -> PromptPoolModel:
             chosen = PromptPoolConfig.from_pretrained(files) if config is None else config
-            if not isinstance(chosen, PromptPoolConfig):
-                raise TypeError(f"config must be a PromptPoolConfig, got {type(chosen).__name__}")
+            check_config(chosen)
             chosen.strict_base, chosen.verify, chosen.max_adapter_bytes = strict_base, verify, limit
             with left_as_it_was(model), kept_offloaded(model):
                 loaded: PromptPoolModel = super(PromptPoolModel, cls).from_pretrained(
@@ -292,6 +294,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
         refuse_unknown("load_adapter", (n for n, value in kwargs.items() if value is not None), LOAD_KEYWORDS)
+        check_adapter_name(adapter_name)
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = PromptPoolConfig.max_adapter_bytes
         files = find_adapter(model_id, kwargs.pop("subfolder", None), max_bytes=limit, **hub)
@@ -299,6 +302,14 @@ class PromptPoolModel(TaskAPI, PeftModel):
         if own is not None and own.state.weights_sha256 is not None:  # `from_pretrained` has just read it from these files
             return self._load_files(files, adapter_name, is_trainable, **kwargs)
         return load_with_retry(files, lambda found: self._load_files(found, adapter_name, is_trainable, **kwargs))
+
+    def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
+        """Make `adapter_name`, a name or a list of one, the active adapter, trainable unless `inference_mode`.
+
+        Raises:
+            ValueError: there are several names, or no adapter has that name.
+        """
+        super().set_adapter(chosen_adapter(adapter_name, self.peft_config), inference_mode)
 
     def _load_files(self, files: AdapterFiles, adapter_name: str, is_trainable: bool, **kwargs: Any) -> Any:
         new = adapter_name not in self.peft_config
@@ -348,6 +359,8 @@ def get_prompt_pool_model(
         ValueError: the config does not fit the model.
     """
     refuse_unknown("get_prompt_pool_model", kwargs, ("revision", "autocast_adapter_dtype", "low_cpu_mem_usage"))
+    check_is_model(model)
+    check_config(config)
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision
     config.declared = None  # set if the config was read from a file; its weights are not loaded here

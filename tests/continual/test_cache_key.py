@@ -170,9 +170,12 @@ def test_another_precision_machine_or_version_is_not_found(key: str, monkeypatch
 
 
 def test_the_key_knows_nothing_of_tasks_methods_and_labels(key: str, tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d"]
     same: dict[str, Stream] = {
         "another order of tasks": picture_stream(tasks=[[3], [2, 0], [1]]),
-        "other class names": picture_stream(birds(LABELS, names=["a", "b", "c", "d"])),
+        "other class names": ClassIncrementalStream(
+            birds(LABELS, names=names), birds([0, 1, 2, 3] * 2, 1, names=names), TASKS, Scaled()
+        ),
         "all at once": JointStream(picture_stream()),
         "no tasks": GaussianStream(train_images(), birds([0, 1, 2, 3], 1), Scaled()),
         "domains": DomainIncrementalStream(

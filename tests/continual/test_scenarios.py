@@ -70,7 +70,7 @@ def test_tasks_are_accepted_or_refused_with_a_reason(tasks: list[list[int]]) -> 
             rows = [row for row, label in enumerate(labels) if label in task.classes]
             assert task.train_rows.tolist() == task.test_rows.tolist() == rows
     else:
-        why = "no classes|twice|repeats classes|no training images|at least one task"
+        why = "no classes|ids start at 0|twice|repeats classes|no training images|at least one task"
         with pytest.raises(ValueError, match=why):
             class_stream(data, tasks)
 
@@ -81,7 +81,7 @@ def test_tasks_are_accepted_or_refused_with_a_reason(tasks: list[list[int]]) -> 
         (2, r"tasks=2: give the class ids of each task \(split_classes"),
         ([0, 1], "task 0 is 0: give a list of class ids for each task"),
         ([[0], ["owl"]], "task 1 names 'owl', which is no class id"),
-        (["01"], "task 0 names '0', which is no class id"),
+        (["01"], "task 0 is '01': give a list of class ids for each task"),
         ([[0, 1.5]], r"task 0 names 1\.5, which is no class id"),
         ([[0, 1], [2, 1, 0]], r"task 1 repeats classes \[0, 1\]"),
         ([[0, 1], [2, 11]], r"task 1: classes \[11\] have no training images"),
@@ -101,7 +101,7 @@ def test_bad_tasks(tasks: Any, why: str) -> None:
         ([], [0], "the training set is empty"),
         ([0, 1, None, 1], [0], "column 'label' of the training set holds None in row 2, which is no class id"),
         ([0.0, float("nan"), 1.0], [0], "column 'label' of the training set holds nan in row 1, which is no class id"),
-        (["owl", "jay"], [0], "column 'label' of the training set holds 'owl' in row 0, which is no class id"),
+        (["owl", "jay"], [0], "training labels are names, like 'jay', and test labels are not: give both the same kind"),
         ([[0], [1], [0]], [0], r"column 'label' of the training set holds lists, like \[0\]: give each row one value"),
         ([[0, 1], [1], [0]], [0], r"column 'label' of the training set holds lists, like \[0, 1\]"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from support.paths import EXAMPLES
@@ -111,6 +112,52 @@ def test_streamed(tmp_path: Path) -> None:
     for arguments in ({"scenario": "gaussian"}, {"scenario": "class", "held_out": 0.1}, {"scenario": "datasets"}):
         with pytest.raises(ValueError, match="only class and domain can be streamed"):
             load_stream(**arguments, sources=source, transform=to_tensor, streaming=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("labels", [LABELS, [["owl", "jay", "wren", "crow"][label] for label in LABELS]])
+def test_parquet_without_a_header(labels: list[Any], tmp_path: Path) -> None:
+    """As pandas and Spark write it: images are `{bytes, path}`, and labels may be names."""
+    (tmp_path / "birds").mkdir()
+    frame = pd.DataFrame({"image": [encoded(image) for image in pictures(len(labels))], "label": labels})
+    for split in ("train", "test"):
+        frame.to_parquet(tmp_path / "birds" / f"{split}.parquet")
+    source = str(tmp_path / "birds")
+    for more in ({}, {"held_out": 0.5}, {"streaming": True}):
+        stream = load_stream("class", source, to_tensor, tasks=2, **more)  # type: ignore[arg-type]
+        assert stream.classes == [0, 1, 2, 3]
+        assert list(stream.names.values()) == (sorted(set(labels)) if labels is not LABELS else [])
+        for task in stream.tasks:
+            images = [c for b in stream.train_batches(task, 5, seed=0, epoch=0) for c in b["labels"].tolist()]
+            assert sorted(images) == sorted(task.classes * (3 if "held_out" in more else 6))
+
+
+def test_a_label_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "birds").mkdir()
+    labels = ["owl", "owl", None, "jay", "jay"]
+    frame = pd.DataFrame({"image": [encoded(image) for image in pictures(5)], "label": labels})
+    frame.to_parquet(tmp_path / "birds" / "train.parquet")
+    for more in ({"held_out": 0.5}, {"held_out": 0.5, "label_column": "label"}):
+        with pytest.raises(ValueError, match=r"holds None in row \d, which is no class id: leave such rows out"):
+            load_stream("class", str(tmp_path / "birds"), to_tensor, tasks=2, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["train"], r"has only the splits \['train'\]: add a test split, or use --held_out 0\.2"),
+        (["test"], r"has no split 'train', only \['test'\]: add one or, with a single split, use --held_out 0\.2"),
+        (["test", "validation"], r"has no split 'train', only \['test', 'validation'\]: add one"),
+    ],
+)
+def test_a_split_is_missing(splits: list[str], message: str, tmp_path: Path) -> None:
+    for split in splits:
+        birds(LABELS).to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ValueError, match=message):
+        load_stream("class", str(tmp_path), to_tensor, tasks=2)
+    if len(splits) == 1:
+        stream = load_stream("class", str(tmp_path), to_tensor, tasks=2, held_out=0.5)
+        assert isinstance(stream, ClassIncrementalStream)
+        assert [(len(task.train_rows), len(task.test_rows)) for task in stream] == [(6, 6), (6, 6)]
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:

@@ -49,11 +49,21 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name != "self")
 
 
+def check_is_model(model: Any) -> None:
+    """Raise TypeError if a base is no model, but for example the name of one."""
+    if isinstance(model, str):
+        raise TypeError(f"the base is {model!r}, a name: load it first, transformers.AutoModel.from_pretrained({model!r})")
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"the base is {what}: pass a model first, as transformers.AutoModel.from_pretrained(name) gives it")
+
+
 def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
     """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
     check_not_compiled(model)
     if not isinstance(images, Tensor):
-        raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}")
+        mend = "pass model(**inputs)" if isinstance(images, Mapping) else "the base's image processor makes one"
+        raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}: {mend}")
     if images.dim() == 0 or images.shape[0] == 0:
         raise ValueError(f"pixel_values has shape {list(images.shape)}: give at least one image")
     channels, size = expected_image(model, structure)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from cl_prompts.backbones.input_checks import check_is_model
 from cl_prompts.baselines.base import Baseline
 from cl_prompts.baselines.bic import BiC
 from cl_prompts.baselines.class_mean import NearestClassMean
@@ -53,6 +54,7 @@ def get_baseline(name: str, backbone: nn.Module, **options: Any) -> Baseline:
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline is called {name!r}: choose one of {sorted(BASELINES)}")
+    check_is_model(backbone)
     return BASELINES[name](backbone, **options)
 
 

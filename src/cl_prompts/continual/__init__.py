@@ -10,11 +10,11 @@ from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
 from cl_prompts.continual.streams.iterable import IterableStream
 from cl_prompts.continual.streams.iterable_scenarios import IterableClassIncrementalStream, IterableDomainIncrementalStream
 from cl_prompts.continual.streams.joint import JointStream
+from cl_prompts.continual.streams.labels import split_classes
 from cl_prompts.continual.streams.scenarios import (
     ClassIncrementalStream,
     DatasetSequenceStream,
     DomainIncrementalStream,
-    split_classes,
 )
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.continual.trainer import ContinualTrainer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.learner.batches import as_batch
 from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes
 
@@ -42,7 +43,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: Learner,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Any],
     classes: Sequence[int],
     device: torch.device | str,
     *,
@@ -54,7 +55,7 @@ def evaluate(
 
     Args:
         model: the model, in eval mode. It gets `pixel_values` and `query`, if a batch has it, but no labels and no tasks.
-        batches: this process's share of the batches, with `pixel_values` and `labels`.
+        batches: this process's share of the batches, with `pixel_values` and `labels`, or pairs (images, labels).
         classes: class id of each column of the logits.
         device: the model's device.
         task: number of the images' task, for the measures that need it; None: these are None.
@@ -62,6 +63,7 @@ def evaluate(
         classifiers: extra classifiers by name: functions features [B, D], float32 -> logits [B, C], same columns.
 
     Raises:
+        TypeError: a batch is of another form.
         ValueError: there are no images; `task` is not in `tasks`, or the model knows none of its classes; logits do not
             match `classes` in shape, or are NaN.
     """
@@ -72,7 +74,8 @@ def evaluate(
     classifiers = dict(classifiers or {})
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
     chosen = []
-    for batch in batches:
+    for given in batches:
+        batch = as_batch(given)
         values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
         labels = batch["labels"].to(device)
         output = model(**values)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_prompts.learner.batches import as_batch
 from cl_prompts.runtime.distributed import gather_over_processes, world_size
 
 
@@ -51,11 +52,13 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
             with one process.
 
     Raises:
+        TypeError: a batch has no `pixel_values` or `labels`.
         ValueError: there are no images, or no `sample_ids` with several processes.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     passed = 0
-    for batch in images:
+    for given in images:
+        batch = as_batch(given)
         labels = batch["labels"]
         ids = batch.get("sample_ids")
         if ids is None and world_size() > 1:

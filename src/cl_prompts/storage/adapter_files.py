@@ -101,11 +101,14 @@ def find_adapter(
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as in `hf_hub_download`.
 
     Raises:
+        TypeError: `source` is no path and no Hub id.
         ValueError: there is no adapter, or it is truncated, foreign, a pickle, or too large.
         cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
     if isinstance(source, AdapterFiles):
         return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"the adapter is a {type(source).__name__}: name its folder, or its Hub id")
     folder = Path(source, subfolder or "")
     finish_interrupted_save(folder)
     if folder.exists():

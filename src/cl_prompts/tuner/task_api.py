@@ -24,6 +24,7 @@ from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.forward import prompted_forward
+from cl_prompts.tuner.parameter_groups import parameter_groups
 from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import restored_adapter, training_state_dict
 
@@ -40,6 +41,7 @@ class TaskAPI:
         pools: the adapters by name.
         peft_config: configs by adapter name.
         active_adapters: names; the first one is used by the forward.
+        set_requires_grad: PEFT's method, which sets `requires_grad` of the parameters of an adapter.
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class TaskAPI:
     pools: PromptPoolLayer
     peft_config: Any
     active_adapters: Any
+    set_requires_grad: Any
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -143,6 +146,8 @@ class TaskAPI:
     ) -> None:
         """Begin the next task. The head grows by the new classes, and the method adds the parameters of a task.
 
+        An adapter that was loaded without `is_trainable` becomes trainable.
+
         For a wrapped model the order is: unwrap, begin_task, new optimizer, wrap (`accelerator.prepare`) again.
 
         Args:
@@ -157,6 +162,9 @@ class TaskAPI:
         """
         self._record_base(self.adapter)
         self.adapter.begin_task(classes, revisit=revisit, class_names=class_names)
+        if self.adapter.config.inference_mode:
+            self.adapter.config.inference_mode = False
+            self.set_requires_grad(self.active_adapters[0])
 
     def _record_base(self, adapter: PoolAdapter) -> None:
         """Write the base's fingerprint and sizes into the adapter's state."""
@@ -237,23 +245,9 @@ class TaskAPI:
             dicts with `name`, `params` and `lr`, for any torch optimizer.
 
         Raises:
-            ValueError: a name in `learning_rates` is not a group.
+            ValueError: a name in `learning_rates` is not a group, or the adapter was loaded without `is_trainable`.
         """
-        groups: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in self.adapter.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(self.adapter.group_of(name), []).append(parameter)
-        base = [p for p in self.model.parameters() if p.requires_grad]
-        if base:
-            groups["base"] = base
-        known = {"prompts", "keys", "routers", "head", "base"}
-        unknown = sorted(set(learning_rates) - known)
-        if unknown:
-            raise ValueError(f"no parameter group is called {unknown}: choose from {sorted(known)}")
-        return [
-            {"name": name, "params": params, "lr": learning_rates.get(name, learning_rate)}
-            for name, params in groups.items()
-        ]
+        return parameter_groups(self.adapter, self.model, learning_rate, learning_rates)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Register the optimizer, so that the method can scale its updates. Call it after every `begin_task`.

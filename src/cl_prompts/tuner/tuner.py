@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import execution_device
-from cl_prompts.backbones.input_checks import check_arguments
+from cl_prompts.backbones.input_checks import check_arguments, check_is_model
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.quantized import with_quantized_entries
@@ -32,6 +32,7 @@ from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.storage.integrity import check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
+from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, check_modules_to_save, chosen_adapter
 from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.mixed_batch import mixed_forward
 from cl_prompts.tuner.task_api import TaskAPI
@@ -70,6 +71,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
     active_adapter: str | list[str]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        check_is_model(model)
         if isinstance(model, PeftModel):
             raise TypeError(f"the base is a {type(model).__name__}: pass model.get_base_model(), its LoRA stays inside")
         # Adapters of other kinds inside the base (LoRA) are part of it: switching pools leaves them as they are.
@@ -108,9 +110,9 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             TypeError: the base is not a supported transformer.
             ValueError: the config does not fit the base or needs more than `max_adapter_bytes`.
         """
+        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
-        if not isinstance(config, PromptPoolConfig):
-            raise TypeError(f"a prompt pool needs a PromptPoolConfig, got {type(config).__name__}")
+        check_config(config)
         # The config keeps the adapter's state, so two models made from one config must not share it.
         config = self.peft_config[adapter_name] = copy.deepcopy(config)
         first = not hasattr(self, "backbone")
@@ -122,6 +124,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         pooling = resolve_pooling(config.query_pooling, structure, type(model).__name__)
         resolve_pooling(config.readout if config.readout != "prompt" else "auto", structure, type(model).__name__)
         check_fits(config, model, structure, pooling)
+        check_modules_to_save(config, model, structure, pooling)
         planned = planned_adapter(config, structure.shape, pooling)
         check_base(config, model, structure, pooling)
         # Values that are read from a file next need no initialization.
@@ -183,7 +186,12 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
                 yield module
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make `adapter_name` the active adapter, trainable unless `inference_mode`."""
+        """Make `adapter_name`, a name or a list of one, the active adapter, trainable unless `inference_mode`.
+
+        Raises:
+            ValueError: there are several names, or no adapter has that name.
+        """
+        adapter_name = chosen_adapter(adapter_name, self.peft_config)
         for copies in self._copies():
             name = copies.check_set_adapter(adapter_name)
             copies.set_adapter(name if name in copies._adapters else [], inference_mode=inference_mode)

@@ -150,6 +150,12 @@ def _check_rows(classes: int, declared: Mapping[str, Declared]) -> None:
         )
 
 
+def check_trainable(adapter: PoolAdapter) -> None:
+    """Raise ValueError if an adapter was loaded for inference, so that no parameter would be trained."""
+    if adapter.config.inference_mode and not any(parameter.requires_grad for parameter in adapter.parameters()):
+        raise ValueError("the adapter was loaded for inference: load it with is_trainable=True to train it")
+
+
 def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
     """Raise ValueError if an adapter is not ready for a forward or, if `learning`, for a training forward."""
     if not adapter.classes:
@@ -162,6 +168,7 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
         )
     if not learning:
         return
+    check_trainable(adapter)
     adapter.tasks.check_training()
     if adapter.config.needs_optimizer and not adapter.update_scaler.attached:
         raise ValueError(

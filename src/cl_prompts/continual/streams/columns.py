@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, IterableDataset
+from datasets import ClassLabel, Dataset
 
-from cl_prompts.continual.streams.loading import Rows
-from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.continual.streams.data_sets import Examples
 
 
 def check_columns(data: Any, columns: Sequence[str], split: str) -> None:
@@ -18,8 +17,12 @@ def check_columns(data: Any, columns: Sequence[str], split: str) -> None:
     if known is None:
         return
     for name in columns:
-        if name not in known:
-            raise ValueError(f"the {split} set has no column {name!r}, its columns are {sorted(known)}")
+        made = isinstance(data, Dataset) and data.format["type"] == "custom" and len(data)  # a transform may make columns
+        if name not in known and not (made and name in data[0]):
+            raise ValueError(
+                f"the {split} set has no column {name!r}, its columns are {sorted(known)}: choose with image_column= and "
+                "label_column="
+            )
 
 
 def read_column(data: Any, name: str, split: str) -> Any:
@@ -31,56 +34,25 @@ def read_column(data: Any, name: str, split: str) -> Any:
         split: name of the data set in messages, as "training" or "test".
 
     Raises:
-        ValueError: the data set has no such column, the column holds lists, or the data set can only be read in order.
+        ValueError: the data set has no such column, or the column holds lists.
     """
-    if isinstance(data, IterableDataset):
-        raise ValueError(
-            f"the {split} set is an IterableDataset, which has no rows by number: use IterableClassIncrementalStream or "
-            "IterableDomainIncrementalStream, or load it without streaming=True"
-        )
     check_columns(data, [name], split)
+    made = isinstance(data, Dataset) and name not in data.column_names  # by a transform
+    cells = [data[row][name] for row in range(len(data))] if made else data[name]
     try:
-        values = np.asarray(data[name])
+        values = np.asarray(cells)
     except ValueError:  # lists of unequal length
         values = None
+    if values is not None and values.dtype.kind == "U" and not all(isinstance(cell, str) for cell in cells):
+        values = np.array(list(cells), dtype=object)  # numpy makes strings of numbers beside strings
     if values is None or values.ndim != 1:
-        raise ValueError(f"column {name!r} of the {split} set holds lists, like {data[name][0]!r}: give each row one value")
+        raise ValueError(f"column {name!r} of the {split} set holds lists, like {cells[0]!r}: give each row one value")
     return values
 
 
-def read_labels(data: Any, label_column: str, split: str) -> Rows:
-    """Class id of each row [rows]. Arguments as for `read_column`.
-
-    Raises:
-        ValueError: a label is not an integer >= 0, or there are no rows.
-    """
-    values = read_column(data, label_column, split)
-    if not len(values):
-        raise ValueError(f"the {split} set is empty")
-    if values.dtype.kind not in "iu":
-        wrong = [(row, value) for row, value in enumerate(values.tolist()) if type(value) is not int]
-        # A single NaN turns integers into floats, so it is reported first.
-        row, value = next(((r, v) for r, v in wrong if v != v), wrong[0])
-        raise ValueError(
-            f"column {label_column!r} of the {split} set holds {value!r} in row {row}, which is no class id: encode the "
-            "classes as integers, for example with class_encode_column"
-        )
-    if values.min() < 0:
-        row = int(np.argmax(values < 0))
-        raise ValueError(
-            f"the label of {split} row {row} is {int(values[row])}: class ids start at 0 ({IGNORE_INDEX} marks padding)"
-        )
-    return values.astype(np.int64)
-
-
 def read_class_names(data: Any, label_column: str) -> dict[int, str]:
-    """Class names by id; empty if the column is not a `ClassLabel`."""
+    """Class names by id; empty if the column is not a `ClassLabel`, or the data set does not know them."""
+    if isinstance(data, Examples):
+        return dict(enumerate(data.class_names.get(label_column, ())))
     feature = (getattr(data, "features", None) or {}).get(label_column)
     return dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
-
-
-def check_test_labels(train_labels: Rows, test_labels: Rows) -> None:
-    """Raise ValueError if there are test images of classes without training images."""
-    unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
-    if unknown:
-        raise ValueError(f"test images are of classes {unknown}, which no training image has")

@@ -9,10 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
-from cl_prompts.continual.streams.columns import check_test_labels, read_class_names, read_labels
+from cl_prompts.continual.streams.data_sets import as_rows
 from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
+from cl_prompts.continual.streams.labels import check_test_labels, common_class_names, read_labels, validate_tasks
 from cl_prompts.continual.streams.loading import Rows
-from cl_prompts.continual.streams.scenarios import rows_of_classes, validate_tasks
+from cl_prompts.continual.streams.scenarios import rows_of_classes
 from cl_prompts.continual.streams.stream import Task
 
 
@@ -27,10 +28,11 @@ class GaussianStream(IndexedStream):
     200 short episodes and iterates several times over the images of an episode.
 
     Args:
-        train: data set with an image and a label column.
-        test: test data set of the same kind.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
-        classes: class ids in the order of their centers; None: ascending. Images of other classes are left out.
+        train: data set with images and labels; see `as_rows` for the accepted kinds.
+        test: test data set.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
+        classes: class ids or class names in the order of their centers; None: ascending. Images of other classes are left
+            out.
         width: standard deviation of the times of a class, as a fraction of the stream; published: 50 of 1,000 steps.
         seed: seed of the times.
         image_column: name of the column of images.
@@ -62,10 +64,13 @@ class GaussianStream(IndexedStream):
     ) -> None:
         if not 0 < width < np.inf:
             raise ValueError(f"width={width} must be a positive fraction of the stream")
-        train_labels = read_labels(train, label_column, "training")
-        test_labels = read_labels(test, label_column, "test")
+        train = as_rows(train, image_column, label_column, "training")
+        test = as_rows(test, image_column, label_column, "test")
+        names = common_class_names([train], [test], label_column)
+        train_labels = read_labels(train, label_column, "training", names)
+        test_labels = read_labels(test, label_column, "test", names)
         check_test_labels(train_labels, test_labels)
-        (order,) = validate_tasks([sorted(set(train_labels.tolist())) if classes is None else classes])
+        (order,) = validate_tasks([sorted(set(train_labels.tolist())) if classes is None else classes], names)
         self.width, self.seed = width, seed
         rows = rows_of_classes(train_labels, order, "training")
         centers = dict(zip(order, (np.arange(len(order)) + 0.5) / len(order), strict=True))
@@ -84,7 +89,7 @@ class GaussianStream(IndexedStream):
             transform,
             train_labels=train_labels,
             test_labels=test_labels,
-            names=read_class_names(train, label_column),
+            names=names,
             image_column=image_column,
             augmentation=augmentation,
             on_bad_image=on_bad_image,

@@ -40,7 +40,7 @@ class IndexedStream(Stream):
         train: data set with an image column (`datasets.Dataset`, or anything that gives rows by number).
         test: test data set of the same kind.
         tasks: the tasks, at least one.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         train_labels: class id of each row of `train` [rows].
         test_labels: class id of each row of `test` [rows].
         names: class names by id, where known.

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cl_prompts.continual.streams.data_sets import is_own_error
 from cl_prompts.continual.streams.loading import (
     PADDING_ID,
     Rows,
@@ -40,7 +41,8 @@ class IndexedImages(Dataset[dict[str, Any]]):
         owner: name of the task of these rows, for the error if none of them can be read.
 
     Raises:
-        ValueError: on access, the image cannot be read or, under `on_bad_image="skip"`, no replacement can.
+        ValueError: on access, the image cannot be read or, under `on_bad_image="skip"`, no replacement can. Errors of a
+            transform that the data set itself has are raised as they are.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         source, image = self._read(row)
         real = index >= 0 and source == row
         item = {
-            "pixel_values": self.stream.transform(self.stream.augment(image, self.augmented_by, row)),
+            "pixel_values": self.stream.pixels(self.stream.augment(image, self.augmented_by, row)),
             "labels": int(self.labels[row]) if real else IGNORE_INDEX,
             "sample_ids": row if real else PADDING_ID,
             "unreadable": None if source == row else row,
@@ -84,6 +86,10 @@ class IndexedImages(Dataset[dict[str, Any]]):
             try:
                 return candidate, read_image(partial(self._cell, candidate))
             except UnreadableImage as error:
+                cause = error.__cause__
+                if cause is not None and is_own_error(self.data, candidate, self.stream.image_column, cause):
+                    cause.add_note(f"raised by the data set's own code, in {self.split} row {candidate}")
+                    raise cause from None
                 if self.stream.on_bad_image == "stop":
                     file = file_note(self.data, candidate, self.stream.image_column)
                     raise unreadable_error(f"{self.split} row {candidate}{file}", error) from error

@@ -21,7 +21,9 @@ from torch.utils.data import get_worker_info
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
+from cl_prompts.continual.streams.data_sets import with_image_column
 from cl_prompts.continual.streams.indexed_images import IndexedImages
+from cl_prompts.continual.streams.labels import label_ids
 from cl_prompts.continual.streams.loading import (
     PADDING_ID,
     Batches,
@@ -64,7 +66,7 @@ class IterableStream(Stream):
         train_sources: training images of each task, not decoded (`without_decoding`).
         test: test images of each task, not decoded, or an `IndexedTestSet`.
         tasks: the tasks, at least one.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         names: class names by id, where known.
         image_column: name of the column of images.
         label_column: name of the column of labels.
@@ -105,6 +107,7 @@ class IterableStream(Stream):
         if isinstance(test, IndexedTestSet):
             check_columns(test.data, [image_column], "test")
         self.train_sources, self.test = list(train_sources), test
+        self.label_ids = label_ids(self.classes, self.names)
         self.label_column, self.buffer_size = label_column, buffer_size
         self.train_images = None if train_images is None else [int(n) for n in train_images]
 
@@ -199,7 +202,6 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.batch_size, self.start = batch_size, start
         self.image = Image(mode=source.features[stream.image_column].mode)
         self.expected, self.augmented_by = expected, augmented_by
-        self.classes = set(stream.classes)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -245,14 +247,15 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         """A batch in which another image, or a black one, takes the place of each unreadable image."""
         images = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
         if len(images) < len(items):
-            replacement = images[0] if images else self.stream.transform(_black())
+            replacement = images[0] if images else self.stream.pixels(_black())
             items = [item if item["pixel_values"] is not None else item | {"pixel_values": replacement} for item in items]
         return collate(items)
 
     def _item(self, example: dict[str, Any], real: bool) -> dict[str, Any]:
         """An example as an item of a batch; `pixel_values` is None if it cannot be read. `real`: it is no padding."""
         cell, label = example[self.stream.image_column], example[self.stream.label_column]
-        if label not in self.classes:
+        class_id = self.stream.label_ids.get(label)
+        if class_id is None:
             raise ValueError(
                 f"a {self.split} image has label {label!r}, and the stream's classes are {self.stream.classes}"
             )
@@ -265,8 +268,8 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
                 file = (cell or {}).get("path")
                 raise unreadable_error(f"{self.split} file {file}, label {label},", error) from error
             return {"pixel_values": None, "unreadable": number, **padding}
-        image = self.stream.transform(self.stream.augment(image, self.augmented_by, number))
-        numbers = {"labels": label, "sample_ids": number} if real else padding
+        image = self.stream.pixels(self.stream.augment(image, self.augmented_by, number))
+        numbers = {"labels": class_id, "sample_ids": number} if real else padding
         return {"pixel_values": image, "unreadable": None, **numbers}
 
 
@@ -281,6 +284,10 @@ def without_decoding(source: IterableDataset, columns: Sequence[str], split: str
     Raises:
         ValueError: `source` is no iterable data set, a column is missing, or the first is no image column.
     """
+    if isinstance(source, Mapping):
+        raise ValueError(
+            f"the {split} set has the splits {list(source)}: pass one of them, data[{next(iter(source), '')!r}]"
+        )
     if not isinstance(source, IterableDataset):
         raise ValueError(
             f"the {split} set is a {type(source).__name__}, not an IterableDataset: use the stream for data sets with rows "
@@ -288,7 +295,13 @@ def without_decoding(source: IterableDataset, columns: Sequence[str], split: str
         )
     check_columns(source, columns, split)
     name = columns[0]
-    if not isinstance((source.features or {}).get(name), Image):
+    if source.features is None:
+        raise ValueError(
+            f"the {split} set does not know the types of its columns: pass features= where it is made (from_generator, "
+            f"map), as Features({{{name!r}: Image(), ...}})"
+        )
+    source = with_image_column(source, name)
+    if not isinstance(source.features.get(name), Image):
         raise ValueError(f"column {name!r} of the {split} set is no Image: use cast_column({name!r}, Image())")
     return source.decode(False)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
-from cl_prompts.continual.streams.columns import read_class_names, read_labels
+from cl_prompts.continual.streams.columns import read_class_names
+from cl_prompts.continual.streams.data_sets import as_rows
 from cl_prompts.continual.streams.iterable import IndexedTestSet, IterableStream, without_decoding
-from cl_prompts.continual.streams.scenarios import read_domains, rows_of_classes, validate_tasks
+from cl_prompts.continual.streams.labels import as_class, label_ids, names_in_tasks, read_labels, validate_tasks
+from cl_prompts.continual.streams.scenarios import read_domains, rows_by_domain, rows_of_classes
 from cl_prompts.continual.streams.stream import Task
+from cl_prompts.interfaces import IGNORE_INDEX
 
 
 class IterableClassIncrementalStream(IterableStream):
@@ -22,8 +25,9 @@ class IterableClassIncrementalStream(IterableStream):
     Args:
         train: iterable data set with an image and a label column.
         test: iterable data set, or data set with rows by number.
-        tasks: class ids of each task, in order. They must be given, because an iterable data set cannot be counted.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        tasks: class ids or class names of each task, in order. They must be given, because an iterable data set cannot be
+            counted. For labels that are strings, give the names.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         buffer_size: size of the shuffle buffer from which training images are drawn; 0: the order of the source.
         train_images: number of training images of each task, if known; without it the number of steps is unknown.
         image_column: name of the column of images.
@@ -52,13 +56,17 @@ class IterableClassIncrementalStream(IterableStream):
         augmentation: CropAndFlip | None = None,
         on_bad_image: str = "stop",
     ) -> None:
-        classes_of_task, columns = validate_tasks(tasks), [image_column, label_column]
-        train_sources = [_filter_classes(train, columns, classes, "training") for classes in classes_of_task]
+        columns = (image_column, label_column)
+        names = names_in_tasks(tasks, read_class_names(train, label_column))
+        classes_of_task = validate_tasks(tasks, names)
+        labels_of_task = [label_ids(classes, names) for classes in classes_of_task]
+        train_sources = [_filter_classes(train, columns, labels, "training") for labels in labels_of_task]
         test_set: Sequence[IterableDataset] | IndexedTestSet
         if isinstance(test, IterableDataset):
-            test_set = [_filter_classes(test, columns, classes, "test") for classes in classes_of_task]
+            test_set = [_filter_classes(test, columns, labels, "test") for labels in labels_of_task]
         else:
-            labels = read_labels(test, label_column, "test")
+            test = as_rows(test, image_column, label_column, "test")
+            labels = read_labels(test, label_column, "test", names)
             rows = [rows_of_classes(labels, classes, "test", n) for n, classes in enumerate(classes_of_task)]
             test_set = IndexedTestSet(test, labels, rows)
         super().__init__(
@@ -66,7 +74,7 @@ class IterableClassIncrementalStream(IterableStream):
             test_set,
             [Task(number, classes) for number, classes in enumerate(classes_of_task)],
             transform,
-            names=read_class_names(train, label_column),
+            names=names,
             image_column=image_column,
             label_column=label_column,
             augmentation=augmentation,
@@ -82,8 +90,9 @@ class IterableDomainIncrementalStream(IterableStream):
     Args:
         train: one iterable data set with image, label and domain columns, or one per domain by its name.
         test: iterable data sets of the same kind, or data sets with rows by number.
-        classes: class ids, the same in all domains. They must be given, because an iterable data set cannot be counted.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        classes: class ids or class names, the same in all domains. They must be given, because an iterable data set cannot
+            be counted.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         domains: names or values of the domains in order; None: the names of the data sets, if they are given by name.
         domain_column: name of the column of domains, if there is one.
         buffer_size: size of the shuffle buffer from which training images are drawn; 0: the order of the source.
@@ -121,22 +130,25 @@ class IterableDomainIncrementalStream(IterableStream):
         order = [str(name) for name in (train if domains is None else domains)]
         if not order or len(set(order)) < len(order):
             raise ValueError(f"domains={order}: name each domain once, and at least one")
-        (classes,) = validate_tasks([classes])
-        columns = [image_column, label_column]
+        first = next(iter(train.values())) if isinstance(train, Mapping) else train
+        names = names_in_tasks([classes], read_class_names(first, label_column))
+        (classes,) = validate_tasks([classes], names)
+        columns = (image_column, label_column)
         train_sources = [_filter_domain(train, columns, domain_column, name, "training") for name in order]
         first_test = next(iter(test.values())) if isinstance(test, Mapping) else test
         test_set: Sequence[IterableDataset] | IndexedTestSet
         if isinstance(first_test, IterableDataset):
             test_set = [_filter_domain(test, columns, domain_column, name, "test") for name in order]
         else:
-            data, labels, found = read_domains(test, image_column, label_column, domain_column, "test")
+            test = rows_by_domain(test, image_column, label_column, "test")
+            data, labels, found = read_domains(test, (*columns, domain_column), names, "test")
             test_set = IndexedTestSet(data, labels, [_test_rows(labels, found, name, classes) for name in order])
         super().__init__(
             train_sources,
             test_set,
             [Task(number, classes, name, revisit=number > 0) for number, name in enumerate(order)],
             transform,
-            names=read_class_names(next(iter(train.values())) if isinstance(train, Mapping) else train, label_column),
+            names=names,
             image_column=image_column,
             label_column=label_column,
             augmentation=augmentation,
@@ -158,10 +170,18 @@ def _test_rows(labels: Any, domain_of_row: Any, name: str, classes: Sequence[int
     return rows
 
 
-def _filter_classes(source: IterableDataset, columns: Sequence[str], classes: Sequence[int], split: str) -> IterableDataset:
-    """The rows of a source whose label, the last of `columns`, is among `classes`."""
-    rows = without_decoding(source, columns, split)
-    return rows.filter(_is_in, input_columns=[columns[-1]], fn_kwargs={"values": frozenset(classes)})
+def _filter_classes(source: IterableDataset, columns: Sequence[str], labels: Iterable[Any], split: str) -> IterableDataset:
+    """The rows of a source whose label, the last of `columns`, is among `labels`."""
+    rows, label_column = without_decoding(source, columns, split), columns[-1]
+    feature = source.features[label_column]
+    if isinstance(feature, Value) and "string" in feature.dtype:
+        value = next((row[label_column] for row in rows.select_columns([label_column])), None)
+        if isinstance(as_class(value), str) and not any(isinstance(as_class(label), str) for label in labels):
+            raise ValueError(
+                f"column {label_column!r} of the {split} set holds names, like {value!r}: give the classes of the tasks by "
+                "name"
+            )
+    return rows.filter(_is_in, input_columns=[label_column], fn_kwargs={"values": frozenset(labels), "split": split})
 
 
 def _filter_domain(source: Any, columns: Sequence[str], domain_column: str, name: str, split: str) -> IterableDataset:
@@ -175,7 +195,9 @@ def _filter_domain(source: Any, columns: Sequence[str], domain_column: str, name
     return rows.filter(_has_text, input_columns=[domain_column], fn_kwargs={"text": str(by_name.get(name, name))})
 
 
-def _is_in(value: Any, values: frozenset[Any]) -> bool:
+def _is_in(value: Any, values: frozenset[Any], split: str) -> bool:
+    if value is None or (not isinstance(value, str) and value < 0):
+        raise ValueError(f"a label of the {split} set is {value}: class ids start at 0 ({IGNORE_INDEX} marks padding)")
     return value in values
 
 

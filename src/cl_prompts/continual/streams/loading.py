@@ -61,7 +61,14 @@ def file_note(data: Any, row: int, image_column: str) -> str:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of items. `sample_ids` and `unreadable` are lists, so that they stay on the host."""
+    """A batch of items. `sample_ids` and `unreadable` are lists, so that they stay on the host.
+
+    Raises:
+        ValueError: the images have different sizes.
+    """
+    shapes = sorted({tuple(item["pixel_values"].shape) for item in items})
+    if len(shapes) > 1:
+        raise ValueError(f"the transform returned images of sizes {shapes}: let it resize all to one size")
     batch: dict[str, Any] = {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": torch.tensor([item["labels"] for item in items]),

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import index
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import concatenate_datasets
 from torch import Tensor
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
-from cl_prompts.continual.streams.columns import (
-    check_columns,
-    check_test_labels,
-    read_class_names,
-    read_column,
-    read_labels,
-)
+from cl_prompts.continual.streams.columns import check_columns, read_class_names, read_column
+from cl_prompts.continual.streams.data_sets import SPLITS, as_rows, concatenated
 from cl_prompts.continual.streams.indexed import IndexedStream, IndexedTask
+from cl_prompts.continual.streams.labels import check_test_labels, common_class_names, read_labels, validate_tasks
 from cl_prompts.continual.streams.loading import Rows
 
 
@@ -28,11 +22,10 @@ class ClassIncrementalStream(IndexedStream):
     Images of classes that are in no task are left out.
 
     Args:
-        train: data set with an image and a label column (`datasets.Dataset`, or anything that gives rows by number and
-            columns by name).
-        test: test data set of the same kind.
-        tasks: class ids of each task, in order; see `split_classes`.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        train: data set with images and labels; see `as_rows` for the accepted kinds.
+        test: test data set.
+        tasks: class ids or class names of each task, in order; see `split_classes`.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         image_column: name of the column of images.
         label_column: name of the column of labels.
         augmentation: see `Stream`.
@@ -57,8 +50,11 @@ class ClassIncrementalStream(IndexedStream):
         augmentation: CropAndFlip | None = None,
         on_bad_image: str = "stop",
     ) -> None:
-        train_labels = read_labels(train, label_column, "training")
-        test_labels = read_labels(test, label_column, "test")
+        train = as_rows(train, image_column, label_column, "training")
+        test = as_rows(test, image_column, label_column, "test")
+        names = common_class_names([train], [test], label_column)
+        train_labels = read_labels(train, label_column, "training", names)
+        test_labels = read_labels(test, label_column, "test", names)
         check_test_labels(train_labels, test_labels)
         super().__init__(
             train,
@@ -70,12 +66,12 @@ class ClassIncrementalStream(IndexedStream):
                     train_rows=rows_of_classes(train_labels, classes, "training", number),
                     test_rows=rows_of_classes(test_labels, classes, "test", number),
                 )
-                for number, classes in enumerate(validate_tasks(tasks))
+                for number, classes in enumerate(validate_tasks(tasks, names))
             ],
             transform,
             train_labels=train_labels,
             test_labels=test_labels,
-            names=read_class_names(train, label_column),
+            names=names,
             image_column=image_column,
             augmentation=augmentation,
             on_bad_image=on_bad_image,
@@ -86,9 +82,10 @@ class DomainIncrementalStream(IndexedStream):
     """Each task brings another domain of the same classes; at test time the domain is unknown.
 
     Args:
-        train: data set with image, label and domain columns, or one data set per domain by its name.
+        train: data set with image, label and domain columns, or one data set per domain by its name; see `as_rows` for the
+            accepted kinds.
         test: test data sets of the same kind, or one for all domains (`common_test`).
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         domains: names or values of the domains in order; None: the order of the data sets, of the names of the column, or
             ascending. Images of other domains are left out.
         domain_column: name of the column of domains, if there is one.
@@ -119,12 +116,15 @@ class DomainIncrementalStream(IndexedStream):
         augmentation: CropAndFlip | None = None,
         on_bad_image: str = "stop",
     ) -> None:
-        names = _common_class_names(train, test, label_column)
-        train_data, train_labels, train_domains = read_domains(train, image_column, label_column, domain_column, "training")
+        train = rows_by_domain(train, image_column, label_column, "training")
+        test = (as_rows if common_test else rows_by_domain)(test, image_column, label_column, "test")
+        names = common_class_names(_parts(train), _parts(test), label_column)
+        columns = (image_column, label_column, domain_column)
+        train_data, train_labels, train_domains = read_domains(train, columns, names, "training")
         if common_test:
-            test_data, test_labels, test_domains = test, read_labels(test, label_column, "test"), None
+            test_data, test_labels, test_domains = test, read_labels(test, label_column, "test", names), None
         else:
-            test_data, test_labels, test_domains = read_domains(test, image_column, label_column, domain_column, "test")
+            test_data, test_labels, test_domains = read_domains(test, columns, names, "test")
         check_test_labels(train_labels, test_labels)
         order = _domain_order(train, train_domains, domain_column) if domains is None else [str(d) for d in domains]
         if domains is None and test_domains is not None and (unknown := sorted({*test_domains.tolist()} - {*order})):
@@ -168,9 +168,9 @@ class DatasetSequenceStream(IndexedStream):
     "DATA SET/CLASS".
 
     Args:
-        train: data sets by name, in order.
+        train: data sets by name, in order; see `as_rows` for the accepted kinds.
         test: test data sets with the same names in the same order.
-        transform: image -> float tensor [3, H, W], the image processor of the base model, for the images of all data sets.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         image_column: name of the column of images, the same in all data sets.
         label_column: name of the column of labels, the same in all data sets.
         augmentation: see `Stream`.
@@ -199,20 +199,22 @@ class DatasetSequenceStream(IndexedStream):
             )
         if not train:
             raise ValueError("a stream needs at least one data set")
+        train = {name: as_rows(part, image_column, label_column, f"training {name}") for name, part in train.items()}
+        test = {name: as_rows(part, image_column, label_column, f"test {name}") for name, part in test.items()}
         names: dict[int, str] = {}
         train_labels: list[Rows] = []
         test_labels: list[Rows] = []
         tasks = []
         class_offset = train_offset = test_offset = 0
         for number, name in enumerate(train):
-            own_train = read_labels(train[name], label_column, f"training {name}")
-            own_test = read_labels(test[name], label_column, f"test {name}")
+            own_names = common_class_names([train[name]], [test[name]], label_column)
+            own_train = read_labels(train[name], label_column, f"training {name}", own_names)
+            own_test = read_labels(test[name], label_column, f"test {name}", own_names)
             check_test_labels(own_train, own_test)
             own_classes = np.unique(own_train).tolist()
             absent = sorted(set(own_classes) - set(own_test.tolist()))
             if absent:
                 raise ValueError(f"data set {name!r}: classes {absent} have no test images")
-            own_names = read_class_names(train[name], label_column)
             names |= {c + class_offset: f"{name}/{own_names.get(c, c)}" for c in own_classes}
             tasks.append(
                 IndexedTask(
@@ -241,70 +243,6 @@ class DatasetSequenceStream(IndexedStream):
         )
 
 
-def split_classes(classes: Sequence[int], tasks: int | Sequence[int], seed: int | None = None) -> list[list[int]]:
-    """Classes split into tasks, in ascending or in random order.
-
-    Args:
-        classes: class ids.
-        tasks: number of tasks, of (nearly) equal size, or the number of classes of each task.
-        seed: seed of the random order; None: ascending.
-
-    Raises:
-        ValueError: there are more tasks than classes, or sizes do not add up to the number of classes.
-    """
-    order = sorted(classes)
-    if isinstance(tasks, int):
-        if not 1 <= tasks <= len(order):
-            raise ValueError(f"{len(order)} classes cannot be split into {tasks} tasks")
-        sizes = [len(part) for part in np.array_split(np.arange(len(order)), tasks)]
-    else:
-        sizes = [int(size) for size in tasks]
-        if not sizes or min(sizes) < 1 or sum(sizes) != len(order):
-            raise ValueError(
-                f"{len(order)} classes cannot be split into tasks of {sizes}: give positive sizes with sum {len(order)}"
-            )
-    if seed is not None:
-        order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
-    ends = np.cumsum(sizes)
-    return [[int(c) for c in order[end - size : end]] for size, end in zip(sizes, ends, strict=True)]
-
-
-def validate_tasks(tasks: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Class ids of each task as lists of integers.
-
-    Raises:
-        ValueError: a task has no classes, a class is given twice, or something is no class id.
-    """
-    if not isinstance(tasks, Iterable):
-        raise ValueError(f"tasks={tasks!r}: give the class ids of each task (split_classes(classes, tasks) makes them)")
-    found = [_class_ids(number, classes) for number, classes in enumerate(tasks)]
-    seen: set[int] = set()
-    for number, classes in enumerate(found):
-        if not classes:
-            raise ValueError(f"task {number} has no classes")
-        repeated = sorted({c for c in classes if classes.count(c) > 1})
-        if repeated:
-            raise ValueError(f"task {number} names classes {repeated} twice")
-        earlier = sorted(seen & set(classes))
-        if earlier:
-            raise ValueError(f"task {number} repeats classes {earlier}: a class can be in one task only")
-        seen |= set(classes)
-    return found
-
-
-def _class_ids(number: int, classes: Any) -> list[int]:
-    """The class ids of task `number`. Raises ValueError if they are none."""
-    if not isinstance(classes, Iterable):
-        raise ValueError(f"task {number} is {classes!r}: give a list of class ids for each task")
-    ids = []
-    for value in classes:
-        try:
-            ids.append(index(value))
-        except TypeError as error:
-            raise ValueError(f"task {number} names {value!r}, which is no class id: class ids are integers") from error
-    return ids
-
-
 def rows_of_classes(labels: Rows, classes: Sequence[int], split: str, task: int | None = None) -> Rows:
     """Row numbers of the images of some classes, ascending.
 
@@ -323,28 +261,44 @@ def rows_of_classes(labels: Rows, classes: Sequence[int], split: str, task: int 
     return np.flatnonzero(np.isin(labels, classes))
 
 
-def read_domains(data: Any, image_column: str, label_column: str, domain_column: str, split: str) -> tuple[Any, Rows, Any]:
+def rows_by_domain(data: Any, image_column: str, label_column: str, split: str) -> Any:
+    """A data set as `as_rows` gives it or, for one data set per domain, a dict of them."""
+    if not isinstance(data, Mapping) or {image_column, label_column} <= data.keys():
+        return as_rows(data, image_column, label_column, split)
+    if data.keys() <= SPLITS and "train" in data:
+        raise ValueError(f"the {split} set has the splits {list(data)}, which are no domains: pass one, data['train']")
+    return {str(name): as_rows(part, image_column, label_column, f"{split} {name}") for name, part in data.items()}
+
+
+def read_domains(data: Any, columns: tuple[str, str, str], names: Mapping[int, str], split: str) -> tuple[Any, Rows, Any]:
     """The images of all domains as one data set, the class id of each row, and the name of the domain of each row.
 
     Args:
-        data: one data set with a domain column, or one data set per domain by its name.
-        image_column, label_column, domain_column: names of the columns.
+        data: from `rows_by_domain`.
+        columns: names of the columns of images, labels and domains.
+        names: class names by id, for labels that are strings.
         split: "training" or "test", for messages.
     """
+    image_column, label_column, domain_column = columns
     if isinstance(data, Mapping):
-        labels = [read_labels(part, label_column, f"{split} {name}") for name, part in data.items()]
-        domains = np.repeat([str(name) for name in data], [len(part) for part in labels])
+        labels = [read_labels(part, label_column, f"{split} {name}", names) for name, part in data.items()]
+        domains = np.repeat(list(data), [len(part) for part in labels])
         return _concatenate(data, image_column, split), np.concatenate(labels), domains
     values = read_column(data, domain_column, split)
-    names = read_class_names(data, domain_column)
-    return data, read_labels(data, label_column, split), np.array([names.get(v, str(v)) for v in values.tolist()])
+    known = read_class_names(data, domain_column)
+    labels_of_all = read_labels(data, label_column, split, names)
+    return data, labels_of_all, np.array([known.get(v, str(v)) for v in values.tolist()])
 
 
 def _concatenate(parts: Mapping[str, Any], image_column: str, split: str) -> Any:
     """The images of several data sets as one data set."""
     for name, part in parts.items():
         check_columns(part, [image_column], f"{split} {name}")
-    return concatenate_datasets([part.select_columns([image_column]) for part in parts.values()])
+    return concatenated(parts, image_column)
+
+
+def _parts(data: Any) -> list[Any]:
+    return list(data.values()) if isinstance(data, Mapping) else [data]
 
 
 def _domain_order(data: Any, domain_of_row: Any, domain_column: str) -> list[str]:
@@ -355,12 +309,3 @@ def _domain_order(data: Any, domain_of_row: Any, domain_column: str) -> list[str
     if names := read_class_names(data, domain_column):
         return [name for name in names.values() if name in present]
     return [str(value) for value in np.unique(read_column(data, domain_column, "training"))]
-
-
-def _common_class_names(train: Any, test: Any, label_column: str) -> dict[int, str]:
-    """The class names. Raises ValueError if two data sets have different ones."""
-    parts = [p for data in (train, test) for p in (data.values() if isinstance(data, Mapping) else [data])]
-    known = [names for names in (read_class_names(part, label_column) for part in parts) if names]
-    if any(names != known[0] for names in known):
-        raise ValueError("the data sets of the domains have different class names: give all the same ClassLabel first")
-    return known[0] if known else {}

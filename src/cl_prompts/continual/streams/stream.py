@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.loading import Batches
+from cl_prompts.continual.streams.transforms import as_pixels, as_transform
 from cl_prompts.runtime.distributed import gather_over_processes
 
 
@@ -44,7 +45,7 @@ class Stream(ABC):
 
     Args:
         tasks: the tasks, at least one.
-        transform: image -> float tensor [3, H, W], the image processor of the base model.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model.
         names: class names by id, where known.
         image_column: name of the column of images.
         augmentation: augmentation of training images; None: none.
@@ -57,6 +58,7 @@ class Stream(ABC):
             resume they include those of all processes before it.
 
     Raises:
+        TypeError: `transform` is no function.
         ValueError: there are no tasks, or `on_bad_image` is unknown.
     """
 
@@ -79,7 +81,7 @@ class Stream(ABC):
         if not tasks:
             raise ValueError("a stream needs at least one task")
         self.tasks = list(tasks)
-        self.transform = transform
+        self.transform = as_transform(transform)
         self.names = dict(names)
         self.image_column = image_column
         self.augmentation, self.on_bad_image = augmentation, on_bad_image
@@ -144,6 +146,15 @@ class Stream(ABC):
     def class_names(self, classes: Sequence[int]) -> dict[int, str]:
         """Names of the class ids `classes`; ids without a known name are left out."""
         return {int(c): self.names[int(c)] for c in classes if int(c) in self.names}
+
+    def pixels(self, image: Any) -> Tensor:
+        """The tensor [3, H, W] that the transform makes of an `image`.
+
+        Raises:
+            TypeError: the transform returns no tensor or array, or integers.
+            ValueError: the transform does not return one image.
+        """
+        return as_pixels(self.transform(image))
 
     def augment(self, image: Any, augmented_by: tuple[int, int] | None, number: int) -> Any:
         """An `image` augmented in the loader, before the transform.

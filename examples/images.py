@@ -24,13 +24,14 @@ from cl_prompts.continual import (
     Stream,
     split_classes,
 )
+from cl_prompts.runtime.images import pil_to_rgb
 
 
 SCENARIOS = ("class", "domain", "datasets", "gaussian")
 
 
 class ToTensor:
-    """Transform: image -> [3, H, W], with the model's image processor. Images are converted to RGB first.
+    """Transform: PIL image -> [3, H, W], with the model's image processor. Images are made 8-bit RGB first.
 
     Args:
         processor: the model's image processor.
@@ -55,7 +56,7 @@ class ToTensor:
 
     def __call__(self, image: Any) -> torch.Tensor:
         """The tensor [3, H, W] of an image."""
-        pixels: torch.Tensor = self.processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"][0]
+        pixels: torch.Tensor = self.processor(pil_to_rgb(image), return_tensors="pt", **self.options)["pixel_values"][0]
         return pixels
 
 

@@ -1,10 +1,12 @@
 """Images in, labels and scores out."""
 
+import contextlib
 import http.server
 import json
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -358,9 +360,11 @@ def test_what_is_no_image_at_all(pipe: PromptPoolPipeline) -> None:
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A picture, an error page, a redirect, and more bytes than anybody wants."""
+    """A picture, an error page, a redirect, more bytes than anybody wants, and answers that do not end."""
 
     def do_GET(self) -> None:
+        if self.path.startswith("/slow"):
+            return self._drip(b"HTTP/1.1 200 OK\r\n" + (b"" if self.path == "/slow-head" else b"\r\n"))
         whole = BytesIO()
         picture().save(whole, "PNG")
         answers = {"/picture.png": (200, whole.getvalue()), "/page": (200, b"<html>"), "/moved": (302, b"")}
@@ -371,6 +375,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(2**40 if self.path == "/cut" else len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def _drip(self, start: bytes) -> None:
+        """An answer of three seconds, a byte at a time."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # nobody listens any more
+            self.wfile.write(start)
+            for _ in range(60):
+                time.sleep(0.05)
+                self.wfile.write(b"x")
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -400,3 +413,14 @@ def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_prompts.sharing.images.MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match=r"picture\.png has more than 100 bytes"):
         rgb_image(f"{server}/picture.png")
+
+
+@pytest.mark.parametrize("path", ["slow-head", "slow-body"])
+def test_a_download_as_a_whole_has_a_time_limit(path: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends a byte now and then reaches no timeout of a socket."""
+    monkeypatch.setattr("cl_prompts.sharing.images.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("cl_prompts.sharing.images.TIMEOUT", 1.0)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{path} takes more than 0\.2 seconds: fetch it yourself"):
+        rgb_image(f"{server}/{path}")
+    assert time.monotonic() - start < 2

@@ -271,9 +271,7 @@ def test_the_largest_number_of_pixels_is_a_field(tmp_path: Path) -> None:
     assert stream.max_pixels == MAX_PIXELS == 50_000_000
     stream.max_pixels = 19
     for small in (stream, JointStream(stream)):
-        with pytest.raises(
-            ValueError, match=r"row 0, file .*4x5 pixels, more than 19: scale it down, or raise max_pixels"
-        ):
+        with pytest.raises(ValueError, match=r"row 0, file .*4x5 pixels, more than 19 .max_pixels.: scale it down"):
             shown(small)
     stream.max_pixels = 20
     assert shown(stream).shape == (5, 4, 3)

@@ -173,7 +173,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
     if not width * height:
         raise UnreadableImage(f"{width}x{height} pixels: there is nothing to see")
     if width * height > max_pixels:
-        raise UnreadableImage(f"{width}x{height} pixels, more than {max_pixels:,}: scale it down, or raise max_pixels")
+        raise UnreadableImage(f"{width}x{height} pixels, more than {max_pixels:,} (max_pixels): scale it down")
 
 
 def _scaled(pixels: np.ndarray, highest: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
+from image_folders import OtherLayoutError, read_image_folder
 from PIL import Image as PILImage
 
 from cl_prompts.continual import (
@@ -244,7 +245,11 @@ def load_splits(source: str, *, streaming: bool = False) -> Any:
     if not folder.exists():
         name, _, configuration = source.partition(":")
         return load_dataset(name, configuration or None, streaming=streaming)
-    files = sorted(folder.rglob("*.parquet"))
+    try:
+        splits = read_image_folder(source)
+        return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
+    except OtherLayoutError:
+        files = sorted(folder.rglob("*.parquet"))
     if not files:
         return load_dataset("imagefolder", data_dir=source, streaming=streaming)
     by_split: dict[str, list[str]] = {}

@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from cl_prompts.pipeline import PromptPoolPipeline
 from cl_prompts.runtime.images import MAX_PIXELS
-from cl_prompts.sharing.images import rgb_image
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.push import push_folder
 
@@ -106,15 +105,15 @@ def _predict(args: argparse.Namespace) -> int:
     )
     failed = False
     for start in range(0, len(args.images), args.batch_size):
-        names, images = [], []
+        names, prepared = [], []
         for name in args.images[start : start + args.batch_size]:
             try:
-                images.append(rgb_image(name, args.max_pixels))
+                prepared.append(pipe.preprocess(name))
                 names.append(name)
             except ValueError as error:
                 _print_to_stderr(error)
                 failed = True
-        for name, answer in zip(names, pipe(images, top_k=args.top_k), strict=True):
+        for name, answer in zip(names, pipe.classify(prepared, args.top_k), strict=True):
             if args.json:
                 print(json.dumps({"image": name, "predictions": answer}))
             else:

@@ -142,25 +142,42 @@ class PromptPoolPipeline:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1, or None for all classes")
         if not isinstance(images, (list, tuple)):
-            return self._answer([rgb_image(images, self.max_pixels)], top_k)[0]
+            return self.classify([self.preprocess(images)], top_k)[0]
         answers: list[Predictions] = []
         for start in range(0, len(images), self.batch_size):
             batch = []
             for number, image in enumerate(images[start : start + self.batch_size], start):
                 try:
-                    batch.append(rgb_image(image, self.max_pixels))
+                    batch.append(self.preprocess(image))
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"image {number} of the list: {error}") from error
-            answers += self._answer(batch, top_k)
+            answers += self.classify(batch, top_k)
         return answers
 
-    def _answer(self, images: Sequence[Any], top_k: int | None) -> list[Predictions]:
-        prepared = [dict(self.image_processor(images=image, return_tensors="pt")) for image in images]
+    def preprocess(self, image: ImageSource) -> dict[str, Tensor]:
+        """The model's arguments for one image, as made by the image processor.
+
+        Args:
+            image: as in a call of the pipeline. The decoded image is not kept, since it may be far larger than the result.
+
+        Raises:
+            ValueError: the image cannot be found, read or converted.
+            TypeError: it is of an unsupported type.
+        """
+        return dict(self.image_processor(images=rgb_image(image, self.max_pixels), return_tensors="pt"))
+
+    def classify(self, prepared: Sequence[dict[str, Tensor]], top_k: int | None = 5) -> list[Predictions]:
+        """The most likely classes of images from `preprocess`; images of one shape share a forward.
+
+        Args:
+            prepared: arguments of the model for each image.
+            top_k: largest number of classes for each image; None: all.
+        """
         # A processor that keeps the aspect ratio makes images of several shapes, for bases that take any size.
         by_shape: dict[Any, list[int]] = {}
         for number, inputs in enumerate(prepared):
             by_shape.setdefault(tuple((name, inputs[name].shape) for name in sorted(inputs)), []).append(number)
-        answers: list[Predictions] = [[] for _ in images]
+        answers: list[Predictions] = [[] for _ in prepared]
         for numbers in by_shape.values():
             scores = self._scores({k: torch.cat([prepared[n][k] for n in numbers]) for k in prepared[numbers[0]]})
             for number, row in zip(numbers, scores, strict=True):

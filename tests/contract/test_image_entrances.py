@@ -27,7 +27,7 @@ import uploads
 from images import ToTensor
 
 from cl_prompts.continual import ClassIncrementalStream, IterableClassIncrementalStream, JointStream, Stream
-from cl_prompts.runtime.images import MAX_PIXELS, array_to_rgb, read_rgb
+from cl_prompts.runtime.images import MAX_PIXELS, array_to_rgb, pil_to_rgb, read_rgb
 from cl_prompts.sharing.images import rgb_image
 
 
@@ -285,7 +285,7 @@ def test_the_largest_number_of_pixels_is_a_field(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "array"])
 def test_a_very_large_picture_is_reduced(kind: str) -> None:
-    """As by averaging, to no fewer than 2048 pixels on a side; a JPEG is not decoded at its full size."""
+    """As by averaging; a JPEG is not decoded at its full size."""
     ramp = np.linspace(0, 255, 4099, dtype=np.uint8)
     gray = np.broadcast_to(ramp[:, None, None], (4099, 4100, 3))
     image = PILImage.fromarray(gray)
@@ -293,4 +293,18 @@ def test_a_very_large_picture_is_reduced(kind: str) -> None:
     assert found.size == (2050, 2050)
     middle = np.asarray(found)[:-1, 1000, 0].astype(int)
     assert np.abs(middle - ramp[:-1].reshape(-1, 2).mean(1)).max() <= 1
-    assert read_rgb(encoded(image.crop((0, 0, 4100, 100)), kind if kind != "array" else "PNG")).size == (4100, 100)
+    assert pil_to_rgb(found) is found
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((4096, 4096), (4096, 4096)),
+        ((4097, 4096), (2049, 2048)),
+        ((9000, 2048), (4500, 1024)),
+        ((9000, 2047), (9000, 2047)),
+        ((5000, 60), (5000, 60)),
+    ],
+)
+def test_an_image_keeps_1024_pixels_a_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert pil_to_rgb(PILImage.new("L", size)).size == expected

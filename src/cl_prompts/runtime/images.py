@@ -8,8 +8,8 @@ The rule for the pixels:
   bits.
 - 32-bit integers and floats are refused, since their range is unknown; PNG and PGM files that Pillow opens as 32-bit
   integers hold 16 bits.
-- Images of at least 4096 pixels on both sides are reduced to 1/2, 1/4 or 1/8, to no fewer than 2048 pixels on a side: JPEG
-  files by their decoder, other images by averaging.
+- Images of more than 4096 * 4096 pixels are reduced to 1/2, 1/4 or 1/8, as far as both sides keep 1024 pixels: JPEG files
+  by their decoder, other images by averaging.
 
 Only `FORMATS` are opened, whatever a file is called, because Pillow starts other programs for some formats (Ghostscript for
 EPS). The size that a file declares is checked before its pixels are decoded. WebP files may have half as many pixels as
@@ -31,7 +31,8 @@ from cl_prompts.runtime.text import first_line
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 256 * 2**20  # of a file
-REDUCED_SIDE = 2048  # pixels
+LARGE = 4096**2  # pixels; larger images are reduced
+SHORTEST_SIDE = 1024  # pixels that a reduced image keeps
 STRIP = 256  # rows; a multiple of 8
 CHANNELS = (1, 3, 4)
 LAYOUT = "[height, width] or [height, width, channels]"
@@ -71,7 +72,8 @@ def read_rgb(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
     try:
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             _check_pixels(image.size, max_pixels)
-            image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))  # for JPEG; it keeps at least this size
+            factor = _factor(image.size)
+            image.draft(None, (image.width // factor, image.height // factor))  # only JPEG files follow it
             return pil_to_rgb(image, max_pixels)
     except Exception as error:
         raise _unreadable(error) from error
@@ -93,7 +95,7 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         _check_pixels(image.size, max_pixels // 2 if image.format == "WEBP" else max_pixels)
         image.load()
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-        factor = next(factor for factor in (8, 4, 2, 1) if factor == 1 or min(image.size) >= factor * REDUCED_SIDE)
+        factor = _factor(image.size)
         highest = _highest(image)
         image = _converted(image, highest) if factor == 1 else _reduced(image, factor, highest)
         if turn is not None:
@@ -102,6 +104,14 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return image
     except Exception as error:
         raise _unreadable(error) from error
+
+
+def _factor(size: tuple[int, int]) -> int:
+    """The number by which the sides of an image are divided: 1, 2, 4 or 8."""
+    factor = 1
+    while factor < 8 and size[0] * size[1] > LARGE * factor**2 and min(size) >= 2 * factor * SHORTEST_SIDE:
+        factor *= 2
+    return factor
 
 
 def _reduced(image: Image.Image, factor: int, highest: int) -> Image.Image:

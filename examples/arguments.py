@@ -19,6 +19,7 @@ from cl_prompts.continual import ContinualArguments
 from cl_prompts.continual.arguments import key_values
 from cl_prompts.heads import CLASSIFIERS
 from cl_prompts.methods import METHODS
+from cl_prompts.runtime.images import MAX_PIXELS
 
 
 HERE = Path(__file__).parent
@@ -64,6 +65,7 @@ class Arguments:
     views: int = setting(0, "crops per image, one per epoch in turn, so that queries can be cached; 0: new ones each epoch")
     augment_on_device: bool = setting(False, "crop batches of resized images on the model's device")
     on_bad_image: str = setting("stop", "stop or skip (and count) images that cannot be read")
+    max_pixels: int = setting(MAX_PIXELS, "images with more pixels cannot be read")
 
     scenario: str = setting("class", "what is new in each task: " + ", ".join(SCENARIOS))
     joint: bool = setting(False, "train on all images in one task: an upper bound for continual learning")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
+from image_folders import OtherLayoutError, read_image_folder
 from PIL import Image as PILImage
 
 from cl_prompts.continual import (
@@ -25,13 +26,14 @@ from cl_prompts.continual import (
     split_classes,
 )
 from cl_prompts.continual.streams.data_sets import holds_files
+from cl_prompts.runtime.images import pil_to_rgb
 
 
 SCENARIOS = ("class", "domain", "datasets", "gaussian")
 
 
 class ToTensor:
-    """Transform: image -> [3, H, W], with the model's image processor. Images are converted to RGB first.
+    """Transform: PIL image -> [3, H, W], with the model's image processor. Images are made 8-bit RGB first.
 
     Args:
         processor: the model's image processor.
@@ -56,7 +58,7 @@ class ToTensor:
 
     def __call__(self, image: Any) -> torch.Tensor:
         """The tensor [3, H, W] of an image."""
-        pixels: torch.Tensor = self.processor(image.convert("RGB"), return_tensors="pt", **self.options)["pixel_values"][0]
+        pixels: torch.Tensor = self.processor(pil_to_rgb(image), return_tensors="pt", **self.options)["pixel_values"][0]
         return pixels
 
 
@@ -253,7 +255,11 @@ def load_splits(source: str, *, streaming: bool = False) -> Any:
     if not folder.exists():
         name, _, configuration = source.partition(":")
         return load_dataset(name, configuration or None, streaming=streaming)
-    files = sorted(folder.rglob("*.parquet"))
+    try:
+        splits = read_image_folder(source)
+        return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
+    except OtherLayoutError:
+        files = sorted(folder.rglob("*.parquet"))
     if not files:
         return load_dataset("imagefolder", data_dir=source, streaming=streaming)
     by_split: dict[str, list[str]] = {}

@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset, Features, Image
 from images import load_image_data
 
+from cl_prompts.runtime.images import read_rgb
 from cl_prompts.storage.staging import staging_folder
 
 
@@ -44,10 +45,10 @@ def self_contained(rows: Dataset, image_column: str, label_column: str) -> Datas
 
 
 def digest(rows: Dataset, image_column: str, label_column: str) -> str:
-    """Sha256 over label, size and pixels of each image, in order."""
+    """Sha256 over label, size and RGB pixels of each image, in order."""
     sha256 = hashlib.sha256()
-    for row in rows:
-        pixels: Any = np.asarray(row[image_column])
+    for row in rows.cast_column(image_column, Image(decode=False)):
+        pixels: Any = np.asarray(read_rgb(row[image_column]["bytes"]))
         sha256.update(f"{row[label_column]} {pixels.shape} ".encode())
         sha256.update(pixels.tobytes())
     return sha256.hexdigest()

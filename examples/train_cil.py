@@ -91,6 +91,7 @@ def build_stream(args: Arguments, processor: Any, seed: int) -> Stream:
         streaming=args.streaming,
         train_images=args.train_images or None,
     )
+    stream.max_pixels = args.max_pixels
     return JointStream(stream, only_last=True) if args.joint else stream
 
 

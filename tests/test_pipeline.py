@@ -1,10 +1,12 @@
 """Images in, labels and scores out."""
 
+import contextlib
 import http.server
 import json
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -297,23 +299,23 @@ def test_orientation_is_that_of_the_camera(tmp_path: Path) -> None:
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "missing": (lambda: "missing.png", "there is no file missing.png: check the path"),
     "folder": (lambda: Path("."), r"\. is a folder: name the images in it"),
-    "text": (lambda: "text.png", r"text.png cannot be read as an image \(no format that PIL knows\): convert"),
+    "text": (lambda: "text.png", r"text.png cannot be read as an image \(it is no JPEG, .* or PPM file\): convert"),
     "truncated": (lambda: "half.png", r"half.png cannot be read as an image \(.*truncated"),
     "empty": (lambda: "empty.png", "empty.png cannot be read as an image"),
     "NUL": (lambda: "\0", "there is no file"),
     "base64": (lambda: "aGVsbG8=", "there is no file aGVsbG8="),
-    "32 bits": (lambda: Image.fromarray(np.full((4, 4), 70000, np.int32)), "PIL image I .*32-bit pixels"),
-    "float pixels": (lambda: Image.fromarray(np.zeros((4, 4), np.float32)), "floating pixels, whose range"),
+    "32 bits": (lambda: Image.fromarray(np.full((4, 4), 70000, np.int32)), "PIL image I .*32-bit integer pixels"),
+    "float pixels": (lambda: Image.fromarray(np.zeros((4, 4), np.float32)), "floating-point pixels, whose range"),
     "no pixels": (lambda: Image.new("RGB", (0, 3)), "0x3 pixels: there is nothing to see"),
-    "layout": (lambda: array().transpose(2, 0, 1), r"numpy array uint8\[3, 56, 40\] is no image: give \[height, width\]"),
-    "tensor's layout": (lambda: torch.zeros(56, 40, 3), r"tensor float32\[56, 40, 3\] is no image: .*\[channels, height"),
+    "layout": (lambda: array().transpose(2, 0, 1), r"numpy array uint8\[3, 56, 40\] cannot be .* not \[height, width\]"),
+    "tensor's layout": (lambda: torch.zeros(56, 40, 3), r"tensor float32\[56, 40, 3\] cannot be .*\[channels, height"),
     "batch": (lambda: array()[None], "several images as a list"),
-    "line": (lambda: np.zeros(3, np.uint8), "is no image"),
-    "no rows": (lambda: np.zeros((0, 4, 3), np.uint8), "has no pixels"),
+    "line": (lambda: np.zeros(3, np.uint8), "cannot be read as an image"),
+    "no rows": (lambda: np.zeros((0, 4, 3), np.uint8), "4x0 pixels: there is nothing"),
     "0 to 255": (lambda: array().astype(np.float32), r"outside \[0, 1\]: divide by 255, or cast to uint8"),
     "normalised": (lambda: torch.full((3, 4, 4), -0.1), r"normalized pixels go to model\(pixel_values"),
     "NaN": (lambda: np.full((4, 4, 3), math.nan), r"outside \[0, 1\]"),
-    "int64": (lambda: array().astype(np.int64), r"int64\[56, 40, 3\] has pixels of unknown range: cast it to uint8"),
+    "int64": (lambda: array().astype(np.int64), r"int64\[56, 40, 3\] cannot be read .*unknown range: cast it to uint8"),
     "bool": (lambda: np.zeros((4, 4), bool), "unknown range"),
 }
 
@@ -359,9 +361,11 @@ def test_what_is_no_image_at_all(pipe: PromptPoolPipeline) -> None:
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A picture, an error page, a redirect, and more bytes than anybody wants."""
+    """A picture, an error page, a redirect, more bytes than anybody wants, and answers that do not end."""
 
     def do_GET(self) -> None:
+        if self.path.startswith("/slow"):
+            return self._drip(b"HTTP/1.1 200 OK\r\n" + (b"" if self.path == "/slow-head" else b"\r\n"))
         whole = BytesIO()
         picture().save(whole, "PNG")
         answers = {"/picture.png": (200, whole.getvalue()), "/page": (200, b"<html>"), "/moved": (302, b"")}
@@ -372,6 +376,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(2**40 if self.path == "/cut" else len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def _drip(self, start: bytes) -> None:
+        """An answer of three seconds, a byte at a time."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # nobody listens any more
+            self.wfile.write(start)
+            for _ in range(60):
+                time.sleep(0.05)
+                self.wfile.write(b"x")
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -401,3 +414,14 @@ def test_urls(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_prompts.sharing.images.MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match=r"picture\.png has more than 100 bytes"):
         rgb_image(f"{server}/picture.png")
+
+
+@pytest.mark.parametrize("path", ["slow-head", "slow-body"])
+def test_a_download_as_a_whole_has_a_time_limit(path: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends a byte now and then reaches no timeout of a socket."""
+    monkeypatch.setattr("cl_prompts.sharing.images.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("cl_prompts.sharing.images.TIMEOUT", 1.0)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{path} takes more than 0\.2 seconds: fetch it yourself"):
+        rgb_image(f"{server}/{path}")
+    assert time.monotonic() - start < 2

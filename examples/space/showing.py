@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cl_prompts.continual import AccuracyMatrix
+from cl_prompts.runtime.images import UnreadableImage, read_rgb
 from cl_prompts.sharing.card import in_bytes
 
 
@@ -155,11 +156,8 @@ def _histograms(pool: OpenPool, counts: Tensor) -> str:
 
 def _record_picture(content: bytes) -> str:
     try:
-        with Image.open(BytesIO(content), formats=["PNG"]) as opened:
-            if opened.width * opened.height > 4_000_000:
-                raise ValueError
-            picture = opened.convert("RGB")
-    except Exception:  # PIL's readers raise anything on damaged files
+        picture = read_rgb(content, max_pixels=4_000_000)
+    except UnreadableImage:
         return "<p>The record's selection histogram cannot be read.</p>"
     return f'<h4>Selection histogram of the record</h4><img class="wide" alt="selection histogram" src="{_data(picture)}">'
 

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from cl_prompts.runtime.images import UnreadableImage, read_rgb
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE
-from cl_prompts.sharing.images import rgb_image
 from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE
 from cl_prompts.storage.integrity import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
 
@@ -19,7 +19,6 @@ MAX_IMAGES = 20
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_PIXELS = 40_000_000
 LONGEST_SIDE = 1024  # a larger picture is scaled down on arrival
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would start Ghostscript for some others
 
 MAX_ADAPTER_BYTES = 64 * 2**20
 ADAPTER_FILES = {
@@ -61,14 +60,9 @@ def _image(path: Path) -> Image.Image:
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path.name} has more than {MAX_IMAGE_BYTES // 2**20} MB: scale it down")
     try:
-        opened = Image.open(path, formats=FORMATS)
-    except Exception as error:  # PIL's readers raise anything on damaged files
-        raise ValueError(f"{path.name} is no picture that can be read here: give {', '.join(FORMATS)}") from error
-    with opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{path.name} has {opened.width}x{opened.height} pixels: scale it down")
-        opened.filename = path.name  # the name in error messages
-        image = rgb_image(opened)
+        image = read_rgb(path, MAX_PIXELS)
+    except UnreadableImage as error:
+        raise ValueError(f"{path.name} is no picture that can be read here: {error}") from error
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return image
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from cl_prompts.pipeline import PromptPoolPipeline
-from cl_prompts.sharing.images import rgb_image
+from cl_prompts.runtime.images import MAX_PIXELS
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.push import push_folder
 
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--base", metavar="ID", help="base model instead of the one the adapter names: folder or Hub id")
     predict.add_argument("--top-k", type=int, default=5, metavar="N", help="classes for each image (default: %(default)s)")
     predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
+    predict.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="larger images are refused (default: %(default)s)"
+    )
     predict.add_argument("--device", metavar="D", help="like cpu, cuda or mps (default: cpu)")
 
     inspect = commands.add_parser("inspect", help="method, tasks, classes, sizes and figures; no base model is loaded")
@@ -93,19 +96,24 @@ def _predict(args: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     pipe = PromptPoolPipeline.from_pretrained(
-        args.adapter, base=args.base, revision=args.revision, batch_size=args.batch_size, device=args.device
+        args.adapter,
+        base=args.base,
+        revision=args.revision,
+        batch_size=args.batch_size,
+        device=args.device,
+        max_pixels=args.max_pixels,
     )
     failed = False
     for start in range(0, len(args.images), args.batch_size):
-        names, images = [], []
+        names, prepared = [], []
         for name in args.images[start : start + args.batch_size]:
             try:
-                images.append(rgb_image(name))
+                prepared.append(pipe.preprocess(name))
                 names.append(name)
             except ValueError as error:
                 _print_to_stderr(error)
                 failed = True
-        for name, answer in zip(names, pipe(images, top_k=args.top_k), strict=True):
+        for name, answer in zip(names, pipe.classify(prepared, args.top_k), strict=True):
             if args.json:
                 print(json.dumps({"image": name, "predictions": answer}))
             else:

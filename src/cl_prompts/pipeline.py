@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cl_prompts.auto import AutoPromptPoolModel
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.model import PromptPoolModel
+from cl_prompts.runtime.images import MAX_PIXELS
 from cl_prompts.sharing.base_models import load_base
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE, check_processor, load_processor
 from cl_prompts.sharing.images import ImageSource, rgb_image
@@ -35,6 +36,7 @@ class PromptPoolPipeline:
         image_processor: turns a PIL image into `pixel_values`, as in the adapter's training.
         batch_size: largest number of images in a forward.
         device: device to move the model to; None: the model is not moved.
+        max_pixels: largest number of pixels of an image, checked before it is decoded; half of it for WebP.
 
     Raises:
         TypeError: the model has no prompt pool.
@@ -49,6 +51,7 @@ class PromptPoolPipeline:
         *,
         batch_size: int = 8,
         device: torch.device | str | int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if not isinstance(getattr(model, "base_model", None), PromptPoolTuner):
             raise TypeError(f"{type(model).__name__} has no prompt pool: load one with AutoPromptPoolModel.from_pretrained")
@@ -60,7 +63,7 @@ class PromptPoolPipeline:
         except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without support for the device
             raise ValueError(f"device={device!r} cannot be used here ({error})") from error
         self.image_processor = image_processor
-        self.batch_size = batch_size
+        self.batch_size, self.max_pixels = batch_size, max_pixels
 
     @classmethod
     def from_pretrained(
@@ -73,6 +76,7 @@ class PromptPoolPipeline:
         token: str | None = None,
         batch_size: int = 8,
         device: torch.device | str | int | None = None,
+        max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ) -> PromptPoolPipeline:
         """Load an adapter, its base model and its image processor. No code from the Hub is run.
@@ -86,6 +90,7 @@ class PromptPoolPipeline:
             token: token of the Hub, for private repositories.
             batch_size: largest number of images in a forward.
             device: device to move the model to; None: the device of `base`, or the CPU.
+            max_pixels: largest number of pixels of an image, checked before it is decoded; half of it for WebP.
             kwargs: as in `PromptPoolModel.from_pretrained`.
 
         Raises:
@@ -111,7 +116,7 @@ class PromptPoolPipeline:
             image_processor = (
                 load_processor(own.parent) if own else load_processor(base_name, revision=base_revision, **shared)
             )
-        return cls(model, image_processor, batch_size=batch_size, device=device)
+        return cls(model, image_processor, batch_size=batch_size, device=device, max_pixels=max_pixels)
 
     @overload
     def __call__(self, images: ImageSource, top_k: int | None = 5) -> Predictions: ...
@@ -137,25 +142,42 @@ class PromptPoolPipeline:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1, or None for all classes")
         if not isinstance(images, (list, tuple)):
-            return self._answer([rgb_image(images)], top_k)[0]
+            return self.classify([self.preprocess(images)], top_k)[0]
         answers: list[Predictions] = []
         for start in range(0, len(images), self.batch_size):
             batch = []
             for number, image in enumerate(images[start : start + self.batch_size], start):
                 try:
-                    batch.append(rgb_image(image))
+                    batch.append(self.preprocess(image))
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"image {number} of the list: {error}") from error
-            answers += self._answer(batch, top_k)
+            answers += self.classify(batch, top_k)
         return answers
 
-    def _answer(self, images: Sequence[Any], top_k: int | None) -> list[Predictions]:
-        prepared = [dict(self.image_processor(images=image, return_tensors="pt")) for image in images]
+    def preprocess(self, image: ImageSource) -> dict[str, Tensor]:
+        """The model's arguments for one image, as made by the image processor.
+
+        Args:
+            image: as in a call of the pipeline. The decoded image is not kept, since it may be far larger than the result.
+
+        Raises:
+            ValueError: the image cannot be found, read or converted.
+            TypeError: it is of an unsupported type.
+        """
+        return dict(self.image_processor(images=rgb_image(image, self.max_pixels), return_tensors="pt"))
+
+    def classify(self, prepared: Sequence[dict[str, Tensor]], top_k: int | None = 5) -> list[Predictions]:
+        """The most likely classes of images from `preprocess`; images of one shape share a forward.
+
+        Args:
+            prepared: arguments of the model for each image.
+            top_k: largest number of classes for each image; None: all.
+        """
         # A processor that keeps the aspect ratio makes images of several shapes, for bases that take any size.
         by_shape: dict[Any, list[int]] = {}
         for number, inputs in enumerate(prepared):
             by_shape.setdefault(tuple((name, inputs[name].shape) for name in sorted(inputs)), []).append(number)
-        answers: list[Predictions] = [[] for _ in images]
+        answers: list[Predictions] = [[] for _ in prepared]
         for numbers in by_shape.values():
             scores = self._scores({k: torch.cat([prepared[n][k] for n in numbers]) for k in prepared[numbers[0]]})
             for number, row in zip(numbers, scores, strict=True):

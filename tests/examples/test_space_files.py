@@ -75,7 +75,7 @@ def test_bad_pictures_are_a_line_each_and_good_ones_are_taken(tmp_path: Path, mo
         assert told.startswith(name)
         assert "\n" not in told
         assert str(tmp_path) not in told
-    assert "3000x2000 pixels: scale it down" in problems[5]
+    assert "3000x2000 pixels, more than 5,000,000 (max_pixels): scale it down" in problems[5]
     with pytest.raises(ValueError, match="21 files are too many: at most 20"):
         uploads.take_images([tmp_path / "good.png"] * 21)
     assert list(uploads.take_images([tmp_path / "good.png"] * 3)[0]) == ["good.png", "good.png (2)", "good.png (3)"]

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from pathlib import Path
@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from datasets import Dataset, Image
 from torch import Tensor
 
 import cl_prompts
+from cl_prompts.continual.streams.image_column import ImageColumn
 from cl_prompts.continual.streams.indexed import IndexedStream
-from cl_prompts.continual.streams.loading import Rows, UnreadableImage, rank_and_processes, read_image
+from cl_prompts.continual.streams.loading import Rows, rank_and_processes
 from cl_prompts.interfaces import NotCacheableError
 from cl_prompts.learner.protocol import Learner
 from cl_prompts.runtime.cpu import processor
 from cl_prompts.runtime.distributed import gather_over_processes, world_size
+from cl_prompts.runtime.images import UnreadableImage
 
 
 LIBRARIES = ("cl-prompts", "torch", "torchvision", "transformers", "datasets", "pillow", "numpy", "flash-attn")
@@ -39,6 +40,7 @@ OWN_CODE = (
     "evaluation/evaluate.py",
     "continual/streams/*.py",
     "backbones/*.py",
+    "runtime/images.py",
 )
 BACKENDS = (
     *("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.enabled", "cudnn.benchmark"),
@@ -78,7 +80,7 @@ def query_digest(
     """
     base = _as_json("the backbone", model.cache_key())
     transform = _as_json("the transform", _transform(stream.transform))
-    settings = [_numerics(device), base, transform, stream.on_bad_image, together, world_size()]
+    settings = [_numerics(device), base, transform, stream.on_bad_image, stream.max_pixels, together, world_size()]
     if augmented_by is not None and stream.augmentation is not None:
         seed, epoch = augmented_by
         settings.append([asdict(stream.augmentation), seed, stream.augmentation.view(epoch)])
@@ -158,26 +160,21 @@ def _transform(transform: Any) -> list[Any]:
 
 def _images(stream: IndexedStream, rows: Rows, *, train: bool) -> Iterator[bytes]:
     """Row numbers and contents of this process's share of the images, as bytes."""
-    data, column = (stream.train if train else stream.test), stream.image_column
+    column = ImageColumn(stream.train if train else stream.test, stream.image_column)
     own = np.array_split(rows, world_size())[rank_and_processes()[0]]
     yield np.ascontiguousarray(own, dtype="<i8").tobytes()
     yield str(len(stream.train_labels if train else stream.test_labels)).encode()
-    if isinstance(data, Dataset) and data.format["type"] is None and isinstance(data.features[column], Image):
-        yield repr(data.features[column]).encode()
-        files = data.select_columns([column]).cast_column(column, Image(decode=False))
+    if column.files is not None:
+        yield repr([column.mode, column.format]).encode()
         for start in range(0, len(own), READ_AT_ONCE):
-            for cell in files[own[start : start + READ_AT_ONCE].tolist()][column]:
+            for cell in column.files[own[start : start + READ_AT_ONCE].tolist()][column.name]:
                 yield _file(cell)
         return
     for row in own.tolist():
         try:
-            yield _content(read_image(partial(_cell, data, row, column)))
+            yield _content(column.read(row, stream.max_pixels))
         except UnreadableImage as error:
             raise NotCacheableError(f"row {row} cannot be read ({error})") from error
-
-
-def _cell(data: Any, row: int, column: str) -> Any:
-    return data[row][column]
 
 
 def _file(cell: Any) -> bytes:

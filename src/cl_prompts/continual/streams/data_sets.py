@@ -17,6 +17,7 @@ from datasets import Dataset, Image, IterableDataset, List, Value, concatenate_d
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
+from cl_prompts.runtime.images import array_to_rgb
 from cl_prompts.runtime.text import short_repr
 
 
@@ -212,12 +213,11 @@ def _in_memory(columns: Mapping[Any, Any], image_column: str, split: str) -> Any
 
 
 def _cell(images: Any, row: int) -> Any:
-    """The image of a row; a path, the content of a file or an array is decoded."""
+    """The image of a row, as `image_column.decode_cell` takes it; an array is made an RGB image."""
     cell = images[row]
-    if isinstance(cell, str | os.PathLike | bytes | np.ndarray | Mapping):
-        cell = os.fspath(cell) if isinstance(cell, os.PathLike) else cell
-        return Image().decode_example(Image().encode_example(cell))
-    return cell
+    if isinstance(cell, str | os.PathLike):
+        return {"bytes": None, "path": os.fspath(cell)}
+    return array_to_rgb(cell) if isinstance(cell, np.ndarray) else cell
 
 
 def _cell_of_parts(parts: list[Any], starts: list[int], image_column: str, row: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_prompts.continual.streams.data_sets import is_own_error
-from cl_prompts.continual.streams.loading import (
-    PADDING_ID,
-    Rows,
-    UnreadableImage,
-    file_note,
-    padding_index,
-    read_image,
-    unreadable_error,
-)
+from cl_prompts.continual.streams.image_column import ImageColumn
+from cl_prompts.continual.streams.loading import PADDING_ID, Rows, padding_index, unreadable_error
 from cl_prompts.continual.streams.stream import Stream
 from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.runtime.images import UnreadableImage
 
 
 class IndexedImages(Dataset[dict[str, Any]]):
@@ -58,7 +51,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         owner: str = "",
     ) -> None:
         self.stream, self.split = stream, split
-        self.data, self.labels = data, labels
+        self.column, self.labels = ImageColumn(data, stream.image_column), labels
         self.queries, self.augmented_by = queries, augmented_by
         self.replacements = np.arange(len(labels)) if replacements is None else replacements
         self.owner = owner
@@ -84,14 +77,14 @@ class IndexedImages(Dataset[dict[str, Any]]):
         """The row that is read for `row`, and its image. The two rows differ if the image of `row` is skipped."""
         for candidate in self._candidates(row):
             try:
-                return candidate, read_image(partial(self._cell, candidate))
+                return candidate, self.column.read(candidate, self.stream.max_pixels)
             except UnreadableImage as error:
                 cause = error.__cause__
-                if cause is not None and is_own_error(self.data, candidate, self.stream.image_column, cause):
+                if cause is not None and is_own_error(self.column.data, candidate, self.stream.image_column, cause):
                     cause.add_note(f"raised by the data set's own code, in {self.split} row {candidate}")
                     raise cause from None
                 if self.stream.on_bad_image == "stop":
-                    file = file_note(self.data, candidate, self.stream.image_column)
+                    file = self.column.file_note(candidate)
                     raise unreadable_error(f"{self.split} row {candidate}{file}", error) from error
         owner = f" of {self.owner}" if self.owner else ""
         raise ValueError(f"none of the {len(self.replacements)} {self.split} images{owner} can be read: repair some")
@@ -102,6 +95,3 @@ class IndexedImages(Dataset[dict[str, Any]]):
         place = int(np.searchsorted(self.replacements, row, side="right"))
         for part in (self.replacements[place:], self.replacements[:place]):
             yield from map(int, part)
-
-    def _cell(self, row: int) -> Any:
-        return self.data[row][self.stream.image_column]

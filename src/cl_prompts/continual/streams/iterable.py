@@ -16,29 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Image, IterableDataset
+from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.data_sets import with_image_column
+from cl_prompts.continual.streams.image_column import decode_cell
 from cl_prompts.continual.streams.indexed_images import IndexedImages
 from cl_prompts.continual.streams.labels import label_ids
 from cl_prompts.continual.streams.loading import (
     PADDING_ID,
     Batches,
     Rows,
-    UnreadableImage,
     build_loader,
     collate,
     process_shard,
     process_shards,
     rank_and_processes,
-    read_image,
     unreadable_error,
 )
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.interfaces import IGNORE_INDEX
+from cl_prompts.runtime.images import UnreadableImage
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
             raise ValueError(f"a global batch of {batch_size} images does not divide by {self.processes} processes")
         self.stream, self.source, self.split = stream, source, split
         self.batch_size, self.start = batch_size, start
-        self.image = Image(mode=source.features[stream.image_column].mode)
+        self.mode = source.features[stream.image_column].mode
         self.expected, self.augmented_by = expected, augmented_by
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -262,7 +263,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         number = content_id(cell)
         padding = {"labels": IGNORE_INDEX, "sample_ids": PADDING_ID}
         try:
-            image = read_image(partial(self.image.decode_example, cell))
+            image = decode_cell(cell, self.mode, self.stream.max_pixels)
         except UnreadableImage as error:
             if self.stream.on_bad_image == "stop":
                 file = (cell or {}).get("path")
@@ -318,6 +319,4 @@ def _identity(batch: Any) -> Any:
 
 
 def _black() -> Any:
-    from PIL import Image as PILImage  # imported here, because streams of tensors do not need Pillow
-
     return PILImage.new("RGB", (224, 224))

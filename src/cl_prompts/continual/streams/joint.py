@@ -46,3 +46,4 @@ class JointStream(IndexedStream):
             augmentation=source.augmentation,
             on_bad_image=source.on_bad_image,
         )
+        self.max_pixels = source.max_pixels

@@ -1,4 +1,4 @@
-"""From rows to batches: decoding, collating, data loaders, and the part of a batch that belongs to a process."""
+"""From rows to batches: unreadable images, collating, data loaders, and the part of a batch that belongs to a process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset as RowsDataset
-from datasets import Image
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+
+from cl_prompts.runtime.images import UnreadableImage
 
 
 Rows = NDArray[np.int64]
@@ -20,41 +20,12 @@ T = TypeVar("T")
 PADDING_ID = -1
 
 
-# ---- decoding ------------------------------------------------------------------------------------------------------------
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be decoded."""
-
-
-def read_image(read: Callable[[], Any]) -> Any:
-    """The decoded image that `read` returns.
-
-    Raises:
-        UnreadableImage: it cannot be decoded, or there is none.
-    """
-    try:
-        image = read()
-        if hasattr(image, "load"):
-            image.load()  # PIL decodes on demand: a truncated file raises only here
-    except Exception as error:  # decoders raise nearly every kind of exception for broken files
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-    if image is None:
-        raise UnreadableImage("the cell is empty")
-    return image
+# ---- unreadable images ---------------------------------------------------------------------------------------------------
 
 
 def unreadable_error(image: str, error: UnreadableImage) -> ValueError:
     """The exception to raise for an unreadable image, described by `image`."""
     return ValueError(f"the image of {image} cannot be read ({error}): repair it, or use on_bad_image='skip'")
-
-
-def file_note(data: Any, row: int, image_column: str) -> str:
-    """The text ", file PATH," for a row whose data set stores the path of the image file, else ""."""
-    if not isinstance(data, RowsDataset) or not isinstance(data.features[image_column], Image):
-        return ""
-    cell = data.cast_column(image_column, Image(decode=False))[row][image_column]
-    return f", file {cell['path']}," if cell and cell["path"] else ""
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.loading import Batches
 from cl_prompts.continual.streams.transforms import as_pixels, as_transform
 from cl_prompts.runtime.distributed import gather_over_processes
+from cl_prompts.runtime.images import MAX_PIXELS
 
 
 ON_BAD_IMAGE = ("stop", "skip")
@@ -45,7 +46,8 @@ class Stream(ABC):
 
     Args:
         tasks: the tasks, at least one.
-        transform: image -> float tensor [3, H, W], or the image processor of the base model.
+        transform: image -> float tensor [3, H, W], or the image processor of the base model. It gets PIL images in mode
+            RGB, made by the rule of `cl_prompts.runtime.images`. Arrays and tensors of the data set it gets as they are.
         names: class names by id, where known.
         image_column: name of the column of images.
         augmentation: augmentation of training images; None: none.
@@ -54,6 +56,8 @@ class Stream(ABC):
     Attributes:
         scenario: name of the scenario.
         task_free: whether the learner is not told where tasks begin and end.
+        max_pixels: largest number of pixels of an image file, checked before it is decoded; half of it for WebP. A larger
+            image cannot be read. May be set; default 50 million.
         skipped: under "train" and "test", the ids of the images that this process could not read, ascending. After a
             resume they include those of all processes before it.
 
@@ -65,6 +69,7 @@ class Stream(ABC):
     scenario: ClassVar[str]
     task_free: ClassVar[bool] = False
     tasks: Sequence[Task]
+    max_pixels: int = MAX_PIXELS
 
     def __init__(
         self,

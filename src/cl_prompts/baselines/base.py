@@ -48,8 +48,7 @@ class Baseline(nn.Module):
         name: of the baseline in `BASELINES`.
         replay, needs_memory, needs_consolidation: see `Learner`.
         learns_without_tasks: whether it can learn a stream without tasks.
-        options: its settings by name.
-        features, head: backbone and classifier.
+        options, features, head: its settings by name, backbone and classifier.
 
     Raises:
         TypeError: the backbone is not supported.
@@ -273,10 +272,8 @@ class Baseline(nn.Module):
             if targets is None:
                 return PromptPoolOutput(logits=answer, features=features)
             valid = targets >= 0
-            if learning:
-                parts = self.loss_parts(Batch(features, logits, targets, valid, sample_ids, taught))
-            else:
-                parts = {"cross_entropy": cross_entropy(answer, targets)}
+            batch = Batch(features, logits, targets, valid, sample_ids, taught)
+            parts = self.loss_parts(batch) if learning else {"cross_entropy": cross_entropy(answer, targets)}
             loss, losses = add_up(parts, valid, num_items_in_batch, over_processes=learning)
         return PromptPoolOutput(loss=loss, logits=answer, losses=losses, features=features)
 

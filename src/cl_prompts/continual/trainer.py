@@ -113,8 +113,7 @@ class ContinualTrainer:
         Raises:
             ValueError: the checkpoints in the results folder are of another run, or this trainer has trained already.
             FloatingPointError: the loss, or a tensor that training changes, is no longer finite.
-            FolderInUseError: another run uses the results folder.
-            OSError: the disk is full.
+            FolderInUseError, OSError: another run uses the results folder; the disk is full.
         """
         if self.evaluations and not resume:
             raise ValueError("this trainer has trained already: make a new one, with a new model")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.fingerprint import fingerprint as base_fingerprint
-from cl_prompts.backbones.frozen_tensors import precision
 from cl_prompts.backbones.input_checks import check_arguments, check_images
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import Structure, expected_image
@@ -27,6 +26,7 @@ from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.parameter_groups import parameter_groups
 from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import restored_adapter, training_state_dict
+from cl_prompts.tuner.validation import record_base
 
 
 class TaskAPI:
@@ -160,20 +160,11 @@ class TaskAPI:
             ValueError: a class is declared twice or known already, a task is still open, or a class would be alone in the
                 loss and the adapter was saved without the feature statistics of earlier classes (`save_statistics`).
         """
-        self._record_base(self.adapter)
+        record_base(self.adapter, self.model, self.structure)
         self.adapter.begin_task(classes, revisit=revisit, class_names=class_names)
         if self.adapter.config.inference_mode:
             self.adapter.config.inference_mode = False
             self.set_requires_grad(self.active_adapters[0])
-
-    def _record_base(self, adapter: PoolAdapter) -> None:
-        """Write the base's fingerprint and sizes into the adapter's state."""
-        state, shape = adapter.config.state, self.structure.shape
-        if state.base_fingerprint is None:
-            state.base_fingerprint = base_fingerprint(self.model, self.structure, adapter.query_pooling)
-            state.base_precision = precision(self.model.get_submodule(self.structure.inner))
-            state.base_width, state.base_layers, state.base_heads = shape.width, shape.num_layers, shape.num_heads
-            state.pooling = adapter.query_pooling
 
     def end_task(self) -> None:
         """End the current task.
@@ -217,8 +208,7 @@ class TaskAPI:
     def initialize_prompts(self, pixel_values: Tensor, seed: int = 0, **kwargs: Any) -> None:
         """Initialize the trainable prompts from images: each row becomes the embedding of a random patch.
 
-        Not from a paper. Call it before training, before or after the first `begin_task`; on several processes, with the
-        same images on each.
+        Not from a paper. Call it before training; on several processes, with the same images on each.
 
         Args:
             pixel_values: images [B, 3, H, W]. The embeddings are the patch tokens that enter block 0, with positions added.

@@ -36,7 +36,7 @@ from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, c
 from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.mixed_batch import mixed_forward
 from cl_prompts.tuner.task_api import TaskAPI
-from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
+from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter, record_base
 
 
 # All outputs but loss and logits.
@@ -146,7 +146,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             self.pools._active_adapter = list(self.active_adapters)
         adapter.requires_grad_(active and not config.inference_mode)
         if config.num_labels is not None:
-            self._record_base(adapter)
+            record_base(adapter, model, structure)
         try:
             set_additional_trainable_modules(
                 model=model,

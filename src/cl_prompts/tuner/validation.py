@@ -101,6 +101,16 @@ def check_base(config: PromptPoolConfig, model: nn.Module, structure: Structure,
     warnings.warn(text + ", or expect worse answers", stacklevel=2)
 
 
+def record_base(adapter: PoolAdapter, model: nn.Module, structure: Structure) -> None:
+    """Write the base's fingerprint, precision and sizes into the state of an adapter that has none."""
+    state, shape = adapter.config.state, structure.shape
+    if state.base_fingerprint is None:
+        state.base_fingerprint = fingerprint(model, structure, adapter.query_pooling)
+        state.base_precision = precision(model.get_submodule(structure.inner))
+        state.base_width, state.base_layers, state.base_heads = shape.width, shape.num_layers, shape.num_heads
+        state.pooling = adapter.query_pooling
+
+
 def _contains(wide: str, narrow: str) -> bool:
     """Whether a cast from one precision to the other gives back numbers that were cast the other way."""
     return wide in DTYPES and narrow in DTYPES and torch.promote_types(DTYPES[wide], DTYPES[narrow]) == DTYPES[wide]

@@ -23,6 +23,7 @@ from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import IGNORE_INDEX, LossPart
 from cl_prompts.learner.checks import check_labels, check_wrapper
+from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
 from cl_prompts.learner.losses import add_up
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.learner.optimizer_hook import UpdateScaler
@@ -86,9 +87,11 @@ class Baseline(nn.Module):
         self.class_mask = mask
         self.options: dict[str, Any] = {"freeze_backbone": freeze_backbone, "pooling": pooling}
         self.options |= {"num_labels": num_labels, "class_mask": mask}
+        give_empty_tensors_storage(self)
+        self.tasks = TaskState(AdapterState(), num_labels)  # the first module: it checks a state dict before all others
         self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone)
+        self.tasks.state.base_fingerprint = self.features.fingerprint
         self.head = IncrementalHead(self.features.width)
-        self.tasks = TaskState(AdapterState(base_fingerprint=self.features.fingerprint), num_labels)
         self.update_scaler = UpdateScaler()
         self.grown = False  # since the last training forward
         if num_labels is not None:

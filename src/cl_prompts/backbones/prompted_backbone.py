@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones import block_hooks, last_block, reuse, unmasked
+from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS, OwnSignature, with_signature
 from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
 
 
-# Arguments of a prompted forward that the base model never gets.
-OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
 _ATTRIBUTE = "_cl_prompted_backbone"
 
 
@@ -93,6 +92,7 @@ class PromptedBackbone:
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
             model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
+            OwnSignature(model),
         ]
         self._replaced = reuse.install(model, structure)
         self._unmasked = unmasked.install(model, structure)
@@ -204,7 +204,7 @@ class PromptedBackbone:
                 RUNNING.set(before)
 
         self._compiled = torch.compile(planned, **options)
-        self.model.forward = self._forward_compiled
+        self.model.forward = with_signature(self._forward_compiled, forward)
 
     def _forward_compiled(self, *args: Any, **kwargs: Any) -> Any:
         assert self._compiled is not None

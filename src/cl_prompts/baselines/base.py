@@ -251,8 +251,8 @@ class Baseline(nn.Module):
         check_images(self.features.base, self.features.structure, pixel_values, kwargs)
         learning = self.training and torch.is_grad_enabled()
         targets = None
+        check_labels(labels, len(pixel_values), num_items_in_batch, learning=learning)
         if labels is not None:
-            check_labels(labels, len(pixel_values))
             targets = self.tasks.targets(labels, self.head, only_current=learning and self.class_mask == "task")
             if learning:
                 self._check_ready()

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from cl_prompts.backbones.input_checks import check_images, check_query
+from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
-from cl_prompts.backbones.prompted_backbone import OWN_ARGUMENTS, PromptedBackbone
+from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import PoolInput, Prompts
@@ -113,9 +114,8 @@ def validate(
     base_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
     check_images(backbone.model, backbone.structure, images, base_kwargs)
     batch_size = images.shape[0]
-    if labels is not None:
-        check_labels(labels, batch_size)
     check_ready(adapter, learning=training and labels is not None)
+    check_labels(labels, batch_size, kwargs.get("num_items_in_batch"), learning=training)
     if query is not None:
         check_query(query, batch_size, backbone.structure.shape.width)
     targets = adapter.to_targets(labels) if labels is not None else None

@@ -194,7 +194,6 @@ class PromptPoolPipeline:
         return scores.cpu()
 
     def _best(self, scores: Tensor, top_k: int | None) -> Predictions:
-        names = self.model.adapter.config.state.class_names
-        labels = [names.get(str(c), str(c)) for c in self.model.classes]
+        labels = self.model.adapter.tasks.id2label
         best = scores.argsort(descending=True, stable=True)[:top_k].tolist()
         return [{"label": labels[column], "score": scores[column].item()} for column in best]

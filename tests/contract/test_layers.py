@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auto": LOW | {"storage", "methods", "sharing", "model"},
     "pipeline": LOW | {"storage", "methods", "tuner", "sharing", "model", "auto"},
     "cli": LOW | {"storage", "sharing", "model", "auto", "pipeline"},
+    "hf_trainer": {"interfaces", "outputs", "learner"},
     "continual": {"runtime", "interfaces", "outputs", "storage", "heads", "learner", "evaluation"},
     "__init__": LOW | {"methods", "tuner", "model", "auto", "pipeline"},
 }

@@ -74,12 +74,13 @@ def test_without_statistics_it_answers_and_learns_no_more(method: str, lean: boo
 
 
 def test_the_file_holds_what_answers(tmp_path: Path) -> None:
-    """Projection and solution alone; G and B on request."""
+    """Projection and solution alone, and the classes; G and B on request."""
     plain, whole = (learnt_model("none analytic", save_statistics=save) for save in (False, True))
     plain.save_pretrained(tmp_path / "plain")
     whole.save_pretrained(tmp_path / "whole")
     found = sizes(tmp_path / "plain")
     assert found == {
+        "tasks._extra_state": [6, 2],
         "head.weight": [6, 64],
         "head.bias": [6],
         "classifier.projection": [64, 40],
@@ -90,7 +91,7 @@ def test_the_file_holds_what_answers(tmp_path: Path) -> None:
     more = {"classifier.gram": [40, 40], "classifier.sums": [40, 6], "classifier.counted": []}
     assert sizes(tmp_path / "whole") == {**found, **more}
     bytes_of = {name: (tmp_path / name / WEIGHTS).stat().st_size for name in ("plain", "whole")}
-    assert bytes_of["plain"] < 4 * (64 * 40 + 40 * 6 + 6 * 64 + 6) + 16 + 2000
+    assert bytes_of["plain"] < 4 * (64 * 40 + 40 * 6 + 6 * 64 + 6) + 8 * 6 * 2 + 16 + 2000
     assert bytes_of["whole"] - bytes_of["plain"] == pytest.approx(8 * (40 * 40 + 40 * 6), abs=500)
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path / "plain")
     held = {name: b.numel() for name, b in loaded.adapter.classifier.named_buffers() if name in ("gram", "sums")}

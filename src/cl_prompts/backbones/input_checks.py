@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.structure import Structure, check_not_compiled, expected_image
 from cl_prompts.runtime.arguments import refuse_unknown
 
 
-# Arguments of a prompted forward that the base model never gets.
-OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
 # Taken by every model of transformers, but without effect on `PromptPoolOutput`.
 NOT_ANSWERED = ("output_attentions", "output_hidden_states")
 

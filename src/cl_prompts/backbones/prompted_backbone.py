@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones import block_hooks, block_info, checkpointing, last_block, quantized, reuse, unmasked
-from cl_prompts.backbones.input_checks import OWN_ARGUMENTS
+from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS, OwnSignature, with_signature
 from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
@@ -93,6 +93,7 @@ class PromptedBackbone:
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
             model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
             *quantized.install(model),
+            OwnSignature(model),
         ]
         self._replaced = reuse.install(model, structure)
         self._unmasked = unmasked.install(model, structure)
@@ -207,7 +208,7 @@ class PromptedBackbone:
                 RUNNING.set(before)
 
         self._compiled = torch.compile(planned, **options)
-        self.model.forward = self._forward_compiled
+        self.model.forward = with_signature(self._forward_compiled, forward)
 
     def _forward_compiled(self, *args: Any, **kwargs: Any) -> Any:
         assert self._compiled is not None

@@ -22,6 +22,7 @@ from cl_prompts.baselines.files import write_files
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.checks import check_finite, check_labels, check_wrapper
+from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
 from cl_prompts.learner.losses import add_up
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.learner.optimizer_hook import UpdateScaler
@@ -87,9 +88,11 @@ class Baseline(nn.Module):
         self.options: dict[str, Any] = {"freeze_backbone": freeze_backbone, "pooling": pooling}
         check_base_arguments("base_arguments", base_arguments or {})
         self.options |= {"num_labels": num_labels, "class_mask": mask, "base_arguments": base_arguments}
+        give_empty_tensors_storage(self)
+        self.tasks = TaskState(AdapterState(), num_labels)  # the first module: it checks a state dict before all others
         self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone, arguments=base_arguments)
+        self.tasks.state.base_fingerprint = self.features.fingerprint
         self.head = IncrementalHead(self.features.width)
-        self.tasks = TaskState(AdapterState(base_fingerprint=self.features.fingerprint), num_labels)
         self.update_scaler = UpdateScaler()
         self.grown = False  # since the last training forward
         if num_labels is not None:
@@ -259,8 +262,8 @@ class Baseline(nn.Module):
         check_images(self.features.base, self.features.structure, pixel_values, self.features.arguments | kwargs)
         learning = self.training and torch.is_grad_enabled()
         targets = None
+        check_labels(labels, len(pixel_values), num_items_in_batch, learning=learning)
         if labels is not None:
-            check_labels(labels, len(pixel_values))
             targets = self.tasks.targets(labels, self.head, only_current=learning and self.class_mask == "task")
             if learning:
                 self._check_ready()

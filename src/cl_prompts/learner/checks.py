@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,13 +16,33 @@ from cl_prompts.storage.integrity import not_finite
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_labels(labels: Any, images: int) -> None:
-    """Check that `labels` are class ids, one for each of so many `images`.
+def check_labels(labels: Any, images: int, num_items: Any, *, learning: bool) -> None:
+    """Check the labels of a forward over so many `images`.
+
+    Args:
+        labels: class ids, or None.
+        images: their number B.
+        num_items: the argument `num_items_in_batch`, which `transformers.Trainer` passes with labels.
+        learning: whether it is a training forward, which warns without labels.
 
     Raises:
-        TypeError: they are not an integer tensor.
-        ValueError: their shape is not [images].
+        TypeError: the labels are not an integer tensor.
+        ValueError: their shape is not [images], or the Trainer has taken them out of the batch.
     """
+    if labels is None:
+        if num_items is not None:
+            raise ValueError(
+                "transformers.Trainer took the labels out of the batch (label_smoothing_factor or compute_loss_func) and "
+                "would take class ids for columns of the logits: use cl_prompts.hf_trainer.PromptPoolTrainer, which "
+                "supports both"
+            )
+        if learning and not torch.compiler.is_compiling():
+            warnings.warn(
+                "a training forward without labels has no loss, and the method's own loss terms are missing: pass labels=, "
+                "or call model.eval() before predicting",
+                stacklevel=2,
+            )
+        return
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         what = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an integer tensor [{images}] of class ids, got {what}")

@@ -48,6 +48,7 @@ class TaskState(nn.Module):
         super().__init__()
         self.state = state
         self.num_labels = num_labels
+        self._id2label: dict[int, str] | None = None  # made when it is asked for
         # No buffer: DDP would replace the buffers of every process by those of the first before each forward.
         self.unknown_labels = torch.zeros((), dtype=torch.int64, device="cpu")  # also where PEFT builds on "meta"
 
@@ -75,6 +76,44 @@ class TaskState(nn.Module):
         """For each of `tasks`, given by its class ids: the indices of these classes' logits."""
         index = {c: i for i, c in enumerate(self.classes)}
         return [[index[c] for c in task] for task in tasks]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of each logit's class by the index of the logit, or its id as text if it has no name."""
+        if self._id2label is None:
+            names = self.state.class_names
+            self._id2label = {index: names.get(str(c), str(c)) for index, c in enumerate(self.classes)}
+        return dict(self._id2label)
+
+    # ---- state dict --------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The declared classes, for `state_dict`: equal shapes do not mean that the logits are of the same classes.
+
+        Returns:
+            int64 [n, 2] on the CPU: a row (number of the task, class id) for each class of each task. Without tasks one
+            row, (-1, `num_labels`).
+        """
+        rows = [(number, c) for number, task in enumerate(self.state.tasks) for c in task]
+        if self.num_labels is not None:
+            rows = [(-1, self.num_labels)]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check, in `load_state_dict`, that the loaded state is of a learner with the same tasks.
+
+        Args:
+            state: from `get_extra_state` of that learner.
+
+        Raises:
+            ValueError: its tasks have other classes, or the same ones in another order.
+        """
+        own = self.get_extra_state()
+        if state.tolist() != own.tolist():
+            raise ValueError(
+                f"the state is of a model with {_tasks_in(state)}, this one has {_tasks_in(own)}: logits follow the order "
+                "of the classes. Begin the same tasks before loading, or load the saved files with from_pretrained"
+            )
 
     # ---- begin and end -----------------------------------------------------------------------------------------------
 
@@ -112,6 +151,7 @@ class TaskState(nn.Module):
         self.state.tasks.append(task.classes)
         self.state.task_open = True
         self.state.class_names.update(task.class_names)
+        self._id2label = None
 
     def check_open(self) -> None:
         """Check that a task is open.
@@ -191,6 +231,16 @@ class TaskState(nn.Module):
                 f"{count} labels are of no declared class, or in training of none of the current task, and were ignored; "
                 f"declared are {self.classes}: see begin_task"
             )
+
+
+def _tasks_in(state: Tensor) -> str:
+    """The tasks in a state of `TaskState.get_extra_state`, for messages."""
+    if state.shape[1:] != (2,):
+        return "unreadable tasks"
+    tasks: dict[int, list[int]] = {}
+    for number, value in state.tolist():
+        tasks.setdefault(number, []).append(value)
+    return f"num_labels={tasks[-1][0]}" if -1 in tasks else f"the tasks {short_repr(list(tasks.values()))}"
 
 
 def class_ids(classes: Any) -> list[int]:

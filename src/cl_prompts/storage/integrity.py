@@ -21,6 +21,7 @@ PEFT_TYPE = "PROMPT_POOL"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SAVED_PREFIX = "base_model.pools.prompt_pool."  # of the adapter's own tensors in a file
+CLASSES_SUFFIX = "tasks._extra_state"  # of the tensor with the classes; files of earlier versions have none
 MAX_HEADER_BYTES = 2**20  # of a safetensors file: some eight thousand tensors
 MAX_CONFIG_BYTES = 8 * 2**20  # a hundred thousand classes with their names
 
@@ -108,7 +109,8 @@ def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, 
     Raises:
         ValueError: a tensor is missing, foreign, or of another shape or type.
     """
-    missing, foreign = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    missing = sorted(name for name in set(expected) - set(found) if not name.endswith(CLASSES_SUFFIX))
+    foreign = sorted(set(found) - set(expected))
     if missing or foreign:
         raise ValueError(
             f"{WEIGHTS_FILE} does not fit its config: missing {short_repr(missing)}, unexpected {short_repr(foreign)}. "

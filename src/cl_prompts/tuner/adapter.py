@@ -13,6 +13,7 @@ from cl_prompts.heads import AlignedClassifier, build_classifier
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.running_gaussians import RunningGaussians
 from cl_prompts.interfaces import BackboneShape
+from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.optimizer_hook import UpdateScaler
 from cl_prompts.learner.sample_counter import SampleCounter
@@ -46,9 +47,12 @@ class PoolAdapter(nn.Module):
     def __init__(self, config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
         super().__init__()
         self.config = config
+        give_empty_tensors_storage(self)
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
-        self.tasks = TaskState(config.state, config.num_labels)
+        self.tasks = TaskState(
+            config.state, config.num_labels
+        )  # the first module: it checks a state dict before others load
         self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
         self.head = IncrementalHead(width, config.scale)

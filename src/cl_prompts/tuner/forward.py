@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_prompts.backbones.input_checks import OWN_ARGUMENTS
+from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
@@ -114,9 +114,8 @@ def validate(
     base_kwargs = adapter.base_arguments | {name: v for name, v in kwargs.items() if name not in OWN_ARGUMENTS}
     check_inputs(backbone, adapter, images, query, base_kwargs, learning=training or features_only)
     batch_size = images.shape[0]
-    if labels is not None:
-        check_labels(labels, batch_size)
     check_ready(adapter, learning=training and labels is not None)
+    check_labels(labels, batch_size, kwargs.get("num_items_in_batch"), learning=training)
     targets = adapter.to_targets(labels) if labels is not None else None
     valid = torch.ones(batch_size, dtype=torch.bool, device=images.device) if targets is None else targets >= 0
     return Inputs(

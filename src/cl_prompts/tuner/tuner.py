@@ -30,17 +30,16 @@ from cl_prompts.backbones.trial import check_runs, check_weights
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
-from cl_prompts.storage.integrity import check_tensors
+from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX, check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, check_modules_to_save, chosen_adapter
 from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.mixed_batch import mixed_forward
+from cl_prompts.tuner.model_config import config_of_adapter
 from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter, record_base
 
 
-# All outputs but loss and logits.
-NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "scores", "query", "features")
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
 
@@ -135,7 +134,6 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             model.requires_grad_(False)
             model.eval()
             check_runs(self.backbone, adapter.base_arguments, training=not config.inference_mode)
-            _ignore_at_inference(model)
             self.pools = PromptPoolLayer()
         if not low_cpu_mem_usage and all(p.device.type != "meta" for p in adapter.parameters()):
             adapter.to(execution_device(model))
@@ -281,6 +279,15 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             self.model.get_submodule(name).training = mode
         return self
 
+    @property
+    def config(self) -> Any:
+        """The base's config with the classes of the active adapter (`id2label`, ...); if it is disabled, the base's own."""
+        config: Any = self.model.config
+        pools = self._modules.get("pools")
+        if pools is None or self.pools.disable_adapters or not self.active_adapters:
+            return config
+        return config_of_adapter(config, self.adapter.tasks)
+
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -347,24 +354,18 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             if infix in name or copies in name
         }
         actual = {name.replace(copies, "."): tensor for name, tensor in state_dict.items()}
+        classes = SAVED_PREFIX + CLASSES_SUFFIX
+        if classes in actual:  # its error says more than that of a shape
+            model.get_submodule(f"base_model.pools{infix}tasks").set_extra_state(actual[classes])
         # The checksum is for this file only; other files may be loaded into the adapter later (Trainer's best checkpoint).
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
         check_tensors(actual, expected, sha256 if config.verify else None)
-        renamed = {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
+        known = {classes: expected[classes]} | state_dict  # files of earlier versions do not have the classes
+        renamed = {name.replace(".prompt_pool.", infix): tensor for name, tensor in known.items()}
         return with_quantized_entries(renamed, model)
-
-
-def _ignore_at_inference(model: nn.Module) -> None:
-    """Add the outputs that `transformers.Trainer` must not gather in an evaluation to the base's config, which it reads."""
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        own = getattr(type(config), "keys_to_ignore_at_inference", ())
-        config.keys_to_ignore_at_inference = [*own, *NOT_GATHERED]
 
 
 def _remove_attributes(model: nn.Module) -> None:
     """Remove this library's attributes from a base without models. A `peft_config` of adapters of other kinds stays."""
-    if hasattr(model, "config"):
-        vars(model.config).pop("keys_to_ignore_at_inference", None)
     if any(isinstance(config, PromptPoolConfig) for config in vars(model).get("peft_config", {}).values()):
         del model.peft_config

@@ -183,7 +183,7 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
     if adapter.config.needs_optimizer and not adapter.update_scaler.attached:
         raise ValueError(
             'this config scales the optimizer\'s steps (modulate="update"): call model.attach_optimizer(optimizer) after '
-            "begin_task"
+            "begin_task; with transformers.Trainer pass callbacks=[cl_prompts.hf_trainer.AttachOptimizer()]"
         )
     adapter.update_scaler.check_trains(adapter.named_parameters())
     if adapter.grown and world_size() > 1:

@@ -248,9 +248,7 @@ class Baseline(nn.Module):
         Args:
             pixel_values: images [B, 3, H, W].
             labels: class ids [B]; -100 marks padding that counts nowhere.
-            query: features of a frozen backbone [B, D], if the caller has them.
-            sample_ids: a number per image [B], the same in every epoch.
-            num_items_in_batch: number of images of the whole accumulated batch, a scalar.
+            query, sample_ids, num_items_in_batch: as there; the query is used where the backbone is frozen.
             kwargs: go to the backbone.
 
         Raises:
@@ -261,12 +259,11 @@ class Baseline(nn.Module):
         check_arguments(self.features.base, kwargs)
         check_images(self.features.base, self.features.structure, pixel_values, self.features.arguments | kwargs)
         learning = self.training and torch.is_grad_enabled()
-        targets = None
         check_labels(labels, len(pixel_values), num_items_in_batch, learning=learning)
-        if labels is not None:
-            targets = self.tasks.targets(labels, self.head, only_current=learning and self.class_mask == "task")
-            if learning:
-                self._check_ready()
+        only_current = learning and self.class_mask == "task"
+        targets = None if labels is None else self.tasks.targets(labels, self.head, only_current=only_current)
+        if learning and labels is not None:
+            self._check_ready()
         features = self.compute_features(pixel_values, query, **kwargs)
         taught = self.teacher_logits(pixel_values, features, **kwargs) if learning and targets is not None else None
         with torch.autocast(features.device.type, enabled=False):

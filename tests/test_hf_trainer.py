@@ -156,7 +156,9 @@ def test_smoothing_leaves_masked_classes_out(tmp_path: Path) -> None:
     assert_close(output.losses["cross_entropy"], expected)
 
 
-@pytest.mark.parametrize("more", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": loss_of_user}], ids=lambda given: next(iter(given)))
+@pytest.mark.parametrize(
+    "more", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": loss_of_user}], ids=lambda given: next(iter(given))
+)
 def test_a_plain_trainer_with_a_loss_of_its_own_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
     """It takes the labels out of the batch, and would take class ids for columns: in training and in an evaluation."""
     given = {"compute_loss_func": more.get("compute_loss_func")}

@@ -97,7 +97,7 @@ def test_the_base_is_whole_afterwards_and_after_an_error() -> None:
         expected = model(**values).last_hidden_state
     model(**values)
     with pytest.raises(TypeError):
-        model(**values, unknown_argument=torch.ones(1), output_attentions=object(), labels="none")
+        model(**values, unknown_argument=torch.ones(1), labels="none")
     handle = model.get_base_model().layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(**values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -40,8 +39,7 @@ class Baseline(nn.Module):
         backbone: any supported Hugging Face vision transformer; trained in place.
         freeze_backbone: train the head only. Features may then be computed once and passed as `query`.
         pooling: the feature that the head reads: "auto", "cls", "mean", "cls_mean" or "pooler".
-        class_mask: which classes the cross entropy sees: "task" (those of the current task, as for the prompts) or "none"
-            (all known ones); None: "none" for baselines that replay stored images, else "task".
+        class_mask: classes of the cross entropy: "task", "none" (all known); None: "none" with stored images, or "task".
         num_labels: of a stream without tasks: ids 0 to num_labels - 1 are known from the start.
         base_arguments: further arguments of every forward of the backbone, like {"interpolate_pos_encoding": True}.
 
@@ -104,7 +102,7 @@ class Baseline(nn.Module):
         Raises:
             ValueError: it is not.
         """
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} must be a non-negative number")
         self.options[name] = value
         return value
@@ -248,7 +246,9 @@ class Baseline(nn.Module):
         Args:
             pixel_values: images [B, 3, H, W].
             labels: class ids [B]; -100 marks padding that counts nowhere.
-            query, sample_ids, num_items_in_batch: as there; the query is used where the backbone is frozen.
+            query: features of a frozen backbone [B, D], if the caller has them.
+            sample_ids: a number per image [B], the same in every epoch.
+            num_items_in_batch: number of images of the whole accumulated batch, a scalar.
             kwargs: go to the backbone.
 
         Raises:
@@ -290,7 +290,7 @@ class Baseline(nn.Module):
 
     def masked(self, logits: Tensor) -> Tensor:
         """The `logits` [B, C] with -inf at the classes that the cross entropy does not see."""
-        return logits.masked_fill(~self.head.current, -math.inf) if self.class_mask == "task" else logits
+        return logits.masked_fill(~self.head.current, float("-inf")) if self.class_mask == "task" else logits
 
     def compute_features(self, pixel_values: Tensor, query: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Features [B, D] of images; without gradient where the backbone is frozen.

@@ -42,7 +42,7 @@ class ImageColumn:
         self.mode: str | None = None
         self.format: str | None = None
         self.files: Dataset | None = None
-        if isinstance(data, Dataset) and isinstance(data.features[name], Image):
+        if isinstance(data, Dataset) and isinstance(data.features.get(name), Image):
             self.mode = data.features[name].mode
             kind, formatted = data.format["type"], data.format["columns"]
             if kind in (None, "numpy", "torch"):

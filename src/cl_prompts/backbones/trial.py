@@ -19,19 +19,17 @@ from cl_prompts.runtime.text import first_line
 
 # Model types of transformers whose classes are tested with prompts, and need no trial.
 TESTED = (
-    *(
-        "vit",
-        "deit",
-        "vit_mae",
-        "vit_msn",
-        "ijepa",
-        "beit",
-        "dinov2",
-        "dinov2_with_registers",
-        "dinov3_vit",
-        "clip",
-        "siglip",
-    ),
+    "vit",
+    "deit",
+    "vit_mae",
+    "vit_msn",
+    "ijepa",
+    "beit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "clip",
+    "siglip",
     "siglip2",
 )
 

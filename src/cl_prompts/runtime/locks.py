@@ -148,8 +148,8 @@ def _may_run(holder: dict[str, Any]) -> bool:
         os.kill(holder["pid"], 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # it is another user's
+        return True
     return True
 
 

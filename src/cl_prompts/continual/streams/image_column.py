@@ -62,6 +62,8 @@ class ImageColumn:
         """
         try:
             cell = self.data[row][self.name]
+        except UnreadableImage:
+            raise
         except Exception as error:  # decoders raise nearly every kind of exception for broken files
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
         image = decode_cell(cell, self.mode, max_pixels)

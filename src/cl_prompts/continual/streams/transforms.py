@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
+from cl_prompts.runtime.images import pil_to_rgb
 from cl_prompts.runtime.text import short_repr
 
 
 class ProcessorTransform:
-    """Transform: image -> tensor [3, H, W], with an image processor of transformers. Images are converted to RGB first.
+    """Transform: image -> tensor [3, H, W], with an image processor of transformers. PIL images of other modes are made
+    RGB first, by the rule of `cl_prompts.runtime.images`.
 
     Args:
         processor: the image processor, or a processor that has one as `image_processor`.
@@ -29,7 +32,7 @@ class ProcessorTransform:
 
     def __call__(self, image: Any) -> Tensor:
         """The tensor [3, H, W] of an image."""
-        rgb = image.convert("RGB") if hasattr(image, "convert") else image
+        rgb = pil_to_rgb(image) if isinstance(image, PIL.Image.Image) else image
         pixels: Tensor = self.processor(rgb, return_tensors="pt")["pixel_values"][0]
         return pixels
 

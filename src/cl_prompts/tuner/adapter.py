@@ -50,9 +50,8 @@ class PoolAdapter(nn.Module):
         give_empty_tensors_storage(self)
         self.query_pooling = pooling
         self.readout = pooling if config.readout == "auto" else config.readout
-        self.tasks = TaskState(
-            config.state, config.num_labels
-        )  # the first module: it checks a state dict before others load
+        # The first module: it checks the classes of a state dict before others load.
+        self.tasks = TaskState(config.state, config.num_labels)
         self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
         self.head = IncrementalHead(width, config.scale)

@@ -34,6 +34,8 @@ from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter
 NOT_GATHERED = ("losses", "prompt_ids", "prompt_weights", "scores", "query", "features")
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
+ALIGNMENT = 64  # bytes, of the tensors that torch allocates on the CPU
+
 
 class PromptPoolTuner(TaskAPI, BaseTuner):
     """PEFT's tuner for prompt pools. It owns the adapters of one model; the base model stays frozen and in eval mode.
@@ -309,7 +311,12 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         # The checksum is for this file only; other files may be loaded into the adapter later (Trainer's best checkpoint).
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
         check_tensors(actual, expected, sha256 if config.verify else None)
-        return {name.replace(".prompt_pool.", infix): tensor for name, tensor in state_dict.items()}
+        # A tensor of a file may begin at any address, where kernels round differently; with `low_cpu_mem_usage` it becomes
+        # the adapter's own, and training would differ in the last bit.
+        return {
+            name.replace(".prompt_pool.", infix): tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+            for name, tensor in state_dict.items()
+        }
 
 
 def _ignore_at_inference(model: nn.Module) -> None:

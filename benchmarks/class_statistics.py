@@ -54,10 +54,8 @@ def measure(classes: int, kind: str, width: int, images: int, task: int) -> str:
     size = (
         sum(t.numel() * t.element_size() for t in classifier.state_dict().values()) / 1e6 + 4 * classes * (width + 1) / 1e6
     )
-    return (
-        f"| {kind}, {classes:,} classes | {size:.1f} | {fitted:.0f} | {answered:.0f} | {seconds:.2f} | {first_answer:.2f} | "
-        f"{1e3 * answer:.1f} |"
-    )
+    numbers = f"{size:.1f} | {fitted:.0f} | {answered:.0f} | {seconds:.2f} | {first_answer:.2f} | {1e3 * answer:.1f}"
+    return f"| {kind}, {classes:,} classes | {numbers} |"
 
 
 def main() -> None:
@@ -74,9 +72,7 @@ def main() -> None:
         print(measure(options.classes[0], options.kinds[0], options.width, options.images, options.task), flush=True)
         return
     print(f"{machine()}\n")
-    print(
-        "| statistics | adapter, MB | peak of the fits, MB | with answers, MB | last fit, s | first answer, s | answer, ms |"
-    )
+    print("| statistics | adapter, MB | peak of fits, MB | and answers, MB | last fit, s | first answer, s | answer, ms |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
     fixed = ["--width", str(options.width), "--images", str(options.images), "--task", str(options.task), "--one"]
     for kind in options.kinds:

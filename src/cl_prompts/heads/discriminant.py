@@ -96,7 +96,21 @@ class DiscriminantClassifier(FeatureClassifier):
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets)
-        self._densities()  # raises an error now, not at the first answer
+        self._check_invertible()
+
+    def _check_invertible(self) -> None:
+        """Raise ValueError if a covariance cannot be inverted: at the fit, not at the first answer."""
+        g = self.gaussians
+        # Of a low-rank covariance only the pooled part can fail.
+        covariances = [g.pooled(self.spherical)] if g.pools else g.covariances(self.own, self.spherical)
+        if any(int(torch.linalg.cholesky_ex(covariance)[1]) for covariance in covariances):
+            raise self._not_invertible()
+
+    def _not_invertible(self) -> ValueError:
+        return ValueError(
+            f"a class's covariance cannot be inverted with own={self.own}, spherical={self.spherical}, because it has too "
+            "few images: choose a smaller own_covariance, or a larger spherical_covariance"
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Log densities [B, C] of `features` [B, D].
@@ -139,10 +153,7 @@ class DiscriminantClassifier(FeatureClassifier):
                 found = LowRankDensities.of(means, g.pooled(self.spherical), g.shares(self.own), factors, self.own)
             else:
                 found = FullDensities.of(means, g.covariances(self.own, self.spherical))
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(
-                f"a class's covariance cannot be inverted with own={self.own}, spherical={self.spherical}, because it has "
-                "too few images: choose a smaller own_covariance, or a larger spherical_covariance"
-            ) from error
+        except torch.linalg.LinAlgError as error:  # statistics of a file whose fit did not check them
+            raise self._not_invertible() from error
         moved = replace(found, **{f.name: getattr(found, f.name).to(home) for f in fields(found)})
         return Densities(moved, torch.tensor([g.class_indices[row] for row in rows], device=home))

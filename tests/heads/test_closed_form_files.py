@@ -281,7 +281,7 @@ def test_statistics_of_further_classes_count_in_the_limit() -> None:
     for method in ("hash discriminant", "coda aligned"):
         model = learnt_model(method, CLASSES[:1], class_covariance="full", save_statistics=False)
         before = state(model)
-        model.adapter.config.max_adapter_bytes = 500_000
+        model.adapter.config.max_adapter_bytes = 200_000
         with pytest.raises(ValueError, match=r"with 100 more classes of [\d,]+ bytes of statistics .* max_adapter_bytes"):
             model.begin_task(range(100, 200))
         assert model.classes == list(CLASSES[0])

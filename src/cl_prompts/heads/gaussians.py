@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -252,19 +253,16 @@ class ClassGaussians(nn.Module):
             spherical: as for `covariances`; not used for clusters and variances.
         """
         rows = self.seen
-        given = {
-            "means": self.mean[rows],
-            "weights": self.count[rows],
-            "class_indices": [self.class_indices[row] for row in rows],
-        }
+        indices = [self.class_indices[row] for row in rows]
+        sampler = partial(FeatureSampler, self.mean[rows], self.count[rows], indices)
         if self.kind in ("diagonal", "centroids"):
-            return FeatureSampler(**given, deviations=self.spread[rows].sqrt())
+            return sampler(deviations=self.spread[rows].sqrt())
         if self.kind == "low_rank":
             roots = [torch.linalg.cholesky(self.pooled(spherical)).float()]
             scales, factors = self.shares(own).sqrt().float(), own**0.5 * self.factor[rows]
-            return FeatureSampler(**given, roots=torch.stack(roots), scales=scales, factors=factors)
+            return sampler(roots=torch.stack(roots), scales=scales, factors=factors)
         roots = [torch.linalg.cholesky(each).float() for each in self.covariances(own, spherical)]
-        return FeatureSampler(**given, roots=torch.stack(roots))
+        return sampler(roots=torch.stack(roots))
 
     def sample(self, images: int, generator: torch.Generator, own: float, spherical: float) -> tuple[Tensor, Tensor]:
         """Draw features of every class with images.

@@ -211,11 +211,14 @@ class ClassGaussians(nn.Module):
         return 1e-6 * between or 1.0
 
     def pooled(self, spherical: float) -> Tensor:
-        """The regularized pooled covariance of "shared" and "low_rank", float64 [D, D]; see `covariances`."""
+        """The pooled covariance of "shared" and "low_rank", with a share `spherical` of the identity: float64 [D, D]."""
         return regularize(self.spread.double(), spherical, self._floor())
 
     def shares(self, own: float) -> Tensor:
-        """Share of the pooled covariance in the covariance of each row with images, float64 [rows]; for "low_rank"."""
+        """Share of the pooled covariance in each row with images if its own has the weight `own`, float64 [rows].
+
+        For "low_rank" only.
+        """
         return 1 - own + own * self.rest[self.seen].double()
 
     def covariances(self, own: float, spherical: float) -> Iterator[Tensor]:

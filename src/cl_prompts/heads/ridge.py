@@ -47,7 +47,8 @@ class RidgeClassifier(FeatureClassifier):
             Gaussians of all classes, which follow the drift (ours).
         seed: of the projection and, with drift, of the drawn features.
         samples: features drawn from each class, with drift.
-        kind, rank: of `ClassGaussians`, with drift.
+        kind: of `ClassGaussians`, with drift.
+        rank: of `ClassGaussians` of kind "low_rank".
         save_statistics: save what learning further tasks needs (G alone has M * M numbers).
 
     Attributes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
-from cl_prompts.storage.integrity import WEIGHTS_FILE
+from cl_prompts.storage.integrity import WEIGHTS_FILE, Declared
 
 
 CARD_FILE = "README.md"
@@ -229,10 +230,22 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     statistics = {n: d for n, d in declared.items() if ".classifier." in n and n.rpartition(".")[2] not in NO_STATISTICS}
     if statistics:
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
-        facts["Statistics of the training images' features in it"] = f"{held} (means, covariances or sums; no images)"
+        each = in_bytes(_bytes_per_class(statistics))
+        facts["Statistics of the training images' features in it"] = (
+            f"{held}, {each} for each class (means, covariances or sums; no images)"
+        )
     known = " ".join(license.split())[:100] if isinstance(license, str) else ""
     facts["License"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
+
+
+def _bytes_per_class(statistics: Mapping[str, Declared]) -> int:
+    """Bytes of the tensors with a row for each Gaussian or a column for each class, for one of them."""
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in statistics.items()}
+    if "mean" not in parts:  # the sums [M, C] of the ridge head
+        return sum(8 * tensor.shape[0] for name, tensor in parts.items() if name == "sums")
+    rows = {name: t for name, t in parts.items() if name != "spread" or len(t.shape) > 2}
+    return sum(math.prod(t.shape[1:]) * (8 if name == "count" else 4) for name, t in rows.items())
 
 
 def in_bytes(size: int) -> str:

@@ -133,8 +133,9 @@ def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str
                 planned = PoolAdapter(config, shape, pooling)
             tensors = [*planned.parameters(), *planned.buffers()]
             size = sum(t.numel() * t.element_size() for t in tensors)
-            if planned.classifier is not None and not config.inference_mode:
-                size += planned.classifier.bytes_to_learn
+            if planned.classifier is not None:
+                size += planned.classifier.bytes_to_answer
+                size += 0 if config.inference_mode else planned.classifier.bytes_to_learn
         except (RuntimeError, OverflowError, TypeError) as error:  # torch raises all three for sizes beyond int64
             reason = first_line(error)
             raise ValueError(f"the config implies tensors of impossible size ({reason}): choose smaller values") from error

@@ -23,12 +23,13 @@ from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
+from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
 from cl_prompts.storage.integrity import WEIGHTS_FILE
 
 
 CARD_FILE = "README.md"
 PICTURES = "*.png"
-MAX_CARD_BYTES, MAX_HEAD = 2**20, 2**16  # of a card that is kept, and of its metadata
+MAX_HEAD = 2**16  # characters of a card's metadata
 MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
 END = "<!-- End of what cl_prompts writes. -->"
@@ -88,12 +89,10 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
 
 def _old_card(file: Path) -> tuple[dict[str, Any], str]:
     """Metadata and text of the existing card, which may come from an untrusted source."""
-    if not file.is_file():
+    if not file.exists():
         return {}, ""
     try:
-        if file.stat().st_size > MAX_CARD_BYTES:
-            raise ValueError(f"it has more than {MAX_CARD_BYTES:,} bytes")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bounded(file, MAX_CARD_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
         head = REGEX_YAML_BLOCK.search(text)
         if head is None:
             return {}, text
@@ -136,7 +135,7 @@ def card_inputs(folder: Path) -> tuple[str, ...]:
 def known_run(files: AdapterFiles) -> RunRecord | None:
     """The record of the run that made an adapter's weights; None if there is none, or it is of other weights."""
     path = files.folder / RESULTS_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     record = RunRecord.load(path)
     sha256 = PromptPoolConfig.from_pretrained(files).state.weights_sha256

@@ -16,10 +16,10 @@ from cl_prompts.evaluation.report import machine
 from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
+from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES, read_json_object
 
 
 RESULTS_FILE = "results.json"
-MAX_RESULTS_BYTES = 4 * 2**20  # more than a thousand tasks
 
 
 @dataclass
@@ -100,9 +100,7 @@ class RunRecord:
             ValueError: it is none, is damaged, or is larger than any record.
         """
         try:
-            if os.path.getsize(path) > MAX_RESULTS_BYTES:
-                raise ValueError(f"it has more than {MAX_RESULTS_BYTES:,} bytes")
-            content = json.loads(Path(path).read_bytes())
+            content = read_json_object(Path(path), MAX_RESULTS_BYTES)
             results = {str(name): AccuracyMatrix.from_dict(values) for name, values in content.pop("results").items()}
             known = {name: value for name, value in content.items() if name in _KINDS and value is not None}
             wrong = [name for name, value in known.items() if not _is_of_its_kind(name, value)]

@@ -24,8 +24,8 @@ from transformers import ViTImageProcessor, ViTModel
 
 from cl_prompts import PromptPoolPipeline, get_prompt_pool_model
 from cl_prompts.sharing.image_processor import load_processor
-from cl_prompts.storage.file_source import FileSource
 from cl_prompts.sharing.images import rgb_image
+from cl_prompts.storage.file_source import FileSource
 from cl_prompts.storage.hub_errors import HubError
 
 

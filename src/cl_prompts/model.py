@@ -24,8 +24,8 @@ from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.storage.adapter_files import AdapterFiles, AdapterSource, find_adapter, load_with_retry
-from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.disk_full import explain_disk_full
+from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.task_api import TaskAPI

@@ -110,7 +110,9 @@ class PromptPoolPipeline:
             own = files.further_file(PROCESSOR_FILE, MAX_PROCESSOR_BYTES) is not None
             if not own and base is not None and not config.base_model_name_or_path:
                 raise ValueError(f"the adapter has no {PROCESSOR_FILE}, and its base model no name: pass image_processor=")
-            image_processor = load_processor(files.place if own else base_place(config, files if base is None else None, shared))
+            image_processor = load_processor(
+                files.place if own else base_place(config, files if base is None else None, shared)
+            )
         return cls(model, image_processor, batch_size=batch_size, device=device)
 
     @overload

@@ -18,8 +18,8 @@ from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, positive_number
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
-from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
+from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
 from cl_prompts.version import __version__
 

@@ -20,7 +20,16 @@ CALLS = 20_000  # of torch, for a model without tensors; a block of a vision tra
 CALLS_PER_TENSOR = 200
 SPARE_NUMBERS = 2**20
 # Arguments of `from_pretrained` that would make transformers read other files, or run code of a repository.
-OTHER_FILES = ("adapter_kwargs", "code_revision", "config", "gguf_file", "state_dict", "subfolder", "variant", "weights_only")
+OTHER_FILES = (
+    "adapter_kwargs",
+    "code_revision",
+    "config",
+    "gguf_file",
+    "state_dict",
+    "subfolder",
+    "variant",
+    "weights_only",
+)
 
 
 def build_base(kind: Any, files: BaseFiles, name: str, **kwargs: Any) -> PreTrainedModel:

@@ -8,7 +8,7 @@ reduced to what describes the model, and both are checked against each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ SHARD = re.compile(r"[\w-][\w.-]{0,100}\.safetensors", re.ASCII)
 
 MAX_BLOCKS = 1000
 MAX_LABELS = 100_000
+MAX_ENTRIES = 300_000  # of a config: the names of all labels, in both directions
 MAX_NUMBER = 2**31
 MAX_DEPTH = 10
 BLOCKS = re.compile(r"(\w+_)?(layers|depths?|blocks|repeats|stages|experts)", re.ASCII)
@@ -36,7 +37,14 @@ BLOCKS = re.compile(r"(\w+_)?(layers|depths?|blocks|repeats|stages|experts)", re
 REFUSED = ("quantization_config", "compression_config", "per_layer_config", "fusion_config", "kernel_config", "backbone")
 REFUSED_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # of timm's architectures
 # Fields that say nothing about the model's computation. Names that begin with "_" or end with "_plan" are left out, too.
-LEFT_OUT = ("auto_map", "transformers_weights", "distributed_config", "experts_implementation", "use_kernels", "name_or_path")
+LEFT_OUT = (
+    "auto_map",
+    "transformers_weights",
+    "distributed_config",
+    "experts_implementation",
+    "use_kernels",
+    "name_or_path",
+)
 ATTENTION = ("eager", "sdpa")  # others need kernels that transformers may fetch
 
 
@@ -72,12 +80,12 @@ def find_base_files(place: FileSource, max_bytes: int | None = None) -> BaseFile
     if path is None:
         raise ValueError(f"it has no {BASE_CONFIG}")
     place = place.at_commit_of(path)
-    config = _described(read_json_object(path, MAX_BASE_CONFIG_BYTES))
-    _check_values(config)
+    content = read_json_object(path, MAX_BASE_CONFIG_BYTES, MAX_ENTRIES)
+    described = _Description(content)
     weights = _fetch_weights(place, max_bytes)
     tensors = {name: tensor for file in weights for name, tensor in declared_tensors(file).items()}
-    _check_blocks(config, len(tensors))
-    return BaseFiles(path.parent, config, weights, tensors)
+    described.check_blocks(len(tensors), " tensors of its weights")
+    return BaseFiles(path.parent, described.config, weights, tensors)
 
 
 def base_file_names(place: FileSource) -> list[str]:
@@ -113,11 +121,13 @@ def _shards(place: FileSource) -> list[str]:
     index = place.fetch(BASE_INDEX, MAX_BASE_CONFIG_BYTES)
     if index is None:
         raise ValueError(f"it has no {BASE_WEIGHTS} and no {BASE_INDEX}; a pickle is never loaded")
-    named = read_json_object(index, MAX_BASE_CONFIG_BYTES).get("weight_map")
+    named = read_json_object(index, MAX_BASE_CONFIG_BYTES, MAX_ENTRIES).get("weight_map")
     shards = list(dict.fromkeys(named.values())) if isinstance(named, dict) and _all_text(named.values()) else []
     wrong = [name for name in shards if not SHARD.fullmatch(name)]
     if not shards or wrong or len(shards) > MAX_SHARDS:
-        raise ValueError(f"its {BASE_INDEX} does not name 1 to {MAX_SHARDS:,} safetensors files: {short_repr(wrong or named)}")
+        raise ValueError(
+            f"its {BASE_INDEX} does not name 1 to {MAX_SHARDS:,} safetensors files: {short_repr(wrong or named)}"
+        )
     return shards
 
 
@@ -125,69 +135,66 @@ def _all_text(values: Any) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _described(value: Any, depth: int = 0) -> Any:
-    """A copy of a config without the fields that are left out; ValueError for those that are refused."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"its config is nested more than {MAX_DEPTH} levels deep")
-    if isinstance(value, list):
-        return [_described(part, depth + 1) for part in value]
-    if not isinstance(value, dict):
+class _Description:
+    """A config reduced to the fields that describe the model, each checked.
+
+    Args:
+        content: of `config.json`.
+
+    Raises:
+        ValueError: it asks for more than a plain model of transformers, or for one beyond all sizes.
+    """
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.blocks: dict[str, int] = {}  # fields that count blocks; transformers loops over them
+        self.config: dict[str, Any] = self._reduced(content, "", 0)
+        self.check_blocks(MAX_BLOCKS, "")
+
+    def check_blocks(self, limit: int, unit: str) -> None:
+        """Raise ValueError if a field that counts blocks is larger than `limit`."""
+        for name, blocks in self.blocks.items():
+            if blocks > limit:
+                raise ValueError(f"its config has {blocks:,} blocks, more than {limit:,}{unit} ({name})")
+
+    def _reduced(self, value: Any, name: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its config is nested more than {MAX_DEPTH} levels deep")
+        if isinstance(value, dict):
+            return {key: self._reduced(part, key, depth + 1) for key, part in value.items() if _describes(key, part)}
+        if isinstance(value, list):
+            self._count(name, sum(part for part in value if type(part) is int))
+            return [self._reduced(part, name, depth + 1) for part in value]
+        if type(value) is int:
+            self._count(name, value)
+        _check_value(name, value)
         return value
-    found = {}
-    for name, part in value.items():
-        if name in REFUSED and part is not None:
-            raise ValueError(f"its config has {name}={short_repr(part)}: only plain models of transformers are built")
-        if name == "attn_implementation":
-            _check_attention(part)
-        if not (name in LEFT_OUT or name.startswith("_") or name.endswith("_plan") or name == "attn_implementation"):
-            found[name] = _described(part, depth + 1)
-        elif name == "attn_implementation" and part in ATTENTION:
-            found[name] = part
-    return found
+
+    def _count(self, name: str, blocks: int) -> None:
+        if BLOCKS.fullmatch(name):
+            self.blocks[name] = max(blocks, self.blocks.get(name, 0))
 
 
-def _check_attention(asked: Any) -> None:
-    for name in asked.values() if isinstance(asked, dict) else (asked,):
-        if isinstance(name, str) and "/" in name:  # code of a repository
-            raise ValueError(f"its config asks for the attention {short_repr(name)} from the Hub")
+def _describes(name: str, value: Any) -> bool:
+    """Whether a field is kept. Raises ValueError for one that is refused."""
+    if name in REFUSED and value is not None:
+        raise ValueError(f"its config has {name}={short_repr(value)}: only plain models of transformers are built")
+    if name == "attn_implementation":
+        for asked in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(asked, str) and "/" in asked:  # code of a repository
+                raise ValueError(f"its config asks for the attention {short_repr(asked)} from the Hub")
+        return isinstance(value, str) and value in ATTENTION
+    return not (name in LEFT_OUT or name.startswith("_") or name.endswith("_plan"))
 
 
-def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of a nested config; entries of a list have the list's name."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield key, part
-            yield from _entries(part, key)
-    elif isinstance(value, list):
-        for part in value:
-            yield name, part
-            yield from _entries(part, name)
-
-
-def _check_values(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for numbers that make transformers loop or allocate before it looks at the weights."""
-    for name, value in _entries(config):
-        if isinstance(value, str) and value.startswith(REFUSED_PREFIXES):
-            raise ValueError(f"its config names {short_repr(value)}, which is elsewhere: only its own files are read")
-        if type(value) is int and abs(value) > MAX_NUMBER:
-            raise ValueError(f"its config has {name}={short_repr(value)}, more than {MAX_NUMBER:,}")
-        if name in ("dtype", "torch_dtype") and value is not None and not _is_float_type(value):
+def _check_value(name: str, value: Any) -> None:
+    """Raise ValueError for a value that makes transformers loop, allocate or fetch before it looks at the weights."""
+    if isinstance(value, str) and value.startswith(REFUSED_PREFIXES):
+        raise ValueError(f"its config names {short_repr(value)}, which is elsewhere: only its own files are read")
+    if type(value) is int and abs(value) > MAX_NUMBER:
+        raise ValueError(f"its config has {name}={short_repr(value)}, more than {MAX_NUMBER:,}")
+    if name == "num_labels" and type(value) is int and value > MAX_LABELS:
+        raise ValueError(f"its config has {value:,} labels, more than {MAX_LABELS:,}")
+    if name in ("dtype", "torch_dtype") and value is not None:
+        found = getattr(torch, value, None) if isinstance(value, str) else None
+        if not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise ValueError(f"its config has {name}={short_repr(value)}, which is no floating type of torch")
-        if name == "num_labels" and isinstance(value, int) and value > MAX_LABELS:
-            raise ValueError(f"its config has {value:,} labels, more than {MAX_LABELS:,}")
-    _check_blocks(config, MAX_BLOCKS)
-
-
-def _is_float_type(name: Any) -> bool:
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    return isinstance(found, torch.dtype) and found.is_floating_point
-
-
-def _check_blocks(config: Mapping[str, Any], limit: int) -> None:
-    """Raise ValueError if a field that counts blocks is larger than `limit`, like the number of tensors in the weights."""
-    for name, value in _entries(config):
-        numbers = value if isinstance(value, list) else [value]
-        blocks = sum(number for number in numbers if type(number) is int)
-        if BLOCKS.fullmatch(name) and blocks > limit:
-            of_weights = "" if limit == MAX_BLOCKS else " tensors of its weights"
-            raise ValueError(f"its config has {blocks:,} blocks, more than {limit:,}{of_weights} ({name})")

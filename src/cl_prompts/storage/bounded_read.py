@@ -54,14 +54,21 @@ def check_bounded(path: Path, max_bytes: int | None) -> int:
     return status.st_size
 
 
-def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int, max_entries: int | None = None) -> dict[str, Any]:
     """The JSON object in a regular file; a byte-order mark is skipped.
+
+    Args:
+        path: the file.
+        max_bytes: as in `read_bounded`.
+        max_entries: largest number of commas, which bounds the time that a check of every entry takes; None: any.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: as in `read_bounded`, or it holds no JSON object.
     """
     content = read_bounded(path, max_bytes)
+    if max_entries is not None and content.count(b",") > max_entries:
+        raise ValueError(f"{path} has more than {max_entries:,} entries: the file is not what its name says")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -66,7 +66,9 @@ def declared_tensors(path: Path) -> Mapping[str, Declared]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
             return {name: Declared(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({first_line(error)}): fetch or save it again") from error
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({first_line(error)}): fetch or save it again"
+        ) from error
 
 
 def check_config_size(path: Path) -> None:

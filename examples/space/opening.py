@@ -165,9 +165,8 @@ def _check_room() -> None:
 
 def _load_base(files: AdapterFiles, config: PromptPoolConfig) -> PreTrainedModel:
     """The base that an adapter names or brings along; ValueError if it names none or is too large for this page."""
-    if (files.repo_id is None and hub_base(config) is None) or (
-        config.base_model_name_or_path and hub_base(config) is None
-    ):
+    brought_along = files.repo_id is not None and not config.base_model_name_or_path
+    if hub_base(config) is None and not brought_along:
         raise ValueError("the adapter names no base model on the Hub, and was not trained on this page's micro ViT")
     os.makedirs(constants.HF_HUB_CACHE, exist_ok=True)
     if shutil.disk_usage(constants.HF_HUB_CACHE).free < MAX_BASE_BYTES + MIN_FREE_BYTES:

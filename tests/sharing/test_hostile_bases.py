@@ -249,7 +249,8 @@ def check_log(hub: Hub, brought: bool) -> None:
     assert len(hub.log) > 3
     for method, path in hub.log:
         found = re.fullmatch(r"/(evil/pool|evil/base)/resolve/[^/]+/(base/)?(.+)", path)
-        assert found and method in ("GET", "HEAD"), path
+        assert found is not None, path
+        assert method in ("GET", "HEAD"), path
         if found[1] == "evil/pool" and not found[2]:
             assert found[3] in OF_ADAPTERS, path
         else:

@@ -47,7 +47,10 @@ def load_processor(place: FileSource) -> Any:
             declared.pop("auto_map", None)
             Path(room, PROCESSOR_FILE).write_text(json.dumps(declared))
             if kind is None:  # files of old versions: the class follows from the base's
-                Path(room, BASE_CONFIG).write_text(json.dumps({"model_type": _model_type(place)}))
+                model_type = _model_type(place)
+                if not isinstance(model_type, str):
+                    raise ValueError("it names no image processor of transformers; custom code is never run")
+                Path(room, BASE_CONFIG).write_text(json.dumps({"model_type": model_type}))
             return AutoImageProcessor.from_pretrained(room, trust_remote_code=False, local_files_only=True)
     except HubError:
         raise

@@ -12,6 +12,8 @@ from cl_prompts.version import __version__
 
 
 FORMAT_VERSION = 1
+POOLINGS = ("cls", "mean", "pooler")
+MAX_CHANNELS = 1024
 _VERSION = re.compile(r"\d[\w.+!]{0,40}", re.ASCII)
 _KINDS: dict[str, type] = {
     "written_by": str,
@@ -22,6 +24,10 @@ _KINDS: dict[str, type] = {
     "base_layers": int,
     "base_heads": int,
 }
+
+
+def _are_numbers(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_CHANNELS and all(type(x) in kinds for x in value)
 
 
 @dataclass
@@ -101,10 +107,19 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and type(value) is not kind:
                 raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {short_repr(value)}")
-        for name in ("image_size", "image_mean", "image_std"):
+        if state.pooling not in (None, *POOLINGS):
+            raise ValueError(f"`state.pooling` must be one of {list(POOLINGS)} or null, got {short_repr(state.pooling)}")
+        for name in ("base_width", "base_layers", "base_heads"):
             value = getattr(state, name)
-            if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
-                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {short_repr(value)}")
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"`state.{name}` must be from 1 to 2**31 - 1 or null, got {short_repr(value)}")
+        size = state.image_size
+        if size is not None and not (_are_numbers(size, int) and len(size) == 2 and all(1 <= x < 2**31 for x in size)):
+            raise ValueError(f"`state.image_size` must be height and width in pixels or null, got {short_repr(size)}")
+        for name in ("image_mean", "image_std"):
+            value = getattr(state, name)
+            if value is not None and not (_are_numbers(value, int, float) and all(abs(x) <= 1e6 for x in value)):
+                raise ValueError(f"`state.{name}` must be a number for each channel or null, got {short_repr(value)}")
         return state
 
     @property

@@ -13,7 +13,7 @@ from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.checks import check_wrapper
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.distributed import world_size
-from cl_prompts.runtime.text import first_line, short_repr
+from cl_prompts.runtime.text import first_line, plain_text, short_repr
 from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.tuner.adapter import PoolAdapter
 
@@ -54,8 +54,8 @@ def check_base(config: PromptPoolConfig, actual: str) -> None:
     expected = config.state.base_fingerprint
     if expected is not None and actual != expected:
         text = (
-            f"the adapter was trained on a base with fingerprint {expected[:12]}, this one has {actual[:12]}: same shape, "
-            f"other weights. Load {_base_named(config)}"
+            f"the adapter was trained on a base with fingerprint {plain_text(expected[:12])}, this one has {actual[:12]}: "
+            f"same shape, other weights. Load {_base_named(config)}"
         )
         if config.strict_base:
             raise ValueError(text)

@@ -71,8 +71,8 @@ class AccuracyMatrix:
             _check_percent(value, f"column {tasks - 1}")
         if any(not 1 <= n <= MAX_IMAGES or n != int(n) for n in sizes):
             raise ValueError(
-                f"column {tasks - 1}: sizes {short_repr(list(sizes))} must be numbers of test images, of at least 1 (and at "
-                f"most {MAX_IMAGES:,})"
+                f"column {tasks - 1}: sizes {short_repr(list(sizes))} must be numbers of test images, of at least 1 "
+                f"(and at most {MAX_IMAGES:,})"
             )
         if self.sizes != [int(n) for n in sizes[:-1]]:
             raise ValueError(

@@ -83,7 +83,7 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
     if record is None:
         data.pop("model-index", None)
     if license is not None:
-        data["license"] = license
+        data["license"] = plain_text(license)
     before, after = _kept(old)
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     content = f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace")

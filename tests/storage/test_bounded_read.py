@@ -55,7 +55,7 @@ def test_sizes_and_contents(tmp_path: Path) -> None:
         read_bounded(file, 2)
     file.write_bytes(b'\xef\xbb\xbf{"a": [1, 2, 3]}')
     assert read_json_object(file, 100) == {"a": [1, 2, 3]}
-    with pytest.raises(ValueError, match="x.json has more than 1 entries"):
+    with pytest.raises(ValueError, match=r"x.json has more than 1 entries"):
         read_json_object(file, 100, 1)
     for content in (b"[" * 99, b"\xff", b"{", b"9" * 99, b'{"a": ' + b"9" * 5000 + b"}"):
         file.write_bytes(content)

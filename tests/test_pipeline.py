@@ -193,7 +193,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a number": (lambda good: good | {"image_processor_type": 3}, "no image processor in"),
     "remote code": (
         lambda good: {"image_processor_type": "MineImageProcessor", "auto_map": REMOTE},
-        "names no image processor of transformers",
+        "Unrecognized image processor",
     ),
     "huge": (lambda good: good | {"size": {"height": 10**6, "width": 10**6}}, "more than 4096 pixels are refused"),
     "text for numbers": (lambda good: good | {"image_mean": "no number"}, "the image processor fails"),

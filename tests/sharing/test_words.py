@@ -121,7 +121,10 @@ def test_words_in_every_place(name: str) -> None:
     assert END not in "".join(block)
 
 
-@pytest.mark.parametrize("text", ["great white shark, Carcharodon", "vq_prompt", "3 (three)", "می\u200cخواهم", "a-b.c"])
+@pytest.mark.parametrize(
+    "text",
+    ["great white shark, Carcharodon", "vq_prompt", "3 (three)", "می\u200cخواهم", "a-b.c", "0.005", "-1.5", "[0, 1]"],
+)
 def test_plain_names_stay_as_they_are(text: str) -> None:
     assert markdown_text(text) == plain_text(text) == text
 

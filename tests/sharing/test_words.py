@@ -46,7 +46,7 @@ WORDS = {
 # What must not stand in a card outside code without a backslash before it.
 INTERPRETED = (
     r"<script",
-    r"\[x",
+    r"\](?=\([jh])",
     "`",
     r"\*a",
     r"_b_",

@@ -45,8 +45,8 @@ WORDS = {
 
 # What must not stand in a card outside code without a backslash before it.
 INTERPRETED = (
-    r"<script",
-    r"\](?=\([jh])",
+    "<script",
+    r"x\]\(",
     "`",
     r"\*a",
     r"_b_",

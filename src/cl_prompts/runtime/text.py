@@ -19,8 +19,8 @@ LONGEST = 600  # characters of a message
 LONGEST_NAME = 100  # characters of a name, like that of a class
 LONGEST_LINE = 2000  # characters of a line on a terminal or of code
 _JOINERS = "\u200c\u200d"  # in words of some languages
-# What Markdown and HTML interpret: anywhere in a line, or as the mark of a list at its beginning. Brackets are plain until a
-# link's address follows, underscores within a word too; tables escape their bars.
+# What Markdown and HTML interpret: anywhere in a line, or as the mark of a list at its beginning. Brackets are plain unless
+# the address of a link follows, underscores within a word too; tables escape their bars.
 _MARKDOWN = re.compile(
     r"[\\`*<>~#$&@]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|^[-+=](?=[-+=\s]|$)"
     r"|(?:(?<=^\d)|(?<=^\d\d)|(?<=^\d\d\d))[.)](?=\s|$)",

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft import PeftConfig
 
-from cl_prompts.methods.shared.field_checks import choice, flag, not_negative, positive, positive_number
+from cl_prompts.methods.shared.field_checks import choice, flag, not_negative, positive, positive_number, scales_logits
 from cl_prompts.runtime.text import short_repr
 
 
@@ -106,7 +106,7 @@ class ClassifierConfig(PeftConfig):
             ValueError: a field is out of range, or two fields contradict each other.
         """
         choice(self, "head", (*TRAINED_HEADS, *CLOSED_FORM))
-        positive_number(self, "head_scale")
+        scales_logits(self, "head_scale")
         choice(self, "loss_head", TRAINED_HEADS)
         choice(self, "alignment", ALIGNMENTS)
         choice(self, "trained_tasks", ("all", "first"))

@@ -232,7 +232,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json in"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors in"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "truncated or no JSON"),
-    "a list": (edited(lambda c: [c]), "no prompt pool"),
+    "a list": (edited(lambda c: [c]), "holds no JSON object"),
     "truncated weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"123"), "truncated or no safetensors"),
     "unknown method": (edited(lambda c: c.update(method="trap.Model")), "unknown method 'trap.Model'"),
     "wrong kind": (edited(lambda c: c.update(pool_size="many")), "pool_size='many'"),

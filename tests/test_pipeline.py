@@ -22,6 +22,7 @@ from transformers import ViTImageProcessor, ViTModel
 
 from cl_prompts import PromptPoolPipeline, get_prompt_pool_model
 from cl_prompts.sharing.image_processor import load_processor
+from cl_prompts.storage.file_source import FileSource
 from cl_prompts.storage.hub_errors import HubError
 
 
@@ -184,7 +185,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a number": (lambda good: good | {"image_processor_type": 3}, "no image processor in"),
     "remote code": (
         lambda good: {"image_processor_type": "MineImageProcessor", "auto_map": REMOTE},
-        "contains custom code",
+        "Unrecognized image processor",
     ),
     "huge": (lambda good: good | {"size": {"height": 10**6, "width": 10**6}}, "more than 4096 pixels are refused"),
     "text for numbers": (lambda good: good | {"image_mean": "no number"}, "the image processor fails"),
@@ -204,7 +205,7 @@ def test_a_hostile_processor_file(
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w').close()")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        PromptPoolPipeline(pipe.model, load_processor(tmp_path))
+        PromptPoolPipeline(pipe.model, load_processor(FileSource(str(tmp_path), tmp_path)))
     assert not (tmp_path / "run").exists()
 
 
@@ -212,7 +213,7 @@ def test_code_beside_a_known_processor_is_left_alone(folders: tuple[Path, Path],
     content = json.loads((folders[1] / "preprocessor_config.json").read_text()) | {"auto_map": REMOTE}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w').close()")
-    assert type(load_processor(tmp_path)).__module__.startswith("transformers.models.vit.")
+    assert type(load_processor(FileSource(str(tmp_path), tmp_path))).__module__.startswith("transformers.models.vit.")
     assert not (tmp_path / "run").exists()
 
 

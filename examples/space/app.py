@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,14 @@ class Visit:
 
 
 def bad(error: Exception | str) -> str:
-    """An error as one line of the page."""
+    """An error as one line of the page.
+
+    Every error while a visitor's file is read or used ends here: values of strangers may make any code fail. One that the
+    command would not expect is also printed for the owner of the page.
+    """
+    if isinstance(error, Exception) and not isinstance(error, EXPECTED):
+        traceback.print_exception(error)
+        error = f"this cannot be used ({type(error).__name__}: {first_line(error)})"
     return showing.message(error if isinstance(error, str) else first_line(error), "bad")
 
 
@@ -117,7 +125,7 @@ def open_other(visit: Visit | None, open_it: Any) -> list[Any]:
     """Replace the visitor's pool by another one; after an error keep the pool and show the error."""
     try:
         return view(Visit(open_it()), showing.message("The pool is open."))
-    except EXPECTED as error:
+    except Exception as error:
         return [visit, bad(error), *[gr.skip()] * 10]
 
 
@@ -142,7 +150,7 @@ def ask(paths: Sequence[str] | None, visit: Visit | None) -> list[Any]:
         images, problems = uploads.take_images(paths or [])
         visit.asked = images or visit.asked
         return [visit, showing.messages(problems), visit.answers(), None]
-    except EXPECTED as error:
+    except Exception as error:
         return [visit, bad(error), gr.skip(), None]
     finally:
         uploads.forget(paths)
@@ -166,7 +174,7 @@ def lay_out(paths: Sequence[str] | None, visit: Visit | None) -> list[Any]:
             raise ValueError(f"at most {uploads.MAX_IMAGES} pictures teach a class: clear some first")
         visit.lesson = visit.lesson | images
         return [visit, showing.messages(problems), showing.waiting(visit.lesson), None]
-    except EXPECTED as error:
+    except Exception as error:
         return [visit, bad(error), gr.skip(), None]
     finally:
         uploads.forget(paths)
@@ -196,7 +204,7 @@ def teach(name: str, way: str | None, visit: Visit | None, progress: gr.Progress
         said = teaching.teach(visit.pool, name, list(visit.lesson.values()), way or "", lambda d, t: progress(d, desc=t))
         visit.lessons.append(said)
         file = keeping.packed(visit.pool, visit.lessons, CACHE / uuid.uuid4().hex)
-    except EXPECTED as error:
+    except Exception as error:
         return [visit, bad(error), *[gr.skip()] * 5]
     visit.lesson = {}
     return [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opening import MICRO_VIT, OpenPool
 
+from cl_prompts.runtime.text import markdown_text
 from cl_prompts.sharing.base_models import BASE_FOLDER
 from cl_prompts.sharing.card import CARD_FILE, write_card
 from cl_prompts.sharing.inspect import describe_adapter
@@ -34,7 +35,7 @@ def packed(pool: OpenPool, lessons: list[str], place: Path) -> Path:
             content = json.loads(config.read_text()) | {"base_model_name_or_path": None, "revision": None}
             config.write_text(json.dumps(content, indent=2, sort_keys=True))
             shutil.copytree(MICRO_VIT, folder / BASE_FOLDER)
-        said = "\n".join(f"- {lesson}" for lesson in lessons)
+        said = "\n".join(f"- {markdown_text(lesson)}" for lesson in lessons)
         (folder / CARD_FILE).write_text(f"Taught on a page of cl_prompts:\n\n{said}\n")
         write_card(folder, name=FOLDER)
         pool.facts = describe_adapter(folder) | {"adapter": pool.name}

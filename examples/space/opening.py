@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
 from uploads import MAX_ADAPTER_BYTES, take_adapter
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel, PromptPoolPipeline
 from cl_prompts.runtime.text import first_line
-from cl_prompts.sharing.base_models import BASE_FOLDER, built_bytes
+from cl_prompts.sharing.base_models import BASE_FOLDER, load_base
 from cl_prompts.sharing.card import hub_base
 from cl_prompts.sharing.inspect import describe_adapter
-from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
-from cl_prompts.storage.adapter_files import find_adapter
-from cl_prompts.storage.hub_errors import explain_hub_errors
+from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
+from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
+from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES, read_bounded
 
 
 HERE = Path(__file__).resolve().parent
@@ -121,15 +122,14 @@ def _opened(source: str | Path, name: str) -> OpenPool:
     files = find_adapter(source, max_bytes=MAX_ADAPTER_BYTES, **PUBLIC)
     config = PromptPoolConfig.from_pretrained(files)
     on_micro_vit = config.state.base_fingerprint == micro_vit_fingerprint()
-    if not on_micro_vit:
-        _check_base(config, files.repo_id, files.commit)
+    base = str(MICRO_VIT) if on_micro_vit else _load_base(files, config)
     facts = describe_adapter(files) | {"adapter": name}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         pipe = PromptPoolPipeline.from_pretrained(
             files,
-            base=str(MICRO_VIT) if on_micro_vit else None,
+            base=base,
             is_trainable=True,
             max_adapter_bytes=MAX_ADAPTER_BYTES,
             **PUBLIC,
@@ -145,7 +145,7 @@ def _opened(source: str | Path, name: str) -> OpenPool:
         pipe,
         facts,
         record,
-        picture.read_bytes() if picture is not None else None,
+        read_bounded(picture, MAX_PICTURE_BYTES) if picture is not None else None,
         on_micro_vit,
         notes=[first_line(w.message) for w in caught if isinstance(w.message, UserWarning)],
     )
@@ -163,24 +163,12 @@ def _check_room() -> None:
         raise ValueError("too many pools are open on this page now: try again in some minutes")
 
 
-def _check_base(config: PromptPoolConfig, repo_id: str | None, revision: str | None) -> None:
-    """Raise ValueError for a base that is not named or too large to download for a visitor."""
-    base, inside = hub_base(config), ""
-    if not config.base_model_name_or_path and repo_id is not None:
-        base, inside = repo_id, f"{BASE_FOLDER}/"
-    if base is None:
+def _load_base(files: AdapterFiles, config: PromptPoolConfig) -> PreTrainedModel:
+    """The base that an adapter names or brings along; ValueError if it names none or is too large for this page."""
+    brought_along = files.repo_id is not None and not config.base_model_name_or_path
+    if hub_base(config) is None and not brought_along:
         raise ValueError("the adapter names no base model on the Hub, and was not trained on this page's micro ViT")
-    if constants.is_offline_mode():  # nothing is fetched then
-        return
-    with explain_hub_errors(base):
-        commit = revision if inside else config.revision
-        found = HfApi(token=False).model_info(base, revision=commit, files_metadata=True)
-    files = [file for file in found.siblings or () if file.rfilename.endswith(".safetensors")]
-    size = sum(file.size or 0 for file in files if file.rfilename.startswith(inside))
-    if size <= MAX_BASE_BYTES:
-        size = max(size, built_bytes(config, base, revision=commit or "main", subfolder=inside.rstrip("/"), **PUBLIC))
-    if size > MAX_BASE_BYTES:
-        raise ValueError(f"the base {base} has {size:,} bytes, this page takes {MAX_BASE_BYTES:,}: run it on your machine")
     os.makedirs(constants.HF_HUB_CACHE, exist_ok=True)
-    if shutil.disk_usage(constants.HF_HUB_CACHE).free < size + MIN_FREE_BYTES:
+    if shutil.disk_usage(constants.HF_HUB_CACHE).free < MAX_BASE_BYTES + MIN_FREE_BYTES:
         raise ValueError("this page's disk is full: try again later, or run the page on your machine")
+    return load_base(config, files, max_bytes=MAX_BASE_BYTES, **PUBLIC)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_prompts.continual import AccuracyMatrix
 from cl_prompts.runtime.images import UnreadableImage, read_rgb
+from cl_prompts.runtime.text import LONGEST_LINE, plain_text
 from cl_prompts.sharing.card import in_bytes
 
 
@@ -27,15 +28,13 @@ SCALED_UP = 48  # pixels; smaller pictures are scaled up without smoothing
 
 def text(value: Any) -> str:
     """A value escaped for HTML, without unprintable characters, cut to `LONGEST` characters."""
-    plain = "".join(c if c.isprintable() else " " for c in str(value))
-    return html.escape(plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 1]}…")
+    return html.escape(plain_text(value, LONGEST))
 
 
 def message(said: str, kind: str = "done") -> str:
     """A message; kind is "done", "hint" or "bad"."""
     role = "alert" if kind == "bad" else "status"
-    plain = "".join(c if c.isprintable() else " " for c in said)
-    return f'<p class="message {kind}" role="{role}">{html.escape(plain)}</p>' if said else ""
+    return f'<p class="message {kind}" role="{role}">{html.escape(plain_text(said, LONGEST_LINE))}</p>' if said else ""
 
 
 def messages(lines: Sequence[str]) -> str:

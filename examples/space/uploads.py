@@ -11,8 +11,9 @@ from PIL import Image
 from cl_prompts.runtime.images import UnreadableImage, read_rgb
 from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE
-from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE
-from cl_prompts.storage.integrity import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from cl_prompts.sharing.run_record import RESULTS_FILE
+from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, MAX_PROCESSOR_BYTES, MAX_RESULTS_BYTES, check_bounded
+from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
 
 
 MAX_IMAGES = 20
@@ -24,7 +25,7 @@ MAX_ADAPTER_BYTES = 64 * 2**20
 ADAPTER_FILES = {
     CONFIG_FILE: MAX_CONFIG_BYTES,
     WEIGHTS_FILE: MAX_ADAPTER_BYTES,
-    PROCESSOR_FILE: MAX_CONFIG_BYTES,
+    PROCESSOR_FILE: MAX_PROCESSOR_BYTES,
     RESULTS_FILE: MAX_RESULTS_BYTES,
 }
 NEEDED = f"give {CONFIG_FILE} and {WEIGHTS_FILE}, perhaps with {PROCESSOR_FILE} and {RESULTS_FILE}, or the zip of this page"
@@ -86,7 +87,7 @@ def take_adapter(paths: Sequence[str | Path], folder: Path) -> None:
         for file in files:
             if file.name not in ADAPTER_FILES:
                 raise ValueError(f"{file.name} is no file of an adapter: {NEEDED}")
-            _check_size(file.name, file.stat().st_size)
+            _check_size(file.name, check_bounded(file, None))
             shutil.copyfile(file, folder / file.name)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:

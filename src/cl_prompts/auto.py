@@ -7,7 +7,8 @@ from typing import Any
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.model import PromptPoolModel
 from cl_prompts.sharing.base_models import load_base
-from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
+from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
+from cl_prompts.storage.file_source import HUB_KEYWORDS
 
 
 class AutoPromptPoolModel:

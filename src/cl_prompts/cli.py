@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from cl_prompts.pipeline import PromptPoolPipeline
 from cl_prompts.runtime.images import MAX_PIXELS
+from cl_prompts.runtime.text import LONGEST_NAME, terminal_text
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.push import push_folder
 
@@ -117,13 +118,14 @@ def _predict(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"image": name, "predictions": answer}))
             else:
-                print(*(_plain(f"{name}  {a['score']:6.1%}  {a['label']}") for a in answer), sep="\n")
+                for a in answer:
+                    print(terminal_text(f"{name}  {a['score']:6.1%}  {terminal_text(a['label'], LONGEST_NAME)}"))
     return int(failed)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     facts = describe_adapter(args.adapter, revision=args.revision)
-    print(json.dumps(facts, indent=1) if args.json else "\n".join(_plain(line) for line in _lines(facts)))
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(terminal_text(line) for line in _lines(facts)))
     return 0
 
 
@@ -139,7 +141,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"format    {facts['format_version']}, written by cl_prompts {facts['written_by'] or 'unknown'}"
     yield f"tasks     {len(facts['tasks'])}" + (", the last still open" if facts["task_open"] else "")
     for number, task in enumerate(facts["tasks"], 1):
-        yield f"  {number}: " + ", ".join(c["name"] or str(c["id"]) for c in task)
+        yield f"  {number}: " + ", ".join(terminal_text(c["name"] or str(c["id"]), LONGEST_NAME) for c in task)
     if facts["num_labels"] is not None:
         yield f"  task-free, {facts['num_labels']} classes"
     yield "settings"
@@ -181,9 +183,4 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 def _print_to_stderr(message: Warning | str | Exception, kind: str = "") -> None:
     text = str(message) or type(message).__name__
-    print(_plain(f"cl-prompts: {kind}{' '.join(text.split())}"), file=sys.stderr)
-
-
-def _plain(text: str) -> str:
-    """The text without terminal control characters: names in an adapter's files are untrusted."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    print(terminal_text(f"cl-prompts: {kind}{' '.join(text.split())}"), file=sys.stderr)

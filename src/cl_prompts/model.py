@@ -25,14 +25,8 @@ from cl_prompts.backbones.restore import left_as_it_was
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.arguments import refuse_unknown
-from cl_prompts.storage.adapter_files import (
-    HUB_KEYWORDS,
-    LOAD_KEYWORDS,
-    AdapterFiles,
-    AdapterSource,
-    find_adapter,
-    load_with_retry,
-)
+from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
+from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter

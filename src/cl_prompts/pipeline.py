@@ -14,10 +14,12 @@ from cl_prompts.auto import AutoPromptPoolModel
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.model import PromptPoolModel
 from cl_prompts.runtime.images import MAX_PIXELS
-from cl_prompts.sharing.base_models import load_base
+from cl_prompts.sharing.base_models import base_place, load_base
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE, check_processor, load_processor
 from cl_prompts.sharing.images import ImageSource, rgb_image
-from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
+from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
+from cl_prompts.storage.bounded_read import MAX_PROCESSOR_BYTES
+from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
@@ -100,21 +102,21 @@ class PromptPoolPipeline:
         limit = kwargs.get("max_adapter_bytes") or PromptPoolConfig.max_adapter_bytes
         files = find_adapter(adapter, kwargs.pop("subfolder", None), max_bytes=limit, **hub)
         shared = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
-        base_revision = None
+        config = PromptPoolConfig.from_pretrained(files)
         if base is None:
             model = AutoPromptPoolModel.from_pretrained(files, **shared, **kwargs)
-            base_revision = model.adapter.config.revision
-        elif isinstance(base, nn.Module):
-            model = PromptPoolModel.from_pretrained(base, files, **kwargs)
         else:
-            config = PromptPoolConfig.from_pretrained(files)
-            config.base_model_name_or_path, config.revision = os.fspath(base), None
-            model = PromptPoolModel.from_pretrained(load_base(config, **shared), files, **kwargs)
+            name = str(getattr(base, "name_or_path", "")) if isinstance(base, nn.Module) else os.fspath(base)
+            if name != config.base_model_name_or_path:
+                config.base_model_name_or_path, config.revision = name, None
+            loaded = base if isinstance(base, nn.Module) else load_base(config, **shared)
+            model = PromptPoolModel.from_pretrained(loaded, files, **kwargs)
         if image_processor is None:
-            own = files.further_file(PROCESSOR_FILE)
-            base_name = str(model.get_base_model().name_or_path)
-            image_processor = (
-                load_processor(own.parent) if own else load_processor(base_name, revision=base_revision, **shared)
+            own = files.further_file(PROCESSOR_FILE, MAX_PROCESSOR_BYTES) is not None
+            if not own and base is not None and not config.base_model_name_or_path:
+                raise ValueError(f"the adapter has no {PROCESSOR_FILE}, and its base model no name: pass image_processor=")
+            image_processor = load_processor(
+                files.place if own else base_place(config, files if base is None else None, shared)
             )
         return cls(model, image_processor, batch_size=batch_size, device=device, max_pixels=max_pixels)
 

@@ -79,16 +79,22 @@ def cache_in(folder: Path, max_bytes: int = 2**30) -> tuple[QueryCache, list[str
     return QueryCache(folder, max_bytes, told.append), told
 
 
-def test_a_table_is_mapped_from_its_file(tmp_path: Path) -> None:
+def test_a_table_is_read_from_its_file(tmp_path: Path) -> None:
     cache, told = cache_in(tmp_path / "not" / "there")
     assert cache.read(KEY) is None
     assert cache.write(KEY, TABLE)
     found = cache.read(KEY)
     assert found is not None
     assert torch.equal(found, TABLE)
-    assert cache.path(KEY).name in Path("/proc/self/maps").read_text()
+    assert cache.path(KEY).name not in Path("/proc/self/maps").read_text()
     cache.write(KEY, TABLE + 1)
-    assert torch.equal(found, TABLE), "a reader keeps what it has mapped"
+    assert torch.equal(found, TABLE), "a reader keeps what it has read"
+    with cache.path(KEY).open("r+b") as file:  # a mapped table would change here,
+        file.seek(-50, os.SEEK_END)
+        file.write(b"\xff" * 50)
+        assert torch.equal(found, TABLE)
+        file.truncate(8)  # and here a look at it would end the process
+    assert torch.equal(found, TABLE)
     cache.folder.chmod(0o750)
     cache.write(KEY, TABLE)
     assert cache.path(KEY).stat().st_mode & 0o777 == 0o640, "who may read the folder may read it"
@@ -110,6 +116,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "of other images": lambda file: file.write_bytes(file.with_name(f"{OTHER_KEY}.safetensors").read_bytes()),
     "another tensor": lambda file: save_file({"weights": TABLE}, file, metadata={"key": KEY}),
     "another type": lambda file: save_file({"features": TABLE.half()}, file, metadata={"key": KEY}),
+    "sizes below zero": lambda file: file.write_bytes(file.read_bytes().replace(b"[100,30]", b"[-99,-9]")),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
 

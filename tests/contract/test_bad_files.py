@@ -122,7 +122,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut config": (lambda f: (f / CONFIG).write_text('{"a"'), r"adapter_config.json is truncated or no JSON .*: fetch"),
     "deep config": (text(b"[" * 10**5), r"adapter_config.json is truncated or no JSON"),
     "binary config": (text(b"\xff\xfe\x00"), r"adapter_config.json is truncated or no JSON"),
-    "list config": (text(b"[]"), r"adapter_config.json has peft_type None, not 'PROMPT_POOL'"),
+    "list config": (text(b"[]"), r"adapter_config.json holds no JSON object: fetch or save it again"),
     "lora": (in_config(peft_type="LORA"), r"has peft_type 'LORA', not 'PROMPT_POOL': it is no prompt pool; load it with"),
     "other method": (in_config(method="magic"), r"unknown method 'magic': choose one of"),
     "modules": (in_config(modules_to_save=["layernorm"]), NO_FIT),

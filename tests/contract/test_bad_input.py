@@ -85,7 +85,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
     ({"class_names": ["cat"]}, r"`state.class_names` must map str\(class id\) to a name, got \['cat'\]"),
     ({"base_fingerprint": 5}, r"`state.base_fingerprint` must be str or null, got 5"),
     ({"base_width": "32"}, r"`state.base_width` must be int or null, got '32'"),
-    ({"image_size": 32}, r"`state.image_size` must be a list of numbers or null, got 32"),
+    ({"image_size": 32}, r"`state.image_size` must be height and width in pixels or null, got 32"),
 ]
 
 

@@ -62,8 +62,11 @@ def pickled_base(adapter: Path, base: Path) -> None:
 REMOTE = {"auto_map": {"AutoModel": f"{PLANTED}.Planted", "AutoConfig": f"{PLANTED}.Planted"}}
 BASES: dict[str, tuple[Callable[[Path, Path], Any], str | None]] = {
     "remote code beside a known type": (base_with(**REMOTE), None),
-    "remote code of an unknown type": (base_with(**REMOTE, model_type="mine"), r"contains custom code"),
-    "unknown type": (base_with(model_type="mine"), r"cannot be loaded \(.*model type `mine`"),
+    "remote code of an unknown type": (
+        base_with(**REMOTE, model_type="mine"),
+        r"no model type `mine`; custom code is never run",
+    ),
+    "unknown type": (base_with(model_type="mine"), r"cannot be loaded \(.*no model type `mine`"),
     "class of nobody": (named("os.system"), r"base class 'os.system', which transformers does not have"),
     "module": (named(PLANTED), rf"base class '{PLANTED}', which transformers does not have"),
     "attribute": (named("__class__"), r"base class '__class__', which transformers does not have"),

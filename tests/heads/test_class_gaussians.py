@@ -86,7 +86,7 @@ def test_the_shared_covariance_adds_up_over_tasks() -> None:
     np.testing.assert_allclose(found.spread.numpy(), scatter / sum(map(len, own)), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["full", "shared", "diagonal", "centroids"])
+@pytest.mark.parametrize("kind", ["low_rank", "full", "shared", "diagonal", "centroids"])
 def test_moved_gaussians_are_those_of_moved_images(kind: str) -> None:
     """The newest task's rows, which are in the new space already, stay."""
     matrix, shift = affine()
@@ -107,9 +107,13 @@ def test_moved_gaussians_are_those_of_moved_images(kind: str) -> None:
     rows = slice(1) if kind == "centroids" else slice(2)
     assert_close(found.mean[rows], wanted.mean[rows], atol=1e-4, rtol=0)
     assert_close(found.mean[2].mean(0), newest.mean(0), atol=1.0 if kind == "centroids" else 1e-5, rtol=0)
-    if kind == "shared":
-        both = (wanted.spread * 120 + torch.cov(newest.T, correction=0) * 30) / 150
+    if found.pools:
+        unbiased = int(kind == "low_rank")
+        weights = 120 - 2 * unbiased, 30 - unbiased
+        both = (wanted.spread * weights[0] + torch.cov(newest.T, correction=unbiased) * weights[1]) / sum(weights)
         assert_close(found.spread, both, atol=1e-4, rtol=0)
+        if unbiased:
+            assert_close(found.factor[rows], gaussians_of(kind, features, targets, [0, 1]).factor @ matrix.float())
     else:
         assert_close(found.spread[rows], wanted.spread[rows], atol=1e-4, rtol=0)
 
@@ -130,7 +134,7 @@ def test_moved_variances_are_the_diagonal_of_the_moved_covariance() -> None:
     assert_close(variances.mean, full.mean)
 
 
-@pytest.mark.parametrize("kind", ["full", "shared", "diagonal", "centroids"])
+@pytest.mark.parametrize("kind", ["low_rank", "full", "shared", "diagonal", "centroids"])
 def test_drawn_features_have_the_moments(kind: str) -> None:
     features, targets = images([0, 1], 200)
     gaussians = gaussians_of(kind, features, targets, [0, 1])
@@ -144,7 +148,10 @@ def test_drawn_features_have_the_moments(kind: str) -> None:
         own, real = drawn[of == column].double(), features[targets == column].double()
         assert_close(own.mean(0), real.mean(0), atol=0.05, rtol=0)
         wanted = gaussians.spread.double() if kind == "shared" else torch.cov(real.T)
-        if kind in ("full", "shared"):
+        if kind == "low_rank":
+            wanted = list(gaussians.covariances(1.0, 0.0))[column]
+            assert_close(wanted, torch.cov(real.T), atol=0.2, rtol=0.1)
+        if kind in ("low_rank", "full", "shared"):
             assert_close(torch.cov(own.T), wanted, atol=0.1, rtol=0.05)
         else:  # clusters of 20 images: a variance within is estimated with 19, one between with 9 of 10
             assert_close(own.var(0), wanted.diagonal(), atol=0.1, rtol=0.1)
@@ -168,7 +175,82 @@ def test_covariances_are_regularised_as_written() -> None:
     each = np.stack([np.cov(features[targets == c].double().numpy().T) for c in range(3)])
     mixed = 0.3 * each + 0.7 * each.mean(0)
     wanted = [0.8 * m + 0.2 * np.trace(m) / WIDTH * np.eye(WIDTH) for m in mixed]
-    np.testing.assert_allclose(gaussians.covariances(0.3, 0.2).numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(torch.stack(list(gaussians.covariances(0.3, 0.2))).numpy(), wanted, atol=1e-5)
+
+
+def test_a_low_rank_covariance_is_that_of_the_images_as_far_as_its_rank_goes() -> None:
+    """Against numpy: the leading eigenvectors relative to the pooled covariance, the variance left in the pooled one."""
+    features, targets = images([0, 1, 2], 41)
+    gaussians = gaussians_of("low_rank", features, targets, [0, 1, 2], rank=2)
+    own = [np.cov(features[targets == c].double().numpy().T) for c in range(3)]
+    pooled = np.mean(own, 0)
+    np.testing.assert_allclose(gaussians.spread.numpy(), pooled, atol=1e-5)
+    root = np.linalg.cholesky(0.9 * pooled + 0.1 * np.trace(pooled) / WIDTH * np.eye(WIDTH))
+    inverse = np.linalg.inv(root)
+    for row, covariance in enumerate(own):
+        relative = inverse @ covariance @ inverse.T
+        values, vectors = np.linalg.eigh(relative)
+        kept = root @ (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].T @ root.T
+        found = gaussians.factor[row].T @ gaussians.factor[row]
+        np.testing.assert_allclose(found.numpy(), 0.8 * kept, atol=1e-4)  # 41 images: the prior has 10 of 50
+        share = 0.2 + 0.8 * (np.trace(relative) - values[-2:].sum()) / WIDTH
+        assert float(gaussians.rest[row]) == pytest.approx(share, rel=1e-5)
+        wanted = 0.4 * 0.8 * kept + (0.6 + 0.4 * share) * (0.7 * pooled + 0.3 * np.trace(pooled) / WIDTH * np.eye(WIDTH))
+        np.testing.assert_allclose(list(gaussians.covariances(0.4, 0.3))[row].numpy(), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal"])
+def test_a_single_image_has_the_covariance_of_the_others(kind: str) -> None:
+    features, targets = images([0, 1], 30)
+    rows = (targets == 0) | (torch.arange(60) == int((targets == 1).nonzero()[0]))
+    gaussians = gaussians_of(kind, features[rows], targets[rows], [0, 1])
+    alone, other = (
+        list(gaussians.covariances(0.5, 0.1))[1],
+        gaussians_of(kind, features[targets == 0], targets[targets == 0], [0]),
+    )
+    assert_close(alone, next(iter(other.covariances(0.0, 0.1))), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full", "shared", "diagonal"])
+@pytest.mark.parametrize("per_class", [1, 2, 5])
+@pytest.mark.parametrize("alike", ["identical", "constant", "wide"])
+def test_few_images_are_told_apart_by_their_means(kind: str, per_class: int, alike: str) -> None:
+    """More dimensions than images; identical images of a class; images that are constant; then a class that comes back."""
+    width = 40
+    features, targets = images([0, 1, 2], per_class, width=width)
+    if alike != "wide":
+        features = features[torch.stack([(targets == c).nonzero()[0, 0] for c in range(3)])][targets]
+    if alike == "constant":
+        features = features[:, :1].expand(-1, width).contiguous()
+    classifier = DiscriminantClassifier(width, kind=kind, drift="affine")
+    classifier.begin_task([0, 1, 2])
+    classifier.fit(features, targets)
+    answers = classifier(features)
+    assert answers.isfinite().all()
+    assert torch.equal(answers.argmax(1), targets)
+    classifier.begin_task([1])
+    one = features[targets == 1][:1]
+    classifier.fit(one, torch.tensor([1]), one)
+    again = classifier(features)
+    assert again.isfinite().all()
+    assert torch.equal(again.argmax(1), targets)
+
+
+def test_the_ridge_of_the_map_follows_the_images() -> None:
+    """A map that features obey gets the smallest ridge and an R^2 of 1, changes without a rule the largest and none."""
+    matrix, shift = affine()
+    x = images([0, 1, 2], 50)[0].double()
+    rule, chance = fit_map(x, x @ matrix + shift), fit_map(x, x + torch.randn(150, WIDTH, dtype=torch.float64))
+    assert rule.ridge is not None
+    assert chance.ridge is not None
+    assert rule.ridge < 0.1 < chance.ridge
+    assert rule.explained > 0.95
+    assert abs(chance.explained) < 0.1
+    few = fit_map(x[:9], x[:9] @ matrix)
+    assert few.ridge == 0.1
+    assert math.isnan(few.explained)
+    assert fit_map(x, x @ matrix + shift, "shift").ridge is None
+    assert fit_map(x, x + 1, "shift").explained == pytest.approx(1)
 
 
 def test_gaussians_refuse_an_unknown_kind() -> None:

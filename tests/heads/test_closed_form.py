@@ -108,7 +108,8 @@ def test_statistics_follow_the_features_of_every_method(method: str) -> None:
     else:
         assert not np.allclose(before, after, atol=1e-4)
         x, y = before - before.mean(0), after - after.mean(0)
-        matrix = np.linalg.solve(x.T @ x + 0.1 * x.size / x.shape[1] * x.var() * np.eye(x.shape[1]), x.T @ (y - x))
+        ridge = model.adapter.classifier.newest_map.ridge
+        matrix = np.linalg.solve(x.T @ x + ridge * x.size / x.shape[1] * x.var() * np.eye(x.shape[1]), x.T @ (y - x))
         means = (means - before.mean(0)) @ (np.eye(x.shape[1]) + matrix) + after.mean(0)
     np.testing.assert_allclose(gaussians.mean[:2, 0].numpy(), means, atol=1e-4)
     new = np.stack([after[images["labels"].numpy() == c].mean(0) for c in CLASSES[1]])

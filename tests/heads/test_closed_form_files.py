@@ -22,6 +22,7 @@ from support.methods import WITH_CLASSIFIER
 from support.small_runs import CLASSES
 
 from cl_prompts import L2PConfig, NoPromptsConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.heads import build_classifier
 
 
 every_classifier = pytest.mark.parametrize("method", WITH_CLASSIFIER)
@@ -274,3 +275,26 @@ def test_no_images_are_refused(images: list[dict[str, Any]]) -> None:
 def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         L2PConfig(**fields)
+
+
+def test_statistics_of_further_classes_count_in_the_limit() -> None:
+    """`begin_task` refuses before it allocates, and nothing has changed; the statistics that are not saved count, too."""
+    for method in ("hash discriminant", "coda aligned"):
+        model = learnt_model(method, CLASSES[:1], class_covariance="full", save_statistics=False)
+        before = state(model)
+        model.adapter.config.max_adapter_bytes = 200_000
+        with pytest.raises(ValueError, match=r"with 100 more classes of [\d,]+ bytes of statistics .* max_adapter_bytes"):
+            model.begin_task(range(100, 200))
+        assert model.classes == list(CLASSES[0])
+        assert state(model).keys() == before.keys()
+
+
+def test_the_default_statistics_of_a_class_are_light() -> None:
+    """100 classes at width 768 in 12 MB, 1,000 in 60 MB, on the meta device."""
+    for classes, limit in ((100, 12e6), (1000, 60e6)):
+        with torch.device("meta"):
+            classifier = build_classifier(NoPromptsConfig(head="discriminant"), 768)
+            assert classifier is not None
+            classifier.begin_task(range(classes))
+        size = sum(t.numel() * t.element_size() for t in classifier.state_dict().values())
+        assert size + 4 * classes * 769 < limit

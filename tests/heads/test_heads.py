@@ -125,7 +125,8 @@ def test_projection_is_a_function_of_the_seed_and_of_nothing_else() -> None:
 
 def test_with_drift_the_regression_is_on_what_the_gaussians_draw() -> None:
     classifier = learnt(RidgeClassifier(WIDTH, projection_size=30, ridge=5.0, drift="affine", seed=3, samples=40))
-    features, targets = classifier._drawn(0)
+    drawn = classifier._drawn(classifier.gaussians.sampler(own=0.5, spherical=1e-4), 0)
+    features, targets = map(torch.cat, zip(*drawn, strict=True))
     assert targets.bincount().tolist() == [40] * 6
     x = np.maximum(features.double().numpy() @ classifier.projection.double().numpy(), 0)
     wanted = np.linalg.solve(x.T @ x + 5 * np.eye(30), x.T @ np.eye(6)[targets.numpy()])
@@ -158,7 +159,7 @@ def relative_to_the_first(logits: Any) -> np.ndarray:
 
 
 def test_discriminant_equals_quadratic_discriminant_analysis() -> None:
-    classifier = learnt(DiscriminantClassifier(WIDTH, own=1.0, spherical=0.0))
+    classifier = learnt(DiscriminantClassifier(WIDTH, kind="full", own=1.0, spherical=0.0))
     classifier.gaussians.spread *= 29 / 30  # scikit-learn divides by n
     oracle = QuadraticDiscriminantAnalysis(priors=np.full(6, 1 / 6)).fit(*everything())
     seen = images(range(6), 5, seed=9)[0]
@@ -175,11 +176,11 @@ def test_shared_discriminant_equals_linear_discriminant_analysis(shrinkage: floa
     np.testing.assert_allclose(relative_to_the_first(classifier(seen)), wanted, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal"])
+@pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal"])
 def test_regularised_discriminant_is_the_density_of_scipy(kind: str) -> None:
-    classifier = learnt(DiscriminantClassifier(WIDTH, kind=kind, own=0.4, spherical=0.1))
+    classifier = learnt(DiscriminantClassifier(WIDTH, kind=kind, own=0.4, spherical=0.1, rank=2))
     covariances, means = (
-        classifier.gaussians.covariances(0.4, 0.1).numpy(),
+        torch.stack(list(classifier.gaussians.covariances(0.4, 0.1))).numpy(),
         classifier.gaussians.mean[:, 0].double().numpy(),
     )
     seen = images(range(6), 5, seed=9)[0]
@@ -197,7 +198,7 @@ def test_features_far_from_the_origin_lose_no_digits() -> None:
     np.testing.assert_allclose(answers[1], answers[0], atol=0.05, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["full", "shared"])
+@pytest.mark.parametrize("kind", ["low_rank", "full", "shared"])
 def test_a_class_that_comes_back_is_as_likely_as_its_likeliest_visit(kind: str) -> None:
     classifier = DiscriminantClassifier(WIDTH, kind=kind, drift="none")
     first, second = images([0, 1]), images([2, 3])  # the second visit looks like other classes
@@ -247,11 +248,33 @@ def test_more_dimensions_than_images() -> None:
     classifier.begin_task([0, 1])
     classifier.fit(features, targets)
     assert torch.equal(classifier(features).argmax(1), targets)
-    singular = DiscriminantClassifier(60, own=1.0, spherical=0.0)
-    singular.begin_task([0, 1])
-    singular.fit(features, targets)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full", "shared"])
+def test_too_few_images_for_a_covariance_are_told_at_the_fit(kind: str) -> None:
+    """The second task moves old statistics and fails; what was known before is unchanged, and more images mend it."""
+    classifier = DiscriminantClassifier(8, kind=kind, own=1.0, spherical=0.0)
+    first, few, many = images([0, 1], 20, width=8), images([2], 2, width=8), images([2], 20, width=8)
+    classifier.begin_task([0, 1])
+    if kind != "full":  # the pooled covariance of the first task alone cannot be inverted
+        with pytest.raises(ValueError, match=r"cannot be inverted with own=1.0, spherical=0.0"):
+            classifier.fit(first[0][:3], first[1][:3])
+        assert int(classifier.fitted) == 0
+        classifier.fit(*first)
+        return
+    classifier.fit(*first)
+    before = copy.deepcopy(classifier.state_dict())
+    answers = classifier(first[0])
+    classifier.begin_task([2])
     with pytest.raises(ValueError, match=r"cannot be inverted with own=1.0, spherical=0.0"):
-        singular(features)
+        classifier.fit(*few, few[0] * 1.1)
+    after = classifier.state_dict()
+    assert all(
+        torch.equal(after[name][: len(value)] if value.dim() else after[name], value) for name, value in before.items()
+    )
+    assert torch.equal(classifier(first[0])[:, :2], answers)
+    classifier.fit(*many, many[0])
+    assert classifier(first[0]).isfinite().all()
 
 
 # ---- alignment -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, read_json_object
 from cl_prompts.storage.staging import finish_interrupted_save, read_together, staging_folder
 
 
@@ -46,8 +47,8 @@ def read_files(folder: str | os.PathLike[str]) -> tuple[str, dict[str, Any], dic
 
     def read() -> tuple[str, dict[str, Any], dict[str, Any]]:
         try:
-            config = json.loads(Path(folder, CONFIG_FILE).read_text())
-            if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in ("options", "state")):
+            config = read_json_object(Path(folder, CONFIG_FILE), MAX_CONFIG_BYTES)
+            if not all(isinstance(config.get(key), dict) for key in ("options", "state")):
                 raise ValueError(f"{CONFIG_FILE} has no options or no state")
             state = {"tensors": load_file(Path(folder, WEIGHTS_FILE)), "values": {"state": config["state"]}}
             return config.get("learner", ""), config["options"], state

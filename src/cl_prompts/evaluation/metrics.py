@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl_prompts.runtime.files import write_atomically
+from cl_prompts.runtime.text import first_line, short_repr
 
 
+MAX_IMAGES = 2**40  # of a task; sums of them stay exact
 # Measures that are also computed from task-incremental accuracies, if there are any.
 TASK_INCREMENTAL = ("faa", "caa", "forgetting")
 
@@ -68,8 +69,11 @@ class AccuracyMatrix:
             raise ValueError(f"column {tasks - 1} needs {tasks} task_incremental accuracies, got {len(task_incremental)}")
         for value in (*accuracies, *(task_incremental or ())):
             _check_percent(value, f"column {tasks - 1}")
-        if any(n != int(n) or n < 1 for n in sizes):
-            raise ValueError(f"column {tasks - 1}: sizes {list(sizes)} must be numbers of test images, of at least 1")
+        if any(not 1 <= n <= MAX_IMAGES or n != int(n) for n in sizes):
+            raise ValueError(
+                f"column {tasks - 1}: sizes {short_repr(list(sizes))} must be numbers of test images, of at least 1 "
+                f"(and at most {MAX_IMAGES:,})"
+            )
         if self.sizes != [int(n) for n in sizes[:-1]]:
             raise ValueError(
                 f"column {tasks - 1}: earlier tasks had {self.sizes} test images, now {list(sizes[:-1])}: accuracies on "
@@ -177,8 +181,8 @@ class AccuracyMatrix:
                 for task, value in by_task.items():
                     _check_percent(value, f"{name} of task {task}")
                     getattr(matrix, name)[int(task)] = float(value)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"this is no accuracy matrix as `to_dict` writes it: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"this is no accuracy matrix as `to_dict` writes it: {first_line(error)}") from error
         return matrix
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,6 +281,5 @@ def matrix_from_predictions(
 
 
 def _check_percent(value: Any, where: str) -> None:
-    number = float(value)
-    if not math.isfinite(number) or not 0 <= number <= 100:
-        raise ValueError(f"{where}: {value!r} is no accuracy in percent, from 0 to 100")
+    if isinstance(value, str) or not 0 <= value <= 100:  # NaN is not, either
+        raise ValueError(f"{where}: {short_repr(value)} is no accuracy in percent, from 0 to 100")

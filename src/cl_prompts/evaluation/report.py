@@ -20,6 +20,7 @@ from cl_prompts.evaluation.evaluate import Evaluation
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.runtime.cpu import processor
 from cl_prompts.runtime.files import write_atomically
+from cl_prompts.runtime.text import markdown_block, markdown_code, markdown_text
 
 
 # Headings of the measures of `AccuracyMatrix.summary` in tables; those of WHERE_KNOWN only if a learner has the measure.
@@ -68,7 +69,7 @@ def comparison_table(results: Sequence[Result]) -> str:
     columns = {**ALWAYS, **{key: WHERE_KNOWN[key] for key in known}}
     rows = []
     for name, runs in learners.items():
-        row = {"learner": name, "seeds": str(len(runs))}
+        row = {"learner": markdown_text(name), "seeds": str(len(runs))}
         for key, heading in columns.items():
             values = [summary[key] for summary in summaries[name] if key in summary]
             row[heading] = mean_and_deviation(values) if len(values) == len(runs) else ""
@@ -133,6 +134,7 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
     learners = _by_learner(results)
     faa = {name: mean(run.matrix.summary()["faa"] for run in runs) for name, runs in learners.items()}
     first, runs = next(iter(learners.items()))
+    name = markdown_text(first)
     images = sum(runs[0].matrix.sizes)
     interval = half_width(faa[first] / 100, images)
     lines = [
@@ -144,9 +146,9 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
             lead = faa[first] - faa[floor]
             numbers = f"{faa[first]:.1f} against {faa[floor]:.1f}"
             if lead <= 0:
-                lines.append(f"- {first} does not beat the {floor} here ({numbers}): what it trains does not pay.")
+                lines.append(f"- {name} does not beat the {floor} here ({numbers}): what it trains does not pay.")
             elif lead <= interval:
-                lines.append(f"- {first} beats the {floor} by no more than that ({numbers}).")
+                lines.append(f"- {name} beats the {floor} by no more than that ({numbers}).")
     if not set(floors) & faa.keys():
         lines.append(f"- None of {', '.join(floors)} was run beside it, so nothing says whether its training pays.")
     if len(runs) == 1:
@@ -209,12 +211,15 @@ def run_page(
         "machine": machine(),
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
-    settings = [{"argument": f"`{name}`", "value": json.dumps(value, default=str)} for name, value in arguments.items()]
+    settings = [
+        {"argument": markdown_code(name), "value": markdown_text(json.dumps(value, default=str), 300)}
+        for name, value in arguments.items()
+    ]
     links = [f"![{plot.stem}]({plot.resolve().relative_to(home.resolve()).as_posix()})" for plot in plots]
     of_seed = f", seed {runs[0].seed}" if len(runs) > 1 else ""
     sections = [
-        f"# {first}",
-        "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        f"# {markdown_text(first)}",
+        "\n".join(f"- {name}: {markdown_text(value, 300)}" for name, value in facts.items()),
         LEGEND,
         comparison_table(results),
         remarks(results, floors),
@@ -222,7 +227,7 @@ def run_page(
         f"## After the last task{of_seed}\n\n{task_table(evaluations)}" if evaluations else "",
         f"## What was selected{of_seed}\n\n{selection}" if selection else "",
         "\n".join(links),
-        f"## Repeat it\n\n```sh\n{command}\n```",
+        "## Repeat it\n\n" + markdown_block(command, "sh"),
         _table(settings) if settings else "",
     ]
     write_atomically(home / PAGE, "\n\n".join(filter(None, sections)) + "\n")

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.heads.base import FeatureClassifier
-from cl_prompts.heads.drift import fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
 
@@ -48,10 +47,11 @@ def align(
     flags = [p.requires_grad for p in head.parameters()]
     head.requires_grad_(True)
     optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    sampler = gaussians.sampler(own=0.5, spherical=1e-4)
     with torch.enable_grad():
         for epoch in range(epochs):
             optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-            features, targets = gaussians.sample(samples, generator, own=0.5, spherical=1e-4)
+            features, targets = sampler.draw(samples, generator)
             order = torch.randperm(features.shape[0], generator=generator).to(features.device)
             for rows in order.split(batch_size):
                 loss = F.cross_entropy(head(features[rows]), targets[rows])
@@ -69,6 +69,7 @@ class AlignedClassifier(FeatureClassifier):
     Args:
         width: size D of the features.
         kind: of `ClassGaussians`.
+        rank: of `ClassGaussians`, for "low_rank".
         drift: how the statistics of old classes follow the features: "none", "shift" or "affine" (`fit_map`).
         seed: of the drawn features.
         save_statistics: save what learning further tasks needs.
@@ -79,14 +80,15 @@ class AlignedClassifier(FeatureClassifier):
         self,
         width: int,
         *,
-        kind: str = "full",
+        kind: str = "low_rank",
+        rank: int = 16,
         drift: str = "affine",
         seed: int = 0,
         save_statistics: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(save_statistics=save_statistics, drift=drift)
-        self.gaussians = ClassGaussians(width, kind, save=save_statistics)
+        self.gaussians = ClassGaussians(width, kind, rank=rank, save=save_statistics)
         self.seed, self.options = seed, options
         self.head: IncrementalHead | None = None
 
@@ -103,7 +105,7 @@ class AlignedClassifier(FeatureClassifier):
         if head is None:
             raise ValueError("an aligned classifier starts from the trained head: pass head=")
         if before is not None and self.needs_before and int(self.fitted):
-            self.gaussians.move(fit_map(before, features, self.drift))
+            self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets, self.seed)
         self.head = copy.deepcopy(head).to(features.device)
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.heads.drift import KINDS as DRIFTS
+from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
 
@@ -28,6 +29,7 @@ class FeatureClassifier(nn.Module, ABC):
         num_tasks: number of tasks begun.
         fitted: number of tasks that were fitted; saved.
         counted: number of tasks whose statistics are available; saved with the statistics.
+        newest_map: the map that moved old statistics in the newest fit; None without one. Not saved.
 
     Raises:
         ValueError: an unknown `drift`.
@@ -47,6 +49,7 @@ class FeatureClassifier(nn.Module, ABC):
         self.num_classes = 0
         self.num_tasks = 0
         self._newest: list[int] = []
+        self.newest_map: FeatureMap | None = None
         self.register_buffer("fitted", torch.zeros((), dtype=torch.int64))
         # It is 0 after loading an adapter that was saved without its statistics.
         self.register_buffer("counted", torch.zeros((), dtype=torch.int64), persistent=save_statistics)
@@ -58,8 +61,18 @@ class FeatureClassifier(nn.Module, ABC):
 
     @property
     def bytes_to_learn(self) -> int:
-        """Bytes that `fit` needs beside the tensors of this module."""
+        """Bytes that `fit` needs beside the tensors of this module: statistics without room, and temporary matrices."""
+        return sum(part.bytes_without_room for part in self.modules() if isinstance(part, ClassGaussians))
+
+    @property
+    def bytes_to_answer(self) -> int:
+        """Bytes that answers need beside the tensors of this module."""
         return 0
+
+    @property
+    def bytes_per_class(self) -> int:
+        """Bytes that the statistics of a further class take."""
+        return sum(part.bytes_per_row for part in self.modules() if isinstance(part, ClassGaussians))
 
     def make_room(self) -> None:
         """Allocate the statistics that are not saved. Only `fit` needs them."""
@@ -104,7 +117,8 @@ class FeatureClassifier(nn.Module, ABC):
 
         Raises:
             ValueError: the adapter was saved without its statistics, the task was fitted before, features are not finite,
-                targets are of other tasks, or `before` is missing.
+                targets are of other tasks, `before` is missing, or a matrix cannot be inverted. After an error nothing has
+                changed.
         """
         self.check_turn()
         if before is None and self.needs_before and int(self.fitted):
@@ -117,11 +131,23 @@ class FeatureClassifier(nn.Module, ABC):
         work = torch.device("cpu") if home.type == "mps" else home
         self.to(work)
         self.make_room()
-        with torch.autocast(work.type, enabled=False):
-            self._fit(features.to(work), targets.to(work), None if before is None else before.to(work), head)
+        buffers = [(part, dict(part._buffers)) for part in self.modules()]
+        try:
+            with torch.autocast(work.type, enabled=False):
+                self._fit(features.to(work), targets.to(work), None if before is None else before.to(work), head)
+        except BaseException:
+            for part, before_fit in buffers:
+                part._buffers.update(before_fit)
+            self.to(home)
+            raise
         self.fitted += 1
         self.counted += 1
         self.to(home)
+
+    def _map(self, before: Tensor, after: Tensor) -> FeatureMap:
+        """The map that moves the statistics of old classes; it is kept as `newest_map`."""
+        self.newest_map = fit_map(before, after, self.drift)
+        return self.newest_map
 
     def _check(self, features: Tensor, targets: Tensor) -> None:
         """Raise ValueError if these cannot be features of the newest task's images."""
@@ -137,7 +163,7 @@ class FeatureClassifier(nn.Module, ABC):
 
     @abstractmethod
     def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
-        """Fit the classifier; the arguments are those of `fit`, already checked."""
+        """Fit the classifier; the arguments are those of `fit`, already checked. Replaces buffers and writes into none."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from cl_prompts.heads.drift import FeatureMap
+from cl_prompts.heads.low_rank import leading_factor
+from cl_prompts.heads.regularized import regularize
+from cl_prompts.heads.sampling import FeatureSampler
 
 
-KINDS = ("full", "shared", "diagonal", "centroids")
+KINDS = ("low_rank", "full", "shared", "diagonal", "centroids")
 
 
 class ClassGaussians(nn.Module):
     """Means and covariances of features, for each class of each task. A class that returns has one Gaussian per task.
 
+    `move` and `add` replace tensors and write into none, so that a failed fit can be undone.
+
     Args:
         width: size D of the features.
-        kind: "full" (one covariance [D, D] per class), "shared" (one for all), "diagonal" (variances [D] per class) or
-            "centroids" (means and variances of `centroids` clusters per class).
+        kind: "low_rank" (one pooled covariance and a factor of rank r per class, `leading_factor`), "full" (one covariance
+            [D, D] per class), "shared" (one for all), "diagonal" (variances [D] per class) or "centroids" (means and
+            variances of `centroids` clusters per class).
+        rank: r, for "low_rank".
         centroids: number of clusters of a class, for "centroids".
         save: whether the tensors are saved. If not, they have no rows until `make_room`.
 
@@ -30,16 +38,22 @@ class ClassGaussians(nn.Module):
 
     Attributes:
         mean: [rows, K, D] for K clusters; K = 1 except for "centroids".
-        spread: covariances [rows, 1, D, D], or [D, D] if shared, or variances [rows, K, D].
+        spread: covariances [rows, 1, D, D], or [D, D] if shared or low-rank, or variances [rows, K, D].
+        factor: F of each row [rows, r, D], for "low_rank".
+        rest: share of the pooled covariance in a row's own covariance [rows], for "low_rank": F'F + rest * pooled.
         count: number of images [rows, K].
         class_indices: class index of each row.
     """
 
     mean: Tensor
     spread: Tensor
+    factor: Tensor
+    rest: Tensor
     count: Tensor
 
-    def __init__(self, width: int, kind: str = "full", centroids: int = 10, *, save: bool = True) -> None:
+    def __init__(
+        self, width: int, kind: str = "low_rank", *, rank: int = 16, centroids: int = 10, save: bool = True
+    ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {KINDS}")
@@ -47,12 +61,34 @@ class ClassGaussians(nn.Module):
             raise ImportError("kind='centroids' needs scikit-learn: pip install 'cl-prompts[train]'")
         self.kind, self.width, self.save = kind, width, save
         self.clusters = centroids if kind == "centroids" else 1
+        # Whether `spread` is one covariance for all classes.
+        self.pools = kind in ("low_rank", "shared")
         self.register_buffer("mean", torch.zeros(0, self.clusters, width), persistent=save)
-        sizes = {"shared": (width if save else 0, width), "full": (0, 1, width, width)}
+        sizes = {"full": (0, 1, width, width)} | dict.fromkeys(("low_rank", "shared"), (width if save else 0, width))
         self.register_buffer("spread", torch.zeros(*sizes.get(kind, (0, self.clusters, width))), persistent=save)
+        if kind == "low_rank":
+            self.register_buffer("factor", torch.zeros(0, min(rank, width), width), persistent=save)
+            self.register_buffer("rest", torch.zeros(0), persistent=save)
         self.register_buffer("count", torch.zeros(0, self.clusters, dtype=torch.int64), persistent=save)
         self.class_indices: list[int] = []
         self._newest = slice(0, 0)
+
+    @property
+    def by_row(self) -> list[str]:
+        """Names of the tensors with a row for each Gaussian."""
+        return [name for name in self._buffers if not (name == "spread" and self.pools)]
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of a further class."""
+        tensors = [getattr(self, name) for name in self.by_row]
+        return sum(t[:0].new_empty(1, *t.shape[1:], device="meta").numel() * t.element_size() for t in tensors)
+
+    @property
+    def bytes_without_room(self) -> int:
+        """Bytes that `make_room` would allocate."""
+        pooled = self.width * (self.width - self.spread.shape[0]) * self.spread.element_size() if self.pools else 0
+        return (len(self.class_indices) - self.count.shape[0]) * self.bytes_per_row + pooled
 
     def begin_task(self, class_indices: Sequence[int]) -> None:
         """Add a row for each of the next task's classes, `class_indices`."""
@@ -64,51 +100,92 @@ class ClassGaussians(nn.Module):
     def make_room(self) -> None:
         """Allocate rows for all classes."""
         rows = len(self.class_indices) - self.count.shape[0]
-        self.mean = torch.cat([self.mean, self.mean.new_zeros(rows, *self.mean.shape[1:])])
-        self.count = torch.cat([self.count, self.count.new_zeros(rows, self.clusters)])
-        if self.kind == "shared":
-            rows = self.width - self.spread.shape[0]
-        self.spread = torch.cat([self.spread, self.spread.new_zeros(rows, *self.spread.shape[1:])])
+        for name in self.by_row:
+            self._append(name, rows)
+        if self.pools:
+            self._append("spread", self.width - self.spread.shape[0])
+
+    def _append(self, name: str, rows: int) -> None:
+        tensor = getattr(self, name)
+        setattr(self, name, torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])]))
 
     @torch.no_grad()
     def move(self, change: FeatureMap) -> None:
         """Apply x -> x A + b of `change` to all rows but the newest task's, whose features are after the change."""
-        old = slice(0, self._newest.start)
-        matrix = change.matrix
-        self.mean[old] = (self.mean[old].double() @ matrix + change.shift).to(self.mean)
-        if self.kind == "full":
-            self.spread[old] = (matrix.T @ self.spread[old].double() @ matrix).to(self.spread)
-        elif self.kind == "shared":
-            self.spread.copy_(matrix.T @ self.spread.double() @ matrix)
+        matrix, old = change.matrix, slice(0, self._newest.start)
+        self._replace("mean", [(self.mean[old].double() @ matrix + change.shift).to(self.mean)], old)
+        if self.pools:
+            self.spread = (matrix.T @ self.spread.double() @ matrix).to(self.spread)
+        elif self.kind == "full":  # one after another: all of them in float64 would take twice their memory
+            self._replace("spread", [(matrix.T @ each.double() @ matrix).to(each)[None] for each in self.spread[old]], old)
         else:
-            self.spread[old] = (self.spread[old].double() @ matrix.square()).to(self.spread)
+            self._replace("spread", [(self.spread[old].double() @ matrix.square()).to(self.spread)], old)
+        if self.kind == "low_rank":
+            self._replace("factor", [(each.double() @ matrix).to(each)[None] for each in self.factor[old]], old)
+
+    def _replace(self, name: str, values: Sequence[Tensor], rows: slice) -> None:
+        """Replace `rows` of a tensor by the concatenated `values`."""
+        tensor = getattr(self, name)
+        setattr(self, name, torch.cat([tensor[: rows.start], *values, tensor[rows.stop :]]))
 
     @torch.no_grad()
     def add(self, features: Tensor, targets: Tensor, seed: int = 0) -> None:
         """Compute the newest task's rows.
+
+        The covariance of a single image is unknown: it is the pooled one of the classes that have more.
 
         Args:
             features: of its images [n, D].
             targets: class index of each image [n].
             seed: of the initial clusters.
         """
-        before, scatter = int(self.count.sum()), self.spread.double() * int(self.count.sum())
-        for row in range(self._newest.start, self._newest.stop):
-            own = features[targets == self.class_indices[row]].double()
-            for cluster, part in enumerate(self._clusters(own, seed + row)):
-                self.count[row, cluster] = part.shape[0]
-                if not part.shape[0]:
-                    continue
-                self.mean[row, cluster] = part.mean(0).to(self.mean)
-                centered = part - part.mean(0)
-                if self.kind == "shared":
-                    scatter += centered.T @ centered
-                elif self.kind == "full":
-                    self.spread[row, cluster] = (centered.T @ centered / max(part.shape[0] - 1, 1)).to(self.spread)
-                else:
-                    self.spread[row, cluster] = (centered.square().sum(0) / max(part.shape[0] - 1, 1)).to(self.spread)
-        if self.kind == "shared" and int(self.count.sum()) > before:
-            self.spread.copy_(scatter / int(self.count.sum()))
+        rows = range(self._newest.start, self._newest.stop)
+        parts = [self._clusters(features[targets == self.class_indices[row]].double(), seed + row) for row in rows]
+        counts = [[len(cluster) for cluster in clusters] for clusters in parts]
+        means = [[_mean(cluster) for cluster in clusters] for clusters in parts]
+        parts = [[x - m for x, m in zip(xs, ms, strict=True)] for xs, ms in zip(parts, means, strict=True)]
+        self._replace("count", [torch.tensor(counts, device=self.count.device).view(len(rows), -1)], self._newest)
+        self._replace("mean", [torch.stack([torch.stack(row) for row in means]).to(self.mean)], self._newest)
+        if self.pools:
+            self._pool([centered for (centered,) in parts])
+        else:
+            of = _covariance if self.kind == "full" else _variances
+            spreads = [torch.stack([of(cluster) for cluster in clusters]).to(self.spread)[None] for clusters in parts]
+            self._replace("spread", spreads, self._newest)
+            if self.kind != "centroids":
+                self._fill_single_images()
+
+    def _pool(self, parts: Sequence[Tensor]) -> None:
+        """Update the pooled covariance, and the factors of the newest task, whose centered features are `parts`."""
+        # The covariance of "shared" divides by the number of images, that of "low_rank" is unbiased.
+        weights = (self.count[:, 0] - int(self.kind == "low_rank")).clamp_min(0)
+        before, total = int(weights[: self._newest.start].sum()), int(weights.sum())
+        if total > before:
+            pooled = self.spread.double().mul_(before)
+            for centered in parts:
+                pooled.addmm_(centered.T, centered)
+            self.spread = pooled.div_(total).to(self.spread)
+        if self.kind == "low_rank":
+            root = torch.linalg.cholesky(regularize(self.spread.double(), 0.1, self._floor()))
+            factors = [leading_factor(centered, root, self.factor.shape[1]) for centered in parts]
+            self._replace("factor", [factor.to(self.factor)[None] for factor, _ in factors], self._newest)
+            self._replace("rest", [self.rest.new_tensor([rest for _, rest in factors])], self._newest)
+
+    def _fill_single_images(self) -> None:
+        weights = (self.count[:, 0] - 1).clamp_min(0)
+        single = [row for row in range(self._newest.start, self._newest.stop) if int(self.count[row, 0]) == 1]
+        if single and int(weights.sum()):
+            pooled = self._weighted(weights.double() / weights.sum())
+            spread = self.spread.clone()
+            spread[single] = pooled.to(spread)
+            self.spread = spread
+
+    def _weighted(self, weights: Tensor) -> Tensor:
+        """Weighted sum of the rows' covariances or variances: float64 [1, D, D] or [K, D]."""
+        pooled = torch.zeros_like(self.spread[0], dtype=torch.float64)
+        for weight, each in zip(weights.tolist(), self.spread, strict=True):
+            pooled.add_(each.double(), alpha=weight)
+        return pooled
 
     def _clusters(self, features: Tensor, seed: int) -> list[Tensor]:
         if self.clusters == 1 or features.shape[0] <= self.clusters:
@@ -124,27 +201,71 @@ class ClassGaussians(nn.Module):
         """Rows with images."""
         return self.count.sum(1).nonzero().flatten().tolist()
 
-    def covariances(self, own: float, spherical: float) -> Tensor:
-        """Regularized covariances of all rows with images, float64 [rows, D, D]; [1, D, D] if shared.
+    def _floor(self) -> float:
+        """Smallest mean variance of a covariance: a millionth of that of the class means; 1 if these are equal, too.
+
+        Identical images have no variance of their own. Without a floor, their densities would be infinite.
+        """
+        means = self.mean[self.seen].double().flatten(0, 1)
+        between = float(means.var(0, correction=0).mean())
+        return 1e-6 * between or 1.0
+
+    def pooled(self, spherical: float) -> Tensor:
+        """The pooled covariance of "shared" and "low_rank", with a share `spherical` of the identity: float64 [D, D]."""
+        return regularize(self.spread.double(), spherical, self._floor())
+
+    def shares(self, own: float) -> Tensor:
+        """Share of the pooled covariance in each row with images if its own has the weight `own`, float64 [rows].
+
+        For "low_rank" only.
+        """
+        return 1 - own + own * self.rest[self.seen].double()
+
+    def covariances(self, own: float, spherical: float) -> Iterator[Tensor]:
+        """Regularized covariances of the rows with images, one after another: float64 [D, D]. One in all if shared.
 
         Friedman, "Regularized Discriminant Analysis", JASA 1989: S_c <- own * S_c + (1 - own) * pooled, then
-        (1 - g) S_c + g * mean variance * identity.
+        (1 - g) S_c + g * mean variance * identity. For "low_rank" the pooled covariance alone has the share of the
+        identity: own * F'F + (1 - own + own * rest) * pooled.
 
         Args:
             own: weight of a class's own covariance; the pooled one has the rest.
             spherical: g.
         """
-        identity = torch.eye(self.width, dtype=torch.float64, device=self.mean.device)
-        if self.kind == "shared":
-            mixed = self.spread.double()[None]
-        else:
-            each = self.spread[self.seen].double()
-            each = each[:, 0] if self.kind == "full" else torch.diag_embed(each[:, 0])
-            counts = self.count[self.seen].sum(1).double()
-            pooled = torch.einsum("r,rde->de", counts / counts.sum(), each)
-            mixed = own * each + (1 - own) * pooled
-        variance = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        return (1 - spherical) * mixed + spherical * variance.clamp_min(1e-12) * identity
+        rows, floor = self.seen, self._floor()
+        if self.pools:
+            pooled = self.pooled(spherical)
+            if self.kind == "shared":
+                yield pooled
+                return
+            for row, share in zip(rows, self.shares(own).tolist(), strict=True):
+                factor = self.factor[row].double()
+                yield torch.addmm(pooled, factor.T, factor, beta=share, alpha=own)
+            return
+        counts = self.count.sum(1).double()
+        pooled = self._weighted(counts / counts.sum())[0]
+        for row in rows:
+            mixed = own * self.spread[row, 0].double() + (1 - own) * pooled
+            yield regularize(mixed if self.kind == "full" else torch.diag(mixed), spherical, floor)
+
+    def sampler(self, own: float, spherical: float) -> FeatureSampler:
+        """A sampler of features of every class with images. It keeps the roots of the covariances, in float32.
+
+        Args:
+            own: as for `covariances`; not used for clusters and variances.
+            spherical: as for `covariances`; not used for clusters and variances.
+        """
+        rows = self.seen
+        indices = [self.class_indices[row] for row in rows]
+        sampler = partial(FeatureSampler, self.mean[rows], self.count[rows], indices)
+        if self.kind in ("diagonal", "centroids"):
+            return sampler(deviations=self.spread[rows].sqrt())
+        if self.kind == "low_rank":
+            roots = [torch.linalg.cholesky(self.pooled(spherical)).float()]
+            scales, factors = self.shares(own).sqrt().float(), own**0.5 * self.factor[rows]
+            return sampler(roots=torch.stack(roots), scales=scales, factors=factors)
+        roots = [torch.linalg.cholesky(each).float() for each in self.covariances(own, spherical)]
+        return sampler(roots=torch.stack(roots))
 
     def sample(self, images: int, generator: torch.Generator, own: float, spherical: float) -> tuple[Tensor, Tensor]:
         """Draw features of every class with images.
@@ -158,17 +279,17 @@ class ClassGaussians(nn.Module):
         Returns:
             features [rows * images, D] in float32, and their class indices [rows * images].
         """
-        rows = self.seen
-        noise = torch.randn(len(rows), images, self.width, generator=generator, dtype=torch.float64)
-        weights = self.count[rows].double().cpu()
-        which = torch.multinomial(weights, images, replacement=True, generator=generator)
-        device = self.mean.device
-        noise, which = noise.to(device), which.to(device)
-        pick = torch.arange(len(rows), device=device)[:, None]
-        means = self.mean[rows].double()[pick, which]
-        if self.kind in ("full", "shared"):
-            drawn = means + noise @ torch.linalg.cholesky(self.covariances(own, spherical)).mT
-        else:
-            drawn = means + noise * self.spread[rows].double()[pick, which].sqrt()
-        targets = torch.tensor([self.class_indices[row] for row in rows], device=device)
-        return drawn.flatten(0, 1).float(), targets.repeat_interleave(images)
+        return self.sampler(own, spherical).draw(images, generator)
+
+
+def _mean(features: Tensor) -> Tensor:
+    """Mean [D] of features [n, D]; zeros if there are none."""
+    return features.sum(0) / max(len(features), 1)
+
+
+def _covariance(centered: Tensor) -> Tensor:
+    return centered.T @ centered / max(len(centered) - 1, 1)
+
+
+def _variances(centered: Tensor) -> Tensor:
+    return centered.square().sum(0) / max(len(centered) - 1, 1)

@@ -13,7 +13,7 @@ drift, and G, B and the held-out features are drawn from the Gaussians of all cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.heads.base import FeatureClassifier
-from cl_prompts.heads.drift import fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.sampling import FeatureSampler
 
 
 # Candidates for the ridge, in units of the mean diagonal of G.
 RELATIVE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_EVERY = 5
+
+
+Parts = Iterable[tuple[Tensor, Tensor]]  # features [n, D] and targets [n] of some images at a time
 
 
 class RidgeClassifier(FeatureClassifier):
@@ -44,6 +47,8 @@ class RidgeClassifier(FeatureClassifier):
             Gaussians of all classes, which follow the drift (ours).
         seed: of the projection and, with drift, of the drawn features.
         samples: features drawn from each class, with drift.
+        kind: of `ClassGaussians`, with drift.
+        rank: of `ClassGaussians` of kind "low_rank".
         save_statistics: save what learning further tasks needs (G alone has M * M numbers).
 
     Attributes:
@@ -68,6 +73,8 @@ class RidgeClassifier(FeatureClassifier):
         drift: str = "affine",
         seed: int = 0,
         samples: int = 100,
+        kind: str = "low_rank",
+        rank: int = 16,
         save_statistics: bool = False,
     ) -> None:
         super().__init__(save_statistics=save_statistics, drift=drift)
@@ -85,7 +92,7 @@ class RidgeClassifier(FeatureClassifier):
         self.register_buffer("gram", torch.zeros(rows, rows, dtype=torch.float64), persistent=saved)
         self.register_buffer("sums", torch.zeros(rows, 0, dtype=torch.float64), persistent=saved)
         if drift != "none":
-            self.gaussians = ClassGaussians(width, save=save_statistics)
+            self.gaussians = ClassGaussians(width, kind, rank=rank, save=save_statistics)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Keep sums in float64 when a model is cast, except on Apple's devices, which have no float64."""
@@ -106,8 +113,13 @@ class RidgeClassifier(FeatureClassifier):
 
     @property
     def bytes_to_learn(self) -> int:
-        """Bytes of G + ridge I and of its Cholesky factor."""
-        return 8 * (3 * self.size**2 - self.gram.numel())
+        """Bytes of a second G, of a Cholesky factor, and of the Gaussians that have no room."""
+        return 8 * (3 * self.size**2 - self.gram.numel()) + super().bytes_to_learn
+
+    @property
+    def bytes_per_class(self) -> int:
+        """Bytes of a column of W and of B, and of a Gaussian."""
+        return self.size * (4 + 8 * (self.drift == "none")) + super().bytes_per_class
 
     def make_room(self) -> None:
         """Allocate G and B, or the rows of the Gaussians."""
@@ -130,28 +142,30 @@ class RidgeClassifier(FeatureClassifier):
 
     def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         if self.drift == "none":
+            self.gram, self.sums = self.gram.clone(), self.sums.clone()
             held = torch.zeros(features.shape[0], dtype=torch.bool, device=features.device)
             if self.ridge is None:
                 held[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
-            self._add(features[~held], targets[~held])
-            ridge = self._choose(features[held], targets[held])
-            self._add(features[held], targets[held])
+            self._add(_in_parts(features[~held], targets[~held]))
+            ridge = self._choose(_in_parts(features[held], targets[held]))
+            self._add(_in_parts(features[held], targets[held]))
         else:
             if before is not None and int(self.fitted):
-                self.gaussians.move(fit_map(before, features, self.drift))
+                self.gaussians.move(self._map(before, features))
             self.gaussians.add(features, targets)
             self._new_sums()
-            self._add(*self._drawn(0))
-            ridge = self._choose(*self._drawn(1))
-        self.chosen_ridge.fill_(ridge)
+            sampler = self.gaussians.sampler(own=0.5, spherical=1e-4)
+            self._add(self._drawn(sampler, 0))
+            ridge = self._choose(self._drawn(sampler, 1))
+        self.chosen_ridge = torch.full_like(self.chosen_ridge, ridge)
         # Contiguous as after loading: products with a column-major matrix differ in the last bit.
         self.solution = self._solve(ridge).float().contiguous()
         if self.drift != "none":  # they are drawn again after the next task
             self.gram, self.sums = self.gram.new_zeros(0, 0), self.sums.new_zeros(0, self.num_classes)
 
-    def _drawn(self, stream: int) -> tuple[Tensor, Tensor]:
+    def _drawn(self, sampler: FeatureSampler, stream: int) -> Parts:
         generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + self.num_tasks) + stream)
-        return self.gaussians.sample(self.samples, generator, own=0.5, spherical=1e-4)
+        return sampler.by_class(self.samples, generator)
 
     def _hidden(self, features: Tensor) -> Tensor:
         """h [n, M] in the type of `features`."""
@@ -159,29 +173,35 @@ class RidgeClassifier(FeatureClassifier):
             return (features @ self.projection.to(features.dtype)).relu()
         return F.pad(features, (0, 1), value=1.0)
 
-    def _add(self, features: Tensor, targets: Tensor) -> None:
-        for part, own in zip(features.split(1024), targets.split(1024), strict=True):
-            hidden = self._hidden(part.double())
-            self.gram += hidden.T @ hidden
-            self.sums.index_add_(1, own, hidden.T)
+    def _add(self, parts: Parts) -> None:
+        for features, targets in parts:
+            hidden = self._hidden(features.double())
+            self.gram.addmm_(hidden.T, hidden)
+            self.sums.index_add_(1, targets, hidden.T)
 
     def _scale(self) -> float:
         return float(self.gram.diagonal().mean())
 
-    def _choose(self, features: Tensor, targets: Tensor) -> float:
+    def _choose(self, parts: Parts) -> float:
+        """The candidate with the smallest squared error on held-out features, given in `parts`."""
         if self.ridge is not None:
             return self.ridge
-        if not features.shape[0]:
-            return RELATIVE_RIDGES[-1] * self._scale()
-        hidden, target = self._hidden(features.double()), F.one_hot(targets, self.num_classes).double()
         candidates = [relative * self._scale() for relative in RELATIVE_RIDGES]
-        errors = [float((hidden @ self._solve(ridge) - target).square().mean()) for ridge in candidates]
-        return candidates[errors.index(min(errors))]
+        solutions = torch.cat([self._solve(ridge) for ridge in candidates], 1)
+        errors = self.sums.new_zeros(len(candidates))
+        images = 0
+        for features, targets in parts:
+            target = F.one_hot(targets, self.num_classes).double()
+            found = (self._hidden(features.double()) @ solutions).unflatten(1, (len(candidates), -1))
+            errors += (found - target[:, None]).square().sum((0, 2))
+            images += len(features)
+        return candidates[int(errors.argmin())] if images else candidates[-1]
 
     def _solve(self, ridge: float) -> Tensor:
-        regularized = self.gram.clone()
-        regularized.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(regularized)
+        diagonal = self.gram.diagonal().clone()  # in place of a copy of G
+        self.gram.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(self.gram)
+        self.gram.diagonal().copy_(diagonal)
         if failed:
             raise ValueError(f"ridge={ridge:g} is too small to solve for {self.size} random features: choose a larger one")
         return torch.cholesky_solve(self.sums, factor)
@@ -191,3 +211,7 @@ class RidgeClassifier(FeatureClassifier):
         self.check_fitted()
         # A class without images has zero weights.
         return (self._hidden(features.float()) @ self.solution).masked_fill((self.solution == 0).all(0), float("-inf"))
+
+
+def _in_parts(features: Tensor, targets: Tensor) -> Parts:
+    return zip(features.split(1024), targets.split(1024), strict=True) if len(features) else ()

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.registry import METHODS
-from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, positive_number
+from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, scales_logits
 from cl_prompts.runtime.text import short_repr
-from cl_prompts.storage.adapter_files import HUB_KEYWORDS, AdapterSource, find_adapter
+from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState, check_base_arguments
+from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
 from cl_prompts.version import __version__
 
@@ -150,7 +151,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         choice(self, "readout", READOUTS)
         choice(self, "query_pooling", POOLINGS)
         choice(self, "class_mask", CLASS_MASKS)
-        positive_number(self, "logit_temperature")
+        scales_logits(self, "logit_temperature")
         not_negative(self, "diversity_weight", "alignment_weight", "entropy_weight")
         if self.alignment_weight and not self.has_keys:
             raise ValueError(f"alignment_weight={self.alignment_weight}: {self.method} has no keys to align; leave it at 0")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft import PeftConfig
 
-from cl_prompts.methods.shared.field_checks import choice, flag, not_negative, positive, positive_number
+from cl_prompts.methods.shared.field_checks import choice, flag, not_negative, positive, positive_number, scales_logits
 from cl_prompts.runtime.text import short_repr
 
 
@@ -16,7 +16,7 @@ RIDGE = ("ridge", "analytic")  # two names of one head; "analytic" is RanPAC's
 CLOSED_FORM = (*RIDGE, "discriminant")
 ALIGNMENTS = ("none", "covariance", "diagonal", "centroids")
 DRIFTS = ("none", "shift", "affine")
-COVARIANCES = ("full", "shared", "diagonal")
+COVARIANCES = ("low_rank", "full", "shared", "diagonal")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ClassifierConfig(PeftConfig):
             random ReLU features, RanPAC; also called "analytic") or "discriminant" (regularized discriminant analysis).
         head_scale: scale of the cosine head.
         loss_head: head of the training loss if `head` is in closed form: "linear" or "cosine".
-        alignment: train the head again, after each task, on features drawn from Gaussians of all classes with full
+        alignment: train the head again, after each task, on features drawn from Gaussians of all classes with
             covariances ("covariance"), with variances ("diagonal"), or with the means and variances of ten clusters per
             class ("centroids"). "none": no alignment.
         trained_tasks: "all", or "first": prompts are trained on the first task and then frozen, so features do not change.
@@ -41,8 +41,11 @@ class ClassifierConfig(PeftConfig):
             are frozen.
         projection_size: number M of random features of the ridge head; 0: no projection. RanPAC: 10,000 for width 768.
         ridge: regularization of the ridge head; None: chosen after each task on held-out images of it.
-        class_covariance: covariance of the discriminant head: one per class ("full", 4 * D * D bytes per class), one for
-            all ("shared") or variances ("diagonal").
+        class_covariance: covariance of a class: the pooled one and a factor of `covariance_rank` directions of its own
+            ("low_rank", 4 * D * (r + 1) bytes per class), one of its own ("full", 4 * D * (D + 1) bytes per class), or, for
+            the discriminant head alone, one for all ("shared") or variances ("diagonal"). The ridge head with drift
+            compensation and alignment="covariance" draw features from the first or second.
+        covariance_rank: r, the largest number of directions of a low-rank covariance.
         own_covariance: weight of a class's own covariance; the pooled covariance has the rest. Ours, chosen on held-out
             images.
         spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out
@@ -62,7 +65,8 @@ class ClassifierConfig(PeftConfig):
     ridge: float | None = field(
         default=None, metadata={"help": "regularization of the ridge head; None: chosen on held-out images"}
     )
-    class_covariance: str = field(default="full", metadata={"help": "covariance of the discriminant head"})
+    class_covariance: str = field(default="low_rank", metadata={"help": "covariance of a class"})
+    covariance_rank: int = field(default=16, metadata={"help": "directions of a low-rank covariance"})
     own_covariance: float = field(default=0.1, metadata={"help": "weight of a class's own covariance"})
     spherical_covariance: float = field(default=0.1, metadata={"help": "weight of the identity in a covariance"})
     save_statistics: bool = field(default=False, metadata={"help": "save what learning further tasks needs"})
@@ -102,12 +106,13 @@ class ClassifierConfig(PeftConfig):
             ValueError: a field is out of range, or two fields contradict each other.
         """
         choice(self, "head", (*TRAINED_HEADS, *CLOSED_FORM))
-        positive_number(self, "head_scale")
+        scales_logits(self, "head_scale")
         choice(self, "loss_head", TRAINED_HEADS)
         choice(self, "alignment", ALIGNMENTS)
         choice(self, "trained_tasks", ("all", "first"))
         choice(self, "drift_compensation", DRIFTS)
         choice(self, "class_covariance", COVARIANCES)
+        positive(self, "covariance_rank")
         flag(self, "save_statistics")
         not_negative(self, "own_covariance", "spherical_covariance")
         for name in ("own_covariance", "spherical_covariance"):

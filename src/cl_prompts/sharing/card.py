@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -19,16 +21,17 @@ from cl_prompts.evaluation.plots import draw
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.files import write_atomically
-from cl_prompts.runtime.text import first_line
+from cl_prompts.runtime.text import first_line, markdown_block, markdown_code, markdown_text, plain_text
 from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
-from cl_prompts.storage.integrity import WEIGHTS_FILE
+from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
+from cl_prompts.storage.integrity import WEIGHTS_FILE, Declared
 
 
 CARD_FILE = "README.md"
 PICTURES = "*.png"
-MAX_CARD_BYTES, MAX_HEAD = 2**20, 2**16  # of a card that is kept, and of its metadata
+MAX_HEAD = 2**16  # characters of a card's metadata
 MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
 END = "<!-- End of what cl_prompts writes. -->"
@@ -48,7 +51,9 @@ _OPENING = (
     yaml.FlowSequenceStartToken,
 )
 _CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+# The rest is left out, so that the card of a large adapter stays below its limit.
 CLASSES_SHOWN = 12  # names in a row of the table of tasks
+TASKS_SHOWN, MATRIX_TASKS, LEARNERS_SHOWN, SETTINGS_SHOWN, PICTURES_SHOWN = 100, 50, 20, 100, 20
 
 
 def write_card(folder: str | os.PathLike[str], *, name: str | None = None, license: str | None = None) -> None:
@@ -79,21 +84,21 @@ def write_card(folder: str | os.PathLike[str], *, name: str | None = None, licen
     if record is None:
         data.pop("model-index", None)
     if license is not None:
-        data["license"] = license
+        data["license"] = plain_text(license)
     before, after = _kept(old)
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    # Names from files may hold characters that cannot be encoded.
-    write_atomically(file, f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace"))
+    content = f"---\n{head}---\n{before}{BEGIN}\n\n{text}\n{END}\n{after}".encode(errors="replace")
+    if len(content) > MAX_CARD_BYTES:  # the next save could not read it
+        raise ValueError(f"{file} would have {len(content):,} bytes, more than {MAX_CARD_BYTES:,}: shorten your text in it")
+    write_atomically(file, content)
 
 
 def _old_card(file: Path) -> tuple[dict[str, Any], str]:
     """Metadata and text of the existing card, which may come from an untrusted source."""
-    if not file.is_file():
+    if not file.exists():
         return {}, ""
     try:
-        if file.stat().st_size > MAX_CARD_BYTES:
-            raise ValueError(f"it has more than {MAX_CARD_BYTES:,} bytes")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bounded(file, MAX_CARD_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
         head = REGEX_YAML_BLOCK.search(text)
         if head is None:
             return {}, text
@@ -136,7 +141,7 @@ def card_inputs(folder: Path) -> tuple[str, ...]:
 def known_run(files: AdapterFiles) -> RunRecord | None:
     """The record of the run that made an adapter's weights; None if there is none, or it is of other weights."""
     path = files.folder / RESULTS_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     record = RunRecord.load(path)
     sha256 = PromptPoolConfig.from_pretrained(files).state.weights_sha256
@@ -149,8 +154,8 @@ def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str)
     known: dict[str, Any] = {"base_model": base} if base else {}
     if record is not None:
         if record.datasets:
-            known["datasets"] = record.datasets
-        known |= {"model_name": name.split("/")[-1], "eval_results": _eval_results(record)}
+            known["datasets"] = [plain_text(name) for name in record.datasets[:LEARNERS_SHOWN]]
+        known |= {"model_name": plain_text(name.split("/")[-1]), "eval_results": _eval_results(record)}
     adapter_tag = [f"{ADAPTER_TAG}{base}"] if base else []
     return ModelCardData(
         library_name="peft",
@@ -174,12 +179,13 @@ def hub_base(config: PromptPoolConfig) -> str | None:
 
 def _eval_results(record: RunRecord) -> list[EvalResult]:
     summary = next(iter(record.results.values())).summary()
-    dataset = record.datasets[0] if record.datasets else (record.data or "custom").split()[0].rstrip(",")
+    words = [plain_text(name) for name in record.datasets] + [plain_text(word).rstrip(",") for word in record.data.split()]
+    dataset = next(filter(None, words), "custom")
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=dataset,
-            dataset_name=record.data or dataset,
+            dataset_name=plain_text(record.data) or dataset,
             dataset_split="test",
             metric_type="accuracy" if key != "forgetting" else "forgetting",
             metric_name=f"{heading} (%)",
@@ -194,7 +200,7 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, files: Adapter
     title = (type(config).__doc__ or "").splitlines()[0].rstrip(".")
     classes, tasks = config.num_labels or len(config.state.classes), len(config.state.tasks)
     sections = [
-        f"# {name.split('/')[-1]}",
+        f"# {markdown_text(name.split('/')[-1])}",
         "A prompt pool for a frozen vision transformer, made with [cl_prompts](https://pypi.org/project/cl-prompts/): "
         f"{classes:,} classes, learned {f'in {tasks} tasks one after the other' if tasks else 'without tasks'}. At test "
         "nobody has to say which task an image is from.",
@@ -211,7 +217,7 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     state, declared = config.state, files.tensors
     parts = sizes_of_parts(declared)
     base = hub_base(config)
-    kind = (config.auto_mapping or {}).get("base_model_class", "vision transformer")
+    kind = markdown_text((config.auto_mapping or {}).get("base_model_class", "vision transformer"))
     shape = f"{kind}, {state.base_layers} blocks, width {state.base_width}"
     papers = ", ".join(f"[{paper.split('/')[-1]}]({paper})" for paper in config.papers)
     numbers = sum(part["numbers"] for part in parts.values())
@@ -222,17 +228,29 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         "Base model": f"[{base}](https://huggingface.co/{base}) ({shape})" if base else f"not on the Hub ({shape})",
         "Answers with": f"{config.head} head on the {readout} feature",
         "Adapter": f"{numbers:,} numbers, {size}: "
-        + ", ".join(f"{part} {sizes['numbers']:,}" for part, sizes in parts.items()),
+        + ", ".join(f"{markdown_text(part)} {sizes['numbers']:,}" for part, sizes in parts.items()),
     }
     if record is not None and record.trainable:
         facts["Trained in the last task"] = f"{next(iter(record.trainable.values())):,} parameters"
     statistics = {n: d for n, d in declared.items() if ".classifier." in n and n.rpartition(".")[2] not in NO_STATISTICS}
     if statistics:
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
-        facts["Statistics of the training images' features in it"] = f"{held} (means, covariances or sums; no images)"
-    known = " ".join(license.split())[:100] if isinstance(license, str) else ""
+        each = in_bytes(_bytes_per_class(statistics))
+        facts["Statistics of the training images' features in it"] = (
+            f"{held}, {each} for each class (means, covariances or sums; no images)"
+        )
+    known = markdown_text(license) if isinstance(license, str) else ""
     facts["License"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
+
+
+def _bytes_per_class(statistics: Mapping[str, Declared]) -> int:
+    """Bytes of the tensors with a row for each Gaussian or a column for each class, for one of them."""
+    parts = {name.rpartition(".")[2]: tensor for name, tensor in statistics.items()}
+    if "mean" not in parts:  # the sums [M, C] of the ridge head
+        return sum(8 * tensor.shape[0] for name, tensor in parts.items() if name == "sums")
+    rows = {name: t for name, t in parts.items() if name != "spread" or len(t.shape) > 2}
+    return sum(math.prod(t.shape[1:]) * (8 if name == "count" else 4) for name, t in rows.items())
 
 
 def in_bytes(size: int) -> str:
@@ -250,7 +268,7 @@ pip install cl-prompts
 ```python
 from cl_prompts import PromptPoolPipeline
 
-classify = PromptPoolPipeline.from_pretrained("{name}")
+classify = PromptPoolPipeline.from_pretrained({json.dumps(plain_text(name))})
 print(classify("image.jpg", top_k=3))  # [{{"label": ..., "score": ...}}, ...]
 ```
 
@@ -259,23 +277,26 @@ As a model, to go on training (`begin_task` adds classes) or inside your own cod
 ```python
 from cl_prompts import AutoPromptPoolModel
 
-model = AutoPromptPoolModel.from_pretrained("{name}", is_trainable=True)
+model = AutoPromptPoolModel.from_pretrained({json.dumps(plain_text(name))}, is_trainable=True)
 print(model.classes)  # the ids that the columns of the logits stand for
 ```"""
 
 
 def _figures(record: RunRecord, folder: Path) -> str:
     seed = record.seed or 0
-    results = [Result(name, matrix, seed, record.trainable.get(name)) for name, matrix in record.results.items()]
+    shown = list(record.results.items())[:LEARNERS_SHOWN]
+    results = [Result(name, matrix, seed, record.trainable.get(name)) for name, matrix in shown]
     first = next(iter(record.results.values()))
-    plots = [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob(PICTURES))]
+    pictures = sorted(folder.glob(PICTURES))[:PICTURES_SHOWN]
+    plots = [f"![{markdown_text(plot.stem)}]({quote(plot.name)})" for plot in pictures]
+    few = len(first.columns) <= MATRIX_TASKS
     sections = [
         "## What it reaches",
         LEGEND,
         comparison_table(results),
         remarks(results),
-        "Accuracy on each task, in percent:",
-        matrix_table(first),
+        "Accuracy on each task, in percent:" if few else f"The accuracy on each task is in `{RESULTS_FILE}`.",
+        matrix_table(first) if few else "",
         "\n".join(plots),
     ]
     return "\n\n".join(filter(None, sections))
@@ -284,14 +305,16 @@ def _figures(record: RunRecord, folder: Path) -> str:
 def _tasks(config: PromptPoolConfig) -> str:
     if not config.state.tasks:
         return ""
+    tasks = config.state.tasks
     lines = [
-        f"{number}. {_names(task, config.state.class_names)}" for number, task in enumerate(config.state.tasks, start=1)
+        f"{number}. {_names(task, config.state.class_names)}" for number, task in enumerate(tasks[:TASKS_SHOWN], start=1)
     ]
-    return "## Tasks, in order\n\n" + "\n".join(lines)
+    more = [f"\nand {len(tasks) - TASKS_SHOWN:,} more tasks."] if len(tasks) > TASKS_SHOWN else []
+    return "## Tasks, in order\n\n" + "\n".join(lines + more)
 
 
 def _names(task: Sequence[int], names: dict[str, str]) -> str:
-    shown = [names.get(str(c), f"class {c}") for c in task[:CLASSES_SHOWN]]
+    shown = [markdown_text(names.get(str(c), f"class {c}")) for c in task[:CLASSES_SHOWN]]
     return ", ".join(shown) + (f" and {len(task) - CLASSES_SHOWN} more" if len(task) > CLASSES_SHOWN else "")
 
 
@@ -303,11 +326,12 @@ def _training(record: RunRecord) -> str:
         "machine": record.machine,
         "written": record.written,
     }
-    settings = "\n".join(f"- {name}: `{json.dumps(value)}`" for name, value in record.settings.items())
+    shown = list(record.settings.items())[:SETTINGS_SHOWN]
+    settings = "\n".join(f"- {markdown_text(name)}: {markdown_code(json.dumps(value), 300)}" for name, value in shown)
     sections = [
         "## Training",
-        "\n".join(f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")),
-        f"```sh\n{record.command}\n```" if record.command else "",
+        "\n".join(f"- {name}: {markdown_text(value, 300)}" for name, value in facts.items() if value not in (None, "")),
+        markdown_block(record.command, "sh") if record.command else "",
         f"<details><summary>All settings</summary>\n\n{settings}\n\n</details>" if settings else "",
     ]
     return "\n\n".join(filter(None, sections))

@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoImageProcessor, ImageProcessingMixin
+from transformers import AutoImageProcessor
 
-from cl_prompts.runtime.text import first_line
+from cl_prompts.runtime.text import first_line, short_repr
+from cl_prompts.storage.bounded_read import MAX_BASE_CONFIG_BYTES, MAX_PROCESSOR_BYTES, read_json_object
+from cl_prompts.storage.file_source import FileSource
+from cl_prompts.storage.hub_errors import HubError
 
 
-PROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE, BASE_CONFIG = "preprocessor_config.json", "config.json"
 # transformers loads any class of its own that the file names; only these are image processors.
 CLASS_NAME = re.compile(r"(?!Auto)\w+(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 LARGEST = 4096  # pixels
 
 
-def load_processor(source: str | os.PathLike[str], **hub: Any) -> Any:
-    """The image processor of a folder or Hub id; no code from there is run.
+def load_processor(place: FileSource) -> Any:
+    """The image processor that a `preprocessor_config.json` describes; no code beside it is run.
+
+    transformers gets a folder with this file and the base's model type alone: it would follow others.
 
     Args:
-        source: folder or Hub id that holds `preprocessor_config.json`.
-        hub: `revision`, `token` and the like, for the Hub.
+        place: where the file lies, and perhaps the `config.json` of a base.
 
     Raises:
-        ValueError: there is none, or it names no image processor of transformers.
+        ValueError: there is none, it is damaged, or it names no image processor of transformers.
+        cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
-    if not source:
-        raise ValueError(f"the adapter has no {PROCESSOR_FILE}, and its base model no name: pass image_processor=")
     try:
-        declared = ImageProcessingMixin.get_image_processor_dict(source, **hub)[0]
+        path = place.fetch(PROCESSOR_FILE, MAX_PROCESSOR_BYTES)
+        if path is None:
+            raise ValueError(f"it has no {PROCESSOR_FILE}")
+        declared = read_json_object(path, MAX_PROCESSOR_BYTES)
         kind = declared.get("image_processor_type") or declared.get("feature_extractor_type")
-        if kind is not None and not CLASS_NAME.fullmatch(kind):
-            raise ValueError(f"{kind!r} is no image processor")
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **hub)
+        if kind is not None and not (isinstance(kind, str) and CLASS_NAME.fullmatch(kind)):
+            raise ValueError(f"{short_repr(kind)} is no image processor")
+        with tempfile.TemporaryDirectory(prefix="cl_prompts-processor-") as room:
+            declared.pop("auto_map", None)
+            Path(room, PROCESSOR_FILE).write_text(json.dumps(declared))
+            if kind is None:  # files of old versions: the class follows from the base's
+                model_type = _model_type(place)
+                if not isinstance(model_type, str):
+                    raise ValueError("it names no image processor of transformers; custom code is never run")
+                Path(room, BASE_CONFIG).write_text(json.dumps({"model_type": model_type}))
+            return AutoImageProcessor.from_pretrained(room, trust_remote_code=False, local_files_only=True)
+    except HubError:
+        raise
     except Exception as error:  # values of an untrusted file may make any code fail
-        raise ValueError(f"no image processor in {source} ({first_line(error)}): pass image_processor=") from error
+        raise ValueError(f"no image processor in {place.name} ({first_line(error)}): pass image_processor=") from error
+
+
+def _model_type(place: FileSource) -> Any:
+    path = place.fetch(BASE_CONFIG, MAX_BASE_CONFIG_BYTES)
+    return None if path is None else read_json_object(path, MAX_BASE_CONFIG_BYTES).get("model_type")
 
 
 def check_processor(processor: Any, image_size: list[int] | None, *, any_size: bool = False) -> None:
@@ -55,7 +78,7 @@ def check_processor(processor: Any, image_size: list[int] | None, *, any_size: b
         for name in ("size", "crop_size", "pad_size"):
             declared = dict(getattr(processor, name, None) or {})
             if max([0, *declared.values()]) > LARGEST:
-                raise ValueError(f"its {name} is {declared}, more than {LARGEST} pixels are refused")
+                raise ValueError(f"its {name} is {short_repr(declared)}, more than {LARGEST} pixels are refused")
         # Not square, so that a processor that keeps proportions is found.
         made, turned = (
             processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"] for size in ((48, 64), (64, 48))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cl_prompts.methods import PromptPoolConfig
-from cl_prompts.sharing.run_record import MAX_RESULTS_BYTES, RESULTS_FILE, RunRecord
+from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import AdapterState
+from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES
 from cl_prompts.storage.integrity import Declared
 
 

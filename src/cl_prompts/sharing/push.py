@@ -12,11 +12,14 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 
 from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.sharing.base_files import base_file_names
 from cl_prompts.sharing.base_models import BASE_FOLDER, load_base
 from cl_prompts.sharing.card import CARD_FILE, PICTURES, hub_base, known_run, write_card
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE
 from cl_prompts.sharing.run_record import RESULTS_FILE
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
+from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, read_json_object
+from cl_prompts.storage.file_source import FileSource
 from cl_prompts.storage.hub_errors import HubError, explain_hub_errors
 from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
 
@@ -101,8 +104,11 @@ def _stage(files: AdapterFiles, stage: Path, base: str | None) -> None:
     if files.were_replaced():
         raise ValueError(f"{folder} was saved while it was copied: push it again")
     if base is None and (folder / BASE_FOLDER).is_dir():
-        shutil.copytree(folder / BASE_FOLDER, stage / BASE_FOLDER)
-    content = json.loads((stage / CONFIG_FILE).read_text())
+        (stage / BASE_FOLDER).mkdir()
+        place = FileSource(str(folder / BASE_FOLDER), folder / BASE_FOLDER)
+        for name in base_file_names(place):
+            shutil.copy2(folder / BASE_FOLDER / name, stage / BASE_FOLDER / name)
+    content = read_json_object(stage / CONFIG_FILE, MAX_CONFIG_BYTES)
     if content.get("base_model_name_or_path") != base:
         content |= {"base_model_name_or_path": base, "revision": None}
     (stage / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True))

@@ -16,10 +16,10 @@ from cl_prompts.evaluation.report import machine
 from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
+from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES, read_json_object
 
 
 RESULTS_FILE = "results.json"
-MAX_RESULTS_BYTES = 4 * 2**20  # more than a thousand tasks
 
 
 @dataclass
@@ -100,14 +100,12 @@ class RunRecord:
             ValueError: it is none, is damaged, or is larger than any record.
         """
         try:
-            if os.path.getsize(path) > MAX_RESULTS_BYTES:
-                raise ValueError(f"it has more than {MAX_RESULTS_BYTES:,} bytes")
-            content = json.loads(Path(path).read_bytes())
+            content = read_json_object(Path(path), MAX_RESULTS_BYTES)
             results = {str(name): AccuracyMatrix.from_dict(values) for name, values in content.pop("results").items()}
             known = {name: value for name, value in content.items() if name in _KINDS and value is not None}
             wrong = [name for name, value in known.items() if not _is_of_its_kind(name, value)]
             if wrong:
-                raise ValueError(f"{wrong} have values of another kind")
+                raise ValueError(f"{wrong} have values of another kind or size")
             return cls(results, **known)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} holds no results ({first_line(error)}): remove it, or write it again") from error
@@ -125,13 +123,18 @@ _KINDS: dict[str, Any] = {
     "written": str,
     "weights_sha256": str,
 }
-_INNER_KINDS: dict[str, type] = {"datasets": str, "trainable": int}
+LARGEST_NUMBER = 2**63 - 1
 
 
 def _is_of_its_kind(name: str, value: Any) -> bool:
-    if name not in _INNER_KINDS or not isinstance(value, _KINDS[name]):
-        return isinstance(value, _KINDS[name])
-    return all(isinstance(part, _INNER_KINDS[name]) for part in (value.values() if isinstance(value, dict) else value))
+    """Whether a value can be shown: of its field's type, and numbers from 0 to `LARGEST_NUMBER`."""
+    if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
+        return False
+    if isinstance(value, (int, float)):
+        return 0 <= value <= LARGEST_NUMBER
+    if name == "trainable":
+        return all(type(part) is int and 0 <= part <= LARGEST_NUMBER for part in value.values())
+    return name != "datasets" or all(isinstance(part, str) for part in value)
 
 
 def without_places(value: Any) -> Any:

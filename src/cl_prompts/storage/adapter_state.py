@@ -15,6 +15,8 @@ FORMAT_VERSION = 1
 _OF_A_CALL = ("pixel_values", "labels", "query", "sample_ids", "num_items_in_batch")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PRECISION = re.compile(r"[\w.+]{1,100}", re.ASCII)
+POOLINGS = ("cls", "mean", "pooler")
+MAX_CHANNELS = 1024
 _VERSION = re.compile(r"\d[\w.+!]{0,40}", re.ASCII)
 _KINDS: dict[str, type] = {
     "written_by": str,
@@ -49,6 +51,10 @@ def is_base_argument(name: Any, value: Any) -> bool:
     if not isinstance(name, str) or name in _OF_A_CALL or name.startswith(("output_", "return_")):
         return False
     return type(value) in (bool, int, float) or (isinstance(value, str) and len(value) <= 100)
+
+
+def _are_numbers(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_CHANNELS and all(type(x) in kinds for x in value)
 
 
 @dataclass
@@ -138,15 +144,24 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and type(value) is not kind:
                 raise ValueError(f"`state.{name}` must be {kind.__name__} or null, got {short_repr(value)}")
+        if state.pooling not in (None, *POOLINGS):
+            raise ValueError(f"`state.pooling` must be one of {list(POOLINGS)} or null, got {short_repr(state.pooling)}")
         if state.base_precision is not None and not _PRECISION.fullmatch(state.base_precision):
             raise ValueError(
                 "`state.base_precision` must name kinds of numbers, like 'bfloat16', got "
                 f"{short_repr(state.base_precision)}"
             )
-        for name in ("image_size", "image_mean", "image_std"):
+        for name in ("base_width", "base_layers", "base_heads"):
             value = getattr(state, name)
-            if value is not None and not (isinstance(value, list) and all(type(x) in (int, float) for x in value)):
-                raise ValueError(f"`state.{name}` must be a list of numbers or null, got {short_repr(value)}")
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"`state.{name}` must be from 1 to 2**31 - 1 or null, got {short_repr(value)}")
+        size = state.image_size
+        if size is not None and not (_are_numbers(size, int) and len(size) == 2 and all(1 <= x < 2**31 for x in size)):
+            raise ValueError(f"`state.image_size` must be height and width in pixels or null, got {short_repr(size)}")
+        for name in ("image_mean", "image_std"):
+            value = getattr(state, name)
+            if value is not None and not (_are_numbers(value, int, float) and all(abs(x) <= 1e6 for x in value)):
+                raise ValueError(f"`state.{name}` must be a number for each channel or null, got {short_repr(value)}")
         return state
 
     @property

@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from cl_prompts.runtime.text import short_repr
+
 
 class HubError(OSError):
     """The Hub cannot be reached, refuses, or lacks the repository or file; the message says what to do."""
@@ -39,7 +41,7 @@ def explain_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[No
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is neither a folder nor a Hub id like 'name/pool'") from error
+        raise ValueError(f"{short_repr(repo_id)} is neither a folder nor a Hub id like 'name/pool'") from error
     except LocalEntryNotFoundError as error:
         raise HubError(_unreachable(f"{repo_id} is not in the cache")) from error
     except (RemoteEntryNotFoundError, EntryNotFoundError):
@@ -82,4 +84,4 @@ def _refused(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
         return f"{repo_id} was changed or created by somebody else at the same time: look at it, then try again"
     if status == 429 or status >= 500:
         return f"the Hub is busy or down (status {status}), nothing was changed: try again later"
-    return f"the Hub refused {repo_id} (status {status}): {error.server_message or 'no reason given'}"
+    return f"the Hub refused {repo_id} (status {status}): {short_repr(error.server_message or 'no reason given')}"

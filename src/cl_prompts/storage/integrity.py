@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cl_prompts.runtime.text import short_repr
+from cl_prompts.runtime.text import first_line, short_repr
+from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, check_bounded, read_json_object
 
 
 PEFT_TYPE = "PROMPT_POOL"
@@ -22,8 +22,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SAVED_PREFIX = "base_model.pools.prompt_pool."  # of the adapter's own tensors in a file
 CLASSES_SUFFIX = "tasks._extra_state"  # of the tensor with the classes; files of earlier versions have none
-MAX_HEADER_BYTES = 2**20  # of a safetensors file: some eight thousand tensors
-MAX_CONFIG_BYTES = 8 * 2**20  # a hundred thousand classes with their names
 
 
 class Declared(NamedTuple):
@@ -57,23 +55,26 @@ def declared_tensors(path: Path) -> Mapping[str, Declared]:
     """What the header of a safetensors file declares, by name; no tensor is read.
 
     Raises:
-        ValueError: the file is truncated or no safetensors file, or declares more tensors than any adapter has.
+        ValueError: it is no regular file, truncated, no safetensors file, or declares more tensors than any adapter has.
     """
+    size = check_bounded(path, None)
     with path.open("rb") as start:
         length = int.from_bytes(start.read(8), "little")
-    if MAX_HEADER_BYTES < length <= path.stat().st_size:
+    if MAX_HEADER_BYTES < length <= size:
         raise ValueError(f"{path} has a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}: it is no adapter's")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
             return {name: Declared(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch or save it again") from error
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({first_line(error)}): fetch or save it again"
+        ) from error
 
 
 def check_config_size(path: Path) -> None:
     """Raise ValueError if a config file is larger than `MAX_CONFIG_BYTES`, the most that is read."""
-    size = path.stat().st_size
+    size = check_bounded(path, None)
     if size > MAX_CONFIG_BYTES:
         raise ValueError(
             f"{path} has {size:,} bytes, a config at most {MAX_CONFIG_BYTES:,}: shorten its class names if it is yours"
@@ -87,16 +88,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ValueError: it is too large, truncated, no JSON, or of another method of PEFT.
     """
     check_config_size(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or no JSON ({error}): fetch or save it again") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
+    content = read_json_object(path, MAX_CONFIG_BYTES)
+    kind = content.get("peft_type")
     if kind != PEFT_TYPE:
         raise ValueError(
             f"{path} has peft_type {short_repr(kind)}, not {PEFT_TYPE!r}: it is no prompt pool; load it with PEFT"
         )
-    return dict(content)
+    return content
 
 
 def check_shapes(found: Mapping[str, Tensor | Declared], expected: Mapping[str, Tensor]) -> None:

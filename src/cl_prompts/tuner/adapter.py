@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cl_prompts.heads import AlignedClassifier, build_classifier
+from cl_prompts.heads import AlignedClassifier, FeatureClassifier, build_classifier
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.running_gaussians import RunningGaussians
 from cl_prompts.interfaces import BackboneShape
@@ -127,6 +127,7 @@ class PoolAdapter(nn.Module):
         task = self.tasks.plan_task(classes, revisit, class_names)
         if self.classifier is not None:
             self.classifier.check_statistics()
+            self._check_room(self.classifier, len(task.classes))
         if 1 in (len(task.classes), len(self.classes)):
             self.check_one_class()
         # All checks passed; from here on the state changes.
@@ -153,6 +154,19 @@ class PoolAdapter(nn.Module):
                 f"a task of one class is learned against the features of earlier classes, {short_repr(self.classes)}, and "
                 "this adapter was saved without their statistics: save with save_statistics=True in its config, or use "
                 'head="discriminant", which always saves them'
+            )
+
+    def _check_room(self, classifier: FeatureClassifier, classes: int) -> None:
+        """Raise ValueError if the statistics of further `classes` would exceed `max_adapter_bytes`."""
+        tensors = [*self.parameters(), *self.buffers()]
+        size = sum(t.numel() * t.element_size() for t in tensors) + classifier.bytes_to_answer + classifier.bytes_to_learn
+        size += classes * classifier.bytes_per_class
+        limit = self.config.max_adapter_bytes
+        if size > limit:
+            raise ValueError(
+                f"with {classes} more classes of {classifier.bytes_per_class:,} bytes of statistics each the adapter would "
+                f"take {size:,} bytes, more than max_adapter_bytes={limit:,}: choose a smaller covariance_rank or "
+                'class_covariance="shared", or raise that limit'
             )
 
     def end_task(self) -> None:

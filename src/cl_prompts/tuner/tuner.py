@@ -42,6 +42,8 @@ from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter,
 
 SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # what PEFT's tuners switch on and off
 
+ALIGNMENT = 64  # bytes, of the tensors that torch allocates on the CPU
+
 
 class PromptPoolTuner(TaskAPI, BaseTuner):
     """PEFT's tuner for prompt pools. It owns the adapters of one model; the base model stays frozen and in eval mode.
@@ -361,7 +363,12 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         sha256, config.state.weights_sha256 = config.state.weights_sha256, None
         check_tensors(actual, expected, sha256 if config.verify else None)
         known = {classes: expected[classes]} | state_dict  # files of earlier versions do not have the classes
-        renamed = {name.replace(".prompt_pool.", infix): tensor for name, tensor in known.items()}
+        # A tensor of a file may begin at any address, where kernels round differently; with `low_cpu_mem_usage` it becomes
+        # the adapter's own, and training would differ in the last bit.
+        renamed = {
+            name.replace(".prompt_pool.", infix): tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+            for name, tensor in known.items()
+        }
         return with_quantized_entries(renamed, model)
 
 

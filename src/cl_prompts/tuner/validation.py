@@ -16,7 +16,7 @@ from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.checks import check_wrapper
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.distributed import world_size
-from cl_prompts.runtime.text import first_line, short_repr
+from cl_prompts.runtime.text import first_line, plain_text, short_repr
 from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
 from cl_prompts.tuner.adapter import PoolAdapter
 
@@ -89,8 +89,8 @@ def check_base(config: PromptPoolConfig, model: nn.Module, structure: Structure,
         )
     elif actual is not None and expected is not None:
         text = (
-            f"the adapter was trained on a base with fingerprint {expected[:12]}, this one has {actual[:12]}: same shape, "
-            f"other weights. Load {_base_named(config)}"
+            f"the adapter was trained on a base with fingerprint {plain_text(expected[:12])}, this one has {actual[:12]}: "
+            f"same shape, other weights. Load {_base_named(config)}"
         )
     elif config.strict_base and expected is not None:
         raise ValueError("strict_base=True, but the weights of this base cannot be read and compared: load it in memory")
@@ -133,8 +133,9 @@ def planned_adapter(config: PromptPoolConfig, shape: BackboneShape, pooling: str
                 planned = PoolAdapter(config, shape, pooling)
             tensors = [*planned.parameters(), *planned.buffers()]
             size = sum(t.numel() * t.element_size() for t in tensors)
-            if planned.classifier is not None and not config.inference_mode:
-                size += planned.classifier.bytes_to_learn
+            if planned.classifier is not None:
+                size += planned.classifier.bytes_to_answer
+                size += 0 if config.inference_mode else planned.classifier.bytes_to_learn
         except (RuntimeError, OverflowError, TypeError) as error:  # torch raises all three for sizes beyond int64
             reason = first_line(error)
             raise ValueError(f"the config implies tensors of impossible size ({reason}): choose smaller values") from error

@@ -1,12 +1,14 @@
 """A folder of un-prompted features that runs share: safetensors files, each named by its cache key.
 
-Files are memory-mapped when read, so that processes share the pages. They are written under a temporary name and renamed.
-Of several writers of one key the last one wins; all write the same content.
+Files are read into memory: each process holds 4 bytes per number, as in the run that computed them. A file that were mapped
+could be cut off in place, which kills the process, or overwritten in place, which changes the features unseen. Files are
+written under a temporary name and renamed. Of several writers of one key the last one wins; all write the same content.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -14,10 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_prompts.storage.bounded_read import check_bounded
 from cl_prompts.storage.staging import staging_folder
 
 
@@ -59,19 +62,17 @@ class QueryCache:
         return self.folder / f"{key}.safetensors"
 
     def read(self, key: str) -> Tensor | None:
-        """The table [rows, D] float32 of a key, memory-mapped; None if there is no file or it is damaged."""
+        """The table [rows, D] float32 of a key, in memory; None if there is no file or it is damaged."""
         path = self.path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                table: Tensor = file.get_tensor(FEATURES)
+            metadata, table = _read_table(path)
             if metadata.get("key") != key:
                 raise ValueError("it is that of other images or of another model")
-            if table.dtype != torch.float32 or table.dim() != 2 or metadata.get("sha256") != _sha256(table):
+            if metadata.get("sha256") != _sha256(table):
                 raise ValueError("its numbers do not match their checksum")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             self.say(f"query cache: {path} cannot be used ({error}) and is computed again")
             return None
         with suppress(OSError):  # not permitted if another user owns the file
@@ -108,6 +109,33 @@ class QueryCache:
             if path != kept:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _read_table(path: Path) -> tuple[dict[str, str], Tensor]:
+    """Metadata and table of a file, read into memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file, or none that `QueryCache.write` wrote.
+    """
+    size = check_bounded(path, None)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(HEADER, size):
+            raise ValueError("it is truncated or no safetensors file")
+        header = json.loads(file.read(length))
+        try:
+            metadata, declared = dict(header["__metadata__"]), header[FEATURES]
+            rows, width = declared["shape"]
+            whole = declared["dtype"] == "F32" and min(rows, width) >= 0 and 8 + length + 4 * rows * width == size
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("its header is not that of a table of features") from error
+        if not whole:
+            raise ValueError("it is truncated, or no table of float32")
+        table = torch.empty(rows, width)
+        if file.readinto(table.view(-1).numpy().data) != table.nbytes:
+            raise ValueError("it was truncated while it was read")
+    return metadata, table
 
 
 def _sha256(table: Tensor) -> str:

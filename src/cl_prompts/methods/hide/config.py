@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cl_prompts.methods.config import LAYER_INITS
-from cl_prompts.methods.shared.field_checks import check_layers, choice, not_negative, positive, positive_number
+from cl_prompts.methods.shared.field_checks import check_layers, choice, not_negative, positive, scales_logits
 from cl_prompts.methods.shared.task_inference_config import TaskInferenceConfig
 
 
@@ -52,7 +52,7 @@ class HiDePromptConfig(TaskInferenceConfig):
         choice(self, "prompt_init", LAYER_INITS)
         choice(self, "task_init", ("previous", "fresh"))
         not_negative(self, "prompt_momentum", "contrastive_weight")
-        positive_number(self, "temperature")
+        scales_logits(self, "temperature")
         if self.prompt_momentum > 1:
             raise ValueError(f"prompt_momentum={self.prompt_momentum} must lie in [0, 1]: 0 uses no earlier prompts")
         if self.readout == "cls_mean":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cl_prompts.methods.config import INITS
-from cl_prompts.methods.shared.field_checks import check_layers, choice, not_negative, positive, positive_number
+from cl_prompts.methods.shared.field_checks import check_layers, choice, not_negative, positive, scales_logits
 from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig
 
 
@@ -57,5 +57,5 @@ class LayerGroupedPromptConfig(PrefixPromptConfig):
             check_layers(self)
         for name in ("prompt_init", "generator_init", "position_init", "key_init"):
             choice(self, name, INITS)
-        positive_number(self, "temperature")
+        scales_logits(self, "temperature")
         not_negative(self, "pull_coefficient")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from cl_prompts.runtime.text import short_repr
+
+
+LARGEST = 1e30  # of a number that tensors are multiplied with; float32 ends at 3.4e38
 
 
 def choice(config: Any, name: str, options: tuple[str, ...]) -> None:
@@ -38,19 +40,27 @@ def kind(config: Any, expected: type, called: str, *names: str) -> None:
 
 
 def not_negative(config: Any, *names: str) -> None:
-    """The fields are finite numbers of at least 0."""
+    """The fields are numbers from 0 to `LARGEST`."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-            raise ValueError(f"{name}={short_repr(value)} must be a finite number of at least 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
+            raise ValueError(f"{name}={short_repr(value)} must be a finite number of at least 0 (and at most {LARGEST:g})")
 
 
-def positive_number(config: Any, *names: str) -> None:
-    """The fields are finite numbers above 0."""
+def positive_number(config: Any, *names: str, smallest: float = 1 / LARGEST, largest: float = LARGEST) -> None:
+    """The fields are numbers above 0, from `smallest` to `largest`."""
     not_negative(config, *names)
     for name in names:
-        if getattr(config, name) == 0:
+        value = getattr(config, name)
+        if value == 0:
             raise ValueError(f"{name}=0 must be larger than 0")
+        if not smallest <= value <= largest:
+            raise ValueError(f"{name}={short_repr(value)} must be from {smallest:g} to {largest:g}")
+
+
+def scales_logits(config: Any, *names: str) -> None:
+    """The fields multiply or divide logits: numbers above 0 for which the logits stay finite in float32."""
+    positive_number(config, *names, smallest=1e-6, largest=1e6)
 
 
 def check_top_k(config: Any) -> None:

@@ -11,7 +11,7 @@ from cl_prompts.methods.shared.field_checks import (
     choice,
     not_negative,
     positive,
-    positive_number,
+    scales_logits,
     splits_in_two,
 )
 from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig
@@ -56,5 +56,5 @@ class VQPromptConfig(PrefixPromptConfig):
         check_layers(self)
         choice(self, "prompt_init", LAYER_INITS)
         choice(self, "key_init", INITS)
-        positive_number(self, "temperature")
+        scales_logits(self, "temperature")
         not_negative(self, "soft_to_hard_weight", "hard_to_soft_weight")

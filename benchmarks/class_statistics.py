@@ -1,0 +1,85 @@
+"""Size, time and peak memory of a discriminant head's class statistics.
+
+    python benchmarks/class_statistics.py --classes 20 100 1000 --kinds low_rank full
+
+For each row a new process fits tasks of random features of width 768, and answers. The adapter is the
+statistics and a trained head; it is not written.
+Peaks are what the process holds beyond its memory before the first fit, the images' features included.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from cl_prompts.evaluation.report import machine
+from cl_prompts.heads import DiscriminantClassifier
+
+
+def peak() -> float:
+    """Largest memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def measure(classes: int, kind: str, width: int, images: int, task: int) -> str:
+    """A row of the table."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    torch.linalg.eigh(torch.linalg.cholesky(torch.eye(64, dtype=torch.float64)))  # loads the libraries
+    classifier = DiscriminantClassifier(width, kind=kind, drift="none")
+    start, seconds = peak(), 0.0
+    for first in range(0, classes, task):
+        own = list(range(first, min(first + task, classes)))
+        targets = torch.tensor(own).repeat_interleave(images)
+        features = torch.randn(len(targets), width, generator=generator)
+        classifier.begin_task(own)
+        begun = time.perf_counter()
+        classifier.fit(features, targets)
+        seconds = time.perf_counter() - begun
+    fitted = peak() - start
+    classifier.load_state_dict(classifier.state_dict())  # forgets what was computed at the fit
+    seen = torch.randn(1, width, generator=generator)
+    with torch.no_grad():
+        begun = time.perf_counter()
+        classifier(seen)
+        first_answer = time.perf_counter() - begun
+        begun = time.perf_counter()
+        for _ in range(5):
+            classifier(seen)
+        answer = (time.perf_counter() - begun) / 5
+    answered = peak() - start
+    size = (
+        sum(t.numel() * t.element_size() for t in classifier.state_dict().values()) / 1e6 + 4 * classes * (width + 1) / 1e6
+    )
+    numbers = f"{size:.1f} | {fitted:.0f} | {answered:.0f} | {seconds:.2f} | {first_answer:.2f} | {1e3 * answer:.1f}"
+    return f"| {kind}, {classes:,} classes | {numbers} |"
+
+
+def main() -> None:
+    """Print a table with a row per kind and number of classes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[20, 100, 1000])
+    parser.add_argument("--kinds", nargs="+", default=["low_rank", "full"])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--images", type=int, default=100, help="images of a class")
+    parser.add_argument("--task", type=int, default=10, help="classes of a task")
+    parser.add_argument("--one", action="store_true", help="measure in this process")
+    options = parser.parse_args()
+    if options.one:
+        print(measure(options.classes[0], options.kinds[0], options.width, options.images, options.task), flush=True)
+        return
+    print(f"{machine()}\n")
+    print("| statistics | adapter, MB | peak of fits, MB | and answers, MB | last fit, s | first answer, s | answer, ms |")
+    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    fixed = ["--width", str(options.width), "--images", str(options.images), "--task", str(options.task), "--one"]
+    for kind in options.kinds:
+        for classes in options.classes:
+            command = [sys.executable, __file__, "--classes", str(classes), "--kinds", kind, *fixed]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

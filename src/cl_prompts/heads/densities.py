@@ -1,0 +1,126 @@
+"""Log densities of Gaussians, up to a term that is the same for all, from terms that are computed once.
+
+Features are taken relative to the mean of the class means, so that float32 is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FullDensities:
+    """log N(x; mean_c, S_c) for R Gaussians with covariances of their own, or one for all.
+
+    Args:
+        center: mean of the means [D].
+        precisions: [R, D, D], or [1, D, D] for one covariance.
+        linear: [R, D].
+        constant: [R].
+    """
+
+    center: Tensor
+    precisions: Tensor
+    linear: Tensor
+    constant: Tensor
+
+    @classmethod
+    def of(cls, means: Tensor, covariances: Iterable[Tensor]) -> FullDensities:
+        """Compute the terms; no more than one covariance is held in float64.
+
+        Args:
+            means: float64 [R, D].
+            covariances: float64 [D, D] each, or one for all.
+
+        Raises:
+            torch.linalg.LinAlgError: a covariance cannot be inverted.
+        """
+        center = means.mean(0)
+        means = means - center
+        precisions, linear, volumes = [], [], []
+        for row, covariance in enumerate(covariances):
+            root = torch.linalg.cholesky(covariance)
+            precision = torch.cholesky_inverse(root)
+            precisions.append(precision.float())
+            linear.append(means[row] @ precision)
+            volumes.append(root.diagonal().log().sum())
+        own = means @ precision if len(precisions) == 1 else torch.stack(linear)
+        constant = -0.5 * (own * means).sum(1) - torch.stack(volumes)
+        return cls(center.float(), torch.stack(precisions), own.float(), constant.float())
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Log densities [B, R] of features [B, D]."""
+        x = features - self.center
+        quadratic = torch.einsum("bd,rde,be->br", x, self.precisions, x) if self.precisions.shape[0] > 1 else 0.0
+        return x @ self.linear.T + self.constant - 0.5 * quadratic
+
+
+@dataclass(frozen=True)
+class LowRankDensities:
+    """log N(x; mean_c, share_c * P + own * F_c'F_c) for R Gaussians, by Woodbury's identity.
+
+    With z = x L'^-1 for P = L L', the distance is |z - m|^2 / share - |G (z - m)|^2, where the rows of G are orthogonal.
+    It takes B * D^2 + B * R * (r + 1) * D products, and no more memory than the factors.
+
+    Args:
+        center: mean of the means [D].
+        whiten: L'^-1 [D, D].
+        shares: [R].
+        means: m / share [R, D].
+        directions: G of all Gaussians [R * r, D].
+        offsets: G m [R * r].
+        constant: [R].
+    """
+
+    center: Tensor
+    whiten: Tensor
+    shares: Tensor
+    means: Tensor
+    directions: Tensor
+    offsets: Tensor
+    constant: Tensor
+
+    @classmethod
+    def of(cls, means: Tensor, pooled: Tensor, shares: Tensor, factors: Tensor, own: float) -> LowRankDensities:
+        """Compute the terms.
+
+        Args:
+            means: float64 [R, D].
+            pooled: P, float64 [D, D].
+            shares: float64 [R].
+            factors: F_c, float32 [R, r, D].
+            own: weight of F_c'F_c.
+
+        Raises:
+            torch.linalg.LinAlgError: P cannot be inverted.
+        """
+        center = means.mean(0)
+        root = torch.linalg.cholesky(pooled)
+        whiten = torch.linalg.inv(root).T.contiguous()
+        scaled = ((means - center) @ whiten).float()
+        directions, volumes = torch.empty_like(factors), torch.empty_like(shares)
+        for row, factor in enumerate(factors):  # one after another: all of them in float64 would take twice their memory
+            share = float(shares[row])
+            relative = factor.double() @ whiten
+            values, vectors = torch.linalg.eigh(relative @ relative.T)
+            stretched = 1 + own * values.clamp_min(0) / share
+            weights = (own / stretched).sqrt() / share
+            directions[row] = (weights[:, None] * (vectors.T @ relative)).float()
+            volumes[row] = 0.5 * stretched.log().sum()
+        volumes += 0.5 * means.shape[1] * shares.log()
+        short = shares.float()
+        constant = -0.5 * scaled.square().sum(1) / short - volumes.float()
+        offsets = torch.einsum("rkd,rd->rk", directions, scaled).flatten()
+        return cls(
+            center.float(), whiten.float(), short, scaled / short[:, None], directions.flatten(0, 1), offsets, constant
+        )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Log densities [B, R] of features [B, D]."""
+        z = (features - self.center) @ self.whiten
+        along = (z @ self.directions.T - self.offsets).square().unflatten(1, (len(self.shares), -1)).sum(2)
+        return z @ self.means.T - 0.5 * z.square().sum(1, keepdim=True) / self.shares + self.constant + 0.5 * along

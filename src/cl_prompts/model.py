@@ -12,11 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import kept_offloaded
@@ -27,22 +22,18 @@ from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.arguments import refuse_unknown
 from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
 from cl_prompts.storage.file_source import HUB_KEYWORDS
-from cl_prompts.storage.integrity import PEFT_TYPE, WEIGHTS_FILE, digest_file
+from cl_prompts.storage.integrity import WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter
+from cl_prompts.tuner.registration import register_peft_type
 from cl_prompts.tuner.task_api import TaskAPI
-from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
 if TYPE_CHECKING:
     from cl_prompts.sharing.run_record import RunRecord
 
 
-# PEFT's own register_peft_method needs an entry in its enum; string types are supported in the mappings themselves.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PromptPoolConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PromptPoolTuner
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PromptPoolTuner.prefix
-
+register_peft_type()
 
 _PEFT_SAVES = threading.Lock()  # PEFT changes fields of the configs during a save
 
@@ -303,7 +294,8 @@ class PromptPoolModel(TaskAPI, PeftModel):
         Raises:
             ValueError: there are several names, or no adapter has that name.
         """
-        super().set_adapter(chosen_adapter(adapter_name, self.peft_config), inference_mode)
+        frozen = {"inference_mode": True} if inference_mode else {}  # PEFT 0.18 does not know the argument
+        super().set_adapter(chosen_adapter(adapter_name, self.peft_config), **frozen)
 
     def _load_files(self, files: AdapterFiles, adapter_name: str, is_trainable: bool, **kwargs: Any) -> Any:
         new = adapter_name not in self.peft_config

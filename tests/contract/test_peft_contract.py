@@ -28,6 +28,7 @@ from cl_prompts import (
     PromptPoolOutput,
     get_prompt_pool_model,
 )
+from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +226,11 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         base.add_adapter(L2PConfig())
     assert all(p.requires_grad for p in base.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+
+def test_a_tuner_without_a_model_is_refused() -> None:
+    """As `inject_adapter_in_model` of PEFT before 0.21 makes it; later versions refuse by themselves."""
+    base = build("vit")
+    with pytest.raises(ValueError, match="use `get_peft_model` instead"):
+        PromptPoolTuner(base, L2PConfig(), "default")
+    assert all(p.requires_grad for p in base.parameters())

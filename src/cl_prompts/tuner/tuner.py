@@ -73,6 +73,8 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         check_is_model(model)
+        if not isinstance(peft_config, dict):  # `inject_adapter_in_model` of PEFT before 0.21, which drops the tuner
+            raise ValueError("a prompt pool cannot be injected into the base alone: use `get_peft_model` instead")
         if isinstance(model, PeftModel):
             raise TypeError(f"the base is a {type(model).__name__}: pass model.get_base_model(), its LoRA stays inside")
         # Adapters of other kinds inside the base (LoRA) are part of it: switching pools leaves them as they are.

@@ -8,6 +8,7 @@ give other batches, and processes with different numbers of images. Each epoch o
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,9 @@ from cl_prompts.continual.streams.loading import (
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.runtime.images import UnreadableImage
+
+
+_INTERLEAVES_SHARDS = "max_buffer_input_shards" in inspect.signature(IterableDataset.shuffle).parameters
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,10 @@ class IterableStream(Stream):
         source = self.train_sources[task.number]
         if self.buffer_size:
             random = np.random.default_rng([seed, task.number, epoch])
-            # One shard at a time: datasets 5.2 sleeps for five seconds after a pass over interleaved shards.
-            source = source.shuffle(generator=random, buffer_size=self.buffer_size, max_buffer_input_shards=1)
+            # One shard at a time: datasets 5.2 sleeps for five seconds after a pass over interleaved shards. Older
+            # versions do nothing else.
+            one_shard = {"max_buffer_input_shards": 1} if _INTERLEAVES_SHARDS else {}
+            source = source.shuffle(generator=random, buffer_size=self.buffer_size, **one_shard)
         images = StreamedImages(
             self,
             source,

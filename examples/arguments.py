@@ -38,10 +38,12 @@ class Arguments:
     """Settings of a run besides those of its trainer, `ContinualArguments`.
 
     A recipe overrides the defaults; the command line overrides the recipe. Without output_dir the results folder is
-    results/<recipe>-<method>-seed<seed>.
+    results/<recipe>-<method>-seed<seed>, or results/<dataset>-<method>-seed<seed> if no recipe is named.
     """
 
-    recipe: str = setting("digits", "name in examples/recipes, or a YAML file")
+    recipe: str | None = setting(
+        None, "name in examples/recipes, or a YAML file; default: digits, or photos if --dataset names other images"
+    )
     resume: bool = setting(False, "continue the run in the results folder from its last checkpoint")
 
     model: str = setting(str(HERE / "micro_vit"), "Hub id or folder of a vision transformer")
@@ -109,10 +111,8 @@ def read_arguments(line: Sequence[str] | None = None) -> tuple[Arguments, Contin
     first, unknown_words = parser.parse_known_args(words)
     if unknown_words:
         sys.exit(f"no such arguments: {unknown_words}; --help lists them all")
-    path = Path(first.recipe) if first.recipe.endswith((".yaml", ".yml")) else RECIPES / f"{first.recipe}.yaml"
-    if not path.is_file():
-        sys.exit(f"no recipe {first.recipe!r}: choose one of {known_recipes()} or name a YAML file")
-    settings = yaml.safe_load(path.read_text()) or {}
+    path = recipe_file(first)
+    settings = read_recipe(path)
     unknown = sorted(set(settings) - {f.name for kind in (Arguments, ContinualArguments) for f in fields(kind)})
     if unknown:
         sys.exit(f"{path} sets {unknown}, which are no arguments of this script")
@@ -130,12 +130,38 @@ def read_arguments(line: Sequence[str] | None = None) -> tuple[Arguments, Contin
     training = validated(
         lambda: replace(
             training,
-            output_dir=training.output_dir or f"results/{path.stem}-{arguments.method}-seed{training.seed}",
+            output_dir=training.output_dir or f"results/{run_name(arguments, path)}-{arguments.method}-seed{training.seed}",
             **{name: {**key_values(name, value), **getattr(training, name)} for name, value in options.items()},
         )
     )
     check(arguments, training)
     return arguments, training
+
+
+def recipe_file(arguments: Arguments) -> Path:
+    """The recipe that is named, or that for the data set if none is. Exits with a message if there is none."""
+    name = arguments.recipe or ("digits" if arguments.dataset == ["digits"] else "photos")
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        sys.exit(f"no recipe {name!r}: choose one of {known_recipes()} or name a YAML file")
+    return path
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe. Exits with a message if the file is no mapping in YAML."""
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"{path} cannot be read as YAML: {' '.join(str(error).split())}")
+    if not isinstance(settings, dict):
+        sys.exit(f"{path} holds no settings: write lines like 'method: l2p'")
+    return settings
+
+
+def run_name(arguments: Arguments, recipe: Path) -> str:
+    """First part of the results folder's name: the recipe, or the data sets if no recipe is named."""
+    names = [Path(name).name.replace(":", "-") for name in arguments.dataset]
+    return recipe.stem if arguments.recipe or names == ["digits"] else "-".join(names)
 
 
 def add_help(parser: HfArgumentParser, settings: type) -> None:

@@ -14,7 +14,8 @@ adapter. The table also has baselines on features of the untrained backbone, whi
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,15 @@ def main() -> None:
         sys.exit(f"{error.strerror} (resume with --resume)")
 
 
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Exit with the message of an error that settings or data cause."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(" ".join(str(error).split()))
+
+
 def run(args: Arguments, training: ContinualArguments, accelerator: Accelerator, started: float) -> None:
     """Run with these settings; the process has `started` at this value of `time.perf_counter`."""
     folder, seed = folder_of(training), training.seed
@@ -196,9 +206,10 @@ def run(args: Arguments, training: ContinualArguments, accelerator: Accelerator,
         return
 
     set_seed(seed)
-    processor = AutoImageProcessor.from_pretrained(args.model)
-    stream = build_stream(args, processor, seed)
-    learner = build_learner(args, stream, seed)
+    with mistakes_in_one_line():
+        processor = AutoImageProcessor.from_pretrained(args.model)
+        stream = build_stream(args, processor, seed)
+        learner = build_learner(args, stream, seed)
     if args.shard_backbone:
         shard_frozen_blocks(learner.to(accelerator.device))
     facts = {"stream": stream.fingerprint(), "learner": learner.fingerprint(), "processes": accelerator.num_processes}

@@ -97,11 +97,7 @@ class Baseline(nn.Module):
             self.head.expand(self.classes, self.classes)
 
     def number(self, name: str, value: float) -> float:
-        """Check that the `value` of setting `name` is a non-negative number, and note it among the options.
-
-        Raises:
-            ValueError: it is not.
-        """
+        """Note the `value` of setting `name` among the options. Raise ValueError if it is no non-negative number."""
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} must be a non-negative number")
         self.options[name] = value
@@ -146,11 +142,7 @@ class Baseline(nn.Module):
         """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
     def check_one_class(self) -> None:
-        """Check that a task of one class can be learned.
-
-        Raises:
-            ValueError: the cross entropy would see that class only.
-        """
+        """Raise ValueError if a task of one class cannot be learned: the cross entropy would see that class only."""
         if self.class_mask == "task":
             mend = 'set it to "none", or use "ncm" or a baseline with a memory, like "er"'
             raise ValueError(f'{self.name!r} learns nothing from a task of one class with class_mask="task": {mend}')
@@ -161,6 +153,11 @@ class Baseline(nn.Module):
     def classes(self) -> list[int]:
         """Known class ids, in the order of the logits."""
         return self.tasks.classes
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks that have begun; 0 without tasks."""
+        return len(self.tasks.state.tasks)
 
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None

@@ -64,9 +64,14 @@ class TrainerCallback:
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar over the steps of each task with images/s and loss, and a line with the accuracies after the task."""
+    """A progress bar over the steps of each task with images/s and loss, and a line with the accuracies after the task.
 
-    def __init__(self) -> None:
+    Args:
+        accuracies: whether to print the accuracies.
+    """
+
+    def __init__(self, *, accuracies: bool = True) -> None:
+        self.accuracies = accuracies
         self.bar: Any = None
 
     def on_epoch_begin(self, state: TrainerState, task: Task, epoch: int) -> None:
@@ -90,6 +95,8 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if not self.accuracies:
+            return
         row = " ".join(f"{e.accuracy:5.1f}" for e in evaluations)
         average = state.matrix.curve()[-1]
         PartialState().print(f"after task {len(evaluations)}: average {average:5.1f} %   by task: {row}")

@@ -8,6 +8,7 @@ from accelerate import DistributedType
 
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.streams.indexed import IndexedStream
+from cl_prompts.continual.streams.scenarios import ClassIncrementalStream
 from cl_prompts.continual.streams.stream import Stream
 from cl_prompts.learner.protocol import Learner
 
@@ -36,6 +37,11 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
         raise ValueError(
             'class_mask="task" hides the classes of rehearsed images from the loss: set class_mask="none" in the config'
         )
+    known = sorted({c for task in stream.tasks for c in task.classes} & set(model.classes)) if model.num_tasks else []
+    if known and isinstance(stream, ClassIncrementalStream):
+        raise ValueError(f"the learner knows the classes {known[:10]} already: leave them out of the stream")
+    if model.num_tasks and len(classifiers):
+        raise ValueError("extra classifiers cannot be fitted to the classes of earlier runs: leave them out")
     if stream.task_free and classifiers:
         raise ValueError("extra classifiers are fitted after each task, and this stream has no tasks: leave them out")
     if stream.task_free and args.num_train_epochs != 1:

@@ -1,7 +1,4 @@
-"""The trainer: learns a stream of tasks on one or many devices with Accelerate, and resumes a killed run.
-
-Models implement `cl_prompts.learner.protocol.Learner`, as prompt pools and baselines do.
-"""
+"""The trainer: a `Learner` learns a stream of tasks, on one or many devices with Accelerate. A killed run is resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ class ContinualTrainer:
     """Trains a model task after task and evaluates it after each task on all tasks seen.
 
     Args:
-        model: a `PromptPoolModel` or a baseline, not wrapped.
+        model: a `PromptPoolModel` or a baseline, not wrapped. It may have learned other tasks before.
         stream: the stream.
         args: settings.
         accelerator: Accelerate's accelerator; None: a new one with `args.mixed_precision`.
@@ -59,6 +56,7 @@ class ContinualTrainer:
         evaluations: results of the last evaluation, one entry per task seen.
         memory: the rehearsal memory; None without rehearsal.
         extra_classifiers: the classifiers and their accuracies.
+        earlier_tasks: number of tasks that the learner knew before this run.
 
     Raises:
         ValueError: the settings do not fit the model or the stream.
@@ -76,15 +74,14 @@ class ContinualTrainer:
         classifiers: Mapping[str, FeatureClassifier] | None = None,
     ) -> None:
         self.model, self.stream, self.args = model, stream, args
+        self.earlier_tasks = model.num_tasks
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.log = JsonlTracker(self.folder) if self.folder else None
         self.accelerator = accelerator or Accelerator(mixed_precision=args.mixed_precision, project_dir=self.folder)
         check_engine(self.accelerator.distributed_type)
         self.accelerator.log_with = [*trackers, *([self.log] if self.log else [])]
-        self.callbacks = list(callbacks)
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None
-        self.matrix = AccuracyMatrix()
-        self.progress = Progress()
+        self.callbacks, self.matrix, self.progress = list(callbacks), AccuracyMatrix(), Progress()
         self.evaluations: list[Evaluation] = []
         self.memory: RehearsalMemory | None = None
         if args.rehearses:
@@ -94,9 +91,7 @@ class ContinualTrainer:
         self.model.to(self.accelerator.device)
         self.feature_provider = FeatureProvider(model, stream, args, self.accelerator)
         self.replay = Replay(self.memory, model, stream, self.feature_provider)
-        self._started = time.perf_counter()
         self._steps_per_epoch = 0  # of the current task; 0 outside training
-        self._throughput = Throughput()
         check_run(model, stream, args, self.extra_classifiers.classifiers)
 
     # ---- the run -----------------------------------------------------------------------------------------------------
@@ -159,7 +154,8 @@ class ContinualTrainer:
         before = dict(self.model.named_parameters()) if self.args.keep_optimizer else {}
         if not resumed:
             self._begin(task)
-        if self.model.trains_task(task.number) and any(p.requires_grad for p in self.model.parameters()):
+        number = self.earlier_tasks + task.number
+        if self.model.trains_task(number) and any(p.requires_grad for p in self.model.parameters()):
             optimizer = self.optimizer if resumed else None
             self._train(task, optimizer or self._next_optimizer(before))
         self._finish(task)
@@ -172,14 +168,15 @@ class ContinualTrainer:
         model = self.model
         if self.args.forward_transfer and task.number and set(task.classes) <= set(model.classes):
             self.matrix.before[task.number] = self._evaluate(task, extra=False).accuracy
-        if task.number:
+        if self.earlier_tasks + task.number:
             with self.feature_provider.eval_mode():
                 if model.needs_features_before:
                     model.record_features(self.feature_provider.task_images(task))
                 if self.extra_classifiers.needs_before:
                     self.extra_classifiers.record(self.feature_provider.task_images(task))
         if not self.stream.task_free:
-            model.begin_task(task.classes, revisit=task.revisit, class_names=self.stream.class_names(task.classes))
+            revisit = task.revisit or self.earlier_tasks > 0
+            model.begin_task(task.classes, revisit=revisit, class_names=self.stream.class_names(task.classes))
         self.replay.begin_task(task)
         if self.args.forward_transfer and not task.number and not model.closed_form:
             known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]
@@ -307,6 +304,7 @@ class ContinualTrainer:
                 self.accelerator.device,
                 task=task.number,
                 tasks=[t.classes for t in self.stream.tasks],
+                earlier_tasks=self.earlier_tasks,
                 classifiers=self.extra_classifiers.classifiers if extra else None,
             )
 

@@ -49,6 +49,7 @@ def evaluate(
     *,
     task: int | None = None,
     tasks: Sequence[Sequence[int]] | None = None,
+    earlier_tasks: int = 0,
     classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Evaluation:
     """Evaluate a model on images.
@@ -60,6 +61,7 @@ def evaluate(
         device: the model's device.
         task: number of the images' task, for the measures that need it; None: these are None.
         tasks: class ids of each task of the stream; needed with `task`.
+        earlier_tasks: number of tasks that the model learned before those of the stream.
         classifiers: extra classifiers by name: functions features [B, D], float32 -> logits [B, C], same columns.
 
     Raises:
@@ -92,7 +94,7 @@ def evaluate(
             by_prompts = model.chosen_tasks(output)
             if by_prompts is not None:
                 counts["choices"] += by_prompts[real].numel()
-                counts["task_identity"] += (by_prompts[real] == task).sum()
+                counts["task_identity"] += (by_prompts[real] == earlier_tasks + task).sum()
         for name, classifier in classifiers.items():
             own_logits = _checked(_classified(classifier, output.features, name), ids, f"classifier {name!r}")
             further[name] += ((ids[own_logits.argmax(1)] == labels) & real).sum()

@@ -37,6 +37,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def num_tasks(self) -> int:
+        """Number of tasks that have begun; 0 without tasks."""
+        ...
+
+    @property
     def class_mask(self) -> str:
         """Which logits the training loss sees: "task" (those of the current task), "batch" or "none" (all)."""
         ...

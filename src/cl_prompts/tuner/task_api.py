@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class TaskAPI:
         peft_config: configs by adapter name.
         active_adapters: names; the first one is used by the forward.
         set_requires_grad: PEFT's method, which sets `requires_grad` of the parameters of an adapter.
+        replay: how stored images join training: "mixed" into the batches.
+        needs_memory: whether stored images are needed.
     """
 
     model: nn.Module
@@ -51,6 +53,8 @@ class TaskAPI:
     peft_config: Any
     active_adapters: Any
     set_requires_grad: Any
+    replay: ClassVar[Replay] = "mixed"
+    needs_memory: ClassVar[bool] = False
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -76,6 +80,11 @@ class TaskAPI:
         return self.adapter.classes
 
     @property
+    def num_tasks(self) -> int:
+        """Number of tasks that have begun; 0 without tasks."""
+        return len(self.adapter.config.state.tasks)
+
+    @property
     def class_mask(self) -> str:
         """Logits that the training loss uses: the config's `class_mask`."""
         return self.adapter.config.class_mask
@@ -99,16 +108,6 @@ class TaskAPI:
     def query_pooling(self) -> str:
         """Feature that the un-prompted pass returns: "cls", "mean", "cls_mean" or "pooler"."""
         return self.adapter.query_pooling
-
-    @property
-    def replay(self) -> Replay:
-        """How stored images join training: always "mixed" into the batches."""
-        return "mixed"
-
-    @property
-    def needs_memory(self) -> bool:
-        """Whether stored images are needed: always False."""
-        return False
 
     @property
     def needs_features_before(self) -> bool:

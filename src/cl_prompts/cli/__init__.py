@@ -1,4 +1,4 @@
-"""The command `cl-prompts`: predict, inspect, push. An error is printed as one line on stderr, with exit code 1."""
+"""The command `cl-prompts`. An error is printed as one line on stderr, with exit code 1."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
@@ -18,6 +20,7 @@ from cl_prompts.runtime.images import MAX_PIXELS
 from cl_prompts.runtime.text import LONGEST_NAME, terminal_text
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.push import push_folder
+from cl_prompts.version import __version__
 
 
 # Errors of input, files, network, devices and memory. Any other error is a bug and is shown with its traceback.
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cl-prompts", description="Prompt pools for frozen vision transformers.")
+    parser.add_argument("--version", action="version", version=f"cl-prompts {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", help="the most likely classes of images")
@@ -66,10 +70,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--device", metavar="D", help="like cpu, cuda or mps (default: cpu)")
 
+    learn = commands.add_parser("learn", help="teach an adapter new classes from a folder of images, as its next task")
+    learn.set_defaults(run=_learn)
+    learn.add_argument("folder", metavar="FOLDER", help="has a folder of images for each new class, or those of one class")
+    learn.add_argument("--output", metavar="DIR", help="of the new adapter (default: ADAPTER-FOLDER)")
+    learn.add_argument("--check", metavar="FOLDER", help="images of known and new classes to measure the accuracy on")
+    learn.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: as in its training)")
+    learn.add_argument("--batch-size", type=int, metavar="N", help="images of a step (default: as in its training)")
+    learn.add_argument("--learning-rate", type=float, metavar="R", help="(default: as in its training)")
+    learn.add_argument("--seed", type=int, default=0, metavar="N", help="of orders and new values (default: %(default)s)")
+
+    evaluate = commands.add_parser("evaluate", help="accuracy on a folder that has a folder of images for each class")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("folder", metavar="FOLDER", help="its folders are named like the adapter's classes")
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
+    for command in (learn, evaluate):
+        command.add_argument("--adapter", required=True, metavar="ID", help="folder or Hub id")
+        command.add_argument("--base", metavar="ID", help="base model instead of the one the adapter names")
+        command.add_argument("--device", metavar="D", help="like cpu, cuda or mps (default: cpu)")
+
     inspect = commands.add_parser("inspect", help="method, tasks, classes, sizes and figures; no base model is loaded")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("adapter", metavar="ID", help="folder or Hub id")
-    for command in (predict, inspect):
+    for command in (predict, learn, evaluate, inspect):
         command.add_argument("--revision", metavar="R", help="branch, tag or commit of the adapter on the Hub")
         command.add_argument("--json", action="store_true", help="for programs: one JSON object for each image or adapter")
 
@@ -93,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.top_k < 1:
         raise ValueError(f"--batch-size {args.batch_size} and --top-k {args.top_k} must be at least 1")
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    _quiet_transformers()
     pipe = PromptPoolPipeline.from_pretrained(
         args.adapter,
         base=args.base,
@@ -121,6 +142,71 @@ def _predict(args: argparse.Namespace) -> int:
                 for a in answer:
                     print(terminal_text(f"{name}  {a['score']:6.1%}  {terminal_text(a['label'], LONGEST_NAME)}"))
     return int(failed)
+
+
+def _learn(args: argparse.Namespace) -> int:
+    from cl_prompts.cli.learn import learn  # imports the trainer, which other commands do not need
+
+    _quiet_transformers()
+    name = Path(args.adapter).resolve().name if Path(args.adapter).exists() else args.adapter.rpartition("/")[2]
+    folder = args.output or f"{name}-{Path(args.folder).resolve().name}"
+    settings = {"num_train_epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
+    done = learn(
+        args.folder,
+        args.adapter,
+        folder,
+        check=args.check,
+        base=args.base,
+        revision=args.revision,
+        device=args.device,
+        settings=settings | {"seed": args.seed},
+    )
+    if args.json:
+        print(json.dumps(asdict(done), default=str))
+        return 0
+    print(terminal_text(f"knew {len(done.known)} classes: {_listed(done.known)}"))
+    print(terminal_text(f"learned {len(done.new)} from {done.images} images in {done.seconds:.0f} s: {_listed(done.new)}"))
+    if done.known_before is not None:
+        print(f"accuracy on known classes: {done.known_after:.1f} % ({done.known_before:.1f} % before)")
+    if done.new_after is not None:
+        print(f"accuracy on new classes: {done.new_after:.1f} %")
+    print(terminal_text(f"adapter in {done.folder}"))
+    return 0
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [terminal_text(name, LONGEST_NAME) for name in names[:10]]
+    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from cl_prompts.cli.labeled_images import count_correct, list_images, percent
+
+    _quiet_transformers()
+    images = list_images(args.folder)
+    pipe = PromptPoolPipeline.from_pretrained(
+        args.adapter, base=args.base, revision=args.revision, batch_size=args.batch_size, device=args.device
+    )
+    strange = sorted(set(images) - {str(name) for name in pipe.model.adapter.tasks.id2label.values()})
+    if strange:
+        raise ValueError(f"the adapter knows no classes {strange[:10]}: name folders as `cl-prompts inspect` names classes")
+    correct = count_correct(pipe, images)
+    accuracy = percent(correct, images, list(images))
+    by_class = {name: percent(correct, images, [name]) for name in images}
+    number = sum(map(len, images.values()))
+    if args.json:
+        print(json.dumps({"accuracy": accuracy, "images": number, "by_class": by_class}))
+        return 0
+    print(f"accuracy {accuracy:.1f} % on {number} images of {len(images)} classes")
+    for name, value in by_class.items():
+        print(terminal_text(f"  {value:5.1f} %  {terminal_text(name, LONGEST_NAME)} ({len(images[name])} images)"))
+    return 0
+
+
+def _quiet_transformers() -> None:
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -125,6 +125,14 @@ def _(_: Namespace) -> None:
         picture(number).save(f"{name}.jpg")
 
 
+@given("photos", "check")
+def _(_: Namespace) -> None:
+    for folder, count in (("photos/kingfisher", 4), ("photos/heron", 4), (f"check/{BIRDS[0]}", 1)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            picture(number).save(f"{folder}/{number}.jpg")
+
+
 @given("stream")
 def _(_: Namespace) -> Any:
     """Two tasks of two classes, each with batches like those of a DataLoader."""

@@ -97,7 +97,11 @@ class Baseline(nn.Module):
             self.head.expand(self.classes, self.classes)
 
     def number(self, name: str, value: float) -> float:
-        """Note the `value` of setting `name` among the options. Raise ValueError if it is no non-negative number."""
+        """Note the `value` of setting `name` among the options.
+
+        Raises:
+            ValueError: it is no non-negative number.
+        """
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} must be a non-negative number")
         self.options[name] = value
@@ -142,7 +146,11 @@ class Baseline(nn.Module):
         """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
     def check_one_class(self) -> None:
-        """Raise ValueError if a task of one class cannot be learned: the cross entropy would see that class only."""
+        """Check that a task of one class can be learned.
+
+        Raises:
+            ValueError: the cross entropy would see that class only.
+        """
         if self.class_mask == "task":
             mend = 'set it to "none", or use "ncm" or a baseline with a memory, like "er"'
             raise ValueError(f'{self.name!r} learns nothing from a task of one class with class_mask="task": {mend}')
@@ -206,11 +214,8 @@ class Baseline(nn.Module):
         if unknown:
             raise ValueError(f"no parameter group is called {unknown}: there are base and head")
         groups = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
-        return [
-            {"name": name, "params": params, "lr": learning_rates.get(name, learning_rate)}
-            for name, params in groups.items()
-            if params
-        ]
+        rates = dict.fromkeys(parts, learning_rate) | learning_rates
+        return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups.items() if params]
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Announce the `optimizer` that trains the task, after every `begin_task`.
@@ -387,11 +392,9 @@ class Baseline(nn.Module):
         self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
-        """Save as `learner.json` and `learner.safetensors`, for `load_baseline`. The folder is replaced as a whole.
+        """Save as `learner.json` and `learner.safetensors`, for `load_baseline`.
 
-        Args:
-            save_directory: folder to write.
-            is_main_process: only the main process writes.
+        The folder `save_directory` is replaced as a whole, by the process with `is_main_process`.
         """
         if is_main_process:
             write_files(save_directory, self.name, self.options, self.training_state_dict())

@@ -36,29 +36,25 @@ def test_the_readmes_commands_in_order(photos: Path, tmp_path: Path, monkeypatch
     first, second = readme_runs()
     assert first == []
     places = {"google/vit-base-patch16-224-in21k": str(ROOT / "examples" / "micro_vit"), "path/to/images": str(photos)}
-    words = [
-        places.get(word, "2" if before == "--tasks" else word) for before, word in zip(["", *second], second, strict=False)
-    ]
+    words = [places.get(word, word) for word in second]
+    words[words.index("--tasks") + 1] = "2"
     assert [word for word in words if word.startswith("--")] == ["--model", "--dataset", "--tasks"]
     for line in (QUICK, [*words, *QUICK]):
         monkeypatch.setattr(sys, "argv", ["train_cil.py", *line])
         main()
-    runs = {
-        folder.name: yaml.safe_load((folder / "run.json").read_text())["arguments"] for folder in Path("results").iterdir()
-    }
-    assert set(runs) == {"digits-hash-seed0", "my photos-hash-seed0"}
-    assert all((Path("results") / name / "results.json").is_file() for name in runs)
+    complete = {folder.name for folder in Path("results").iterdir() if (folder / "results.json").is_file()}
+    assert complete == {"digits-hash-seed0", "my photos-hash-seed0"}
 
 
 def test_images_without_a_recipe_take_the_settings_for_photographs(photos: Path) -> None:
     recipe = yaml.safe_load((ROOT / "examples" / "recipes" / "photos.yaml").read_text())
     assert "dataset" not in recipe, "it is for images that the user names"
-    arguments, training = read_arguments(["--dataset", str(photos)])
+    _, training = read_arguments(["--dataset", str(photos)])
     assert (training.num_train_epochs, training.batch_size) == (recipe["num_train_epochs"], recipe["batch_size"])
     assert training.output_dir == "results/my photos-hash-seed0"
-    several, training = read_arguments(["--dataset", "a/birds:small", "b/cars", "--scenario", "datasets", "--seed", "3"])
+    _, training = read_arguments(["--dataset", "a/birds:small", "b/cars", "--scenario", "datasets", "--seed", "3"])
     assert training.output_dir == "results/birds-small-cars-hash-seed3"
-    arguments, training = read_arguments(["--dataset", str(photos), "--recipe", "digits"])
+    _, training = read_arguments(["--dataset", str(photos), "--recipe", "digits"])
     assert training.output_dir == "results/digits-hash-seed0"
     assert read_arguments([])[1].output_dir == "results/digits-hash-seed0"
 
@@ -86,7 +82,12 @@ def test_a_mistake_is_one_line(case: str, photos: Path, tmp_path: Path, monkeypa
     Path("list.yaml").write_text("- method")
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
     words, message = MISTAKES[case]
-    line = [*([] if "--dataset" in words else ["--dataset", str(photos)]), *words, *QUICK]
+    line = [
+        *([] if "--dataset" in words else ["--dataset", str(photos)]),
+        *([] if "--tasks" in words else ["--tasks", "2"]),
+        *words,
+        *QUICK,
+    ]
     monkeypatch.setattr(sys, "argv", ["train_cil.py", *line])
     with pytest.raises(SystemExit) as stopped:
         main()

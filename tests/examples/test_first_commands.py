@@ -14,7 +14,7 @@ from support.example_runs import few_digits
 from train_cil import main
 
 
-QUICK = ["--num_train_epochs", "1", "--batch_size", "8"]
+QUICK = ["--num_train_epochs", "1", "--batch_size", "64"]
 
 
 @pytest.fixture

@@ -1,0 +1,97 @@
+"""Run part of the tests with other versions of the libraries below ours, and print a table.
+
+    python tools/version_matrix.py                # all rows; some minutes each on two cores
+    python tools/version_matrix.py oldest         # one row
+
+Each row has a virtual environment of its own, in a folder that is removed afterwards, with the versions of constraints.txt
+except for those that the row names. A row that cannot be installed is a row of the table, too.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = (
+    "tests/contract/test_peft_contract.py",
+    "tests/backbones/test_backbones.py",
+    "tests/methods/test_every_method.py",
+    "tests/continual/test_iterable_streams.py",
+    "tests/sharing/test_hub.py",
+)
+OLDEST = {
+    "transformers": "5.10.4",
+    "peft": "0.18.1",
+    "accelerate": "1.10.1",
+    "datasets": "4.4.2",
+    "huggingface_hub": "1.31.0",
+}
+ROWS: dict[str, dict[str, str]] = {
+    "pinned": {},
+    "transformers 5.24": {"transformers": "5.24.0"},
+    "transformers 5.17": {"transformers": "5.17.0", "huggingface_hub": "1.31.0"},
+    "transformers 5.10": {"transformers": "5.10.4", "huggingface_hub": "1.31.0"},
+    "peft 0.20": {"peft": "0.20.0"},
+    "peft 0.18": {"peft": "0.18.1"},
+    "accelerate 1.10": {"accelerate": "1.10.1"},
+    "datasets 4.4": {"datasets": "4.4.2", "huggingface_hub": "1.31.0", "transformers": "5.17.0"},
+    "oldest": OLDEST,
+}
+# Pins that follow from others; left to pip where a row names another version of something.
+FOLLOWING = ("tokenizers", "huggingface_hub", "fsspec", "pyarrow", "gradio", "filelock")
+
+
+def main() -> None:
+    """Run the rows that are named and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help=f"default: all; {', '.join(ROWS)}")
+    names = parser.parse_args().rows or list(ROWS)
+    unknown = sorted(set(names) - set(ROWS))
+    if unknown:
+        sys.exit(f"no rows {unknown}: choose among {', '.join(ROWS)}")
+    print("| row | passed | failed |\n|---|---:|---:|")
+    failed = []
+    for name in names:
+        passed, broken, said = run_row(ROWS[name])
+        print(f"| {name} | {passed} | {broken} |", flush=True)
+        if broken or not passed:
+            failed.append(f"{name}:\n{said}")
+    sys.exit("\n\n".join(failed))
+
+
+def run_row(versions: dict[str, str]) -> tuple[int, int, str]:
+    """Numbers of tests that passed and failed with these versions, and the end of what was printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = str(Path(folder, "bin", "python"))
+        constraints = Path(folder, "constraints.txt")
+        constraints.write_text(constraints_of(versions))
+        install = [python, "-m", "pip", "install", "-q", "-e", ".[test]", "-c", str(constraints)]
+        installed = subprocess.run(install, cwd=ROOT, capture_output=True, text=True, check=False)
+        if installed.returncode:
+            return 0, 0, installed.stderr[-2000:]
+        command = [python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *TESTS]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", lines[-1] if lines else "")}
+    summary = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-10:]
+    return counts.get("passed", 0), counts.get("failed", 0) + counts.get("error", 0), "\n".join(summary)
+
+
+def constraints_of(versions: dict[str, str]) -> str:
+    """constraints.txt with the `versions` of a row, without pins that follow from them."""
+    lines = []
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name = line.partition("==")[0]
+        if name not in versions and not (versions and name in FOLLOWING):
+            lines.append(line)
+    return "\n".join([*lines, *(f"{name}=={version}" for name, version in versions.items())]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

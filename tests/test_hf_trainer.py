@@ -217,3 +217,12 @@ def test_a_compiled_backbone_keeps_its_signature() -> None:
     names = list(inspect.signature(model.get_base_model().forward).parameters)
     model.compile_backbone(backend="eager")
     assert list(inspect.signature(model.get_base_model().forward).parameters) == names
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False}], ids=str)
+def test_the_metric_of_batches(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Trainer hands over the whole evaluation, tensors of a batch at a time, or a list of batches; twice the same."""
+    model = bird_model("coda")
+    run = trainer(PromptPoolTrainer, model, tmp_path, per_device_eval_batch_size=6, **settings)
+    for _ in range(2):
+        assert run.evaluate()["eval_accuracy"] == pytest.approx(own_accuracy(model))

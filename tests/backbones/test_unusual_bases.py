@@ -67,10 +67,10 @@ def int8(kind: type[Int8] = Int8) -> Any:
     return model
 
 
-def dynamic() -> Any:
+def dynamic(dtype: torch.dtype = torch.qint8) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but used
-        return torch.ao.quantization.quantize_dynamic(build("vit"), {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(build("vit"), {nn.Linear}, dtype=dtype)
 
 
 def device_mapped(folder: Path) -> Any:
@@ -87,6 +87,7 @@ BASES: dict[str, Callable[[Path], Any]] = {
     "int8 tensors": lambda folder: int8(),
     "int8 tensors that only dequantize": lambda folder: int8(OnlyDequantize),
     "dynamically quantized": lambda folder: dynamic(),
+    "dynamically quantized to float16": lambda folder: dynamic(torch.float16),
 }
 
 
@@ -180,6 +181,7 @@ def test_names_of_precisions() -> None:
     assert precision(build("vit").half()) == "float16"
     assert precision(int8()).startswith("Int8+")
     assert precision(dynamic()).startswith("qint8+")
+    assert precision(dynamic(torch.float16)) == "dynamic_float16+float32"
 
 
 # ---- bases that cannot run ------------------------------------------------------------------------------------------

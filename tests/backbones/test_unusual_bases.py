@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as T
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel
@@ -219,12 +220,37 @@ def under_inference_mode() -> Any:
         return build("vit")
 
 
+def sharded() -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    base = build("vit")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a single process
+            base.layers[1] = FullyShardedDataParallel(base.layers[1], device_id=torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    return base
+
+
+def traced() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but used
+        return torch.jit.trace(build("vit"), torch.zeros(1, 3, 32, 32), strict=False)
+
+
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(build("vit"), backend="eager"), "compiled .* base._orig_mod.*compile_backbone"),
     "compiled in place": (lambda: compiled_in_place(""), "all of this ViTModel was compiled in place.*compile_backbone"),
     "a block compiled in place": (lambda: compiled_in_place("layers.1"), "layers.1 of this ViTModel was compiled in place"),
     "DataParallel": (lambda: nn.DataParallel(build("vit")), "wrapped in a DataParallel: pass .* base.module"),
+    "a block sharded by FSDP1": (
+        sharded,
+        "layers.1 of this ViTModel is wrapped in a FullyShardedDataParallel.*frozen_blocks",
+    ),
+    "TorchScript": (traced, "the base is a TorchScript module .*: pass the transformers model that it was made from"),
     "no values": (without_values, "on the meta device, without values: load it with from_pretrained"),
     "inference tensors": (under_inference_mode, "nothing can be trained on this ViTModel under torch.inference_mode"),
     "a forward that fails": (failing, r"this ViTModel cannot run as a base.*ZeroDivisionError: division by zero"),

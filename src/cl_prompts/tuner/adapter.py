@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -260,6 +260,13 @@ class PromptPoolLayer(nn.Module, BaseTunerLayer):
     def merged(self) -> bool:
         """Prompts cannot be merged into weights."""
         return False
+
+    def _no_base_layer(self) -> NoReturn:
+        # PEFT's properties would call themselves without end, for example where TorchScript asks for all attributes.
+        raise AttributeError("a prompt pool has no weight and no bias: it replaces no layer of the base")
+
+    weight = property(_no_base_layer)
+    bias = property(_no_base_layer)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         """Set `requires_grad` of frozen pools back to False. PEFT calls it after it has set it to True."""

@@ -11,8 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file
 from support.families import CLASSIFIERS, build
 from support.methods import METHODS
+from support.processes import become, free_port, in_two_processes
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -47,7 +49,7 @@ def bird_model(method: str, wrap: Any = get_prompt_pool_model) -> Any:
 def trainer(kind: type[Trainer], model: Any, folder: Path, more: dict[str, Any] | None = None, **settings: Any) -> Trainer:
     quiet = {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, "report_to": "none"}
     arguments = TrainingArguments(str(folder), **quiet, **{"learning_rate": 2e-2, "num_train_epochs": 2, **settings})
-    return kind(model, arguments, train_dataset=images(32), eval_dataset=images(16, seed=1), **(more or {}))
+    return kind(model, arguments, **{"train_dataset": images(32), "eval_dataset": images(16, seed=1)} | (more or {}))
 
 
 def own_accuracy(model: Any) -> float:
@@ -217,3 +219,54 @@ def test_a_compiled_backbone_keeps_its_signature() -> None:
     names = list(inspect.signature(model.get_base_model().forward).parameters)
     model.compile_backbone(backend="eager")
     assert list(inspect.signature(model.get_base_model().forward).parameters) == names
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False}], ids=str)
+def test_the_metric_of_batches(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Trainer hands over the whole evaluation, tensors of a batch at a time, or a list of batches; twice the same."""
+    model = bird_model("coda")
+    run = trainer(PromptPoolTrainer, model, tmp_path, per_device_eval_batch_size=6, **settings)
+    for _ in range(2):
+        assert run.evaluate()["eval_accuracy"] == pytest.approx(own_accuracy(model))
+
+
+def train_in_one_of_two(rank: int, port: int, folder: Path) -> None:
+    become(rank, port)
+    learn_two_tasks(folder, processes=2)
+
+
+def learn_two_tasks(folder: Path, processes: int) -> None:
+    """Smoothed labels and accumulated micro-batches, in a task of four classes and in one of one class."""
+    model = bird_model("hash")
+    for number, classes in enumerate((CLASSES, [5])):
+        if number:
+            model.end_task()
+            model.begin_task(classes)
+        often = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+        run = trainer(
+            PromptPoolTrainer,
+            model,
+            folder / str(number),
+            {} if not number else {"train_dataset": images(16).map(lambda row: {"labels": torch.tensor(5)})},
+            optim="sgd",
+            metric_for_best_model="accuracy",
+            label_smoothing_factor=0.1,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=4 // processes,
+            per_device_eval_batch_size=4 // processes,
+            **often,
+        )
+        run.train()
+        accuracy_of_run = run.evaluate()["eval_accuracy"]
+        assert accuracy_of_run == pytest.approx(own_accuracy(model))
+        run.accelerator.free_memory()
+    if run.is_world_process_zero():
+        model.save_pretrained(folder / "last")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    learn_two_tasks(tmp_path / "one", 1)
+    in_two_processes(train_in_one_of_two, free_port(), tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "last/adapter_model.safetensors") for name in ("one", "two"))
+    assert_close(two, one, atol=1e-6, rtol=0)

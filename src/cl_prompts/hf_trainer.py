@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,13 +39,26 @@ def accuracy_of(model: Any) -> Callable[[EvalPrediction], dict[str, float]]:
         a function that returns {"accuracy": share of correct answers, from 0 to 1}. Labels of -100 are not counted.
     """
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-        answers = np.asarray(model.classes)[logits.argmax(-1)]
+    counts = torch.zeros(2, dtype=torch.int64)  # right answers and images of the evaluation so far
+
+    def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        logits, labels = _whole(prediction.predictions), _whole(prediction.label_ids)
+        answers = torch.tensor(model.classes)[logits.argmax(-1)]
         counted = labels != IGNORE_INDEX
-        return {"accuracy": float((answers == labels)[counted].mean())}
+        counts.add_(torch.stack([(answers == labels)[counted].sum(), counted.sum()]))
+        if not compute_result:  # with `batch_eval_metrics` a call for each batch, the last of them for the result
+            return {}
+        right, images = counts.tolist()
+        counts.zero_()
+        return {"accuracy": right / max(images, 1)}
 
     return compute_metrics
+
+
+def _whole(values: Any) -> Tensor:
+    """An array or tensor, or a list of those of batches, as one tensor on the CPU."""
+    parts = values if isinstance(values, list) else [values]
+    return torch.cat([torch.as_tensor(part).cpu() for part in parts])
 
 
 class PromptPoolTrainerMixin:

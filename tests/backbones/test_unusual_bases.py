@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as T
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel
@@ -67,10 +68,10 @@ def int8(kind: type[Int8] = Int8) -> Any:
     return model
 
 
-def dynamic() -> Any:
+def dynamic(dtype: torch.dtype = torch.qint8) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but used
-        return torch.ao.quantization.quantize_dynamic(build("vit"), {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(build("vit"), {nn.Linear}, dtype=dtype)
 
 
 def device_mapped(folder: Path) -> Any:
@@ -87,6 +88,7 @@ BASES: dict[str, Callable[[Path], Any]] = {
     "int8 tensors": lambda folder: int8(),
     "int8 tensors that only dequantize": lambda folder: int8(OnlyDequantize),
     "dynamically quantized": lambda folder: dynamic(),
+    "dynamically quantized to float16": lambda folder: dynamic(torch.float16),
 }
 
 
@@ -180,6 +182,7 @@ def test_names_of_precisions() -> None:
     assert precision(build("vit").half()) == "float16"
     assert precision(int8()).startswith("Int8+")
     assert precision(dynamic()).startswith("qint8+")
+    assert precision(dynamic(torch.float16)) == "dynamic_float16+float32"
 
 
 # ---- bases that cannot run ------------------------------------------------------------------------------------------
@@ -217,12 +220,37 @@ def under_inference_mode() -> Any:
         return build("vit")
 
 
+def sharded() -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    base = build("vit")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a single process
+            base.layers[1] = FullyShardedDataParallel(base.layers[1], device_id=torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    return base
+
+
+def traced() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but used
+        return torch.jit.trace(build("vit"), torch.zeros(1, 3, 32, 32), strict=False)
+
+
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(build("vit"), backend="eager"), "compiled .* base._orig_mod.*compile_backbone"),
     "compiled in place": (lambda: compiled_in_place(""), "all of this ViTModel was compiled in place.*compile_backbone"),
     "a block compiled in place": (lambda: compiled_in_place("layers.1"), "layers.1 of this ViTModel was compiled in place"),
     "DataParallel": (lambda: nn.DataParallel(build("vit")), "wrapped in a DataParallel: pass .* base.module"),
+    "a block sharded by FSDP1": (
+        sharded,
+        "layers.1 of this ViTModel is wrapped in a FullyShardedDataParallel.*frozen_blocks",
+    ),
+    "TorchScript": (traced, "the base is a TorchScript module .*: pass the transformers model that it was made from"),
     "no values": (without_values, "on the meta device, without values: load it with from_pretrained"),
     "inference tensors": (under_inference_mode, "nothing can be trained on this ViTModel under torch.inference_mode"),
     "a forward that fails": (failing, r"this ViTModel cannot run as a base.*ZeroDivisionError: division by zero"),

@@ -42,3 +42,12 @@ def test_any_batch_size(method: str) -> None:
     for batch in (2, 5):
         values = inputs("vit", batch, seed=batch)
         torch.testing.assert_close(exported(**values).logits, model(**values).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused() -> None:
+    """Its tracer fails inside the selection of most methods, with errors of its own."""
+    model = learnt(METHODS["none"]())
+    with pytest.raises(ValueError, match=r"cannot trace prompts: use torch\.export\.export"):
+        torch.jit.trace(model, inputs("vit")["pixel_values"], strict=False)
+    assert not any(hasattr(module, "bias") for module in model.modules() if "Pool" in type(module).__name__)

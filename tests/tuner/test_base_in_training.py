@@ -153,6 +153,8 @@ def test_precision_is_remembered(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["state"]["base_precision"] == "bfloat16"
     again = AutoPromptPoolModel.from_pretrained(tmp_path / "adapter", strict_base=True)
     assert again.get_base_model().dtype == torch.bfloat16
+    unchosen = AutoPromptPoolModel.from_pretrained(tmp_path / "adapter", strict_base=True, dtype="auto")
+    assert unchosen.get_base_model().dtype == torch.bfloat16
     assert (
         PromptPoolPipeline.from_pretrained(
             tmp_path / "adapter", base=tmp_path / "base", image_processor=processor(32), strict_base=True

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import set_seed
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from support.families import build
 from support.methods import METHODS, WITH_CLASSIFIER
 from torch import Tensor
@@ -139,6 +140,55 @@ def test_a_loaded_adapter_learns_one_more_class_if_it_has_statistics(tmp_path: P
         else:
             learn(loaded, [3], 1)
             check_answers(loaded)
+
+
+@pytest.mark.parametrize("tasks", [[[0, 1, 2], [3]], [[0], [1, 2]]], ids=str)
+@pytest.mark.parametrize("way", ["file", "state_dict", "peft"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_open_task_goes_on_if_it_has_statistics(saved: bool, way: str, tasks: list[list[int]], tmp_path: Path) -> None:
+    """A checkpoint within a task of one class, or after a first one: refused before a step that would teach nothing."""
+    model = new_model("l2p_prefix", save_statistics=saved)
+    learn(model, tasks[0], 0)
+    model.begin_task(tasks[1])
+    if way == "file":
+        model.save_pretrained(tmp_path)
+        loaded: Any = PromptPoolModel.from_pretrained(build("vit"), tmp_path, is_trainable=True)
+    else:
+        loaded = new_model("l2p_prefix", save_statistics=saved)
+        loaded.begin_task(tasks[0])
+        loaded.end_task()
+        loaded.begin_task(tasks[1])
+        if way == "peft":
+            set_peft_model_state_dict(loaded, get_peft_model_state_dict(model))
+        else:
+            loaded.load_state_dict(model.state_dict())
+    labels = torch.tensor(tasks[1]).repeat_interleave(IMAGES)
+    batches = [rows for _ in range(6) for rows in torch.randperm(len(labels)).split(8)]
+    if saved:
+        train(loaded, labels, batches, 2000)
+        loaded.end_task()
+        check_answers(loaded)
+    else:
+        before = loaded.head.weight.clone()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"of earlier classes.*save_statistics=True"):
+                train(loaded, labels, batches, 2000)
+        assert torch.equal(loaded.head.weight, before)
+        loaded.eval()(pixel_values=pictures([0], 1))
+
+
+def test_a_state_of_this_model_changes_nothing() -> None:
+    """As when transformers.Trainer loads its best checkpoint: the features of its classes are known."""
+    model = new_model("l2p_prefix")
+    learn(model, [0, 1, 2], 0)
+    model.load_state_dict(model.state_dict())
+    learn(model, [3], 1)
+    check_answers(model)
+
+
+def test_one_label_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_labels=1 leaves nothing to tell apart"):
+        L2PConfig(num_labels=1, class_mask="none")
 
 
 def test_files_without_running_gaussians_load(tmp_path: Path) -> None:

@@ -91,10 +91,14 @@ def dense_parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def precision(model: nn.Module) -> str:
     """The kinds of numbers of a model, the most frequent one first, like "bfloat16" or, if quantized, "qint8+float32"."""
     counts: Counter[str] = Counter()
-    for name, value in model.state_dict().items():
+    state = model.state_dict()
+    for name, value in state.items():
+        packed = state.get(f"{name.rpartition('.')[0]}.dtype")  # of a dynamically quantized layer
         for tensor in () if ".modules_to_save." in name else _tensors(value):
             plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ or hasattr(tensor, "full_tensor")
             kind = str(tensor.dtype).removeprefix("torch.") if plain else type(tensor).__name__
+            if packed is torch.float16:  # the values are kept as float32
+                kind = "dynamic_float16"
             if tensor.is_floating_point() or tensor.is_quantized or tensor.dtype in (torch.int8, torch.uint8):
                 counts[kind] += tensor.numel()
     return "+".join(kind for kind, _ in counts.most_common())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
-from cl_prompts.backbones.structure import Structure, check_not_compiled, expected_image
+from cl_prompts.backbones.structure import Structure, check_not_compiled, check_not_wrapped, expected_image
 from cl_prompts.runtime.arguments import refuse_unknown
 
 
@@ -49,17 +49,20 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def check_is_model(model: Any) -> None:
-    """Raise TypeError if a base is no model, but for example the name of one."""
+    """Raise TypeError if a base is no model, but for example the name of one, or hidden in a wrapper."""
     if isinstance(model, str):
         raise TypeError(f"the base is {model!r}, a name: load it first, transformers.AutoModel.from_pretrained({model!r})")
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"the base is {what}: pass a model first, as transformers.AutoModel.from_pretrained(name) gives it")
+    check_not_wrapped(model)
 
 
 def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:
     """Raise if images have no batch, the wrong number of channels, or a size the base does not take."""
     check_not_compiled(model)
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise ValueError("TorchScript, and the ONNX export made from it, cannot trace prompts: use torch.export.export")
     if not isinstance(images, Tensor):
         mend = "pass model(**inputs)" if isinstance(images, Mapping) else "the base's image processor makes one"
         raise TypeError(f"pixel_values must be a tensor [B, channels, height, width], got {type(images).__name__}: {mend}")

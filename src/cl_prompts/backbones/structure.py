@@ -73,7 +73,7 @@ def find_structure(model: nn.Module) -> Structure:
     Raises:
         TypeError: the model's structure is not supported. The message lists the supported models.
     """
-    _check_not_wrapped(model)
+    check_not_wrapped(model)
     blocks, attentions = _find_blocks(model)
     inner = _find_inner(model, blocks[0])
     backbone = model.get_submodule(inner)
@@ -100,7 +100,7 @@ def check_not_compiled(model: nn.Module) -> None:
         )
 
 
-def _check_not_wrapped(model: nn.Module) -> None:
+def check_not_wrapped(model: nn.Module) -> None:
     """Raise TypeError for a model inside a wrapper that hides its calls from hooks: compiled, parallel or TorchScript."""
     kind = type(model).__name__
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -112,6 +112,12 @@ def _check_not_wrapped(model: nn.Module) -> None:
         raise TypeError(f"the base is a TorchScript module ({kind}): pass the transformers model that it was made from")
     if isinstance(getattr(model, "module", None), nn.Module):
         raise TypeError(f"the base is wrapped in a {kind}: pass the module inside it, base.module, and wrap the result")
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                f"{name} of this {kind} is wrapped in a FullyShardedDataParallel, whose weights cannot be read between "
+                "forwards: load the base anew, and shard it with cl_prompts.tuner.sharding.shard_frozen_blocks"
+            )
 
 
 def _unsupported(model: nn.Module, why: str) -> TypeError:

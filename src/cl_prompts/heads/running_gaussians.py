@@ -6,7 +6,8 @@ The head is then trained on the Gaussians of all classes seen so far. No image i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class RunningGaussians(nn.Module):
         variance: [C, D].
         count: number of images [C].
         newest: class indices of the current task; not saved.
+        num_loaded: number of classes whose head came from a file or state dict without these tensors.
     """
 
     mean: Tensor
@@ -45,6 +47,8 @@ class RunningGaussians(nn.Module):
         self.register_buffer("variance", torch.zeros(0, width), persistent=save)
         self.register_buffer("count", torch.zeros(0, dtype=torch.int64), persistent=save)
         self.register_buffer("newest", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.num_loaded = 0
+        self.register_load_state_dict_pre_hook(_note_missing)
 
     def expand(self, num_classes: int, newest: Sequence[int]) -> None:
         """Grow to `num_classes` classes; `newest` are the class indices of the current task."""
@@ -54,6 +58,11 @@ class RunningGaussians(nn.Module):
         # On the CPU also under a meta device (PEFT's low_cpu_mem_usage): no file fills it.
         indices = torch.tensor(list(newest), dtype=torch.int64, device="cpu")
         self.newest = indices if self.count.is_meta else indices.to(self.count.device)
+
+    def seen(self) -> list[bool]:
+        """For each class, whether its features are known. Those of classes that were not loaded count as known."""
+        loaded: list[int] = self.count[: self.num_loaded].tolist()
+        return [*map(bool, loaded), *[True] * (len(self.count) - len(loaded))]
 
     @torch.no_grad()
     def update(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:
@@ -99,6 +108,12 @@ class RunningGaussians(nn.Module):
         seen = self.count > 0
         bound = (logits + spread / 2).masked_fill(~seen, torch.finfo(logits.dtype).min).logsumexp(1) - logits.diagonal()
         return torch.where(seen, bound, 0.0).sum() / seen.sum().clamp_min(1)
+
+
+def _note_missing(gaussians: RunningGaussians, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: remember whether the state has the tensors; it need not have them."""
+    if f"{prefix}count" not in state_dict:
+        gaussians.num_loaded = len(gaussians.count)
 
 
 def _read(head: IncrementalHead, features: Tensor) -> Tensor:

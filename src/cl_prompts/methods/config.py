@@ -159,6 +159,10 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
             raise ValueError(f"entropy_weight={self.entropy_weight}: {self.method} selects nothing; leave it at 0")
         if self.num_labels is not None:
             positive(self, "num_labels")
+            if self.num_labels == 1:
+                raise ValueError(
+                    "num_labels=1 leaves nothing to tell apart: give at least 2, or declare classes by begin_task"
+                )
             if self.class_mask == "task":
                 raise ValueError('num_labels is for task-free training: set class_mask="batch" or "none" with it')
         self.check_classifier(self.num_labels)

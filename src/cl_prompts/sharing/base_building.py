@@ -70,7 +70,7 @@ def _config_of(kind: Any, content: Mapping[str, Any], kwargs: Mapping[str, Any])
             made_for = kind.config_class
     config, rest = made_for.from_dict(content, return_unused_kwargs=True, **kwargs)
     # `from_dict` takes these over, and `from_pretrained` needs them too.
-    return config, rest | {key: kwargs[key] for key in ("dtype", "torch_dtype", "attn_implementation") if key in kwargs}
+    return config, rest | {key: kwargs[key] for key in ("dtype", "attn_implementation") if key in kwargs}
 
 
 class _BoundedCalls(TorchFunctionMode):

@@ -51,7 +51,7 @@ def load_base(
         if place.subfolder:  # brought along by an adapter of the Hub
             place.fetch(PROCESSOR_FILE, MAX_PROCESSOR_BYTES)
             name = str(found.folder)
-        return build_base(kind, found, name, **_dtype_of_training(config, kwargs), **kwargs)
+        return build_base(kind, found, name, **_with_dtype(config, kwargs))
     except HubError:
         raise
     except Exception as error:  # the code of any model may fail in any way
@@ -61,10 +61,13 @@ def load_base(
         ) from error
 
 
-def _dtype_of_training(config: PromptPoolConfig, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The `dtype` of the base in the adapter's training, unless the caller has chosen one or the adapter knows none."""
-    dtype = config.state.base_dtype
-    return {} if dtype is None or {"dtype", "torch_dtype"} & set(kwargs) else {"dtype": dtype}
+def _with_dtype(config: PromptPoolConfig, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs` with the `dtype` of the base in the adapter's training, unless the caller has chosen another than "auto"."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
+    if dtype in (None, "auto"):
+        dtype = config.state.base_dtype
+    rest = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+    return rest if dtype is None else rest | {"dtype": dtype}
 
 
 def base_place(config: PromptPoolConfig, files: AdapterFiles | None, hub: Mapping[str, Any]) -> FileSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -41,7 +41,6 @@ class PoolAdapter(nn.Module):
         sample_counter: images that the pool's statistics have counted in this task.
         recorded: features of the next task's images, computed before that task, for drift compensation; or None.
         grown: whether parameters were added since the last training forward.
-        num_loaded: number of classes whose tensors were made to be filled from a file.
     """
 
     def __init__(self, config: PromptPoolConfig, shape: BackboneShape, pooling: str) -> None:
@@ -61,7 +60,6 @@ class PoolAdapter(nn.Module):
         self.update_scaler = UpdateScaler()
         self.sample_counter = SampleCounter()
         self.grown = False
-        self.num_loaded = 0
         if config.num_labels is not None:
             self.head.expand(self.classes, self.classes)
             if self.running_gaussians is not None:
@@ -115,7 +113,6 @@ class PoolAdapter(nn.Module):
         self.head.expand(self.classes, self.tasks.current_classes)
         if self.running_gaussians is not None:
             self.running_gaussians.expand(len(self.classes), class_indices[-1])
-            self.num_loaded = len(self.classes)
         self.pool.rebuild(class_indices if self.config.trained_tasks == "all" else class_indices[:1])
         if self.classifier is not None:
             self.classifier.rebuild(class_indices)
@@ -149,12 +146,25 @@ class PoolAdapter(nn.Module):
 
     def check_one_class(self) -> None:
         """Check that the head can learn a task of one class; see `TaskAPI.check_one_class`."""
-        if self.running_gaussians is not None and not self.running_gaussians.count[: self.num_loaded].all():
+        if self.running_gaussians is None:
+            return
+        known = self.tasks.earlier_classes if self.config.state.task_open else set(self.classes)
+        unseen = [c for c, seen in zip(self.classes, self.running_gaussians.seen(), strict=True) if c in known and not seen]
+        if unseen:
             raise ValueError(
-                f"a task of one class is learned against the features of earlier classes, {short_repr(self.classes)}, and "
+                f"a task of one class is learned against the features of earlier classes, {short_repr(unseen)}, and "
                 "this adapter was saved without their statistics: save with save_statistics=True in its config, or use "
                 'head="discriminant", which always saves them'
             )
+
+    def check_open_task(self) -> None:
+        """The same for a training forward, once: the open task, too, may come from a file or a state dict."""
+        gaussians = self.running_gaussians
+        if gaussians is None or not gaussians.num_loaded or torch.compiler.is_compiling():
+            return
+        if 1 in (len(self.tasks.current_classes), len(self.tasks.earlier_classes)):
+            self.check_one_class()
+            gaussians.num_loaded = 0  # its own classes are seen from now on
 
     def _check_room(self, classifier: FeatureClassifier, classes: int) -> None:
         """Raise ValueError if the statistics of further `classes` would exceed `max_adapter_bytes`."""
@@ -250,6 +260,13 @@ class PromptPoolLayer(nn.Module, BaseTunerLayer):
     def merged(self) -> bool:
         """Prompts cannot be merged into weights."""
         return False
+
+    def _no_base_layer(self) -> NoReturn:
+        # PEFT's properties would call themselves without end, for example where TorchScript asks for all attributes.
+        raise AttributeError("a prompt pool has no weight and no bias: it replaces no layer of the base")
+
+    weight = property(_no_base_layer)
+    bias = property(_no_base_layer)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         """Set `requires_grad` of frozen pools back to False. PEFT calls it after it has set it to True."""

@@ -187,6 +187,7 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
             "begin_task; with transformers.Trainer pass callbacks=[cl_prompts.hf_trainer.AttachOptimizer()]"
         )
     adapter.update_scaler.check_trains(adapter.named_parameters())
+    adapter.check_open_task()
     if adapter.grown and world_size() > 1:
         check_wrapper(adapter)
         adapter.grown = False

@@ -18,7 +18,9 @@ from transformers.utils import logging
 from visitor import Visitor, serve
 
 
-MAX_BYTES = 3 * 2**30  # of memory that a visitor's process may ask for: a base of 1 GiB, read and built, and the work with it
+MAX_BYTES = (
+    3 * 2**30
+)  # of memory that a visitor's process may ask for: a base of 1 GiB, read and built, and the work with it
 
 
 def main() -> None:

@@ -126,9 +126,7 @@ def _unpacked(file: Path) -> dict[str, bytes]:
     found = {}
     with zipfile.ZipFile(file) as archive:
         entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
-        root = min(
-            (path.parent for path in entries if path.name == CONFIG_FILE), key=lambda p: len(p.parts), default=None
-        )
+        root = min((path.parent for path in entries if path.name == CONFIG_FILE), key=lambda p: len(p.parts), default=None)
         for name, limit in ADAPTER_FILES.items():
             entry = entries.get(root / name) if root is not None else None
             if entry is None:

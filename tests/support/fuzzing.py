@@ -1,6 +1,6 @@
 """Mutation of seed files. A case follows from its number alone, so that it can be made again.
 
-Seeds lie in `tests/seeds`, a folder for each entrance. A file that once passed a check that it should not pass is put there.
+Seeds lie in `tests/seeds`, a folder for each entrance. A file that was once taken wrongly is put there.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from cl_prompts import VPTConfig, get_prompt_pool_model
 
 
 pytest.importorskip("gradio")
-from support.space_server import Caller, served  # noqa: E402
+from support.space_server import Caller, served
 
 
 pytestmark = pytest.mark.slow

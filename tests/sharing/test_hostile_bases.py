@@ -183,7 +183,7 @@ VARIANTS: dict[str, tuple[Change, str | None]] = {
     "positions": (with_config(image_size=2**20, patch_size=1), "implies"),
     "a number beyond all": (with_config(hidden_size=10**400), "has hidden_size="),
     "other weights": (wider, r"has shape \[64\] in its weights, its config implies \[32\]"),
-    "a tensor's name on the screen": (renamed("\x1b[31m\nred"), r"has a tensor named '\\x1b\[31m\\nred'"),
+    "a tensor's name on the screen": (renamed("\x1b[31m\nred"), r"a tensor named '\\x1b\[31m\\nred'"),
     "a tensor's long name": (renamed("x" * 9999), "a tensor named 'xxx"),
     "a quantizer": (with_config(quantization_config={"quant_method": "gptq"}), "has quantization_config="),
     "patched classes": (with_config(fusion_config={"patch_embeddings": True}), "has fusion_config="),

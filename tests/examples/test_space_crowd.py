@@ -6,6 +6,7 @@ pytest -m slow -n 0 -s tests/examples/test_space_crowd.py
 from __future__ import annotations
 
 import json
+import re
 import struct
 import threading
 import time
@@ -56,18 +57,25 @@ def said(parts: dict[str, Any], place: str) -> str:
     return text
 
 
-def large_matrix(room: Path, hostile: Caller) -> str:
+Act = Callable[[Caller], str]  # what the page tells the hostile visitor
+
+
+def large_matrix(room: Path) -> Act:
     """40 MB of prompts, each compared with each, which would take minutes."""
     base = ViTModel.from_pretrained(opening.MICRO_VIT, add_pooling_layer=False)
     model = get_prompt_pool_model(base, VPTConfig(prompt_length=10 * 2**20 // base.config.hidden_size))
     model.begin_task([0])
     model.end_task()
     model.save_pretrained(room)
-    assert "The pool is open" in said(hostile.upload("adapter-files", [room / name for name in FILES]), "opened")
-    return said(hostile.call("ask-samples"), "asked")
+
+    def act(hostile: Caller) -> str:
+        assert "The pool is open" in said(hostile.upload("adapter-files", [room / name for name in FILES]), "opened")
+        return said(hostile.call("ask-samples"), "asked")
+
+    return act
 
 
-def base_with_adapter(room: Path, hostile: Caller) -> str:
+def base_with_adapter(room: Path) -> Act:
     """A base with a LoRA beside it, whose pattern backtracks for ever."""
     api = HfApi()
     base = ViTModel.from_pretrained(opening.MICRO_VIT, add_pooling_layer=False)
@@ -83,58 +91,67 @@ def base_with_adapter(room: Path, hostile: Caller) -> str:
     for repo_id, folder in (("me/base", room / "base"), ("me/pool", room)):
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
-    return said(hostile.call("open-hub", "me/pool"), "opened")
+    return lambda hostile: said(hostile.call("open-hub", "me/pool"), "opened")
 
 
-def many_entries(room: Path, hostile: Caller) -> str:
+def many_entries(room: Path) -> Act:
     """A zip of a million entries."""
     entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(entry) * 10**6, 0, 0)
     (room / "many.zip").write_bytes(entry * 10**6 + end)
-    return said(hostile.upload("adapter-files", [room / "many.zip"]), "opened")
+    return lambda hostile: said(hostile.upload("adapter-files", [room / "many.zip"]), "opened")
 
 
-def bomb(room: Path, hostile: Caller) -> str:
+def bomb(room: Path) -> Act:
     """A zip whose files unpack to more than they may."""
     with zipfile.ZipFile(room / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in FILES:
             archive.writestr(name, bytes(200 * 2**20))
-    return said(hostile.upload("adapter-files", [room / "bomb.zip"]), "opened")
+    return lambda hostile: said(hostile.upload("adapter-files", [room / "bomb.zip"]), "opened")
 
 
-def large_pictures(room: Path, hostile: Caller) -> str:
+def large_pictures(room: Path) -> Act:
     """Twenty pictures of 39 million pixels, 40 kB each."""
     content = BytesIO()
     Image.new("RGB", (6500, 6000)).save(content, "PNG")
     for number in range(20):
         (room / f"{number}.png").write_bytes(content.getvalue())
-    parts = hostile.upload("ask-files", sorted(room.glob("*.png")))
-    return said(parts, "asked") or said(parts, "answers")
+
+    def act(hostile: Caller) -> str:
+        parts = hostile.upload("ask-files", sorted(room.glob("*.png")))
+        return said(parts, "asked") or said(parts, "answers")
+
+    return act
 
 
-def programs(room: Path, hostile: Caller) -> str:
+def programs(room: Path) -> Act:
     """Twenty EPS texts called pictures."""
     for number in range(20):
         (room / f"{number}.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n")
-    return said(hostile.upload("ask-files", sorted(room.glob("*.jpg"))), "asked")
+    return lambda hostile: said(hostile.upload("ask-files", sorted(room.glob("*.jpg"))), "asked")
 
 
-def words(room: Path, hostile: Caller) -> str:
+def words(room: Path) -> Act:
     """Markup and control characters as the name of a class, and a record of numbers without end."""
     record = json.loads((opening.DIGITS / "results.json").read_text()) | {"seconds": 10**400, "data": "<script>"}
     (room / "results.json").write_text(json.dumps(record))
     files = [opening.DIGITS / name for name in FILES]
-    told = said(hostile.upload("adapter-files", [*files, room / "results.json"]), "opened")
-    hostile.call("use-8")
-    return told + said(hostile.call("teach", "<script>\x1b[31m\u202e", "Closed form, nothing is trained"), "taught")
+
+    def act(hostile: Caller) -> str:
+        told = said(hostile.upload("adapter-files", [*files, room / "results.json"]), "opened")
+        hostile.call("use-8")
+        return told + said(hostile.call("teach", "<script>\x1b[31m\u202e", "Closed form, nothing is trained"), "taught")
+
+    return act
 
 
-WAYS: dict[str, tuple[Callable[[Path, Caller], str], str]] = {
+# What is prepared, done, and told by the page.
+WAYS: dict[str, tuple[Callable[[Path], Act], str]] = {
     "large matrix": (large_matrix, "too much time or memory"),
     "base": (base_with_adapter, "message bad"),
     "entries": (many_entries, "is no zip that can be read"),
     "bomb": (bomb, "more than"),
-    "large pictures": (large_pictures, "<article"),
+    "large pictures": (large_pictures, "<article|too much time"),  # on a busy machine
     "programs": (programs, "is no picture that can be read here"),
     "words": (words, "Learned as task 5"),
 }
@@ -142,9 +159,10 @@ WAYS: dict[str, tuple[Callable[[Path, Caller], str], str]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_others_are_answered(way: str, url: str, visitors: list[Caller], tmp_path: Path, running_hub: Hub) -> None:
-    act, expected = WAYS[way]
+    prepare, expected = WAYS[way]
+    act = prepare(tmp_path)
     hostile, told = Caller(url), list[str]()
-    thread = threading.Thread(target=lambda: told.append(act(tmp_path, hostile)))
+    thread = threading.Thread(target=lambda: told.append(act(hostile)))
     seconds: list[float] = []
     thread.start()
     while thread.is_alive() or len(seconds) < len(visitors):
@@ -155,6 +173,6 @@ def test_others_are_answered(way: str, url: str, visitors: list[Caller], tmp_pat
             assert said(parts, "answers").count("<article") == 1
     thread.join()
     print(f"\n{way}: {len(seconds)} answers, {sorted(seconds)[len(seconds) // 2]:.2f} s, at most {max(seconds):.2f} s")
-    assert expected in told[0]
+    assert re.search(expected, told[0]), told
     assert "Traceback" not in told[0]
     assert max(seconds) < SECONDS

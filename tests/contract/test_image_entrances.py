@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "floats": (encoded(PILImage.new("F", (4, 5), 0.5), "TIFF"), "floating-point pixels, whose range is unknown"),
     "EPS": (EPS, "it is no JPEG, PNG|EPS files are refused"),
     "bomb": (png_of(16384, 15000), r"16384x15000 pixels, more than \d|exceeds limit"),
-    "elongated": (png_of(2, 201), "2x201 pixels, one side over 100 times the other: cut it into pieces"),
+    "elongated": (png_of(2, 201), "2x201 pixels, one side more than 100 times the other: cut it into pieces"),
     "truncated": (encoded(RGB, "PNG")[:60], "truncated|cannot be read"),
     "no image": (b"no image", "it is no JPEG, PNG"),
 }

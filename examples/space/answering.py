@@ -50,7 +50,7 @@ class Answer:
 
 def answer(pool: OpenPool, image: Image.Image) -> Answer:
     """Classify one picture; the task is unknown."""
-    with pool.lock, torch.no_grad():
+    with torch.no_grad():
         model = pool.model.eval()
         output = model(**pool.pipe.image_processor(images=image, return_tensors="pt"))
         routed = model.chosen_tasks(output)

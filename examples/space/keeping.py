@@ -1,6 +1,7 @@
 """The downloadable adapter: a zip file that can be unpacked and loaded."""
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,18 +15,19 @@ from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.storage.integrity import CONFIG_FILE
 
 
-FOLDER = "taught-pool"
+FOLDER, PREFIX = "taught-pool", "lesson-"
 
 
 def packed(pool: OpenPool, lessons: list[str], place: Path) -> Path:
     """Write a zip file with adapter, card and image processor, and with the base if it is not on the Hub.
 
-    Updates `pool.facts`. The record of the run is left out, because it describes other weights.
+    Updates `pool.facts`. The record of the run is left out, because it describes other weights. The zip file of an earlier
+    lesson is removed.
 
     Args:
         pool: the pool to save.
         lessons: a line for the card on each class taught.
-        place: folder of the zip file; created if it does not exist.
+        place: folder of the visit; the zip file is written into a new folder in it, so that each has another address.
     """
     with tempfile.TemporaryDirectory(prefix="cl-prompts-download-") as room:
         folder = Path(room, FOLDER)
@@ -40,5 +42,9 @@ def packed(pool: OpenPool, lessons: list[str], place: Path) -> Path:
         write_card(folder, name=FOLDER)
         pool.facts = describe_adapter(folder) | {"adapter": pool.name}
         pool.taught = True
-        place.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.make_archive(str(place / FOLDER), "zip", room, FOLDER))
+        older = [file.parent for file in place.glob(f"{PREFIX}*/{FOLDER}.zip")]
+        new = tempfile.mkdtemp(prefix=PREFIX, dir=place)
+        file = Path(shutil.make_archive(os.path.join(new, FOLDER), "zip", room, FOLDER))
+        for old in older:
+            shutil.rmtree(old)
+        return file

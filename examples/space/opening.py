@@ -3,9 +3,7 @@
 import os
 import shutil
 import tempfile
-import threading
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +30,6 @@ DIGITS = HERE / "digits"
 MICRO_VIT = next(folder for folder in (HERE / BASE_FOLDER, HERE.parent / "micro_vit") if folder.is_dir())
 
 MAX_BASE_BYTES = 2**30
-MAX_OPEN_BYTES = 4 * 2**30  # of all visitors together
 MIN_FREE_BYTES = 4 * 2**30  # on the disk with the Hub's cache
 PUBLIC: dict[str, Any] = {"token": False}  # with the page's token, visitors could open its owner's private repositories
 PICTURE, MAX_PICTURE_BYTES = "selection.png", 2 * 2**20
@@ -51,7 +48,6 @@ class OpenPool:
         taught: whether it was taught a class on this page, after the record.
         on_micro_vit: whether its base is the micro ViT of the examples instead of a model on the Hub.
         notes: warnings of the loading.
-        lock: held while the model is used.
     """
 
     name: str
@@ -62,21 +58,11 @@ class OpenPool:
     on_micro_vit: bool = False
     taught: bool = False
     notes: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def model(self) -> PromptPoolModel:
         """The model."""
         return self.pipe.model
-
-    @property
-    def bytes(self) -> int:
-        """Memory of its base and adapter, in bytes."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-
-OPEN: weakref.WeakSet[OpenPool] = weakref.WeakSet()
 
 
 def open_digits() -> OpenPool:
@@ -118,7 +104,6 @@ def open_files(paths: Sequence[str | Path]) -> OpenPool:
 
 
 def _opened(source: str | Path, name: str) -> OpenPool:
-    _check_room()
     files = find_adapter(source, max_bytes=MAX_ADAPTER_BYTES, **PUBLIC)
     config = PromptPoolConfig.from_pretrained(files)
     on_micro_vit = config.state.base_fingerprint == micro_vit_fingerprint()
@@ -140,7 +125,7 @@ def _opened(source: str | Path, name: str) -> OpenPool:
         record = None  # it describes other weights
     picture = files.further_file(PICTURE, MAX_PICTURE_BYTES) if record is not None else None
     pipe.model.eval()
-    pool = OpenPool(
+    return OpenPool(
         name,
         pipe,
         facts,
@@ -149,18 +134,11 @@ def _opened(source: str | Path, name: str) -> OpenPool:
         on_micro_vit,
         notes=[first_line(w.message) for w in caught if isinstance(w.message, UserWarning)],
     )
-    OPEN.add(pool)
-    return pool
 
 
 def micro_vit_fingerprint() -> str | None:
     """The base fingerprint of adapters that were trained on the micro ViT, read from the built-in one."""
     return PromptPoolConfig.from_pretrained(DIGITS).state.base_fingerprint
-
-
-def _check_room() -> None:
-    if sum(pool.bytes for pool in list(OPEN)) > MAX_OPEN_BYTES:
-        raise ValueError("too many pools are open on this page now: try again in some minutes")
 
 
 def _load_base(files: AdapterFiles, config: PromptPoolConfig) -> PreTrainedModel:

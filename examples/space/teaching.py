@@ -85,17 +85,16 @@ def teach(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, ti
     name = checked_name(pool, name)
     if len(images) < MIN_IMAGES:
         raise ValueError(f"{len(images)} pictures are too few: give at least {MIN_IMAGES}")
-    with pool.lock:
-        before = copy.deepcopy(pool.model.training_state_dict())
-        mask = pool.model.adapter.config.class_mask
-        try:
-            said = _taught(pool, name, images, way, tick)
-        except BaseException:
-            pool.model.load_training_state_dict(before)
-            raise
-        finally:
-            pool.model.adapter.config.class_mask = mask
-            pool.model.eval()
+    before = copy.deepcopy(pool.model.training_state_dict())
+    mask = pool.model.adapter.config.class_mask
+    try:
+        said = _taught(pool, name, images, way, tick)
+    except BaseException:
+        pool.model.load_training_state_dict(before)
+        raise
+    finally:
+        pool.model.adapter.config.class_mask = mask
+        pool.model.eval()
     tick(1.0, "done")
     return said
 

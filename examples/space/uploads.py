@@ -28,6 +28,8 @@ ADAPTER_FILES = {
     PROCESSOR_FILE: MAX_PROCESSOR_BYTES,
     RESULTS_FILE: MAX_RESULTS_BYTES,
 }
+MAX_DIRECTORY_BYTES = 2**18  # of a zip file: some thousand entries
+SHORTEST_END, LONGEST_END = 22, 22 + 2**16  # of a zip file: the record of its directory, and a comment
 NEEDED = f"give {CONFIG_FILE} and {WEIGHTS_FILE}, perhaps with {PROCESSOR_FILE} and {RESULTS_FILE}, or the zip of this page"
 
 
@@ -96,20 +98,44 @@ def take_adapter(paths: Sequence[str | Path], folder: Path) -> None:
 
 def _unpack(file: Path, folder: Path) -> None:
     try:
-        with zipfile.ZipFile(file) as archive:
-            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
-            root = min(
-                (path.parent for path in entries if path.name == CONFIG_FILE), key=lambda p: len(p.parts), default=None
-            )
-            for name, limit in ADAPTER_FILES.items():
-                entry = entries.get(root / name) if root is not None else None
-                if entry is not None:
-                    with archive.open(entry) as packed:
-                        content = packed.read(limit + 1)  # the size that the entry states may be wrong
-                    _check_size(name, len(content))
-                    (folder / name).write_bytes(content)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        _check_directory(file)
+        found = _unpacked(file)
+    except Exception as error:  # on damaged files zipfile raises anything
         raise ValueError(f"{file.name} is no zip that can be read ({first_line(error)}): {NEEDED}") from error
+    for name, content in found.items():
+        _check_size(name, len(content))
+        (folder / name).write_bytes(content)
+
+
+def _check_directory(file: Path) -> None:
+    """Raise ValueError if the directory of a zip file is large: `zipfile` reads all its entries when it opens the file."""
+    size = check_bounded(file, None)
+    with file.open("rb") as content:
+        content.seek(max(0, size - LONGEST_END))
+        end = content.read(LONGEST_END)
+    place = end.rfind(b"PK\5\6")
+    if place < 0 or len(end) - place < SHORTEST_END:
+        raise ValueError("it has no directory")
+    length = int.from_bytes(end[place + 12 : place + 16], "little")
+    if length > MAX_DIRECTORY_BYTES or end[:place][-20:].startswith(b"PK\6\7"):  # the place of a directory of 64 bits
+        raise ValueError(f"its directory has more than {MAX_DIRECTORY_BYTES:,} bytes")
+
+
+def _unpacked(file: Path) -> dict[str, bytes]:
+    """The contents of an adapter's files in a zip file, by name, each up to one byte more than is accepted."""
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+        root = min((path.parent for path in entries if path.name == CONFIG_FILE), key=lambda p: len(p.parts), default=None)
+        for name, limit in ADAPTER_FILES.items():
+            entry = entries.get(root / name) if root is not None else None
+            if entry is None:
+                continue
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for gigabytes
+                raise ValueError(f"{name} is compressed in another way than by deflating")
+            with archive.open(entry) as packed:
+                found[name] = packed.read(limit + 1)  # the size that the entry states may be wrong
+    return found
 
 
 def _check_size(name: str, size: int) -> None:

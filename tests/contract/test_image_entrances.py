@@ -238,6 +238,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "floats": (encoded(PILImage.new("F", (4, 5), 0.5), "TIFF"), "floating-point pixels, whose range is unknown"),
     "EPS": (EPS, "it is no JPEG, PNG|EPS files are refused"),
     "bomb": (png_of(16384, 15000), r"16384x15000 pixels, more than \d|exceeds limit"),
+    "elongated": (png_of(2, 201), "2x201 pixels, one side more than 100 times the other: cut it into pieces"),
     "truncated": (encoded(RGB, "PNG")[:60], "truncated|cannot be read"),
     "no image": (b"no image", "it is no JPEG, PNG"),
 }
@@ -302,9 +303,10 @@ def test_a_very_large_picture_is_reduced(kind: str) -> None:
         ((4096, 4096), (4096, 4096)),
         ((4097, 4096), (2049, 2048)),
         ((9000, 2048), (4500, 1024)),
-        ((9000, 2047), (9000, 2047)),
+        ((9000, 2047), (4500, 1024)),
+        ((36_000, 500), (36_000, 500)),
         ((5000, 60), (5000, 60)),
     ],
 )
-def test_an_image_keeps_1024_pixels_a_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_an_image_keeps_256_pixels_a_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert pil_to_rgb(PILImage.new("L", size)).size == expected

@@ -1,7 +1,6 @@
 """The page of examples/space, without a browser: what it answers and teaches."""
 
 import re
-import threading
 import zipfile
 from pathlib import Path
 
@@ -111,7 +110,8 @@ def test_a_class_is_taught_and_taken_home(way: str, tmp_path: Path) -> None:
     assert sum(a == str(d) for d, a in enumerate(answers[:8])) == 7
     assert pool.model.adapter.config.class_mask == "task"
 
-    file = keeping.packed(pool, [said], tmp_path / "place")
+    (tmp_path / "visit").mkdir()
+    file = keeping.packed(pool, [said], tmp_path / "visit")
     assert pool.taught
     assert [c["name"] for c in pool.facts["tasks"][4]] == ["eight"]
     assert "before it was taught here" in showing.record(pool)
@@ -187,19 +187,3 @@ def test_which_ways_a_pool_offers() -> None:
         assert re.search(told, why), why
     linear.model.begin_task([9])
     assert teaching.ways(linear) == ([], "This adapter was saved in the middle of a task. Finish its training first.")
-
-
-def test_two_visitors_at_once(digits: opening.OpenPool) -> None:
-    other, image = opening.open_digits(), samples("try")["digit-3.png"]
-    expected = answering.answer(digits, image)
-    found: list[answering.Answer] = []
-
-    def ask(pool: opening.OpenPool) -> None:
-        found.extend(answering.answer(pool, image) for _ in range(5))
-
-    threads = [threading.Thread(target=ask, args=(pool,)) for pool in (digits, other, digits)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [expected] * 15

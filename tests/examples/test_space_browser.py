@@ -4,13 +4,7 @@ Pictures of the page stay in the folder that CL_PROMPTS_SCREENSHOTS names, else 
 """
 
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +16,7 @@ import torch
 from PIL import Image
 from push import assemble
 from support.paths import EXAMPLES
+from support.space_server import served
 from transformers import AutoImageProcessor, ViTModel
 
 from cl_prompts import PromptPoolModel, PromptPoolPipeline
@@ -34,35 +29,6 @@ SAMPLES = SPACE / "samples"
 MICRO_VIT = SPACE.parent / "micro_vit"
 HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}"
 SECONDS = 60_000  # milliseconds until a wait is given up; the machine may be busy
-
-
-def served(app: Path, temporary: Path) -> Iterator[str]:
-    """The application in a process of its own, at a free port; stopped at the end, when no file of it may be left."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    temporary.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO")}
-    environment |= {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary), "PYTHONPATH": ""}
-    log = temporary.with_suffix(".log")
-    with log.open("w") as said:
-        process = subprocess.Popen([sys.executable, str(app)], env=environment, stdout=said, stderr=said)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(600):
-                assert process.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(url, timeout=5).close()
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.2)
-            yield url
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
-    assert "Traceback" not in log.read_text(), log.read_text()
-    left = [path for path in temporary.rglob("*") if path.is_file()]
-    assert not left, left
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """The page of examples/space, without a browser: what it opens and refuses, what it shows as text, its own folder."""
 
 import json
+import struct
+import time
 import tomllib
 import warnings
 import zipfile
@@ -98,8 +100,8 @@ def test_uploaded_files_are_removed(tmp_path: Path) -> None:
     assert not file.parent.exists()
 
 
-def zipped(file: Path, entries: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(file: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
     return file
@@ -125,9 +127,15 @@ def test_uploads_that_are_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     bomb = zipped(tmp_path / "bomb.zip", {CONFIG: bytes(10**7)})
     foreign = zipped(tmp_path / "foreign.zip", {f"../../{CONFIG}": config, f"../../{WEIGHTS}": b"", "/etc/passwd": b"root"})
+    whole = zipped(tmp_path / "whole.zip", {CONFIG: config, WEIGHTS: weights}).read_bytes()
+    inside = whole.index(b"PK", 9) - 100  # in the deflated config
+    small = zipped(tmp_path / "small.zip", {CONFIG: config}, zipfile.ZIP_LZMA)
     cases += [
         ([("bomb.zip", bomb.read_bytes())], "more than 5,000"),
         ([("foreign.zip", foreign.read_bytes())], "adapter_model"),
+        ([("flipped.zip", whole[:inside] + bytes(64) + whole[inside + 64 :])], "flipped.zip is no zip that can be read"),
+        ([("short.zip", whole[:-1])], "is no zip that can be read .it has no directory"),
+        ([("lzma.zip", small.read_bytes())], "compressed in another way than by deflating"),
     ]
     for number, (files, told) in enumerate(cases):
         folder = tmp_path / str(number)
@@ -140,6 +148,22 @@ def test_uploads_that_are_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert str(tmp_path) not in str(caught.value), str(caught.value)
     assert not list(room.iterdir())
     assert not (tmp_path.parent / CONFIG).exists()
+
+
+@pytest.mark.parametrize("entries", [60_000, 1_000_000])
+def test_a_zip_of_many_entries_is_refused_before_it_is_opened(tmp_path: Path, entries: int) -> None:
+    """`zipfile` reads all entries when it opens a file, for ten seconds; more than 65,535 need a directory of 64 bits."""
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
+    size, many = len(entry) * entries, entries > 65_535
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, entries, entries, size, 0)
+    end += struct.pack("<4sLQL", b"PK\6\7", 0, size, 1)
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[0xFFFF if many else entries] * 2, 0xFFFFFFFF if many else size, 0, 0)
+    file = tmp_path / "many.zip"
+    file.write_bytes(entry * entries + (end if many else b"") + last)
+    started = time.process_time()
+    with pytest.raises(ValueError, match="its directory has more than 262,144 bytes"):
+        uploads.take_adapter([file], tmp_path)
+    assert time.process_time() - started < 0.5
 
 
 def test_an_uploaded_adapter_is_read_from_its_files_or_a_zip(digits: opening.OpenPool, tmp_path: Path) -> None:
@@ -212,12 +236,6 @@ def test_private_repositories_and_folders_of_the_machine_stay_closed(hub: Hub, m
     ):
         with pytest.raises(ValueError, match="is no Hub id: write it like name/pool"):
             opening.open_hub(name)
-
-
-def test_only_so_many_pools_are_open(monkeypatch: pytest.MonkeyPatch, digits: opening.OpenPool) -> None:
-    monkeypatch.setattr(opening, "MAX_OPEN_BYTES", digits.bytes - 1)
-    with pytest.raises(ValueError, match="too many pools are open"):
-        opening.open_digits()
 
 
 # ---- what is shown

@@ -124,6 +124,11 @@ def wider(files: Files) -> None:
     files[WEIGHTS] = save(tensors)
 
 
+def renamed(name: str) -> Change:
+    """A tensor that the model does not have; transformers prints the names of such tensors."""
+    return lambda files: files.update({WEIGHTS: save(load(files[WEIGHTS]) | {name: torch.ones(1)})})
+
+
 def header(length: int, text: bytes) -> Change:
     return with_file(WEIGHTS, struct.pack("<Q", length) + text)
 
@@ -178,6 +183,8 @@ VARIANTS: dict[str, tuple[Change, str | None]] = {
     "positions": (with_config(image_size=2**20, patch_size=1), "implies"),
     "a number beyond all": (with_config(hidden_size=10**400), "has hidden_size="),
     "other weights": (wider, r"has shape \[64\] in its weights, its config implies \[32\]"),
+    "a tensor's name on the screen": (renamed("\x1b[31m\nred"), r"a tensor named '\\x1b\[31m\\nred'"),
+    "a tensor's long name": (renamed("x" * 9999), "a tensor named 'xxx"),
     "a quantizer": (with_config(quantization_config={"quant_method": "gptq"}), "has quantization_config="),
     "patched classes": (with_config(fusion_config={"patch_embeddings": True}), "has fusion_config="),
     "another model": (with_config(model_type="dpt", backbone="evil/second"), "has backbone='evil/second'"),
@@ -238,8 +245,10 @@ def test_a_hostile_base_repository(
             with pytest.raises((ValueError, OSError), match=missing) as told:
                 PromptPoolPipeline.from_pretrained("evil/pool")
             check_told(told.value)
-    assert time.process_time() - start < SECONDS
-    assert peak() < BYTES
+    seconds, grown = time.process_time() - start, peak()
+    print(f"{seconds:.2f} s, {grown / 2**20:.0f} MB")
+    assert seconds < SECONDS
+    assert grown < BYTES
     assert not list(tmp_path.iterdir())
     check_log(hub, brought)
 

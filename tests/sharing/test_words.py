@@ -141,6 +141,30 @@ def test_words_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # ---- values
 
 
+@pytest.mark.parametrize(
+    ("old", "kept"),
+    [
+        (f"mine\n{BEGIN}\ncut off", ["mine", "cut off"]),
+        (f"{END}\nmine\n{BEGIN}\nalso mine", ["mine", "also mine"]),
+        (f"mine\n{BEGIN}\nalso mine\n{BEGIN}\nold\n{END}\nbehind\n{END}\nlast", ["mine", "also mine", "behind", "last"]),
+        (f"a{BEGIN[:9]}{END}{BEGIN[9:]}b", ["a", "b"]),
+        (f"{BEGIN}\nold\n{END}\n{BEGIN}\ncopied\n{END}\nmine", ["copied", "mine"]),
+    ],
+)
+def test_marks_of_a_part_that_is_cut_off_or_copied(tmp_path: Path, old: str, kept: list[str]) -> None:
+    """The user's text stays, and the next save changes nothing."""
+    folder = edited("l2p", tmp_path, lambda config: None)
+    (folder / CARD_FILE).write_text(old)
+    write_card(folder)
+    once = (folder / CARD_FILE).read_text()
+    assert (once.count(BEGIN), once.count(END)) == (1, 1)
+    write_card(folder)
+    assert (folder / CARD_FILE).read_text() == once
+    outside = once[: once.index(BEGIN)] + once[once.index(END) :]
+    assert all(word in outside for word in kept)
+    assert "\nold\n" not in outside
+
+
 def test_a_card_has_a_size_at_which_it_can_be_read_again(tmp_path: Path) -> None:
     tasks = [[c] for c in range(5000)]
     folder = edited("vpt", tmp_path, in_state(tasks=tasks, class_names={str(c): "x" * 90 for c in range(5000)}))

@@ -8,12 +8,13 @@ The rule for the pixels:
   bits.
 - 32-bit integers and floats are refused, since their range is unknown; PNG and PGM files that Pillow opens as 32-bit
   integers hold 16 bits.
-- Images of more than 4096 * 4096 pixels are reduced to 1/2, 1/4 or 1/8, as far as both sides keep 1024 pixels: JPEG files
+- Images of more than 4096 * 4096 pixels are reduced to 1/2, 1/4 or 1/8, as far as both sides keep 256 pixels: JPEG files
   by their decoder, other images by averaging.
 
 Only `FORMATS` are opened, whatever a file is called, because Pillow starts other programs for some formats (Ghostscript for
 EPS). The size that a file declares is checked before its pixels are decoded. WebP files may have half as many pixels as
-others, because their decoder takes four times the memory.
+others, because their decoder takes four times the memory. One side is at most 100 times as long as the other: image
+processors that scale the shorter side would make huge images of longer ones.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 256 * 2**20  # of a file
 LARGE = 4096**2  # pixels; larger images are reduced
-SHORTEST_SIDE = 1024  # pixels that a reduced image keeps
+SHORTEST_SIDE = 256  # pixels that a reduced image keeps
+MAX_RATIO = 100  # of its sides
 STRIP = 256  # rows; a multiple of 8
 CHANNELS = (1, 3, 4)
 LAYOUT = "[height, width] or [height, width, channels]"
@@ -184,6 +186,10 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
         raise UnreadableImage(f"{width}x{height} pixels: there is nothing to see")
     if width * height > max_pixels:
         raise UnreadableImage(f"{width}x{height} pixels, more than {max_pixels:,} (max_pixels): scale it down")
+    if max(size) > MAX_RATIO * min(size):
+        raise UnreadableImage(
+            f"{width}x{height} pixels, one side more than {MAX_RATIO} times the other: cut it into pieces"
+        )
 
 
 def _scaled(pixels: np.ndarray, highest: int) -> np.ndarray:

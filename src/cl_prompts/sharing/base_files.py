@@ -25,6 +25,7 @@ from cl_prompts.storage.integrity import Declared, declared_tensors
 
 BASE_WEIGHTS, BASE_INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARDS = 1000
+LONGEST_NAME = 300  # characters of a tensor's name
 SHARD = re.compile(r"[\w-][\w.-]{0,100}\.safetensors", re.ASCII)
 
 MAX_BLOCKS = 1000
@@ -84,6 +85,9 @@ def find_base_files(place: FileSource, max_bytes: int | None = None) -> BaseFile
     described = _Description(content)
     weights = _fetch_weights(place, max_bytes)
     tensors = {name: tensor for file in weights for name, tensor in declared_tensors(file).items()}
+    wrong = [name for name in tensors if not (name.isprintable() and len(name) <= LONGEST_NAME)]
+    if wrong:  # transformers prints the names of tensors that it does not know
+        raise ValueError(f"its weights have a tensor named {short_repr(wrong[0])}")
     described.check_blocks(len(tensors), " tensors of its weights")
     return BaseFiles(path.parent, described.config, weights, tensors)
 

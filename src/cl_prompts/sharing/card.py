@@ -338,8 +338,16 @@ def _training(record: RunRecord) -> str:
 
 
 def _kept(text: str) -> tuple[str, str]:
-    """The text before and after the part that is replaced. A card without the two comment lines is all before it."""
-    if BEGIN in text and END in text:
-        before, _, rest = text.partition(BEGIN)
-        return before.lstrip("\n"), rest.partition(END)[2].lstrip("\n")
-    return (text.strip() + "\n\n" if text.strip() else ""), ""
+    """The text before and after the part that is replaced, without further marks of such a part: a copied or cut-off one.
+
+    A card without the two comment lines in their order is all before it.
+    """
+    end = text.find(END, text.find(BEGIN)) if BEGIN in text else -1
+    if end < 0:
+        before = _without_marks(text).strip()
+        return (before + "\n\n" if before else ""), ""
+    return _without_marks(text[: text.rfind(BEGIN, 0, end)]), _without_marks(text[end + len(END) :])
+
+
+def _without_marks(text: str) -> str:
+    return text.replace(BEGIN, "\n").replace(END, "\n").lstrip("\n")

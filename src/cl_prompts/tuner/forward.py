@@ -203,7 +203,7 @@ def answer(
         if inputs.training:
             logits = mask_logits(adapter, logits, inputs.targets)
         else:
-            logits = logits / adapter.config.logit_temperature
+            logits = logits / adapter.temperature
         loss, losses = None, None
         if inputs.targets is not None:
             parts = head_losses(adapter, features, inputs.targets) if inputs.training else {}

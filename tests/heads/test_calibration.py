@@ -67,8 +67,7 @@ def test_few_images_and_odd_logits_give_a_sensible_temperature() -> None:
     hidden = F.pad(5 * right, (0, 2), value=float("-inf"))  # classes without images
     assert fit_temperature(hidden, torch.arange(4)) == pytest.approx(fit_temperature(5 * right, torch.arange(4)))
     assert fit_temperature(hidden, torch.full((4,), 5)) is None
-    equal = fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
-    assert equal is not None and 0 < equal < float("inf")
+    assert fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 0])) is None  # any would do
 
 
 def test_each_image_is_held_out_once_and_never_all_of_a_class() -> None:
@@ -122,7 +121,7 @@ def test_a_trained_head_is_trained_as_far_without_the_held_out_images(scale: flo
     head = IncrementalHead(6, scale)
     head.expand([0, 1, 2], [0, 1, 2])
     optimizer = torch.optim.Adam(head.parameters(), 0.05)
-    for _ in range(20):
+    for _ in range(60):
         optimizer.zero_grad()
         F.cross_entropy(head(features), targets).backward()
         optimizer.step()

@@ -198,8 +198,8 @@ class AccuracyMatrix:
             aside = {name: dict(values.get(name, {})) for name in ("before", "baseline")}
             if len(sizes) != len(columns) or any(part and len(part) != len(columns) for part in (known, reliability)):
                 raise ValueError(
-                    f"{len(columns)} columns, {len(known)} task-incremental ones, {len(reliability)} of reliability, "
-                    f"{len(sizes)} sizes"
+                    f"{len(columns)} columns, {len(known)} task-incremental ones, "
+                    f"{len(sizes)} sizes, {len(reliability)} of reliability"
                 )
             matrix = cls()
             for j, column in enumerate(columns):

@@ -55,16 +55,16 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
         targets: class index of each image [n].
 
     Returns:
-        A number from 1e-4 to 1e4; None if there is no image, or only one class to choose.
+        A number from 1e-4 to 1e4; None if there is no image, only one class, or all logits of an image are equal.
     """
     logits = logits.double().cpu()
     targets = targets.cpu()
     known = logits.gather(1, targets[:, None])[:, 0].isfinite() & (logits.isfinite().sum(1) > 1)
     logits, targets = logits[known], targets[known]
-    if not len(targets):
-        return None
     logits = logits - logits.amax(1, keepdim=True)
     finite = logits.masked_fill(logits == -math.inf, 0.0)
+    if not finite.any():
+        return None
     wanted = finite.gather(1, targets[:, None]).sum() + logits.topk(2, 1).values[:, 1].mean()
     weight = 1 + 1 / len(targets)
     low, high = math.log(LOWEST), math.log(HIGHEST)

@@ -36,7 +36,7 @@ def held_out_logits(head: IncrementalHead, features: Tensor, targets: Tensor, on
     others = ~head.current if only_current else torch.zeros_like(head.current)
     for held in folds(targets):
         again = _trained_as_far(head, features[~held], targets[~held], others)
-        logits.append(again(features[held]))
+        logits.append(again(features[held]).detach())
         held_targets.append(targets[held])
     return torch.cat(logits), torch.cat(held_targets)
 
@@ -59,6 +59,8 @@ def _trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, ot
     with torch.enable_grad():
         loss = loss_of(again)
         reached = float(loss.detach())
+        if reached <= wanted:  # it has learned nothing from them
+            return head
         for _ in range(STEPS):
             if reached <= wanted:
                 break

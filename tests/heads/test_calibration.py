@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from support.class_features import TASKS, images
-from support.closed_form_models import SEEN, answers, learn_task, learnt_model, new_model, task_images
+from support.closed_form_models import SEEN, answers, learn_task, new_model, task_images
 from support.families import build
 from support.methods import METHODS
 from support.small_runs import CLASSES
@@ -61,7 +61,9 @@ def test_few_images_and_odd_logits_give_a_sensible_temperature() -> None:
     right = torch.eye(4)
     one = fit_temperature(right[:1], torch.tensor([0]))
     four = fit_temperature(right, torch.arange(4))
-    assert one is not None and four is not None and 0.1 < four < one
+    assert one is not None
+    assert four is not None
+    assert 0.1 < four < one
     assert fit_temperature(right[:0], torch.arange(0)) is None
     assert fit_temperature(right[:, :1], torch.zeros(4, dtype=torch.int64)) is None  # one class
     hidden = F.pad(5 * right, (0, 2), value=float("-inf"))  # classes without images
@@ -127,7 +129,8 @@ def test_a_trained_head_is_trained_as_far_without_the_held_out_images(scale: flo
         optimizer.step()
     before = head.weight.detach().clone()
     logits, held = held_out_logits(head, features, targets, only_current=True)
-    assert torch.equal(head.weight, before) and not logits.requires_grad
+    assert torch.equal(head.weight, before)
+    assert not logits.requires_grad
     assert len(held) == len(targets)  # all five fifths
     own, again = F.cross_entropy(head(features), targets), F.cross_entropy(logits, held)
     assert 0.8 * own < again < 3 * own
@@ -142,7 +145,8 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
             model.consolidate([task_images(task)])
     state = model.adapter.config.state
     temperature = state.temperature
-    assert temperature is not None and temperature != 1.0
+    assert temperature is not None
+    assert temperature != 1.0
     calibrated = answers(model)
     state.temperature = None
     assert not PromptPoolPipeline(model, processor()).calibrated

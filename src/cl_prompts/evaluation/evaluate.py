@@ -146,7 +146,9 @@ def _confidences(logits: Tensor, right: Tensor, bins: int) -> Tensor:
     right = right.cpu()
     hits = right.gather(1, predicted[:, None])[:, 0].double()
     loss = -logs.masked_fill(~right, -math.inf).amax(1).clamp_min(LEAST)
-    parts = [number.new_zeros(bins).double().index_add_(0, number, part) for part in (torch.ones_like(hits), hits, confidence)]
+    parts = [
+        number.new_zeros(bins).double().index_add_(0, number, part) for part in (torch.ones_like(hits), hits, confidence)
+    ]
     return torch.cat([*parts, loss.sum()[None]])
 
 

@@ -71,8 +71,8 @@ class PromptPoolPipeline:
         self.batch_size, self.max_pixels = batch_size, max_pixels
         if not self.calibrated:
             logger.warning(
-                "the scores are not calibrated: the adapter was saved without a temperature, so a score is not the share of "
-                "right answers; model.consolidate(images) after a task's training chooses one"
+                "the scores are not calibrated: the adapter was saved without a temperature, so a score is not the share "
+                "of right answers; model.consolidate(images) after a task's training chooses one"
             )
 
     @property

@@ -133,7 +133,7 @@ def evaluate(
 
 
 def _confidences(logits: Tensor, right: Tensor, bins: int) -> Tensor:
-    """Number of images, number of hits and sum of confidences in each bin, and the sum of losses: [3 * bins + 1] on the CPU.
+    """Numbers of images and hits and sum of confidences in each bin, and the sum of losses: [3 * bins + 1] on the CPU.
 
     Args:
         logits: [n, C].

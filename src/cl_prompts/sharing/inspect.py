@@ -31,8 +31,8 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
     Returns:
         "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size,
         precision, arguments);
-        "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout"; "temperature" of the scores (None: not
-        calibrated);
+        "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout";
+        "temperature" of the scores (None: not calibrated);
         "settings" (the fields of the method: pool size, prompt length, layers, ...); "parts" (tensors, numbers and bytes of
         each part of the weights), "numbers" and "bytes" of all; "figures" (percent, by learner), {} without `results.json`.
 

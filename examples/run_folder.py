@@ -26,6 +26,7 @@ FILES = (
     "checkpoints",
     "curves.png",
     "matrix.png",
+    "reliability.png",
     "selection.png",
     "adapter",
 )

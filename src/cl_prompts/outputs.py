@@ -15,7 +15,7 @@ class PromptPoolOutput(ModelOutput):
     Args:
         loss: cross entropy plus the method's terms, a scalar; None without labels.
         logits: [B, known classes], in the order of `model.classes`. In training, -inf for classes that `class_mask`
-            excludes from the loss.
+            excludes from the loss. At test they are divided by the temperature, so that their softmax is calibrated.
         losses: the terms of the loss by name, "cross_entropy" and the method's; None without labels.
         prompt_ids: numbers of the selected prompts [B, k], or [B, layers, k] if each layer selects.
         prompt_weights: their scores or mixing weights, [B, k] or [B, layers, k].

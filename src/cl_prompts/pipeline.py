@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias, overload
@@ -24,6 +25,8 @@ from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
 Predictions: TypeAlias = list[dict[str, Any]]
+
+logger = logging.getLogger(__name__)
 
 
 class PromptPoolPipeline:
@@ -66,6 +69,16 @@ class PromptPoolPipeline:
             raise ValueError(f"device={device!r} cannot be used here ({error})") from error
         self.image_processor = image_processor
         self.batch_size, self.max_pixels = batch_size, max_pixels
+        if not self.calibrated:
+            logger.warning(
+                "the scores are not calibrated: the adapter was saved without a temperature, so a score is not the share "
+                "of right answers; model.consolidate(images) after a task's training chooses one"
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the active adapter has a temperature, so that a score of 0.8 is right in about 80 % of the cases."""
+        return self.model.adapter.config.state.temperature is not None
 
     @classmethod
     def from_pretrained(
@@ -135,7 +148,8 @@ class PromptPoolPipeline:
 
         Returns:
             A list of `{"label", "score"}`, most likely class first; for a list of images, a list of these lists. A label is
-            the class's name, or its id as text if it has no name. Scores are probabilities over all known classes.
+            the class's name, or its id as text if it has no name. Scores are probabilities over all known classes, which
+            are as often right as they say if the adapter is `calibrated`.
 
         Raises:
             ValueError: an image cannot be found, read or converted, or `top_k` is below 1.

@@ -250,7 +250,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
         ("er", {"class_mask": "task"}, "class_mask='task': choose \"none\""),
         ("finetune", {"class_mask": "batch"}, "class_mask='batch': choose"),
         ("finetune", {"num_labels": 0}, "num_labels=0 must be a positive number"),
-        ("ewc", {"num_labels": 6}, "num_labels=6: 'ewc' needs to know when a task ends"),
+        ("ewc", {"num_labels": 6}, "num_labels=6: 'ewc' must know when a task ends"),
         ("frozen", {"freeze_backbone": False}, "freeze_backbone=False: with a trained backbone"),
         ("ncm", {"freeze_backbone": False}, "freeze_backbone=False: nearest class mean trains nothing"),
     ],

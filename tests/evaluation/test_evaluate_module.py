@@ -67,7 +67,9 @@ def test_batches_lists_and_padding(metric: Any) -> None:
 def test_errors(metric: Any) -> None:
     with pytest.raises(ValueError, match="later tasks are unseen"):
         metric.compute(predictions=[1], references=[1], task_ids=[1], after_task=[0])
-    with pytest.raises(ValueError, match=r"no evaluate module 'accuracy': choose one of \['continual_accuracy'\]"):
+    with pytest.raises(
+        ValueError, match=r"no evaluate module 'accuracy': choose one of \['calibration_error', 'continual_accuracy'\]"
+    ):
         path_of("accuracy")
 
 

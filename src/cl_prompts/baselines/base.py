@@ -45,7 +45,7 @@ class Baseline(nn.Module):
 
     Attributes:
         name: of the baseline in `BASELINES`.
-        replay, needs_memory, needs_consolidation: see `Learner`.
+        replay, needs_memory, needs_consolidation, calibrates: see `Learner`.
         learns_without_tasks: whether it can learn a stream without tasks.
         options, features, head: its settings by name, backbone and classifier.
 
@@ -58,6 +58,7 @@ class Baseline(nn.Module):
     replay: ClassVar[Replay] = "none"
     needs_memory: ClassVar[bool] = False
     needs_consolidation: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     needs_features_before: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
     learns_without_tasks: ClassVar[bool] = False
@@ -76,9 +77,7 @@ class Baseline(nn.Module):
         if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
             raise ValueError(f"num_labels={num_labels!r} must be a positive number of classes")
         if num_labels is not None and not self.learns_without_tasks:
-            raise ValueError(
-                f"num_labels={num_labels}: {self.name!r} needs to know when a task ends, use a stream with tasks"
-            )
+            raise ValueError(f"num_labels={num_labels}: {self.name!r} must know when a task ends: use a stream with tasks")
         mask = class_mask or ("task" if self.replay == "none" else "none")
         if mask not in ("task", "none") or (mask == "task" and self.replay != "none"):
             raise ValueError(f'class_mask={class_mask!r}: choose "none", or "task" for a learner that does not rehearse')

@@ -224,6 +224,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     kind = f"{base['class']}, {base['blocks']} blocks of width {base['width']}, {base['heads']} heads"
     yield f"          {kind}; images {images}"
     yield f"head      {facts['head']}, reads {facts['readout']}"
+    temperature = facts["temperature"]
+    yield f"scores    calibrated, temperature {temperature:.3g}" if temperature else "scores    not calibrated"
     yield f"format    {facts['format_version']}, written by cl_prompts {facts['written_by'] or 'unknown'}"
     yield f"tasks     {len(facts['tasks'])}" + (", the last still open" if facts["task_open"] else "")
     for number, task in enumerate(facts["tasks"], 1):

@@ -30,7 +30,7 @@ from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.continual.training_step import Throughput, global_logs, training_step
-from cl_prompts.evaluation.evaluate import Evaluation, evaluate
+from cl_prompts.evaluation.evaluate import Evaluation, evaluate, reliability_of
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.heads import FeatureClassifier
@@ -189,7 +189,7 @@ class ContinualTrainer:
         model, provider = self.model, self.feature_provider
         self.replay.end_task(task)
         with provider.eval_mode():
-            if model.needs_consolidation:
+            if model.needs_consolidation or (model.calibrates and isinstance(self.stream, IndexedStream)):
                 memory = provider.images(self.memory.rows) if self.memory is not None and len(self.memory) else None
                 model.consolidate(provider.task_images(task), memory)
             if self.extra_classifiers.classifiers:
@@ -313,7 +313,7 @@ class ContinualTrainer:
         self.evaluations = [self._evaluate(seen) for seen in self.stream.tasks[: task.number + 1]]
         accuracies = [e.accuracy for e in self.evaluations]
         known = [e.task_incremental for e in self.evaluations if e.task_incremental is not None]
-        self.matrix.add(accuracies, [e.images for e in self.evaluations], known)
+        self.matrix.add(accuracies, [e.images for e in self.evaluations], known, reliability_of(self.evaluations))
         self.extra_classifiers.add(self.evaluations)
         logs = {"task": task.number, "accuracies": accuracies, "average": self.matrix.curve()[-1]}
         self.accelerator.log(logs, step=self.progress.global_step)

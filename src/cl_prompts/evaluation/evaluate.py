@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_prompts.evaluation.calibration import BINS, Reliability
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.learner.batches import as_batch
 from cl_prompts.learner.protocol import Learner
-from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes
+from cl_prompts.runtime.distributed import gather_over_processes, sum_over_processes, world_size
+
+
+LEAST = math.log(1e-30)  # of a log probability, also for a class that the model does not know
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Evaluation:
         task_identity: share of images for which the prompts of their task were selected, averaged over layers if each layer
             selects; None without a task, or if the method does not select prompts by task.
         by_classifier: accuracy of extra classifiers on the same features, by name.
+        reliability: confidence and accuracy of the answers; None if it is unknown.
     """
 
     accuracy: float
@@ -38,6 +44,7 @@ class Evaluation:
     task_of_class: float | None = None
     task_identity: float | None = None
     by_classifier: dict[str, float] = field(default_factory=dict)
+    reliability: Reliability | None = None
 
 
 @torch.no_grad()
@@ -75,6 +82,7 @@ def evaluate(
     counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counted}
     classifiers = dict(classifiers or {})
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
+    bins = torch.zeros(3 * BINS + 1, dtype=torch.float64)  # images, hits, confidences; the loss
     chosen = []
     for given in batches:
         batch = as_batch(given)
@@ -87,6 +95,7 @@ def evaluate(
         counts["images"] += real.sum()
         counts["hits"] += ((ids[predicted] == labels) & real).sum()
         counts["no numbers"] += (logits.isnan().any(1) & real).sum()
+        bins += _confidences(logits[real], ids[None] == labels[real, None], BINS)
         if own is not None and task is not None:
             known = logits.masked_fill(~own, float("-inf")).argmax(1)
             counts["task_incremental"] += ((ids[known] == labels) & real).sum()
@@ -110,6 +119,8 @@ def evaluate(
         raise ValueError(
             f"{totals['no numbers']} answers on {images} images are NaN: the training diverged, lower the learning rate"
         )
+    *sums, loss = sum_over_processes(bins.to(device) if world_size() > 1 else bins).tolist()
+    per_bin = [sums[start : start + BINS] for start in range(0, 3 * BINS, BINS)]
     prompt_ids = torch.cat(gather_over_processes(torch.cat(chosen))).cpu() if chosen else None
     return Evaluation(
         accuracy=100 * totals["hits"] / images,
@@ -119,7 +130,35 @@ def evaluate(
         task_of_class=None if own is None else 100 * totals["task_of_class"] / images,
         task_identity=100 * totals["task_identity"] / totals["choices"] if totals["choices"] else None,
         by_classifier={name: 100 * hits / images for name, hits in zip(further, total[len(counts) :], strict=True)},
+        reliability=Reliability([round(n) for n in per_bin[0]], [round(n) for n in per_bin[1]], per_bin[2], loss),
     )
+
+
+def _confidences(logits: Tensor, right: Tensor, bins: int) -> Tensor:
+    """Numbers of images and hits and sum of confidences in each bin, and the sum of losses: [3 * bins + 1] on the CPU.
+
+    Args:
+        logits: [n, C].
+        right: whether a column is the image's class [n, C]; no column if the class is unknown.
+        bins: of the confidence.
+    """
+    logs = logits.double().cpu().log_softmax(1)
+    confidence, predicted = logs.exp().max(1)
+    number = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    right = right.cpu()
+    hits = right.gather(1, predicted[:, None])[:, 0].double()
+    loss = -logs.masked_fill(~right, -math.inf).amax(1).clamp_min(LEAST)
+    parts = [
+        number.new_zeros(bins).double().index_add_(0, number, part) for part in (torch.ones_like(hits), hits, confidence)
+    ]
+    return torch.cat([*parts, loss.sum()[None]])
+
+
+def reliability_of(evaluations: Sequence[Evaluation]) -> Reliability | None:
+    """The reliability on the images of all `evaluations`; None if it is unknown for some."""
+    parts = [evaluation.reliability for evaluation in evaluations]
+    known = [part for part in parts if part is not None]
+    return Reliability.total(known) if known and len(known) == len(parts) else None
 
 
 def _members(ids: Tensor, task: int, tasks: Sequence[Sequence[int]] | None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cl_prompts.evaluation.calibration import Reliability
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, short_repr
 
@@ -36,6 +37,7 @@ class AccuracyMatrix:
         before: accuracy on task i just before it was trained, by task. Only for tasks whose classes were known by then: in
             domain-incremental streams, not in class-incremental ones.
         baseline: accuracy on task i of the untrained model, by task.
+        reliability: after each task, confidence and accuracy of the answers on all tasks seen; or empty.
     """
 
     columns: list[list[float]] = field(default_factory=list)
@@ -43,9 +45,14 @@ class AccuracyMatrix:
     task_incremental: list[list[float]] = field(default_factory=list)
     before: dict[int, float] = field(default_factory=dict)
     baseline: dict[int, float] = field(default_factory=dict)
+    reliability: list[Reliability] = field(default_factory=list)
 
     def add(
-        self, accuracies: Sequence[float], sizes: Sequence[int], task_incremental: Sequence[float] | None = None
+        self,
+        accuracies: Sequence[float],
+        sizes: Sequence[int],
+        task_incremental: Sequence[float] | None = None,
+        reliability: Reliability | None = None,
     ) -> None:
         """Add the column of a task: accuracies in percent and numbers of test images of all tasks so far.
 
@@ -53,6 +60,7 @@ class AccuracyMatrix:
             accuracies: accuracies on tasks 0..j, in percent.
             sizes: number of test images of tasks 0..j; those of earlier tasks must not change.
             task_incremental: task-incremental accuracies on tasks 0..j, for every column or for none.
+            reliability: of the answers on all images of tasks 0..j, for every column or for none.
 
         Raises:
             ValueError: a list does not have one number per task so far, an accuracy is not between 0 and 100, or a size is
@@ -63,8 +71,12 @@ class AccuracyMatrix:
             raise ValueError(
                 f"column {tasks - 1} needs {tasks} accuracies and sizes, got {len(accuracies)} and {len(sizes)}"
             )
-        if (task_incremental is not None) != bool(self.task_incremental) and self.columns:
-            raise ValueError(f"column {tasks - 1}: give task_incremental accuracies for every column or for none")
+        for name, given, known in (
+            ("task_incremental accuracies", task_incremental, self.task_incremental),
+            ("reliability", reliability, self.reliability),
+        ):
+            if (given is not None) != bool(known) and self.columns:
+                raise ValueError(f"column {tasks - 1}: give {name} for every column or for none")
         if task_incremental is not None and len(task_incremental) != tasks:
             raise ValueError(f"column {tasks - 1} needs {tasks} task_incremental accuracies, got {len(task_incremental)}")
         for value in (*accuracies, *(task_incremental or ())):
@@ -83,6 +95,8 @@ class AccuracyMatrix:
         self.sizes = [int(n) for n in sizes]
         if task_incremental is not None:
             self.task_incremental.append([float(a) for a in task_incremental])
+        if reliability is not None:
+            self.reliability.append(reliability)
 
     def table(self) -> NDArray[np.float64]:
         """The matrix a[i, j] as an array [tasks, tasks]; NaN for j < i, before task i was trained."""
@@ -98,12 +112,15 @@ class AccuracyMatrix:
         return [float(np.average(column, weights=weights[: len(column)])) for column in self.columns]
 
     def summary(self) -> dict[str, float]:
-        """All measures, in percent. Measures of earlier tasks are 0 after a single task.
+        """All measures, in percent except `nll`. Measures of earlier tasks are 0 after a single task.
 
         FAA: last point of the curve. CAA: mean of the curve. `forgetting`: best accuracy ever minus final, mean over
         earlier tasks (L2P, DualPrompt, HiDe, mammoth; never negative). `forgetting_before_final`: the same without the
         final column among the best. `forgetting_step`: mean drop per step (CODA-Prompt's). `forgetting_first`: accuracy
         when just learned minus final (avalanche's), the negative of `bwt`. `learning_accuracy`: accuracy when just learned.
+
+        Only with `reliability`: `ece`, the expected calibration error after the last task in percent, `ece_largest`, the
+        largest after any task, and `nll`, the mean negative log likelihood after the last task in nats.
 
         Only with `task_incremental`: `faa_task_incremental` and so on. Only with `before` for every later task:
         `accuracy_before`, its mean over them, and with `baseline` too `fwt`, the mean of before - baseline (Lopez-Paz &
@@ -134,6 +151,10 @@ class AccuracyMatrix:
             "bwt": final - just_learned[:last],
         }
         measures |= {name: float(np.mean(values)) if last else 0.0 for name, values in compared.items()}
+        if self.reliability:
+            errors = [reliability.expected_calibration_error for reliability in self.reliability]
+            measures |= {"ece": errors[-1], "ece_largest": max(errors)}
+            measures["nll"] = self.reliability[-1].negative_log_likelihood
         return measures | self._task_incremental_measures() | self._forward_measures()
 
     def _task_incremental_measures(self) -> dict[str, float]:
@@ -159,6 +180,8 @@ class AccuracyMatrix:
         for name, values in (("before", self.before), ("baseline", self.baseline)):
             if values:
                 copy[name] = {str(task): value for task, value in values.items()}
+        if self.reliability:
+            copy["reliability"] = [reliability.to_dict() for reliability in self.reliability]
         return copy | (self.summary() if self.columns else {})
 
     @classmethod
@@ -171,12 +194,16 @@ class AccuracyMatrix:
         try:
             columns, sizes = list(values["columns"]), list(values["sizes"])
             known = list(values.get("task_incremental", ()))
+            reliability = [Reliability.from_dict(each) for each in values.get("reliability", ())]
             aside = {name: dict(values.get(name, {})) for name in ("before", "baseline")}
-            if (known and len(known) != len(columns)) or len(sizes) != len(columns):
-                raise ValueError(f"{len(columns)} columns, {len(known)} task-incremental ones, {len(sizes)} sizes")
+            if len(sizes) != len(columns) or any(part and len(part) != len(columns) for part in (known, reliability)):
+                raise ValueError(
+                    f"{len(columns)} columns, {len(known)} task-incremental ones, "
+                    f"{len(sizes)} sizes, {len(reliability)} of reliability"
+                )
             matrix = cls()
             for j, column in enumerate(columns):
-                matrix.add(column, sizes[: j + 1], known[j] if known else None)
+                matrix.add(column, sizes[: j + 1], known[j] if known else None, reliability[j] if reliability else None)
             for name, by_task in aside.items():
                 for task, value in by_task.items():
                     _check_percent(value, f"{name} of task {task}")
@@ -202,7 +229,8 @@ class AccuracyMatrix:
         """Write the matrix to the CSV file `path`, with a row per task. `from_csv` reads the same numbers back.
 
         Columns: `task` (from 0), `images`, `after_0`, `after_1`, ..., and if there are these accuracies
-        `task_incremental_after_0`, ..., `before`, `baseline`. Cells before a task was trained are empty.
+        `task_incremental_after_0`, ..., `before`, `baseline`. Cells before a task was trained are empty. `reliability` is
+        left out.
         """
         tasks = len(self.columns)
         parts = [("after", self.columns), ("task_incremental_after", self.task_incremental)]

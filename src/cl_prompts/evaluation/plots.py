@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cl_prompts.evaluation.calibration import Reliability
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.runtime.files import write_atomically
 
@@ -21,10 +22,16 @@ NAMES_BELOW_EACH_OTHER = 28  # largest number of rows of that legend
 
 
 def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
-    """Draw the accuracy curves of all `results` and the accuracy matrix of the first into `folder`. Returns the files."""
+    """Draw the accuracy curves of all `results`, and of the first the accuracy matrix and, if known, the reliability.
+
+    The plots are written into `folder`. Returns the files.
+    """
     name, matrix = next(iter(results.items()))
     curves = {learner: [learner_matrix] for learner, learner_matrix in results.items()}
-    return [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
+    files = [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
+    if matrix.reliability:
+        files.append(draw_reliability(matrix.reliability[-1], folder / "reliability.png", title=name))
+    return files
 
 
 def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> Path:
@@ -74,6 +81,25 @@ def draw_matrix(matrix: AccuracyMatrix, file: Path, *, title: str = "") -> Path:
                 color = "white" if table[i, j] < 60 else "black"
                 axes.text(j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize="x-small", color=color)
     figure.colorbar(image, label="%")
+    return _save(figure, file)
+
+
+def draw_reliability(reliability: Reliability, file: Path, *, title: str = "") -> Path:
+    """Draw the accuracy in each bin of the confidence with a `title` and write it to `file`, which is returned.
+
+    Bars on the diagonal are calibrated; below the bars is the share of images in each bin of `reliability`.
+    """
+    images, hits = np.array(reliability.images), np.array(reliability.hits)
+    edges = np.linspace(0, 1, len(images) + 1)
+    figure = _figure(5, 5)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.stairs(hits / np.maximum(images, 1), edges, fill=True, alpha=0.7, label="accuracy")
+    above.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":", label="as confident as right")
+    above.set(ylim=(0, 1), ylabel="accuracy", title=title)
+    above.text(0.97, 0.05, f"calibration error {reliability.expected_calibration_error:.1f} %", ha="right")
+    above.legend(fontsize="small", loc="upper left")
+    below.stairs(images / images.sum(), edges, fill=True, color="gray")
+    below.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
     return _save(figure, file)
 
 

@@ -25,13 +25,20 @@ from cl_prompts.runtime.text import markdown_block, markdown_code, markdown_text
 
 # Headings of the measures of `AccuracyMatrix.summary` in tables; those of WHERE_KNOWN only if a learner has the measure.
 ALWAYS = {"faa": "FAA", "caa": "CAA", "forgetting": "forgetting", "learning_accuracy": "when just learned"}
-WHERE_KNOWN = {"faa_task_incremental": "FAA, task known", "fwt": "FWT"}
+WHERE_KNOWN = {
+    "faa_task_incremental": "FAA, task known",
+    "fwt": "FWT",
+    "ece": "calibration error",
+    "nll": "NLL",
+}
 # Classifiers without prompts on the same frozen features, which prompts should beat.
 FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean", "discriminant analysis")
 PAGE = "results.md"
 LEGEND = (
     "In percent; over several seeds mean ± sample standard deviation. FAA: mean accuracy over all tasks after the last. "
-    "CAA: mean of that average over the stages. Forgetting: best accuracy ever minus final, mean over earlier tasks."
+    "CAA: mean of that average over the stages. Forgetting: best accuracy ever minus final, mean over earlier tasks. "
+    "Calibration error: mean difference of confidence and accuracy in 15 bins of the confidence; NLL: negative log "
+    "likelihood, in nats; both after the last task."
 )
 
 
@@ -72,7 +79,8 @@ def comparison_table(results: Sequence[Result]) -> str:
         row = {"learner": markdown_text(name), "seeds": str(len(runs))}
         for key, heading in columns.items():
             values = [summary[key] for summary in summaries[name] if key in summary]
-            row[heading] = mean_and_deviation(values) if len(values) == len(runs) else ""
+            digits = 2 if key == "nll" else 1
+            row[heading] = mean_and_deviation(values, digits) if len(values) == len(runs) else ""
         sizes = sorted({run.trainable for run in runs if run.trainable is not None})
         row["trainable"] = " to ".join(f"{size:,}" for size in sizes[:: max(len(sizes) - 1, 1)])
         seconds = [run.seconds for run in runs if run.seconds is not None]
@@ -84,9 +92,9 @@ def comparison_table(results: Sequence[Result]) -> str:
     return _table([{heading: cell for heading, cell in row.items() if heading not in left_out} for row in rows])
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """ "57.3 ± 0.7": mean and sample standard deviation; a single value has none."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """ "57.3 ± 0.7": mean and sample standard deviation, with a number of `digits`; a single value has no deviation."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def matrix_table(matrix: AccuracyMatrix) -> str:

@@ -76,6 +76,8 @@ class AlignedClassifier(FeatureClassifier):
         options: of `align`.
     """
 
+    folds = 1  # a fit is a training
+
     def __init__(
         self,
         width: int,
@@ -109,6 +111,14 @@ class AlignedClassifier(FeatureClassifier):
         self.gaussians.add(features, targets, self.seed)
         self.head = copy.deepcopy(head).to(features.device)
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
+
+    def held_out_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `FeatureClassifier.held_out_logits`, which see for the arguments."""
+        aligned = self.head
+        try:
+            return super().held_out_logits(*args, **kwargs)
+        finally:
+            self.head = aligned
 
     @torch.no_grad()
     def hand_over(self, head: IncrementalHead) -> None:

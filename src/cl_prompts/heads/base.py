@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.heads.calibration import FOLDS, folds
 from cl_prompts.heads.drift import KINDS as DRIFTS
 from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
@@ -40,6 +42,8 @@ class FeatureClassifier(nn.Module, ABC):
 
     # Name, in messages, of what `save_statistics` saves.
     statistics = "class means and covariances"
+    # Largest number of fits for `held_out_logits`.
+    folds = FOLDS
 
     def __init__(self, *, save_statistics: bool, drift: str) -> None:
         super().__init__()
@@ -120,37 +124,72 @@ class FeatureClassifier(nn.Module, ABC):
                 targets are of other tasks, `before` is missing, or a matrix cannot be inverted. After an error nothing has
                 changed.
         """
-        self.check_turn()
-        if before is None and self.needs_before and int(self.fitted):
-            raise ValueError(f"drift={self.drift!r} needs the features of the task's images before the task: pass before=")
-        self._check(features, targets)
-        if before is not None:
-            self._check(before, targets)
+        self._check(features, targets, before)
+        with self._at_work(features.device) as work:
+            self._fit(features.to(work), targets.to(work), None if before is None else before.to(work), head)
+        self.fitted += 1
+        self.counted += 1
+
+    @torch.no_grad()
+    def held_out_logits(
+        self, features: Tensor, targets: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
+
+        The classifier is as before afterwards. The arguments are those of `fit`.
+
+        Returns:
+            logits [held, C] and their targets [held].
+
+        Raises:
+            ValueError: as `fit`, also if the images of a fold are too few.
+        """
+        self._check(features, targets, before)
+        logits, held_targets = [features.new_zeros(0, self.num_classes)], [targets[:0]]
+        for held in folds(targets, self.folds):
+            rest = ~held
+            with self._at_work(features.device, keep=False) as work:
+                earlier = None if before is None else before[rest].to(work)
+                self._fit(features[rest].to(work), targets[rest].to(work), earlier, head)
+                self.fitted = self.fitted + 1
+                logits.append(self(features[held].to(work)).to(features.device))
+            held_targets.append(targets[held])
+        return torch.cat(logits), torch.cat(held_targets)
+
+    @contextmanager
+    def _at_work(self, home: torch.device, *, keep: bool = True) -> Iterator[torch.device]:
+        """The device to fit on. After an error, and without `keep`, all tensors are those of before."""
         # Fitting uses float64, which Apple's devices do not have.
-        home = features.device
         work = torch.device("cpu") if home.type == "mps" else home
         self.to(work)
         self.make_room()
         buffers = [(part, dict(part._buffers)) for part in self.modules()]
         try:
             with torch.autocast(work.type, enabled=False):
-                self._fit(features.to(work), targets.to(work), None if before is None else before.to(work), head)
+                yield work
         except BaseException:
-            for part, before_fit in buffers:
-                part._buffers.update(before_fit)
-            self.to(home)
+            keep = False
             raise
-        self.fitted += 1
-        self.counted += 1
-        self.to(home)
+        finally:
+            if not keep:
+                for part, before_fit in buffers:
+                    part._buffers.update(before_fit)
+            self.to(home)
 
     def _map(self, before: Tensor, after: Tensor) -> FeatureMap:
         """The map that moves the statistics of old classes; it is kept as `newest_map`."""
         self.newest_map = fit_map(before, after, self.drift)
         return self.newest_map
 
-    def _check(self, features: Tensor, targets: Tensor) -> None:
-        """Raise ValueError if these cannot be features of the newest task's images."""
+    def _check(self, features: Tensor, targets: Tensor, before: Tensor | None) -> None:
+        """Raise ValueError if the newest task cannot be fitted to these features of its images."""
+        self.check_turn()
+        if before is None and self.needs_before and int(self.fitted):
+            raise ValueError(f"drift={self.drift!r} needs the features of the task's images before the task: pass before=")
+        for given in (features,) if before is None else (features, before):
+            self._check_features(given, targets)
+
+    def _check_features(self, features: Tensor, targets: Tensor) -> None:
         if features.dim() != 2 or targets.shape != features.shape[:1] or not features.shape[0]:
             raise ValueError(
                 f"features {list(features.shape)} and targets {list(targets.shape)} do not fit: give [n, D] and [n], n > 0"

@@ -86,6 +86,11 @@ class Learner(Protocol):
         """Whether `consolidate` is to be called when a task has been trained."""
         ...
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether `consolidate` chooses the temperature of the scores, also where it is not needed."""
+        ...
+
     training: bool
 
     # ---- tasks -------------------------------------------------------------------------------------------------------

@@ -230,6 +230,8 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         "Adapter": f"{numbers:,} numbers, {size}: "
         + ", ".join(f"{markdown_text(part)} {sizes['numbers']:,}" for part, sizes in parts.items()),
     }
+    calibrated = f"calibrated: logits are divided by {state.temperature:.3g}" if state.temperature else "not calibrated"
+    facts["Scores"] = f"{calibrated}, as chosen on training images" if state.temperature else calibrated
     if record is not None and record.trainable:
         facts["Trained in the last task"] = f"{next(iter(record.trainable.values())):,} parameters"
     statistics = {n: d for n, d in declared.items() if ".classifier." in n and n.rpartition(".")[2] not in NO_STATISTICS}

@@ -32,6 +32,7 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size,
         precision, arguments);
         "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout";
+        "temperature" of the scores (None: not calibrated);
         "settings" (the fields of the method: pool size, prompt length, layers, ...); "parts" (tensors, numbers and bytes of
         each part of the weights), "numbers" and "bytes" of all; "figures" (percent, by learner), {} without `results.json`.
 
@@ -70,6 +71,7 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         "num_labels": config.num_labels,
         "head": config.head,
         "readout": config.readout if config.readout != "auto" else state.pooling or "auto",
+        "temperature": state.temperature,
         "settings": settings,
         "parts": parts,
         "numbers": sum(part["numbers"] for part in parts.values()),

@@ -76,6 +76,7 @@ class AdapterState:
         image_size: height and width of the training images in pixels; None before training, or if there were several sizes.
         several_sizes: whether there were.
         image_mean, image_std: normalization of the input, one number per channel.
+        temperature: divides the logits at test, so that their softmax is calibrated; None: it was not chosen.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
 
@@ -95,6 +96,7 @@ class AdapterState:
     several_sizes: bool = False
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    temperature: float | None = None
     weights_sha256: str | None = None
 
     @classmethod
@@ -162,6 +164,10 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and not (_are_numbers(value, int, float) and all(abs(x) <= 1e6 for x in value)):
                 raise ValueError(f"`state.{name}` must be a number for each channel or null, got {short_repr(value)}")
+        if state.temperature is not None and not (
+            type(state.temperature) in (int, float) and 1e-6 <= state.temperature <= 1e6
+        ):
+            raise ValueError(f"`state.temperature` must be from 1e-6 to 1e6 or null, got {short_repr(state.temperature)}")
         return state
 
     @property

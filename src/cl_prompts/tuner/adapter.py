@@ -10,7 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.heads import AlignedClassifier, FeatureClassifier, build_classifier
+from cl_prompts.heads.calibration import carried_on, fit_temperature
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.refit import held_out_logits
 from cl_prompts.heads.running_gaussians import RunningGaussians
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
@@ -89,6 +91,11 @@ class PoolAdapter(nn.Module):
     def classes(self) -> list[int]:
         """Known class ids, in the order of the logits."""
         return self.tasks.classes
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits at test: the config's `logit_temperature`, times the calibrated one if there is one."""
+        return self.config.logit_temperature * (self.config.state.temperature or 1.0)
 
     @property
     def frozen(self) -> bool:
@@ -196,15 +203,15 @@ class PoolAdapter(nn.Module):
         return self.classifier(features)
 
     def consolidate(self, seen: Recorded) -> None:
-        """Fit the classifier to the features of a task after its training.
+        """Fit the classifier to the features of a task after its training, if there is one, and calibrate the scores.
 
         Raises:
             ValueError: features from before the task are missing or of other images, or a label is not of the task.
         """
-        assert self.classifier is not None
-        self.classifier.check_turn()
-        before = None
-        if self.classifier.needs_before and int(self.classifier.fitted):
+        before, classifier = None, self.classifier
+        if classifier is not None:
+            classifier.check_turn()
+        if classifier is not None and classifier.needs_before and int(classifier.fitted):
             if self.recorded is None:
                 raise ValueError(
                     "drift compensation needs the features of the task's images from before the task: call "
@@ -218,10 +225,25 @@ class PoolAdapter(nn.Module):
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
                 "the current task only"
             )
-        self.classifier.fit(seen.features, targets, before, self.head)
+        temperature = self._temperature(seen.features, targets, before)
+        if classifier is not None:
+            classifier.fit(seen.features, targets, before, self.head)
+        self.config.state.temperature = temperature
         self.recorded = None
-        if isinstance(self.classifier, AlignedClassifier):
-            self.classifier.hand_over(self.head)
+        if isinstance(classifier, AlignedClassifier):
+            classifier.hand_over(self.head)
+
+    def _temperature(self, features: Tensor, targets: Tensor, before: Tensor | None) -> float | None:
+        """The temperature of the logits after the newest task, chosen on its images while they are held out."""
+        known = self.config.state.temperature
+        if self.classifier is None:
+            logits, held = held_out_logits(self.head, features, targets, self.config.class_mask == "task")
+        else:
+            try:
+                logits, held = self.classifier.held_out_logits(features, targets, before, self.head)
+            except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
+                return known
+        return carried_on(known, fit_temperature(logits, held), len(held))
 
     def group_of(self, name: str) -> str:
         """The parameter group of one of the adapter's parameters."""

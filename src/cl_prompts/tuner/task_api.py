@@ -41,6 +41,7 @@ class TaskAPI:
         pools: the adapters by name.
         peft_config: configs by adapter name.
         active_adapters: names; the first one is used by the forward.
+        calibrates: whether `consolidate` chooses a temperature.
         set_requires_grad: PEFT's method, which sets `requires_grad` of the parameters of an adapter.
         replay: how stored images join training: "mixed" into the batches.
         needs_memory: whether stored images are needed.
@@ -55,6 +56,7 @@ class TaskAPI:
     set_requires_grad: Any
     replay: ClassVar[Replay] = "mixed"
     needs_memory: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -291,19 +293,17 @@ class TaskAPI:
         self.adapter.recorded = record(self.features_of, images)
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Fit the classifier to the features of a task's images. Call it after the task's training, before `end_task`.
+        """Fit the classifier, if it is made from features, and calibrate the scores, with a task's images.
+
+        Call it after training, before `end_task`. A trained head can do without it; its scores are then not calibrated.
 
         Args:
             images: the same images as for `record_features`, in the same form.
             memory: stored images; not used.
 
         Raises:
-            ValueError: the config has no classifier to consolidate, or `record_features` was not called.
+            ValueError: `record_features` was not called, or an image is of no class of the newest task.
         """
-        if self.adapter.classifier is None:
-            raise ValueError(
-                f"head={self.adapter.config.head!r} without alignment has nothing to consolidate: leave it out"
-            )
         self.adapter.consolidate(record(self.features_of, images))
 
     def rank_images(self, rows: Sequence[int] | NDArray[np.int64], images: Images) -> NDArray[np.float64] | None:

@@ -1,0 +1,89 @@
+"""Temperature of the logits: the number that divides them, so that their softmax is as confident as it is right.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The temperature is chosen on scores of images that the
+classifier was not fitted to. In continual learning these can only be images of the newest task, scored against all classes;
+the temperature of earlier tasks is carried on where the newest task has few images (ours).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+FOLDS = 5
+# A task's held-out images; folds are fitted until there are as many.
+HELD_OUT_IMAGES = 200
+# The temperature so far counts as that of this many held-out images.
+EARLIER_IMAGES = 100
+LOWEST, HIGHEST = 1e-4, 1e4
+
+
+def folds(targets: Tensor, largest: int = FOLDS) -> Iterator[Tensor]:
+    """Masks of images to hold out, [n] each: every fifth image of each class, another one for each mask.
+
+    A class of fewer than five images has none in some masks, and its last one in the first. A class of one image is never
+    held out.
+
+    Args:
+        targets: class index of each image [n].
+        largest: largest number of masks. There are no more than needed for `HELD_OUT_IMAGES` images.
+    """
+    position, size = torch.zeros_like(targets), torch.zeros_like(targets)
+    for target in targets.unique():
+        rows = (targets == target).nonzero().flatten()
+        position[rows] = torch.arange(len(rows), device=targets.device)
+        size[rows] = len(rows)
+    for fold in range(min(largest, max(1, -(-FOLDS * HELD_OUT_IMAGES // len(targets))))):
+        held = ((position % FOLDS) == (size.clamp_max(FOLDS) - 1 - fold)) & (size > 1)
+        if held.any():
+            yield held
+
+
+@torch.no_grad()
+def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
+    """The temperature with the smallest cross entropy on held-out images and one further image that is answered wrongly.
+
+    The further image keeps the temperature of few images, all answered rightly, away from 0. It is the mean of all images,
+    with the class of the second largest logit as its target.
+
+    Args:
+        logits: [n, C]; -inf for classes without images.
+        targets: class index of each image [n].
+
+    Returns:
+        A number from 1e-4 to 1e4; None if there is no image, only one class, or all logits of an image are equal.
+    """
+    logits = logits.double().cpu()
+    targets = targets.cpu()
+    known = logits.gather(1, targets[:, None])[:, 0].isfinite() & (logits.isfinite().sum(1) > 1)
+    logits, targets = logits[known], targets[known]
+    logits = logits - logits.amax(1, keepdim=True)
+    finite = logits.masked_fill(logits == -math.inf, 0.0)
+    if not finite.any():
+        return None
+    wanted = finite.gather(1, targets[:, None]).sum() + logits.topk(2, 1).values[:, 1].mean()
+    weight = 1 + 1 / len(targets)
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    for _ in range(50):  # the slope of the cross entropy over 1 / temperature rises: its zero is found by bisection
+        middle = (low + high) / 2
+        expected = (logits.mul(math.exp(-middle)).softmax(1) * finite).sum() * weight
+        low, high = (low, middle) if expected < wanted else (middle, high)
+    return math.exp((low + high) / 2)
+
+
+def carried_on(earlier: float | None, newest: float | None, images: int) -> float | None:
+    """The temperature after a task: a geometric mean, in which the earlier one counts as 100 held-out images.
+
+    Args:
+        earlier: temperature before the task; None if there was none.
+        newest: temperature of the task's `images` held-out images; None if it is unknown.
+        images: their number.
+    """
+    if earlier is None or newest is None:
+        return earlier if newest is None else newest
+    share = images / (images + EARLIER_IMAGES)
+    return math.exp(share * math.log(newest) + (1 - share) * math.log(earlier))

@@ -1,0 +1,80 @@
+"""Scores of a trained head on images that its weights have not seen, for the temperature of its scores."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_prompts.heads.calibration import folds
+from cl_prompts.heads.incremental import IncrementalHead
+
+
+STEPS = 300
+LEARNING_RATE = 0.01
+
+
+def held_out_logits(head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool) -> tuple[Tensor, Tensor]:
+    """Logits of a task's images by heads that were trained without them.
+
+    For each fold the rows of the task's classes are trained again from zero on the other images, until their loss is that of
+    `head` on these (ours): trained as far as the head was, whatever its optimizer. The features are of the model that was
+    trained on all of the task's images.
+
+    Args:
+        head: the trained head; it is not changed.
+        features: of the task's images [n, D].
+        targets: class index of each image [n].
+        only_current: whether the loss compares classes of the current task only (`class_mask="task"`).
+
+    Returns:
+        logits [held, C] and their targets [held].
+    """
+    logits, held_targets = [features.new_zeros(0, len(head.weight))], [targets[:0]]
+    others = ~head.current if only_current else torch.zeros_like(head.current)
+    for held in folds(targets):
+        again = _trained_as_far(head, features[~held], targets[~held], others)
+        logits.append(again(features[held]).detach())
+        held_targets.append(targets[held])
+    return torch.cat(logits), torch.cat(held_targets)
+
+
+def _trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, others: Tensor) -> IncrementalHead:
+    """A copy of `head` with the current task's rows trained from zero until their loss is that of `head`."""
+
+    def loss_of(one: IncrementalHead) -> Tensor:
+        return F.cross_entropy(one(features).masked_fill(others, float("-inf")), targets)
+
+    again = copy.deepcopy(head).requires_grad_(True)
+    parameters = list(again.parameters())
+    with torch.no_grad():
+        wanted = float(loss_of(head))
+        for parameter in parameters:
+            parameter[head.current] = 0.0
+        if head.cosine_scale is not None:  # the direction of a row of zeros is not defined
+            again.weight[head.current] = features.mean(0)
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    with torch.enable_grad():
+        loss = loss_of(again)
+        reached = float(loss.detach())
+        if reached <= wanted:  # it has learned nothing from them
+            return head
+        for _ in range(STEPS):
+            if reached <= wanted:
+                break
+            before, old = reached, [parameter.detach().clone() for parameter in parameters]
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad[~head.current] = 0.0
+            optimizer.step()
+            loss = loss_of(again)
+            reached = float(loss.detach())
+            if reached <= wanted:  # between the last two steps, so that the result has no jumps
+                share = (before - wanted) / (before - reached)
+                for parameter, start in zip(parameters, old, strict=True):
+                    parameter.data.lerp_(start, 1 - share)
+    return again.requires_grad_(False)

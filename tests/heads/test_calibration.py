@@ -1,0 +1,182 @@
+"""The temperature of the scores: chosen on held-out images, saved, carried on; the predicted class stays."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from support.class_features import TASKS, images
+from support.closed_form_models import SEEN, answers, learn_task, new_model, task_images
+from support.families import build
+from support.methods import METHODS
+from support.small_runs import CLASSES
+from torch.nn import functional as F
+
+from cl_prompts import PromptPoolModel, PromptPoolPipeline
+from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.heads.calibration import carried_on, fit_temperature, folds
+from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.refit import held_out_logits
+from cl_prompts.storage.adapter_state import AdapterState
+
+
+NEW = {
+    "discriminant": lambda drift: DiscriminantClassifier(6, drift=drift),
+    "ridge": lambda drift: RidgeClassifier(6, projection_size=30, drift=drift),
+    "aligned": lambda drift: AlignedClassifier(6, drift=drift, epochs=3),
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "trained": {},
+    "cosine": {"head": "cosine"},
+    "aligned": {"alignment": "covariance"},
+    "ridge": {"head": "ridge", "projection_size": 20},
+    "discriminant": {"head": "discriminant"},
+}
+
+
+def drawn(scale: float, number: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are `scale` times too large, and targets drawn from the right probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(number, 5, generator=generator)
+    return scale * logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
+def test_the_temperature_is_found(scale: float) -> None:
+    logits, targets = drawn(scale)
+    found = fit_temperature(logits, targets)
+    assert found == pytest.approx(scale, rel=0.1)
+
+    def loss(log: float) -> float:
+        scaled = logits.double() / np.exp(log)
+        wrong = scaled.topk(2, 1).values[:, 1] - scaled.logsumexp(1)
+        return float(F.cross_entropy(scaled, targets, reduction="sum") - wrong.mean())
+
+    assert found == pytest.approx(np.exp(minimize_scalar(loss, bracket=(-4, 4)).x), rel=1e-4)
+
+
+def test_few_images_and_odd_logits_give_a_sensible_temperature() -> None:
+    right = torch.eye(4)
+    one = fit_temperature(right[:1], torch.tensor([0]))
+    four = fit_temperature(right, torch.arange(4))
+    assert one is not None
+    assert four is not None
+    assert 0.1 < four < one
+    assert fit_temperature(right[:0], torch.arange(0)) is None
+    assert fit_temperature(right[:, :1], torch.zeros(4, dtype=torch.int64)) is None  # one class
+    hidden = F.pad(5 * right, (0, 2), value=float("-inf"))  # classes without images
+    assert fit_temperature(hidden, torch.arange(4)) == pytest.approx(fit_temperature(5 * right, torch.arange(4)))
+    assert fit_temperature(hidden, torch.full((4,), 5)) is None
+    assert fit_temperature(torch.zeros(3, 2), torch.tensor([0, 1, 0])) is None  # any would do
+
+
+def test_each_image_is_held_out_once_and_never_all_of_a_class() -> None:
+    targets = torch.tensor([0] * 7 + [1] * 2 + [2] + [3] * 5)
+    masks = list(folds(targets))
+    assert torch.equal(torch.stack(masks).sum(0), (targets != 2).long())
+    assert all({0, 1, 2, 3} == set(targets[~held].tolist()) for held in masks)
+    assert len(list(folds(targets, 1))) == 1
+    assert len(list(folds(torch.zeros(1000, dtype=torch.int64)))) == 1  # a fifth of them is enough
+    assert list(folds(torch.arange(9))) == []
+
+
+def test_a_temperature_is_carried_on() -> None:
+    assert carried_on(None, None, 0) is None
+    assert carried_on(None, 3.0, 1) == 3.0
+    assert carried_on(2.0, None, 0) == 2.0
+    assert carried_on(1.0, 4.0, 100) == pytest.approx(2.0)
+    assert carried_on(1.0, 4.0, 1) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("drift", ["none", "affine"])
+@pytest.mark.parametrize("name", NEW)
+def test_held_out_logits_are_of_classifiers_that_did_not_see_the_images(name: str, drift: str) -> None:
+    """Beside the same classifier fitted to the other images; and nothing has changed afterwards."""
+    classifier, head = NEW[name](drift), IncrementalHead(6)
+    for number, task in enumerate(TASKS):
+        features, targets = images(task)
+        before = features + 0.1 if number else None
+        head.expand(range(max(task) + 1), task)
+        classifier.begin_task(task)
+        classifier.make_room()
+        old = {key: tensor.clone() for key, tensor in classifier.named_buffers()}
+        logits, held_targets = classifier.held_out_logits(features, targets, before, head)
+        assert all(torch.equal(tensor, old[key]) for key, tensor in classifier.named_buffers())
+        held = next(folds(targets))
+        assert torch.equal(held_targets[: int(held.sum())], targets[held])
+        alone: FeatureClassifier = NEW[name](drift)
+        for earlier in TASKS[:number]:
+            alone.begin_task(earlier)
+            given = images(earlier)
+            alone.fit(*given, given[0] + 0.1, head)
+        alone.begin_task(task)
+        alone.fit(features[~held], targets[~held], None if before is None else before[~held], head)
+        torch.testing.assert_close(logits[: int(held.sum())], alone(features[held]).detach(), rtol=1e-4, atol=1e-4)
+        classifier.fit(features, targets, features + 0.1, head)
+
+
+@pytest.mark.parametrize("scale", [None, 20.0])
+def test_a_trained_head_is_trained_as_far_without_the_held_out_images(scale: float | None) -> None:
+    features, targets = images([0, 1, 2], 40)
+    head = IncrementalHead(6, scale)
+    head.expand([0, 1, 2], [0, 1, 2])
+    optimizer = torch.optim.Adam(head.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(head(features), targets).backward()
+        optimizer.step()
+    before = head.weight.detach().clone()
+    logits, held = held_out_logits(head, features, targets, only_current=True)
+    assert torch.equal(head.weight, before)
+    assert not logits.requires_grad
+    assert len(held) == len(targets)  # all five fifths
+    own, again = F.cross_entropy(head(features), targets), F.cross_entropy(logits, held)
+    assert 0.8 * own < again < 3 * own
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
+    model = new_model("l2p", **HEADS[name])
+    for task in CLASSES[:2]:
+        learn_task(model, task)
+        if model.adapter.classifier is None:  # with images of the newest task, also after it
+            model.consolidate([task_images(task)])
+    state = model.adapter.config.state
+    temperature = state.temperature
+    assert temperature is not None
+    assert temperature != 1.0
+    calibrated = answers(model)
+    state.temperature = None
+    assert not PromptPoolPipeline(model, processor()).calibrated
+    plain = answers(model)
+    torch.testing.assert_close(calibrated, plain / temperature)
+    assert torch.equal(calibrated.argmax(1), plain.argmax(1))
+    state.temperature = temperature
+    model.save_pretrained(tmp_path)
+    loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path)
+    assert torch.equal(answers(loaded), calibrated)
+    assert PromptPoolPipeline(loaded, processor()).calibrated
+    twin = new_model("l2p", **HEADS[name])
+    twin.load_training_state_dict(model.training_state_dict())
+    assert torch.equal(answers(twin), calibrated)
+
+
+def processor() -> Any:
+    return lambda images, return_tensors: {"pixel_values": SEEN[:1]}
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), "3", True, 1e9])
+def test_a_foreign_temperature_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"`state.temperature` must be from 1e-6 to 1e6 or null"):
+        AdapterState.from_dict({"temperature": wrong})
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+def test_every_method_is_calibrated_after_a_task(method: str) -> None:
+    model = new_model(method)
+    learn_task(model, CLASSES[0])
+    model.consolidate([task_images(CLASSES[0])])
+    assert model.adapter.config.state.temperature is not None
+    assert answers(model).isfinite().all()

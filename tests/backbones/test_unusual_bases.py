@@ -201,6 +201,17 @@ def compiled_in_place(what: str) -> Any:
     return base
 
 
+def scripted(what: str) -> Any:
+    base = build("vit")
+    example = torch.zeros(1, 5, base.config.hidden_size) if what else inputs("vit")["pixel_values"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but used
+        traced = torch.jit.trace(base.get_submodule(what), example, strict=False)
+    if what:
+        base.set_submodule(what, traced)
+    return base if what else traced
+
+
 def failing() -> Any:
     base = build("vit")
     base.forward = lambda *args, **kwargs: 1 / 0
@@ -223,6 +234,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled in place": (lambda: compiled_in_place(""), "all of this ViTModel was compiled in place.*compile_backbone"),
     "a block compiled in place": (lambda: compiled_in_place("layers.1"), "layers.1 of this ViTModel was compiled in place"),
     "DataParallel": (lambda: nn.DataParallel(build("vit")), "wrapped in a DataParallel: pass .* base.module"),
+    "TorchScript": (lambda: scripted(""), r"a TorchScript module \(\w+\): pass the transformers model"),
+    "a block in TorchScript": (lambda: scripted("layers.1"), "this ViTModel|ViTModel is not supported"),
     "no values": (without_values, "on the meta device, without values: load it with from_pretrained"),
     "inference tensors": (under_inference_mode, "nothing can be trained on this ViTModel under torch.inference_mode"),
     "a forward that fails": (failing, r"this ViTModel cannot run as a base.*ZeroDivisionError: division by zero"),

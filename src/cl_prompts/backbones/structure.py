@@ -73,7 +73,7 @@ def find_structure(model: nn.Module) -> Structure:
     Raises:
         TypeError: the model's structure is not supported. The message lists the supported models.
     """
-    _check_not_wrapped(model)
+    check_not_wrapped(model)
     blocks, attentions = _find_blocks(model)
     inner = _find_inner(model, blocks[0])
     backbone = model.get_submodule(inner)
@@ -100,7 +100,7 @@ def check_not_compiled(model: nn.Module) -> None:
         )
 
 
-def _check_not_wrapped(model: nn.Module) -> None:
+def check_not_wrapped(model: nn.Module) -> None:
     """Raise TypeError for a model inside a wrapper that hides its calls from hooks: compiled, parallel or TorchScript."""
     kind = type(model).__name__
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):

@@ -145,11 +145,11 @@ class NoLength(torch.utils.data.Dataset[Any]):
         ),
         (
             {"image": IMAGES, "label": pd.array([None, *LABELS[1:]], dtype="Int64")},
-            "holds (nan|<NA>) in row 0.*leave such rows",
+            "holds (nan|<NA>) in row 0.*leave",
         ),
         (
             {"image": IMAGES, "label": pd.array([None, *NAMES[1:]], dtype="string")},
-            "holds (nan|<NA>) in row 0.*leave such rows",
+            "holds (nan|<NA>) in row 0.*leave",
         ),
         ({"image": IMAGES, "label": [2**70, *LABELS[1:]]}, f"holds {2**70} in row 0, which is no class id"),
         ({"image": IMAGES, "label": [0, *NAMES[1:]]}, "holds 0 in row 0, .*other rows hold names, like 'jay'"),
@@ -268,7 +268,7 @@ def test_pixels_in_lists_have_no_known_range() -> None:
         ([float("nan"), *map(float, LABELS[1:])], BY_ID, "a label of the training set is None: class ids start at 0"),
         ([0.5, *map(float, LABELS[1:])], BY_ID, "a label of the training set is 0.5: class ids start at 0 and are whole"),
         ([[label] for label in LABELS], BY_ID, r"a label of the training set is \[0\]: class ids"),
-        (NAMES, [["owl", "jayy"], ["wren", "crow"]], r"gave no images of classes \['jayy'\]: are they spelled alike"),
+        (NAMES, [["owl", "jayy"], ["wren", "crow"]], r"gave no images of classes \['jayy'\]: spell them alike"),
         (NAMES, BY_ID, "column 'label' of the training set holds names, like 'owl': give the classes of the tasks by name"),
         ([-1, *LABELS[1:]], BY_ID, "a label of the training set is -1: class ids start at 0"),
         ([None, *LABELS[1:]], BY_ID, "a label of the training set is None"),

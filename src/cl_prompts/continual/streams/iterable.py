@@ -248,9 +248,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
             wanted = "" if self.expected is None else f", not the {self.expected} of train_images"
             raise ValueError(f"the pass over the {self.split} set gave {count} images{wanted}")
         if absent := [self.stream.names.get(c, c) for c in self.classes if c not in seen]:
-            raise ValueError(
-                f"the pass over the {self.split} set gave no images of classes {absent}: are they spelled alike?"
-            )
+            raise ValueError(f"the pass over the {self.split} set gave no images of classes {absent}: spell them alike")
 
     def _class_id(self, example: dict[str, Any]) -> int | None:
         label = example[self.stream.label_column]

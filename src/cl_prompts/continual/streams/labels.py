@@ -245,8 +245,8 @@ def check_class_id(value: Any, what: str) -> None:
     if isinstance(value, str) or (number is not None and 0 <= number <= LARGEST):
         return
     raise ValueError(
-        f"{what} is {short_repr(value)}: class ids start at 0 and are whole ({IGNORE_INDEX} marks padding), so give all rows "
-        "an id or all a name, or leave such rows out"
+        f"{what} is {short_repr(value)}: class ids start at 0 and are whole ({IGNORE_INDEX} marks padding), so give all "
+        "rows an id or all a name, or leave such rows out"
     )
 
 

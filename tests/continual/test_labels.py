@@ -134,8 +134,7 @@ def test_what_cannot_be_split(classes: Any, tasks: Any, message: str) -> None:
 
 
 def test_ids_and_seeds_below_zero() -> None:
-    for classes, message in ((-3, "classes=-3: give class ids"), ([0, -1, 1], "classes name -1: class ids start at 0")):
-        with pytest.raises(ValueError, match=message):
-            split_classes(classes, 1)
+    with pytest.raises(ValueError, match="classes=-3: give class ids"):
+        split_classes(-3, 1)
     with pytest.raises(ValueError, match="seed=-1 must be a non-negative integer"):
         split_classes(4, 2, seed=-1)

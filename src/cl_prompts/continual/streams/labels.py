@@ -187,8 +187,6 @@ def _distinct(classes: Any) -> list[Any]:
     wrong = [value for value, known in zip(listed, found, strict=True) if known is None]
     if wrong:
         raise ValueError(f"classes name {short_repr(wrong[0])}: give class ids, or class names only")
-    if (lowest := min((value for value in found if isinstance(value, int)), default=0)) < 0:
-        raise ValueError(f"classes name {lowest}: class ids start at 0 ({IGNORE_INDEX} marks padding)")
     return sorted(set(found))
 
 

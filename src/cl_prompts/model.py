@@ -302,7 +302,12 @@ class PromptPoolModel(TaskAPI, PeftModel):
         return load_with_retry(files, lambda found: self._load_files(found, adapter_name, is_trainable, **kwargs))
 
     def add_adapter(self, adapter_name: str, peft_config: PromptPoolConfig, *args: Any, **kwargs: Any) -> None:
-        """Add a new adapter, as in PEFT: `args` and `kwargs` are `low_cpu_mem_usage` and `autocast_adapter_dtype`.
+        """Add a new adapter, as in PEFT.
+
+        Args:
+            adapter_name: name of the adapter.
+            peft_config: a method's config.
+            args, kwargs: `low_cpu_mem_usage` and `autocast_adapter_dtype`, as in PEFT.
 
         Raises:
             TypeError: `peft_config` is not a `PromptPoolConfig`, or an argument is unknown.

@@ -322,7 +322,12 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             yield
 
     def check_disabled_forward(self, images: Any, adapter_names: Any, kwargs: dict[str, Any]) -> None:
-        """Check the arguments of a forward without adapters, on which `adapter_names` have no effect.
+        """Check the arguments of a forward while the adapters are disabled.
+
+        Args:
+            images: images [B, 3, H, W].
+            adapter_names: a name for each image [B], without effect; or None.
+            kwargs: arguments of the base.
 
         Raises:
             TypeError: the base has no argument of a name in `kwargs`, or `adapter_names` is not a list of names.

@@ -25,10 +25,12 @@ from cl_prompts.continual import (
     Stream,
     split_classes,
 )
-from cl_prompts.continual.streams.data_sets import holds_files
+from cl_prompts.continual.streams.columns import check_columns
+from cl_prompts.continual.streams.data_sets import holds_files, is_missing
 from cl_prompts.runtime.images import pil_to_rgb
 
 
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in the order of choice
 SCENARIOS = ("class", "domain", "datasets", "gaussian")
 
 
@@ -239,10 +241,11 @@ def load_image_data(
     label_column = label_column or only_column(
         features, "label", holds_ids if any(map(holds_ids, features.values())) else holds_names
     )
+    check_columns(train, [image_column, label_column], "training")
     if held_out:
         train, test = split_by_class(train, [label_column, *others], held_out, seed)
     else:
-        name = next((n for n in ("test", "validation") if n in splits), None)
+        name = next((n for n in TEST_SPLITS if n in splits), None)
         if name is None:
             raise ValueError(f"{source} has only the splits {sorted(splits)}: add a test split, or use --held_out 0.2")
         test = splits[name]
@@ -252,6 +255,8 @@ def load_image_data(
 def load_splits(source: str, *, streaming: bool = False) -> Any:
     """All splits of a folder or of a Hub data set, "name" or "name:configuration"."""
     folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file: name its folder")
     if not folder.exists():
         name, _, configuration = source.partition(":")
         return load_dataset(name, configuration or None, streaming=streaming)
@@ -298,7 +303,13 @@ def split_by_class(rows: Dataset, columns: str | Sequence[str], share: float, se
     held = np.zeros(len(groups), dtype=bool)
     for group in np.unique(groups):
         of_group = random.permutation(np.flatnonzero(groups == group))
-        held[of_group[: max(1, round(share * len(of_group)))]] = True
+        count = max(1, round(share * len(of_group)))
+        row = {name: rows[name][int(of_group[0])] for name in names}
+        if count == len(of_group) and not any(map(is_missing, row.values())):  # the stream refuses missing labels
+            raise ValueError(
+                f"held_out={share} leaves no training image of {row}: there are {count}, add some or hold out less"
+            )
+        held[of_group[:count]] = True
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 

@@ -80,7 +80,9 @@ class PromptPoolModel(TaskAPI, PeftModel):
             "num_items_in_batch": num_items_in_batch,
         }
         passed = {name: value for name, value in own.items() if value is not None}
-        if adapter_names is not None and not self.base_model.pools.disable_adapters:
+        if self.base_model.pools.disable_adapters:
+            self.base_model.check_disabled_forward(pixel_values, adapter_names, kwargs)
+        elif adapter_names is not None:
             return self.base_model.mixed_forward(pixel_values, adapter_names=adapter_names, **passed, **kwargs)
         return super().forward(pixel_values=pixel_values, **passed, **kwargs)
 
@@ -127,6 +129,8 @@ class PromptPoolModel(TaskAPI, PeftModel):
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if not names:
+            raise ValueError(f"selected_adapters={names} would save nothing: name some of {list(self.peft_config)}")
         if record is not None and not set(names) & set(self.active_adapters):
             raise ValueError(
                 f"record= is of the active adapter, {self.active_adapters}; saved are {names}: call set_adapter first"
@@ -287,6 +291,22 @@ class PromptPoolModel(TaskAPI, PeftModel):
         if own is not None and own.state.weights_sha256 is not None:  # `from_pretrained` has just read it from these files
             return self._load_files(files, adapter_name, is_trainable, **kwargs)
         return load_with_retry(files, lambda found: self._load_files(found, adapter_name, is_trainable, **kwargs))
+
+    def add_adapter(self, adapter_name: str, peft_config: PromptPoolConfig, *args: Any, **kwargs: Any) -> None:
+        """Add a new adapter, as in PEFT.
+
+        Args:
+            adapter_name: name of the adapter.
+            peft_config: a method's config.
+            args, kwargs: `low_cpu_mem_usage` and `autocast_adapter_dtype`, as in PEFT.
+
+        Raises:
+            TypeError: `peft_config` is not a `PromptPoolConfig`, or an argument is unknown.
+            ValueError: an adapter cannot have that name or has it already, or the config does not fit the base.
+        """
+        check_adapter_name(adapter_name)
+        check_config(peft_config)
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         """Make `adapter_name`, a name or a list of one, the active adapter, trainable unless `inference_mode`.

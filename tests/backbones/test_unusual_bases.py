@@ -204,6 +204,17 @@ def compiled_in_place(what: str) -> Any:
     return base
 
 
+def scripted(what: str) -> Any:
+    base = build("vit")
+    example = torch.zeros(1, 5, base.config.hidden_size) if what else inputs("vit")["pixel_values"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but used
+        traced = torch.jit.trace(base.get_submodule(what), example, strict=False)
+    if what:
+        base.set_submodule(what, traced)
+    return base if what else traced
+
+
 def failing() -> Any:
     base = build("vit")
     base.forward = lambda *args, **kwargs: 1 / 0
@@ -234,12 +245,6 @@ def sharded() -> Any:
     return base
 
 
-def traced() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, but used
-        return torch.jit.trace(build("vit"), torch.zeros(1, 3, 32, 32), strict=False)
-
-
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(build("vit"), backend="eager"), "compiled .* base._orig_mod.*compile_backbone"),
@@ -250,7 +255,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         sharded,
         "layers.1 of this ViTModel is wrapped in a FullyShardedDataParallel.*frozen_blocks",
     ),
-    "TorchScript": (traced, "the base is a TorchScript module .*: pass the transformers model that it was made from"),
+    "TorchScript": (lambda: scripted(""), r"a TorchScript module \(\w+\): pass the transformers model"),
+    "a block in TorchScript": (lambda: scripted("layers.1"), "this ViTModel|ViTModel is not supported"),
     "no values": (without_values, "on the meta device, without values: load it with from_pretrained"),
     "inference tensors": (under_inference_mode, "nothing can be trained on this ViTModel under torch.inference_mode"),
     "a forward that fails": (failing, r"this ViTModel cannot run as a base.*ZeroDivisionError: division by zero"),

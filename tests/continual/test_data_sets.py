@@ -96,9 +96,64 @@ def test_a_transform_that_makes_the_columns() -> None:
     assert seen(stream) == RIGHT
 
 
+def test_rows_of_pandas_are_taken_by_number() -> None:
+    """The names of rows of a shuffled frame were taken for their numbers: images got labels of others."""
+    mixed = pd.DataFrame({"image": IMAGES, "label": LABELS}).sample(frac=1, random_state=0)
+    for data in (mixed, (mixed["image"], mixed["label"]), {"image": mixed["image"], "label": mixed["label"]}):
+        assert seen(class_stream(data)) == RIGHT
+
+
+def test_parts_of_data_sets_of_datasets() -> None:
+    """Their labels and names are known without reading images."""
+    data = Subset(birds(LABELS, bad=(3,)), [0, 1, 2, 3, 4, 5, 6, 7])
+    assert class_stream(data, BY_NAME).names == dict(enumerate(CLASSES))
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_transform_of_the_data_set_and_a_damaged_image(policy: str) -> None:
+    """Labels are read through the transform, which decodes the images."""
+    data = birds(LABELS, bad=(2,)).with_transform(
+        lambda rows: {"image": [to_tensor(image) for image in rows["image"]], "label": rows["label"]}
+    )
+    stream = class_stream(data, transform=lambda image: image, on_bad_image=policy)
+    if policy == "stop":
+        with pytest.raises(ValueError, match=r"the image of train row 2 cannot be read .*on_bad_image='skip'"):
+            list(stream.train_batches(stream.tasks[1], 8, seed=0, epoch=0))
+    else:
+        (batch,) = stream.train_batches(stream.tasks[1], 8, seed=0, epoch=0)
+        assert sorted(batch["labels"].tolist()) == [-100, 2, 3, 3]
+
+    def broken(rows: Any) -> Any:
+        raise OSError("the user's own disk")
+
+    with pytest.raises(OSError, match="the user's own disk"):
+        class_stream(data.with_transform(broken), on_bad_image=policy)
+
+
+class NoLength(torch.utils.data.Dataset[Any]):
+    def __getitem__(self, row: int) -> Any:
+        return IMAGES[row], LABELS[row]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (NoLength(), "the training set, a NoLength, has no __len__: give it one"),
+        (
+            pd.DataFrame([[1, 2, 3]], columns=["image", "label", "label"]),
+            r"columns \['label'\] of the training set are there twice",
+        ),
+        (
+            {"image": IMAGES, "label": pd.array([None, *LABELS[1:]], dtype="Int64")},
+            "holds (nan|<NA>) in row 0.*leave",
+        ),
+        (
+            {"image": IMAGES, "label": pd.array([None, *NAMES[1:]], dtype="string")},
+            "holds (nan|<NA>) in row 0.*leave",
+        ),
+        ({"image": IMAGES, "label": [2**70, *LABELS[1:]]}, f"holds {2**70} in row 0, which is no class id"),
+        ({"image": IMAGES, "label": [0, *NAMES[1:]]}, "holds 0 in row 0, .*other rows hold names, like 'jay'"),
+        (Pairs(list(torch.eye(8))), "holds lists, like"),
         ([], "the training set is empty"),
         ({"image": [], "label": []}, "the training set is empty"),
         (Pairs([]), "the training set is empty"),
@@ -193,9 +248,27 @@ def test_domains_in_order_by_class_names(tmp_path: Path) -> None:
     assert seen(stream) == [sorted(RIGHT[0] + RIGHT[1])]
 
 
+@pytest.mark.parametrize("path", [None, float("nan"), pd.NA])
+def test_a_path_that_is_missing(path: Any, tmp_path: Path) -> None:
+    files = [str(file) for file in forms_of_images(tmp_path)["paths"]]
+    stream = class_stream(pd.DataFrame({"image": [path, *files[1:]], "label": LABELS}))
+    with pytest.raises(ValueError, match=r"train row 0 cannot be read \(the cell is empty\)"):
+        seen(stream)
+
+
+def test_pixels_in_lists_have_no_known_range() -> None:
+    with pytest.raises(ValueError, match=r"pixels of unknown range: cast it to uint8"):
+        seen(class_stream({"image": [np.asarray(image).tolist() for image in IMAGES], "label": LABELS}))
+
+
 @pytest.mark.parametrize(
     ("labels", "tasks", "message"),
     [
+        (LABELS, BY_NAME, "task 0 names 'owl', which is no class id: .* names are not known"),
+        ([float("nan"), *map(float, LABELS[1:])], BY_ID, "a label of the training set is None: class ids start at 0"),
+        ([0.5, *map(float, LABELS[1:])], BY_ID, "a label of the training set is 0.5: class ids start at 0 and are whole"),
+        ([[label] for label in LABELS], BY_ID, r"a label of the training set is \[0\]: class ids"),
+        (NAMES, [["owl", "jayy"], ["wren", "crow"]], r"gave no images of classes \['jayy'\]: spell them alike"),
         (NAMES, BY_ID, "column 'label' of the training set holds names, like 'owl': give the classes of the tasks by name"),
         ([-1, *LABELS[1:]], BY_ID, "a label of the training set is -1: class ids start at 0"),
         ([None, *LABELS[1:]], BY_ID, "a label of the training set is None"),

@@ -131,3 +131,10 @@ def test_classes_to_split(classes: Any, tasks: Any, split: Any) -> None:
 def test_what_cannot_be_split(classes: Any, tasks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_classes(classes, tasks)
+
+
+def test_ids_and_seeds_below_zero() -> None:
+    with pytest.raises(ValueError, match="classes=-3: give class ids"):
+        split_classes(-3, 1)
+    with pytest.raises(ValueError, match="seed=-1 must be a non-negative integer"):
+        split_classes(4, 2, seed=-1)

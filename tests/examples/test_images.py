@@ -160,6 +160,28 @@ def test_a_split_is_missing(splits: list[str], message: str, tmp_path: Path) -> 
         assert [(len(task.train_rows), len(task.test_rows)) for task in stream] == [(6, 6), (6, 6)]
 
 
+@pytest.mark.parametrize("split", ["val", "dev", "valid"])
+def test_other_names_of_a_test_split(split: str, tmp_path: Path) -> None:
+    for name, seed in (("train", 0), (split, 1)):
+        birds(LABELS, seed).to_parquet(str(tmp_path / f"{name}.parquet"))
+    stream = load_stream("class", str(tmp_path), to_tensor, tasks=2)
+    assert isinstance(stream, ClassIncrementalStream)
+    assert len(stream.test_labels) == len(LABELS)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    few = birds([0, 1, 2, 2])
+    few.to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match=r"held_out=0.5 leaves no training image of .*0}: there are 1, hold"):
+        load_stream("class", str(tmp_path), to_tensor, tasks=2, held_out=0.5)
+    for more in ({"label_column": "fine"}, {"label_column": "fine", "streaming": True}, {"image_column": "fine"}):
+        birds(LABELS).to_parquet(str(tmp_path / "test.parquet"))
+        with pytest.raises(ValueError, match="the training set has no column 'fine', its columns are"):
+            load_stream("class", str(tmp_path), to_tensor, tasks=2, **more)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"train\.parquet is a file: name its folder"):
+        load_stream("class", str(tmp_path / "train.parquet"), to_tensor, tasks=2)
+
+
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "birds", birds(LABELS), birds(LABELS))
     with pytest.raises(ValueError, match="scenario='task': choose one of class, domain, datasets, gaussian"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image as PILImage
 from support.base_condition import condition
 from support.families import build, inputs
@@ -57,6 +58,9 @@ def learnt(**config: Any) -> PromptPoolModel:
         (lambda: get_prompt_pool_model(build("vit"), {"method": "l2p"}), "config is a dict: pass a PromptPoolConfig"),  # type: ignore[arg-type]
         (lambda: PromptPoolModel.from_pretrained(build("vit"), None), "the adapter is a NoneType: name its folder"),  # type: ignore[arg-type]
         (lambda: AutoPromptPoolModel.from_pretrained(build("vit")), "the adapter is a ViTModel: name its folder"),
+        (lambda: learnt().add_adapter("cars", "l2p"), "config is 'l2p', a name"),  # type: ignore[arg-type]
+        (lambda: learnt().add_adapter("cars", LoraConfig()), "config is a LoraConfig: pass a PromptPoolConfig"),  # type: ignore[arg-type]
+        (lambda: learnt().base_model.merge_adapter(), "prompts cannot be merged"),
         (lambda: learnt()(PILImage.new("RGB", (32, 32))), "got Image: the base's image processor makes one"),
         (lambda: learnt()({"pixel_values": IMAGES}), r"got dict: pass model\(\*\*inputs\)"),
     ],
@@ -97,6 +101,27 @@ def test_names_that_no_adapter_can_have(name: str, other: str, tmp_path: Path) -
     model.load_adapter(tmp_path, other)
     model.set_adapter(other)
     assert torch.equal(model(IMAGES).logits, before)
+
+
+def test_arguments_in_the_wrong_order(tmp_path: Path) -> None:
+    model = learnt()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no adapter can be called .* \(it is a folder: the folder comes first"):
+        model.load_adapter("cars", str(tmp_path))
+    with pytest.raises(ValueError, match="no adapter can be called L2PConfig"):
+        model.add_adapter(L2PConfig(), "cars")  # type: ignore[arg-type]
+    assert list(model.peft_config) == ["default"]
+
+
+def test_names_of_adapters_that_do_not_exist(tmp_path: Path) -> None:
+    model = learnt()
+    with pytest.raises(ValueError, match=r"'cars' does not exist; there are \['default'\]"):
+        model.base_model.set_requires_grad(["default", "cars"])
+    with pytest.raises(ValueError, match=r"selected_adapters=\[\] would save nothing: name some of \['default'\]"):
+        model.save_pretrained(tmp_path / "new", selected_adapters=[])
+    assert not (tmp_path / "new").exists()
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"no adapter is called \['cars'\]"):
+        model(IMAGES, adapter_names=["default", "default", "default", "cars"])
 
 
 def test_one_adapter_answers_at_a_time() -> None:

@@ -12,6 +12,8 @@ from support.methods import METHODS
 from torch.testing import assert_close
 
 from cl_prompts import AutoPromptPoolModel, L2PConfig, PromptPoolModel, PromptPoolPipeline, get_prompt_pool_model
+from cl_prompts.sharing.inspect import describe_adapter
+from cl_prompts.storage.adapter_files import find_adapter
 
 
 NAMES = ["default", "other", "third", "default", "third"]
@@ -86,13 +88,28 @@ def test_unknown_arguments_are_refused(tmp_path: Path) -> None:
     baseline = small_learner("finetune")
     baseline.begin_task([0, 1])
     pool, base = tmp_path / "pool", build("vit")
+
+    def disabled(**arguments: Any) -> None:
+        with model.disable_adapter():
+            assert model(pixel_values=images, output_hidden_states=True).hidden_states
+            model(pixel_values=images, **arguments)
+
     for call in (
         lambda: model(pixel_values=images, lables=torch.tensor([7, 7])),
         lambda: model(pixel_values=images, alora_offsets=[1, 2]),
         lambda: PeftModel(build("vit"), L2PConfig(num_labels=2, class_mask="none"))(pixel_values=images, nonsense=3),
         lambda: model.extract_features(images, nonsense=3),
         lambda: model.initialize_prompts(images, nonsense=3),
+        lambda: model.extract_features(images, labels=torch.tensor([7, 7])),
+        lambda: model.initialize_prompts(images, labels=torch.tensor([7, 7])),
+        lambda: disabled(nonsense=3),
         lambda: baseline(images, lables=torch.tensor([0, 1])),
+        lambda: baseline.extract_features(images, nonsense=3),
+        lambda: baseline.compute_features(images, nonsense=3),
+        lambda: L2PConfig.from_pretrained(pool, top_k=1),
+        lambda: L2PConfig().save_pretrained(tmp_path / "new", push_to_hub=True),
+        lambda: find_adapter(pool, nonsense=3),
+        lambda: describe_adapter(pool, nonsense=3),
         lambda: model.save_pretrained(tmp_path / "new", dtype=torch.float16),
         lambda: model.save_pretrained(tmp_path / "new", nonsense=3),
         lambda: get_prompt_pool_model(build("vit"), L2PConfig(), nonsense=3),
@@ -108,5 +125,6 @@ def test_unknown_arguments_are_refused(tmp_path: Path) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         with pytest.raises(ValueError, match=f"{name}=True: the output of a model with prompts has none"):
             model(pixel_values=images, **{name: True})
-    with pytest.raises(ValueError, match="nonsense"):
-        AutoPromptPoolModel.from_pretrained(pool, nonsense=3)
+    for name in ("nonsense", "config"):
+        with pytest.raises(ValueError, match=name):
+            AutoPromptPoolModel.from_pretrained(pool, **{name: 3})

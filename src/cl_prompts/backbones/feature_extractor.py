@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cl_prompts.backbones.fingerprint import fingerprint, unread_parts
+from cl_prompts.backbones.input_checks import check_arguments
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature, resolve_pooling
@@ -61,7 +62,8 @@ class FeatureExtractor(nn.Module):
         return self.structure.shape.width * (2 if self.pooling == "cls_mean" else 1)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Images [B, 3, H, W] -> features [B, D], float32."""
+        """Images [B, 3, H, W] -> features [B, D], float32. Raises TypeError if the base lacks an argument of `kwargs`."""
+        check_arguments(self.base, kwargs)
         plan = PassPlan(PassRecord(), arguments=self.arguments)
         with self._backbone.prompted(plan):
             self.base(pixel_values=pixel_values, **kwargs)

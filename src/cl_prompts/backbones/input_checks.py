@@ -25,7 +25,7 @@ def check_arguments(model: nn.Module, kwargs: Mapping[str, Any], further: Collec
     Args:
         model: the base.
         kwargs: the arguments.
-        further: names that are allowed besides those of the base and of a prompted forward.
+        further: names that are allowed besides those of the base, for example `OWN_ARGUMENTS` of a prompted forward.
 
     Raises:
         TypeError: the base has no argument of that name.
@@ -36,8 +36,14 @@ def check_arguments(model: nn.Module, kwargs: Mapping[str, Any], further: Collec
             raise ValueError(
                 f"{name}=True: the output of a model with prompts has none; call the base, model.get_base_model()(...)"
             )
+    check_argument_names(model, kwargs, further)
+
+
+def check_argument_names(model: nn.Module, kwargs: Mapping[str, Any], further: Collection[str]) -> None:
+    """Raise TypeError if the base has no argument of a name, and it is not among the `further` ones."""
     if not torch.compiler.is_compiling():  # a graph cannot look at signatures
-        known = {*_arguments(type(model).forward), *OWN_ARGUMENTS, *NOT_ANSWERED, "return_dict", *further}
+        # The class of a base with prompts names `OWN_ARGUMENTS` too.
+        known = {*_arguments(type(model).forward)} - {*OWN_ARGUMENTS} | {*NOT_ANSWERED, "return_dict", *further}
         refuse_unknown("the forward", kwargs, known)
 
 
@@ -49,7 +55,7 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def check_is_model(model: Any) -> None:
-    """Raise TypeError if a base is no model, but for example the name of one, or hidden in a wrapper."""
+    """Raise TypeError if a base is no model, but for example the name of one, or a model inside a wrapper."""
     if isinstance(model, str):
         raise TypeError(f"the base is {model!r}, a name: load it first, transformers.AutoModel.from_pretrained({model!r})")
     if not isinstance(model, nn.Module):

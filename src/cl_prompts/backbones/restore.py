@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
@@ -17,7 +18,9 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     config_fields = set(vars(config)) if config is not None else set()
     users = set() if backbone is None else set(backbone.users)
-    modules = [(module, module.training, dict(module._modules)) for module in model.modules()]
+    # A TorchScript module may be inside the base; its modules cannot be replaced.
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    modules = [(module, module.training, dict(module._modules)) for module in plain]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, scales_logits
+from cl_prompts.runtime.arguments import refuse_unknown
 from cl_prompts.runtime.text import short_repr
-from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
+from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState, check_base_arguments
 from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
@@ -200,12 +201,15 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         Args:
             pretrained_model_name_or_path: folder or Hub id, or the files that `find_adapter` found.
             subfolder: folder of the adapter in it.
-            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub; other names are ignored, as in PEFT.
+            kwargs: `revision`, `token`, `cache_dir` and the like, for the Hub. Those of loading weights, which PEFT passes
+                too, are not used.
 
         Raises:
+            TypeError: an argument is unknown, for example a field of the config: set it on the result.
             ValueError: the folder holds no adapter, or one whose weights are not safetensors.
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
         """
+        refuse_unknown("from_pretrained of a config", kwargs, (*LOAD_KEYWORDS, "ephemeral_gpu_offload"))
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
         limit = PromptPoolConfig.max_adapter_bytes
         files = find_adapter(pretrained_model_name_or_path, subfolder, max_bytes=limit, **hub)
@@ -223,11 +227,13 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
 
         Args:
             save_directory: folder to write to.
-            kwargs: as in PEFT.
+            kwargs: `auto_mapping_dict`, as in PEFT.
 
         Raises:
+            TypeError: an argument is unknown.
             ValueError: the file would be larger than the limit of loading.
         """
+        refuse_unknown("save_pretrained of a config", kwargs, ("auto_mapping_dict",))
         self.state.format_version, self.state.written_by = FORMAT_VERSION, __version__  # not those of a file it came from
         saved = copy.copy(self)  # other threads may save or train this config
         saved.state = replace(self.state, weights_sha256=digest_file(save_directory))

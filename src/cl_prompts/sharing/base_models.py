@@ -26,7 +26,7 @@ BASE_FOLDER = "base"  # of a base model that an adapter brings along
 
 
 def load_base(
-    config: PromptPoolConfig, files: AdapterFiles | None = None, *, max_bytes: int | None = None, **kwargs: Any
+    config: PromptPoolConfig, files: AdapterFiles | None = None, /, *, max_bytes: int | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """The base model that an adapter's config names or, where it names none, the one in the adapter's folder `base/`.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
+from cl_prompts.runtime.arguments import refuse_unknown
 from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES
 from cl_prompts.storage.file_source import HUB_KEYWORDS, FileSource
 from cl_prompts.storage.integrity import (
@@ -84,10 +85,11 @@ def find_adapter(
         hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as in `hf_hub_download`.
 
     Raises:
-        TypeError: `source` is no path and no Hub id.
+        TypeError: `source` is no path and no Hub id, or an argument is unknown.
         ValueError: there is no adapter, or it is truncated, foreign, a pickle, or too large.
         cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
+    refuse_unknown("find_adapter", hub, HUB_KEYWORDS)
     if isinstance(source, AdapterFiles):
         return source
     if not isinstance(source, str | os.PathLike):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from typing import Any
@@ -19,9 +20,11 @@ def check_adapter_name(name: Any) -> None:
         return
     other = re.sub(r"[./\\]", "_", name) if isinstance(name, str) else ""
     other = f"adapter_{name or 1}" if other in ("", name) else other
+    is_folder = isinstance(name, str | os.PathLike) and os.path.isdir(name)
+    order = " (it is a folder: the folder comes first, then the name)" if is_folder else ""
     raise ValueError(
         f"no adapter can be called {short_repr(name)}: modules and folders get its name, so it has no '.', '/' or '\\' and "
-        f"is no attribute of a module; use {other!r}"
+        f"is no attribute of a module; use {other!r}{order}"
     )
 
 

@@ -48,7 +48,7 @@ def mixed_forward(
     """
     images, labels = kwargs.get("pixel_values"), kwargs.get("labels")
     size = len(images) if isinstance(images, Tensor) and images.dim() else 0
-    _check_names(adapter_names, adapters, size)
+    check_names(adapter_names, adapters, size)
     if training:
         raise ValueError("adapter_names is not for training: a step trains one adapter, choose it with set_adapter(name)")
     if backbone.copied:
@@ -77,7 +77,8 @@ def mixed_forward(
     return output
 
 
-def _check_names(names: Any, adapters: Mapping[str, PoolAdapter] | nn.ModuleDict, size: int) -> None:
+def check_names(names: Any, adapters: Mapping[str, PoolAdapter] | nn.ModuleDict, size: int) -> None:
+    """Raise if `names` are not those of one of the `adapters` for each of `size` images."""
     if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names must be a list of names, one per image, got {short_repr(names)}")
     unknown = sorted({name for name in names if name not in adapters})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from cl_prompts.continual.streams.data_sets import Examples
+from cl_prompts.continual.streams.data_sets import Examples, is_own_error
 
 
 def check_columns(data: Any, columns: Sequence[str], split: str) -> None:
@@ -37,8 +37,8 @@ def read_column(data: Any, name: str, split: str) -> Any:
         ValueError: the data set has no such column, or the column holds lists.
     """
     check_columns(data, [name], split)
-    made = isinstance(data, Dataset) and name not in data.column_names  # by a transform
-    cells = [data[row][name] for row in range(len(data))] if made else data[name]
+    by_transform = isinstance(data, Dataset) and data.format["type"] == "custom"
+    cells = [_cell(data, name, row) for row in range(len(data))] if by_transform else data[name]
     try:
         values = np.asarray(cells)
     except ValueError:  # lists of unequal length
@@ -56,3 +56,13 @@ def read_class_names(data: Any, label_column: str) -> dict[int, str]:
         return dict(enumerate(data.class_names.get(label_column, ())))
     feature = (getattr(data, "features", None) or {}).get(label_column)
     return dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
+
+
+def _cell(data: Dataset, name: str, row: int) -> Any:
+    """A value that a transform of the user gives or, for a row whose image is damaged, the one before the transform."""
+    try:
+        return data[row][name]
+    except Exception as error:
+        if name not in data.column_names or is_own_error(data, row, "", error):
+            raise
+        return data.with_format(None).select_columns([name])[row][name]

@@ -84,8 +84,10 @@ def as_rows(data: Any, image_column: str, label_column: str, split: str) -> Any:
         return data
     _refuse(data, split)
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # a pandas frame
-        columns = {str(name): data[name].tolist() for name in data.columns}
-        return _in_memory(columns, image_column, split)
+        repeated = sorted({str(name) for name in data.columns if list(data.columns).count(name) > 1})
+        if repeated:
+            raise ValueError(f"columns {repeated} of the {split} set are there twice: rename one of each")
+        return _in_memory({str(name): data[name] for name in data.columns}, image_column, split)
     if isinstance(data, Mapping):
         return _in_memory(data, image_column, split)
     if isinstance(data, TorchDataset) or _gives_pairs(data):
@@ -116,6 +118,16 @@ def concatenated(parts: Mapping[str, Any], image_column: str) -> Any:
     sizes = [len(part) for part in parts.values()]
     read = partial(_cell_of_parts, list(parts.values()), [0, *accumulate(sizes)], image_column)
     return Examples(image_column, read, {"row": range(sum(sizes))})
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell has no value: None, NaN, or NA of pandas."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return False
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # comparisons with pandas.NA have no truth value
+        return True
 
 
 def holds_files(feature: Any) -> bool:
@@ -173,6 +185,8 @@ def _refuse(data: Any, split: str) -> None:
     if isinstance(data, Mapping) and data and all(isinstance(part, Dataset | IterableDataset) for part in data.values()):
         raise ValueError(f"the {split} set has the splits {list(data)}: pass one of them, data[{next(iter(data))!r}]")
     kind = type(data).__name__
+    if isinstance(data, TorchDataset) and not hasattr(data, "__len__"):
+        raise ValueError(f"the {split} set, a {kind}, has no __len__: give it one, which returns the number of rows")
     if isinstance(data, DataLoader):
         raise ValueError(f"the {split} set is a {kind}: pass its data set, loader.dataset; streams make their own batches")
     if isinstance(data, torch.utils.data.IterableDataset | Iterator):
@@ -198,6 +212,8 @@ def _refuse(data: Any, split: str) -> None:
 
 def _in_memory(columns: Mapping[Any, Any], image_column: str, split: str) -> Any:
     """Columns of equal length as a data set."""
+    # A series of pandas gives rows by their names, not by their numbers.
+    columns = {name: values.tolist() if hasattr(values, "iloc") else values for name, values in columns.items()}
     sizes = {str(name): len(values) for name, values in columns.items()}
     if not sizes or not all(sizes.values()):
         raise ValueError(f"the {split} set is empty")
@@ -217,7 +233,11 @@ def _cell(images: Any, row: int) -> Any:
     cell = images[row]
     if isinstance(cell, str | os.PathLike):
         return {"bytes": None, "path": os.fspath(cell)}
-    return array_to_rgb(cell) if isinstance(cell, np.ndarray) else cell
+    if isinstance(cell, list | tuple):  # lists of pixels
+        cell = np.asarray(cell)
+    if isinstance(cell, np.ndarray):
+        return array_to_rgb(cell)
+    return None if is_missing(cell) else cell
 
 
 def _cell_of_parts(parts: list[Any], starts: list[int], image_column: str, row: int) -> Any:
@@ -245,10 +265,10 @@ def _torch_rows(data: Any, image_column: str, label_column: str, split: str) -> 
             f"an item of the {split} set is {_described(first)}: return a pair (image, label), or a dict with "
             f"{image_column!r} and {label_column!r}"
         )
-    labels = _torch_labels(data)
+    labels = _torch_labels(data, label_column)
     if labels is None:
         labels = [data[row][keys[1]] for row in range(len(data))]  # decodes every image: no other way to the labels
-    names = {label_column: _torch_names(data)}
+    names = {label_column: _torch_names(data, label_column)}
     return Examples(image_column, partial(_torch_image, data, keys[0]), {label_column: _plain(labels)}, names)
 
 
@@ -266,13 +286,15 @@ def _torch_image(data: Any, key: Any, row: int) -> Any:
     return data[row][key]
 
 
-def _torch_labels(data: Any) -> Any:
+def _torch_labels(data: Any, label_column: str) -> Any:
     """The label of each row, if it is known without reading images."""
+    if isinstance(data, Dataset):
+        return data.with_format(None)[label_column][:] if data.format["type"] != "custom" else None
     if isinstance(data, Subset):
-        of_all = _torch_labels(data.dataset)
+        of_all = _torch_labels(data.dataset, label_column)
         return None if of_all is None else [of_all[int(row)] for row in data.indices]
     if isinstance(data, ConcatDataset):
-        parts = [_torch_labels(part) for part in data.datasets]
+        parts = [_torch_labels(part, label_column) for part in data.datasets]
         return None if any(part is None for part in parts) else [label for part in parts for label in part]
     if isinstance(data, TensorDataset):
         return _plain(data.tensors[1])
@@ -294,13 +316,16 @@ def _are_labels(values: Any, rows: int) -> bool:
 
 
 def _plain(values: Any) -> Any:
-    return [value.item() if hasattr(value, "item") else value for value in values]
+    # A label of several numbers, as one-hot labels are, is left to the error of `read_column`.
+    return [value.item() if hasattr(value, "item") and np.size(value) == 1 else value for value in values]
 
 
-def _torch_names(data: Any) -> list[str]:
+def _torch_names(data: Any, label_column: str) -> list[str]:
     """Names of the classes, in the order of their ids; empty if unknown."""
     while isinstance(data, Subset | ConcatDataset):
         data = data.dataset if isinstance(data, Subset) else data.datasets[0]
+    if isinstance(data, Dataset):
+        return list(getattr(data.features.get(label_column), "names", ()))
     names = getattr(data, "classes", None)
     if not isinstance(names, list | tuple) or getattr(data, "target_transform", None) is not None:
         return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,6 +138,7 @@ class IterableStream(Stream):
             source,
             "train",
             batch_size,
+            classes=task.classes,
             start=start,
             expected=None if self.train_images is None else self.train_images[task.number],
             augmented_by=None if self.augmentation is None else (seed, epoch),
@@ -167,7 +168,7 @@ class IterableStream(Stream):
             indexed = IndexedImages(self, "test", self.test.data, self.test.labels)
             sampler = list(process_shards(self.test.rows[task.number], batch_size))
             return self._batches(indexed, num_workers, batch_sampler=sampler, collate_fn=collate)
-        streamed = StreamedImages(self, self.test[task.number], "test", batch_size)
+        streamed = StreamedImages(self, self.test[task.number], "test", batch_size, classes=task.classes)
         return self._batches(streamed, num_workers, batch_size=None, collate_fn=_identity)
 
     def _batches(self, images: IndexedImages | StreamedImages, num_workers: int, **options: Any) -> Batches:
@@ -182,13 +183,14 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         source: images of one task, not decoded, in the order of the pass.
         split: "train" or "test".
         batch_size: images of a batch over all processes.
+        classes: class ids that the pass must have images of.
         start: number of batches at the beginning to leave out; their images are not decoded.
         expected: number of images of the whole pass, if known.
         augmented_by: (seed, epoch) of the augmentation; None: no augmentation.
 
     Raises:
         ValueError: `batch_size` is not positive or does not divide by the number of processes. During iteration: there are
-            no images or not as many as expected, none can be read, or a label is not among the classes.
+            no images, none of a class or not as many as expected, none can be read, or a label is not among the classes.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         split: str,
         batch_size: int,
         *,
+        classes: Sequence[int] = (),
         start: int = 0,
         expected: int | None = None,
         augmented_by: tuple[int, int] | None = None,
@@ -208,7 +211,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.stream, self.source, self.split = stream, source, split
         self.batch_size, self.start = batch_size, start
         self.mode = source.features[stream.image_column].mode
-        self.expected, self.augmented_by = expected, augmented_by
+        self.classes, self.expected, self.augmented_by = classes, expected, augmented_by
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -235,11 +238,12 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         raise ValueError(f"none of the {unreadable} {self.split} images of this task can be read: repair some")
 
     def _global_batches(self) -> Iterator[list[dict[str, Any]]]:
-        count, batch = 0, []
+        count, batch, seen = 0, [], set()
         # Unlike iteration, iter() gives every loader process the whole source instead of its own shards.
         for columns in self.source.iter(batch_size=32):
             for values in zip(*columns.values(), strict=True):
                 batch.append(dict(zip(columns, values, strict=True)))
+                seen.add(self._class_id(batch[-1]))
                 count += 1
                 if len(batch) == self.batch_size:
                     yield batch
@@ -249,6 +253,12 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
         if not count or self.expected not in (None, count):
             wanted = "" if self.expected is None else f", not the {self.expected} of train_images"
             raise ValueError(f"the pass over the {self.split} set gave {count} images{wanted}")
+        if absent := [self.stream.names.get(c, c) for c in self.classes if c not in seen]:
+            raise ValueError(f"the pass over the {self.split} set gave no images of classes {absent}: spell them alike")
+
+    def _class_id(self, example: dict[str, Any]) -> int | None:
+        label = example[self.stream.label_column]
+        return self.stream.label_ids.get(label) if isinstance(label, Hashable) else None
 
     def _batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch in which another image, or a black one, takes the place of each unreadable image."""
@@ -261,7 +271,7 @@ class StreamedImages(torch.utils.data.IterableDataset[dict[str, Any]]):
     def _item(self, example: dict[str, Any], real: bool) -> dict[str, Any]:
         """An example as an item of a batch; `pixel_values` is None if it cannot be read. `real`: it is no padding."""
         cell, label = example[self.stream.image_column], example[self.stream.label_column]
-        class_id = self.stream.label_ids.get(label)
+        class_id = self._class_id(example)
         if class_id is None:
             raise ValueError(
                 f"a {self.split} image has label {label!r}, and the stream's classes are {self.stream.classes}"

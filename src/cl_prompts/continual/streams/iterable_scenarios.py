@@ -13,10 +13,16 @@ from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import read_class_names
 from cl_prompts.continual.streams.data_sets import as_rows
 from cl_prompts.continual.streams.iterable import IndexedTestSet, IterableStream, without_decoding
-from cl_prompts.continual.streams.labels import as_class, label_ids, names_in_tasks, read_labels, validate_tasks
+from cl_prompts.continual.streams.labels import (
+    as_class,
+    check_class_id,
+    label_ids,
+    names_in_tasks,
+    read_labels,
+    validate_tasks,
+)
 from cl_prompts.continual.streams.scenarios import read_domains, rows_by_domain, rows_of_classes
 from cl_prompts.continual.streams.stream import Task
-from cl_prompts.interfaces import IGNORE_INDEX
 
 
 class IterableClassIncrementalStream(IterableStream):
@@ -57,7 +63,7 @@ class IterableClassIncrementalStream(IterableStream):
         on_bad_image: str = "stop",
     ) -> None:
         columns = (image_column, label_column)
-        names = names_in_tasks(tasks, read_class_names(train, label_column))
+        names = names_in_tasks(tasks, train, label_column)
         classes_of_task = validate_tasks(tasks, names)
         labels_of_task = [label_ids(classes, names) for classes in classes_of_task]
         train_sources = [_filter_classes(train, columns, labels, "training") for labels in labels_of_task]
@@ -131,7 +137,7 @@ class IterableDomainIncrementalStream(IterableStream):
         if not order or len(set(order)) < len(order):
             raise ValueError(f"domains={order}: name each domain once, and at least one")
         first = next(iter(train.values())) if isinstance(train, Mapping) else train
-        names = names_in_tasks([classes], read_class_names(first, label_column))
+        names = names_in_tasks([classes], first, label_column)
         (classes,) = validate_tasks([classes], names)
         columns = (image_column, label_column)
         train_sources = [_filter_domain(train, columns, domain_column, name, "training") for name in order]
@@ -196,8 +202,8 @@ def _filter_domain(source: Any, columns: Sequence[str], domain_column: str, name
 
 
 def _is_in(value: Any, values: frozenset[Any], split: str) -> bool:
-    if value is None or (not isinstance(value, str) and value < 0):
-        raise ValueError(f"a label of the {split} set is {value}: class ids start at 0 ({IGNORE_INDEX} marks padding)")
+    if not isinstance(value, str) and (not isinstance(value, int | float) or value not in values):
+        check_class_id(value, f"a label of the {split} set")
     return value in values
 
 

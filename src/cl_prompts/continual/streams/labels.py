@@ -10,9 +10,13 @@ import numpy as np
 from datasets import ClassLabel, Value
 
 from cl_prompts.continual.streams.columns import read_class_names, read_column
+from cl_prompts.continual.streams.data_sets import is_missing
 from cl_prompts.continual.streams.loading import Rows
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.runtime.text import short_repr
+
+
+LARGEST = np.iinfo(np.int64).max  # class id
 
 
 def read_labels(data: Any, label_column: str, split: str, names: Mapping[int, str] | None = None) -> Rows:
@@ -48,17 +52,19 @@ def _ids_of(values: list[Any], ids: Mapping[str, int], label_column: str, split:
         found = [ids.get(value, as_class(value)) if isinstance(value, str) else None for value in values]
     else:
         found = [_whole_number(value) for value in values]
-    wrong = [row for row, value in enumerate(found) if not isinstance(value, int)]
+    wrong = [row for row, value in enumerate(found) if not isinstance(value, int) or value > LARGEST]
     if not wrong:
         return np.array(found, dtype=np.int64)
     # A single NaN turns integers into floats, so it is reported first.
-    row = next((row for row in wrong if values[row] is None or values[row] != values[row]), wrong[0])
+    row = next((row for row in wrong if is_missing(values[row])), wrong[0])
     value = values[row]
     if isinstance(value, str) and ids:  # names of the training set
         unknown = sorted({values[row] for row in wrong if isinstance(values[row], str)})
         raise ValueError(f"{split} images are of classes {short_repr(unknown)}, which no training image has")
-    if value is None or value != value:
+    if is_missing(value):
         mend = f"leave such rows out, for example with data.filter(lambda row: row[{label_column!r}] is not None)"
+    elif not isinstance(value, str) and (name := next((v for v in values if isinstance(v, str)), None)) is not None:
+        mend = f"other rows hold names, like {short_repr(name)}: give all rows a name, or all an id"
     else:
         mend = "encode the classes as integers, for example with class_encode_column"
     raise ValueError(
@@ -159,6 +165,8 @@ def split_classes(classes: Any, tasks: Any, seed: int | None = None) -> list[lis
                 f"{len(order)}"
             )
     if seed is not None:
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be a non-negative integer, or None for ascending order")
         order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
     ends = np.cumsum(sizes)
     return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -170,7 +178,7 @@ def _distinct(classes: Any) -> list[Any]:
         classes = classes.num_classes
     number = None if isinstance(classes, bool | str) else _whole_number(classes)
     values = range(number) if number is not None else classes
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if (number is not None and number < 0) or isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"classes={short_repr(classes)}: give class ids, class names, or the number of classes")
     listed = list(values)
     found = [as_class(value) if isinstance(value, str) else _whole_number(value) for value in listed]
@@ -229,10 +237,25 @@ def _class_ids(number: int, classes: Any, ids: Mapping[str, int]) -> list[int]:
     return found
 
 
-def names_in_tasks(tasks: Sequence[Sequence[Any]], known: Mapping[int, str]) -> dict[int, str]:
-    """Class names by id for labels that cannot be listed: the `known` ones or, if there are none, those that tasks name."""
-    if known or isinstance(tasks, str) or not isinstance(tasks, Iterable):
-        return dict(known)
+def check_class_id(value: Any, what: str) -> None:
+    """Raise ValueError if a label, which `what` describes, is neither a class id nor a name."""
+    number = _whole_number(value)
+    if isinstance(value, str) or (number is not None and 0 <= number <= LARGEST):
+        return
+    raise ValueError(
+        f"{what} is {short_repr(value)}: class ids start at 0 and are whole ({IGNORE_INDEX} marks padding), so give all "
+        "rows an id or all a name, or leave such rows out"
+    )
+
+
+def names_in_tasks(tasks: Sequence[Sequence[Any]], data: Any, label_column: str) -> dict[int, str]:
+    """Class names by id for labels that cannot be listed: those that the data set knows or, for labels that are strings,
+    those that tasks name."""
+    known = read_class_names(data, label_column)
+    feature = (getattr(data, "features", None) or {}).get(label_column)
+    written = not isinstance(feature, Value) or "string" in feature.dtype
+    if known or not written or isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        return known
     parts = [classes for classes in tasks if isinstance(classes, Iterable) and not isinstance(classes, str)]
     return names_of(value for classes in parts for value in classes if isinstance(value, str))
 

@@ -216,15 +216,16 @@ def run(args: Arguments, training: ContinualArguments, accelerator: Accelerator,
     description = described(args, training, **facts)
     refuse_another_run(description, folder)
     own_stream = JointStream(stream) if args.method == "joint" and not args.joint else stream
-    trainer = ContinualTrainer(
-        learner,
-        own_stream,
-        training,
-        accelerator=accelerator,
-        callbacks=[ProgressBar()],
-        trackers=args.trackers,
-        classifiers=extra_classifiers(args, learner, seed),
-    )
+    with mistakes_in_one_line():
+        trainer = ContinualTrainer(
+            learner,
+            own_stream,
+            training,
+            accelerator=accelerator,
+            callbacks=[ProgressBar()],
+            trackers=args.trackers,
+            classifiers=extra_classifiers(args, learner, seed),
+        )
     accelerator.wait_for_everyone()  # all processes have checked the folder before it is written to
     if accelerator.is_main_process:
         begin(description, folder, resume=args.resume)

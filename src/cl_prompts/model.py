@@ -25,6 +25,7 @@ from cl_prompts.storage.file_source import HUB_KEYWORDS
 from cl_prompts.storage.integrity import WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter
+from cl_prompts.tuner.mixed_batch import check_disabled_forward
 from cl_prompts.tuner.registration import register_peft_type
 from cl_prompts.tuner.task_api import TaskAPI
 
@@ -80,8 +81,9 @@ class PromptPoolModel(TaskAPI, PeftModel):
             "num_items_in_batch": num_items_in_batch,
         }
         passed = {name: value for name, value in own.items() if value is not None}
-        if self.base_model.pools.disable_adapters:
-            self.base_model.check_disabled_forward(pixel_values, adapter_names, kwargs)
+        pools = self.base_model.pools
+        if pools.disable_adapters:
+            check_disabled_forward(self.get_base_model(), pools.prompt_pool, pixel_values, adapter_names, kwargs)
         elif adapter_names is not None:
             return self.base_model.mixed_forward(pixel_values, adapter_names=adapter_names, **passed, **kwargs)
         return super().forward(pixel_values=pixel_values, **passed, **kwargs)
@@ -293,12 +295,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         return load_with_retry(files, lambda found: self._load_files(found, adapter_name, is_trainable, **kwargs))
 
     def add_adapter(self, adapter_name: str, peft_config: PromptPoolConfig, *args: Any, **kwargs: Any) -> None:
-        """Add a new adapter, as in PEFT.
-
-        Args:
-            adapter_name: name of the adapter.
-            peft_config: a method's config.
-            args, kwargs: `low_cpu_mem_usage` and `autocast_adapter_dtype`, as in PEFT.
+        """Add the adapter `adapter_name` with a new config `peft_config`; `args` and `kwargs` are as in PEFT.
 
         Raises:
             TypeError: `peft_config` is not a `PromptPoolConfig`, or an argument is unknown.

@@ -172,7 +172,7 @@ def test_other_names_of_a_test_split(split: str, tmp_path: Path) -> None:
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     few = birds([0, 1, 2, 2])
     few.to_parquet(str(tmp_path / "train.parquet"))
-    with pytest.raises(ValueError, match=r"held_out=0.5 leaves no training image of .*0}: there are 1, hold"):
+    with pytest.raises(ValueError, match=r"held_out=0.5 leaves no training image of .*0}: there are 1, add some"):
         load_stream("class", str(tmp_path), to_tensor, tasks=2, held_out=0.5)
     for more in ({"label_column": "fine"}, {"label_column": "fine", "streaming": True}, {"image_column": "fine"}):
         birds(LABELS).to_parquet(str(tmp_path / "test.parquet"))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.backbones.input_checks import check_argument_names
+from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.outputs import PromptPoolOutput
@@ -48,7 +50,7 @@ def mixed_forward(
     """
     images, labels = kwargs.get("pixel_values"), kwargs.get("labels")
     size = len(images) if isinstance(images, Tensor) and images.dim() else 0
-    check_names(adapter_names, adapters, size)
+    _check_names(adapter_names, adapters, size)
     if training:
         raise ValueError("adapter_names is not for training: a step trains one adapter, choose it with set_adapter(name)")
     if backbone.copied:
@@ -77,7 +79,32 @@ def mixed_forward(
     return output
 
 
-def check_names(names: Any, adapters: Mapping[str, PoolAdapter] | nn.ModuleDict, size: int) -> None:
+def check_disabled_forward(
+    model: nn.Module,
+    adapters: Mapping[str, PoolAdapter] | nn.ModuleDict,
+    images: Any,
+    adapter_names: Any,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Check the arguments of a forward while the adapters are disabled.
+
+    Args:
+        model: the base.
+        adapters: by name.
+        images: images [B, 3, H, W].
+        adapter_names: the name of each image's adapter [B], without effect; or None.
+        kwargs: arguments of the base.
+
+    Raises:
+        TypeError: the base has no argument of a name in `kwargs`, or `adapter_names` is not a list of names.
+        ValueError: there is not one name per image, or an adapter does not exist.
+    """
+    check_argument_names(model, kwargs, OWN_ARGUMENTS)
+    if adapter_names is not None:
+        _check_names(adapter_names, adapters, len(images))
+
+
+def _check_names(names: Any, adapters: Mapping[str, PoolAdapter] | nn.ModuleDict, size: int) -> None:
     """Raise if `names` are not those of one of the `adapters` for each of `size` images."""
     if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names must be a list of names, one per image, got {short_repr(names)}")

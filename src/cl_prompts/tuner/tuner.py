@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import execution_device
-from cl_prompts.backbones.input_checks import check_argument_names, check_arguments, check_is_model
+from cl_prompts.backbones.input_checks import check_arguments, check_is_model
 from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
@@ -35,7 +35,7 @@ from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX, check_ten
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, check_modules_to_save, chosen_adapter
 from cl_prompts.tuner.forward import prompted_forward
-from cl_prompts.tuner.mixed_batch import check_names, mixed_forward
+from cl_prompts.tuner.mixed_batch import mixed_forward
 from cl_prompts.tuner.model_config import config_of_adapter
 from cl_prompts.tuner.task_api import TaskAPI
 from cl_prompts.tuner.validation import check_base, check_fits, planned_adapter, record_base
@@ -322,22 +322,6 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         training = self.training and torch.is_grad_enabled()
         with prompted_forward(self.backbone, self.adapter, args, kwargs, training=training):
             yield
-
-    def check_disabled_forward(self, images: Any, adapter_names: Any, kwargs: dict[str, Any]) -> None:
-        """Check the arguments of a forward while the adapters are disabled.
-
-        Args:
-            images: images [B, 3, H, W].
-            adapter_names: a name for each image [B], without effect; or None.
-            kwargs: arguments of the base.
-
-        Raises:
-            TypeError: the base has no argument of a name in `kwargs`, or `adapter_names` is not a list of names.
-            ValueError: there is not one name per image, or an adapter does not exist.
-        """
-        check_argument_names(self.model, kwargs, OWN_ARGUMENTS)
-        if adapter_names is not None:
-            check_names(adapter_names, self.pools.prompt_pool, len(images))
 
     def mixed_forward(self, *args: Any, adapter_names: Any, **kwargs: Any) -> PromptPoolOutput:
         """The forward of a batch with one adapter per image, `adapter_names` [B]; see `cl_prompts.tuner.mixed_batch`.

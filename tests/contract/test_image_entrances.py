@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import struct
 import sys
 import warnings
@@ -263,6 +265,19 @@ def test_a_file_is_refused_everywhere(case: str, tmp_path: Path, monkeypatch: py
             with pytest.raises(ValueError, match=why):
                 look_at(lambda: PILImage.open(BytesIO(file.read_bytes())))
     assert not started.exists()
+
+
+def test_a_damaged_picture_is_not_kept_in_memory() -> None:
+    """An error raised from itself held hundreds of megabytes until the garbage collector ran."""
+    content = encoded(RGB.resize((400, 400)), "PNG")
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            read_rgb(content[: len(content) // 2])
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_the_largest_number_of_pixels_is_a_field(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def read_rgb(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
             factor = _factor(image.size)
             image.draft(None, (image.width // factor, image.height // factor))  # only JPEG files follow it
             return pil_to_rgb(image, max_pixels)
+    except UnreadableImage:
+        raise  # not from itself: the cycle would keep the half-decoded image until the garbage collector runs
     except Exception as error:
         raise _unreadable(error) from error
 
@@ -104,6 +106,8 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = image.transpose(turn)
             image.info = {}  # without the EXIF data, so that the image is not turned again
         return image
+    except UnreadableImage:
+        raise  # not from itself: the cycle would keep the half-decoded image until the garbage collector runs
     except Exception as error:
         raise _unreadable(error) from error
 
@@ -200,8 +204,6 @@ def _scaled(pixels: np.ndarray, highest: int) -> np.ndarray:
 
 def _unreadable(error: Exception) -> UnreadableImage:
     # On damaged files Pillow's readers raise anything: OSError, ValueError, SyntaxError, struct.error, IndexError.
-    if isinstance(error, UnreadableImage):
-        return error
     if isinstance(error, UnidentifiedImageError):
         return UnreadableImage(f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
     return UnreadableImage(first_line(error))

@@ -19,9 +19,9 @@ LEARNING_RATE = 0.01
 def held_out_logits(head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool) -> tuple[Tensor, Tensor]:
     """Logits of a task's images by heads that were trained without them.
 
-    For each fold the rows of the task's classes are trained again from zero on the other images, until their loss is that of
-    `head` on these (ours): trained as far as the head was, whatever its optimizer. The features are of the model that was
-    trained on all of the task's images.
+    For each fold the rows of the task's classes are trained again from zero on the other images, until their loss is that
+    of `head` on these (ours): trained as far as the head was, whatever its optimizer. The features are of the model that
+    was trained on all of the task's images.
 
     Args:
         head: the trained head; it is not changed.

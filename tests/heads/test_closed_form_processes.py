@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.closed_form_models import in_batches, new_model, task_images
+from support.matrices import assert_same_matrix
 from support.processes import become, free_port, in_two_processes
 from support.small_runs import Stop, StopAt, small_model, small_stream, small_trainer, tensors
 from torch import Tensor
@@ -85,13 +86,6 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def without_reliability(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is counted in images, which is exactly equal; confidences follow the features."""
-    of_confidences = ("reliability", "ece", "ece_largest", "nll")
-    flat = [part for matrix in matrices for part in ([matrix] if "columns" in matrix else matrix.values())]
-    return [{name: value for name, value in matrix.items() if name not in of_confidences} for matrix in flat]
-
-
 def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Counts exactly; the rest as exactly as float32 sums in another order let it be."""
     assert found.keys() == wanted.keys()
@@ -107,8 +101,9 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
 def test_two_processes_equal_one(run: str, two_processes: list[dict[str, Any]]) -> None:
     one, two = result(run), [found[run] for found in two_processes]
     for found in two:
-        assert without_reliability(found["matrices"]) == without_reliability(one["matrices"])
-        assert found["matrices"][0]["nll"] == pytest.approx(one["matrices"][0]["nll"], rel=1e-3)
+        (matrix, extra), (one_matrix, one_extra) = found["matrices"], one["matrices"]
+        assert_same_matrix(matrix, one_matrix)
+        assert extra == one_extra
         assert_same(found["tensors"], one["tensors"])
         assert_same(found["extra"], one["extra"])
     for part in ("tensors", "extra"):

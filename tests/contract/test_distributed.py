@@ -108,7 +108,7 @@ def learn(case: Case) -> dict[str, Any]:
     """Two tasks, as a user's script trains them; everything the promise speaks of."""
     stream, model = make_stream(case.tasks), make_model(case)
     task_free = model.adapter.config.num_labels is not None
-    found: dict[str, Any] = {"losses": [], "accuracies": [], "measured": []}
+    found: dict[str, Any] = {"losses": [], "accuracies": [], "measured": [], "reliability": []}
     if case.sharded and dist.is_initialized():
         shard_frozen_blocks(model)
     images = stream.all_images(train=True, batch_size=BATCH)
@@ -140,7 +140,9 @@ def learn(case: Case) -> dict[str, Any]:
             found["accuracies"].append((measured.accuracy, measured.images))
             ids = measured.prompt_ids
             chosen = None if ids is None else sorted(ids.flatten(1).tolist())
-            found["measured"].append({**vars(measured), "prompt_ids": chosen})
+            known = measured.reliability
+            found["reliability"].append([] if known is None else [sum(known.images), sum(known.confidence), known.loss])
+            found["measured"].append({**vars(measured), "prompt_ids": chosen, "reliability": None})
     state = {k: v for k, v in model.state_dict().items() if "prompt_pool" in k}
     found["counts"] = {k: v for k, v in state.items() if not v.is_floating_point()}
     found["tensors"] = {k: v for k, v in state.items() if v.is_floating_point()}
@@ -221,6 +223,7 @@ def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]])
         if name != "l2p-vote":  # at test a vote is each process's own: answers then depend on the batch, as is warned
             assert two["accuracies"] == one["accuracies"]
             assert two["measured"] == one["measured"]
+            assert_close(torch.tensor(two["reliability"]), torch.tensor(one["reliability"]), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(two["losses"], one["losses"], atol=1e-5, rtol=0)
         assert two["tensors"].keys() == one["tensors"].keys()
         for key, values in one["tensors"].items():

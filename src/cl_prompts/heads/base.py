@@ -136,7 +136,13 @@ class FeatureClassifier(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Logits of images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
 
-        The classifier is as before afterwards. The arguments are those of `fit`.
+        The classifier is as before afterwards.
+
+        Args:
+            features: as for `fit`.
+            targets: as for `fit`.
+            before: as for `fit`.
+            head: as for `fit`.
 
         Returns:
             logits [held, C] and their targets [held].

@@ -139,10 +139,10 @@ class FeatureClassifier(nn.Module, ABC):
         The classifier is as before afterwards.
 
         Args:
-            features: as for `fit`.
-            targets: as for `fit`.
-            before: as for `fit`.
-            head: as for `fit`.
+            features: as for `fit` [n, D].
+            targets: as for `fit` [n].
+            before: as for `fit` [n, D], or None.
+            head: the trained head.
 
         Returns:
             logits [held, C] and their targets [held].

@@ -104,7 +104,7 @@ class Reliability:
         """The reliability of `values`, which `to_dict` returned.
 
         Raises:
-            ValueError, TypeError, KeyError: a part is missing or invalid.
+            ValueError: a part is invalid.
         """
         images, hits = ([_whole(value) for value in values[name]] for name in ("images", "hits"))
         return cls(images, hits, [float(value) for value in values["confidence"]], float(values["loss"]))

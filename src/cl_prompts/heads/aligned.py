@@ -113,7 +113,7 @@ class AlignedClassifier(FeatureClassifier):
         align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
     def held_out_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `FeatureClassifier.held_out_logits`, which see for the arguments."""
+        """As `FeatureClassifier.held_out_logits`, with its `args` and `kwargs`."""
         aligned = self.head
         try:
             return super().held_out_logits(*args, **kwargs)

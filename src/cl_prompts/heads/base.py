@@ -136,7 +136,13 @@ class FeatureClassifier(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Logits of images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
 
-        The classifier is as before afterwards. The arguments are those of `fit`.
+        The classifier is as before afterwards.
+
+        Args:
+            features: as for `fit` [n, D].
+            targets: as for `fit` [n].
+            before: as for `fit` [n, D], or None.
+            head: the trained head.
 
         Returns:
             logits [held, C] and their targets [held].

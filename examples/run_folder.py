@@ -28,6 +28,7 @@ FILES = (
     "matrix.png",
     "reliability.png",
     "selection.png",
+    "reliability.png",
     "adapter",
 )
 # Arguments that do not change the results.

@@ -144,7 +144,7 @@ def killed_twice(folder: str) -> tuple[list[int], list[tuple[dict[str, list[int]
 def test_a_resumed_run_counts_what_every_process_has_skipped(two_processes: list[dict[str, Any]]) -> None:
     first, counts = zip(*(found["killed"] for found in two_processes), strict=True)
     assert all(first), "each process met some"
-    assert sorted(first[0] + first[1]) == list(UNREADABLE)
+    assert sorted({*first[0], *first[1]}) == list(UNREADABLE)
     everything = ({"train": list(UNREADABLE), "test": []}, len(UNREADABLE))
     for start, *later in counts:
         assert start == ({"train": [], "test": []}, 0)

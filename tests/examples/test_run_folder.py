@@ -56,7 +56,7 @@ def test_the_folder_is_complete(run: Run, tmp_path: Path, capsys: pytest.Capture
     found = {path.name for path in folder.iterdir()}
     assert found == {
         *("run.json", "log.jsonl", "checkpoints", "matrix.csv", "results.json", "results.md", "adapter"),
-        *("curves.png", "matrix.png", "selection.png"),
+        *("curves.png", "matrix.png", "selection.png", "reliability.png"),
     }
     assert (folder / "adapter" / "preprocessor_config.json").is_file()
     told = json.loads((folder / "run.json").read_text())

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+from huggingface_hub.utils import httpx
 
 
 def served(app: Path, temporary: Path, **environment: str) -> Iterator[str]:

@@ -4,7 +4,7 @@
     python examples/space/app.py        # http://127.0.0.1:7860; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT change that
 
 This file has the layout and the events of the page. `visits.py` gives each visitor a process of their own, forked by
-`nursery.py`, in which `visitor.py` does what is asked: `opening.py` loads pools, `uploads.py` checks uploaded files,
+`fork_server.py`, in which `visitor.py` does what is asked: `opening.py` loads pools, `uploads.py` checks uploaded files,
 `answering.py` classifies pictures, `teaching.py` teaches a class, `keeping.py` saves the adapter, `showing.py` writes HTML.
 """
 

@@ -1,4 +1,4 @@
-"""What one visitor has open and asks for. Runs in the visitor's own process, which `nursery.py` forks.
+"""What one visitor has open and asks for. Runs in the visitor's own process, which `fork_server.py` forks.
 
 Each request returns the parts of the page that it changes, by name: HTML of `showing.py`, or plain values.
 """

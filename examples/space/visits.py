@@ -150,19 +150,19 @@ class Visits:
         self.place = place
         self._open: list[Visit] = []
         self._lock = threading.Lock()
-        self._nursery, other = socket.socketpair()
+        self._fork_server, other = socket.socketpair()
         with other:
-            command = [sys.executable, str(Path(__file__).with_name("nursery.py")), str(other.fileno())]
+            command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(other.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[other.fileno()], start_new_session=True)
-        if not self._nursery.recv(1):  # it is ready
-            raise RuntimeError("nursery.py ended: what it printed says why")
+        if not self._fork_server.recv(1):  # it is ready
+            raise RuntimeError("fork_server.py ended: what it printed says why")
 
     def start(self) -> Visit:
         """A new visit."""
         room = Path(tempfile.mkdtemp(prefix="visit-", dir=self.place))
         pipe, other = Pipe()
         with other, self._lock:
-            socket.send_fds(self._nursery, [os.fsencode(room)], [other.fileno()])
+            socket.send_fds(self._fork_server, [os.fsencode(room)], [other.fileno()])
             visit = Visit(pipe, room)
             self._open.append(visit)
         self.make_room()
@@ -184,6 +184,6 @@ class Visits:
         """End all processes."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._nursery.close()
+        self._fork_server.close()
         for visit in self._open:
             visit.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -47,17 +47,12 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def count_correct(
-    pipe: PromptPoolPipeline,
-    images: Mapping[str, Sequence[Path]],
-    on_batch: Callable[[int], None] = lambda done: None,
-) -> Counter[str]:
+def count_correct(pipe: PromptPoolPipeline, images: Mapping[str, Sequence[Path]]) -> Counter[str]:
     """Number of images that the pipeline gives their class, by class.
 
     Args:
         pipe: the pipeline.
         images: files by class name.
-        on_batch: called with the number of images seen so far, after each batch.
 
     Raises:
         ValueError: an image cannot be read.
@@ -68,7 +63,6 @@ def count_correct(
         batch = files[start : start + pipe.batch_size]
         answers = pipe.classify([pipe.preprocess(file) for _, file in batch], top_k=1)
         correct.update(name for (name, _), answer in zip(batch, answers, strict=True) if answer[0]["label"] == name)
-        on_batch(start + len(batch))
     return correct
 
 

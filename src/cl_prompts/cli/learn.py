@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,7 @@ def _arguments(files: AdapterFiles, settings: Mapping[str, Any]) -> ContinualArg
     record = files.further_file(RESULTS_FILE, MAX_RESULTS_BYTES)
     own = {} if record is None else RunRecord.load(record).settings
     given = {name: value for name, value in settings.items() if value is not None}
-    names = {f.name for f in fields(ContinualArguments)}
-    chosen = {name: own[name] for name in OF_THE_ADAPTER if name in own and name in names} | given
+    chosen = {name: own[name] for name in OF_THE_ADAPTER if name in own} | given
     epochs = chosen.get("num_train_epochs", DEFAULTS.num_train_epochs)
     if "num_train_epochs" not in given and not (isinstance(epochs, int) and 0 < epochs <= MAX_EPOCHS):
         raise ValueError(f"the adapter's {RESULTS_FILE} says num_train_epochs={short_repr(epochs)}: choose with --epochs")

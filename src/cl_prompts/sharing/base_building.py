@@ -44,7 +44,7 @@ def build_base(kind: Any, files: BaseFiles, name: str, /, **kwargs: Any) -> PreT
     Raises:
         ValueError: the class is not made for the config, the weights do not fit it, or an argument names other files.
     """
-    wrong = sorted({*OTHER_FILES, "config", "trust_remote_code", "use_safetensors"} & kwargs.keys())
+    wrong = sorted({*OTHER_FILES, "trust_remote_code", "use_safetensors"} & kwargs.keys())
     if wrong:
         raise ValueError(f"{wrong} cannot be given here: load the base with transformers, and pass the model")
     config, rest = _config_of(kind, files.config, kwargs)

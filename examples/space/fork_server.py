@@ -1,6 +1,6 @@
 """The process from which those of the visitors are forked: it has imported everything and opened the built-in pool.
 
-    python nursery.py FD    # started by visits.py
+    python fork_server.py FD    # started by visits.py
 
 FD is a socket. Each message on it is the name of a visitor's folder, with a pipe for the visitor's requests.
 """
@@ -18,9 +18,8 @@ from transformers.utils import logging
 from visitor import Visitor, serve
 
 
-MAX_BYTES = (
-    3 * 2**30
-)  # of memory that a visitor's process may ask for: a base of 1 GiB, read and built, and the work with it
+# Memory that a visitor's process may ask for: a base of 1 GiB, read and built, and the work with it.
+MAX_BYTES = 3 * 2**30
 
 
 def main() -> None:

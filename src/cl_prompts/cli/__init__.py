@@ -229,7 +229,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"format    {facts['format_version']}, written by cl_prompts {facts['written_by'] or 'unknown'}"
     yield f"tasks     {len(facts['tasks'])}" + (", the last still open" if facts["task_open"] else "")
     for number, task in enumerate(facts["tasks"], 1):
-        yield f"  {number}: " + ", ".join(terminal_text(c["name"] or str(c["id"]), LONGEST_NAME) for c in task)
+        names = [terminal_text(c["name"] or str(c["id"]), LONGEST_NAME) for c in task]
+        yield f"  {number}: {', '.join(names) or '(forgotten)'}"
     if facts["num_labels"] is not None:
         yield f"  task-free, {facts['num_labels']} classes"
     yield "settings"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
 
@@ -110,7 +111,15 @@ class AlignedClassifier(FeatureClassifier):
             self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets, self.seed)
         self.head = copy.deepcopy(head).to(features.device)
-        align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
+        self._align(self.head)
+
+    def _align(self, head: IncrementalHead) -> None:
+        align(head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
+
+    def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
+        if groups.merges:  # the rows of the head were merged to their mean, which answers for neither
+            self.check_statistics()
+            self._align(head)
 
     def held_out_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `FeatureClassifier.held_out_logits`, with its `args` and `kwargs`."""

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.heads.calibration import FOLDS, folds
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.drift import KINDS as DRIFTS
 from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
+from cl_prompts.heads.grouped_gaussians import group_gaussians
 from cl_prompts.heads.incremental import IncrementalHead
 
 
@@ -91,7 +93,7 @@ class FeatureClassifier(nn.Module, ABC):
             ValueError: the adapter was saved without its statistics.
         """
         self.check_statistics()
-        self.num_classes = max(self.num_classes, max(class_indices) + 1)
+        self.num_classes = max(self.num_classes, max(class_indices, default=-1) + 1)
         self.num_tasks += 1
         self._newest = list(class_indices)
 
@@ -105,6 +107,26 @@ class FeatureClassifier(nn.Module, ABC):
             if isinstance(part, ClassGaussians):
                 part.class_indices = class_indices
         self.begin_task(newest)
+
+    @torch.no_grad()
+    def group_classes(self, groups: ClassGroups, head: IncrementalHead) -> None:
+        """Forget and merge classes, after all tasks were fitted. After an error this object cannot be used any more.
+
+        Args:
+            groups: of the old classes.
+            head: the trained head, for the new classes.
+
+        Raises:
+            ValueError: classes cannot be merged, or a matrix cannot be inverted.
+        """
+        self.num_classes, self._newest = len(groups.members), []
+        for part in self.modules():
+            if isinstance(part, ClassGaussians):
+                group_gaussians(part, groups)
+        self._group(groups, head)
+
+    def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
+        """Change what is not in the Gaussians, which are changed before."""
 
     @torch.no_grad()
     def fit(

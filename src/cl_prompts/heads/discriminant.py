@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.densities import FullDensities, LowRankDensities
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
@@ -96,6 +97,10 @@ class DiscriminantClassifier(FeatureClassifier):
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets)
+        self._check_invertible()
+
+    def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
+        self._cached = None
         self._check_invertible()
 
     def _check_invertible(self) -> None:

@@ -97,6 +97,10 @@ class ClassGaussians(nn.Module):
         if self.save or self.count.shape[0]:
             self.make_room()
 
+    def forget_newest(self) -> None:
+        """Take all rows for those of earlier tasks; only after a change of classes between tasks."""
+        self._newest = slice(len(self.class_indices), len(self.class_indices))
+
     def make_room(self) -> None:
         """Allocate rows for all classes."""
         rows = len(self.class_indices) - self.count.shape[0]
@@ -166,7 +170,7 @@ class ClassGaussians(nn.Module):
                 pooled.addmm_(centered.T, centered)
             self.spread = pooled.div_(total).to(self.spread)
         if self.kind == "low_rank":
-            root = torch.linalg.cholesky(regularize(self.spread.double(), 0.1, self._floor()))
+            root = torch.linalg.cholesky(regularize(self.spread.double(), 0.1, self.floor()))
             factors = [leading_factor(centered, root, self.factor.shape[1]) for centered in parts]
             self._replace("factor", [factor.to(self.factor)[None] for factor, _ in factors], self._newest)
             self._replace("rest", [self.rest.new_tensor([rest for _, rest in factors])], self._newest)
@@ -201,7 +205,7 @@ class ClassGaussians(nn.Module):
         """Rows with images."""
         return self.count.sum(1).nonzero().flatten().tolist()
 
-    def _floor(self) -> float:
+    def floor(self) -> float:
         """Smallest mean variance of a covariance: a millionth of that of the class means; 1 if these are equal, too.
 
         Identical images have no variance of their own. Without a floor, their densities would be infinite.
@@ -212,7 +216,7 @@ class ClassGaussians(nn.Module):
 
     def pooled(self, spherical: float) -> Tensor:
         """The pooled covariance of "shared" and "low_rank", with a share `spherical` of the identity: float64 [D, D]."""
-        return regularize(self.spread.double(), spherical, self._floor())
+        return regularize(self.spread.double(), spherical, self.floor())
 
     def shares(self, own: float) -> Tensor:
         """Share of the pooled covariance in each row with images if its own has the weight `own`, float64 [rows].
@@ -232,7 +236,7 @@ class ClassGaussians(nn.Module):
             own: weight of a class's own covariance; the pooled one has the rest.
             spherical: g.
         """
-        rows, floor = self.seen, self._floor()
+        rows, floor = self.seen, self.floor()
         if self.pools:
             pooled = self.pooled(spherical)
             if self.kind == "shared":

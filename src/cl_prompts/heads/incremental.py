@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.interfaces import IGNORE_INDEX
 
 
@@ -64,6 +65,13 @@ class IncrementalHead(nn.Module):
         mask = torch.tensor([c in members for c in known], dtype=torch.bool, device="cpu")
         target = "cpu" if device.type == "meta" else device
         self.sorted_ids, self.sorted_indices, self.current = ids[order].to(target), order.to(target), mask.to(target)
+
+    @torch.no_grad()
+    def group_classes(self, groups: ClassGroups) -> None:
+        """Keep the rows of the classes in `groups`; of merged ones the mean. Call `expand` with the new ids afterwards."""
+        for name, parameter in list(self.named_parameters()):
+            rows = groups.reduce(parameter.detach(), 0, torch.mean)
+            setattr(self, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, C], in float32."""

@@ -12,7 +12,14 @@ EXPLAINED = 0.95
 PRIOR_IMAGES = 10
 
 
-def leading_factor(centered: Tensor, root: Tensor, rank: int) -> tuple[Tensor, float]:
+def prior_weight(images: int) -> float:
+    """Weight of the pooled covariance in that of a class of so many images."""
+    return PRIOR_IMAGES / (PRIOR_IMAGES + images - 1)
+
+
+def leading_factor(
+    centered: Tensor, root: Tensor, rank: int, *, images: int | None = None, left_out: float = 0.0
+) -> tuple[Tensor, float]:
     """Factor F and share of the pooled covariance such that F'F + share * pooled is about the covariance of a class.
 
     The directions are the eigenvectors of the class's covariance relative to the pooled one (in coordinates in which that
@@ -27,24 +34,27 @@ def leading_factor(centered: Tensor, root: Tensor, rank: int) -> tuple[Tensor, f
         centered: features of the class's n images minus their mean [n, D], float64.
         root: Cholesky factor of the regularized pooled covariance [D, D], float64.
         rank: largest number of directions r.
+        images: number of images, if `centered` has other rows with the same sum of squares.
+        left_out: further sum of squares of the images, as a multiple of the pooled covariance.
 
     Returns:
         F [r, D], zeros after the directions that are kept, and the share.
     """
-    images, width = centered.shape
+    rows, width = centered.shape
+    images = rows if images is None else images
     factor = centered.new_zeros(rank, width)
     if images < 2:
         return factor, 1.0
     relative = torch.linalg.solve_triangular(root, centered.T, upper=False) / (images - 1) ** 0.5  # [D, n]
-    if images <= width:
+    if rows <= width:
         values, vectors = torch.linalg.eigh(relative.T @ relative)
     else:
         values, vectors = torch.linalg.eigh(relative @ relative.T)
         vectors = relative.T @ vectors / values.clamp_min(1e-300).sqrt()
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)  # largest first
-    total = values.sum()
+    total = values.sum() + left_out * width / (images - 1)
     explained = values.cumsum(0) - values  # by the directions before
     kept = min(rank, int(((explained < EXPLAINED * total) & (values > 1e-12 * total)).sum()))
-    prior = PRIOR_IMAGES / (PRIOR_IMAGES + images - 1)
+    prior = prior_weight(images)
     factor[:kept] = ((1 - prior) / (images - 1)) ** 0.5 * (vectors[:, :kept].T @ centered)
     return factor, prior + (1 - prior) * float((total - values[:kept].sum()) / width)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.sampling import FeatureSampler
@@ -155,10 +156,23 @@ class RidgeClassifier(FeatureClassifier):
             if before is not None and int(self.fitted):
                 self.gaussians.move(self._map(before, features))
             self.gaussians.add(features, targets)
-            self._new_sums()
-            sampler = self.gaussians.sampler(own=0.5, spherical=1e-4)
-            self._add(self._drawn(sampler, 0))
-            ridge = self._choose(self._drawn(sampler, 1))
+            ridge = self._draw_sums()
+        self._set_solution(ridge)
+
+    def _draw_sums(self) -> float:
+        """Compute G and B from drawn features. Returns the ridge."""
+        self._new_sums()
+        sampler = self.gaussians.sampler(own=0.5, spherical=1e-4)
+        self._add(self._drawn(sampler, 0))
+        return self._choose(self._drawn(sampler, 1))
+
+    def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
+        # W is linear in B, so columns can be added. G stays: it is a sum over the images of all classes.
+        self.sums, self.solution = groups.reduce(self.sums, 1), groups.reduce(self.solution, 1)
+        if self.drift != "none" and self.gaussians.count.shape[0]:
+            self._set_solution(self._draw_sums())
+
+    def _set_solution(self, ridge: float) -> None:
         self.chosen_ridge = torch.full_like(self.chosen_ridge, ridge)
         # Contiguous as after loading: products with a column-major matrix differ in the last bit.
         self.solution = self._solve(ridge).float().contiguous()

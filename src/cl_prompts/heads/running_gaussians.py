@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.runtime.distributed import sum_over_processes
 
@@ -63,6 +64,19 @@ class RunningGaussians(nn.Module):
         """For each class, whether its features are known. Those of classes that were not loaded count as known."""
         loaded: list[int] = self.count[: self.num_loaded].tolist()
         return [*map(bool, loaded), *[True] * (len(self.count) - len(loaded))]
+
+    @torch.no_grad()
+    def group_classes(self, groups: ClassGroups) -> None:
+        """Keep the rows of the classes in `groups`; merged ones become one Gaussian. Call `expand` afterwards."""
+        loaded = sum(min(group) < self.num_loaded for group in groups.members)
+        old, mean, variance = self.count, self.mean, self.variance
+        self.count, self.mean, self.variance = (groups.reduce(tensor, 0) for tensor in (old, mean, variance))
+        for new, group in enumerate(groups.members):
+            if len(group) > 1:
+                share = (old[group] / old[group].sum().clamp_min(1))[:, None]
+                self.mean[new] = (share * mean[group]).sum(0)
+                self.variance[new] = (share * (variance[group] + (mean[group] - self.mean[new]).square())).sum(0)
+        self.num_loaded = loaded
 
     @torch.no_grad()
     def update(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:

@@ -85,6 +85,17 @@ class TaskState(nn.Module):
             self._id2label = {index: names.get(str(c), str(c)) for index, c in enumerate(self.classes)}
         return dict(self._id2label)
 
+    def rename(self, class_id: int, name: str) -> None:
+        """Give a class another name."""
+        self.state.class_names = {**self.state.class_names, str(class_id): name}
+        self._id2label = None
+
+    def keep_names(self) -> None:
+        """Drop the names of classes that are not known any more."""
+        known = set(map(str, self.classes))
+        self.state.class_names = {c: name for c, name in self.state.class_names.items() if c in known}
+        self._id2label = None
+
     # ---- state dict --------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:

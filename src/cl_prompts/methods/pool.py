@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prompts
 from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.regularizers import alignment, collapse, diversity
@@ -163,6 +164,15 @@ class PromptPool(nn.Module, ABC):
 
     def end_task(self) -> None:
         """Close the current task."""
+
+    def group_classes(self, groups: ClassGroups) -> None:
+        """Forget and merge classes, between tasks. Prompts stay.
+
+        A pool that keeps tensors per class outside of `TaskTensors` modules extends this method.
+        """
+        for part in self.modules():
+            if isinstance(part, TaskTensors):
+                part.group_classes(groups)
 
     def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
         """Replay `begin_task` for `tasks` (class indices of each), in linear time; the values come from a file."""

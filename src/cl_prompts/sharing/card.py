@@ -316,6 +316,8 @@ def _tasks(config: PromptPoolConfig) -> str:
 
 
 def _names(task: Sequence[int], names: dict[str, str]) -> str:
+    if not task:
+        return "(forgotten)"
     shown = [markdown_text(names.get(str(c), f"class {c}")) for c in task[:CLASSES_SHOWN]]
     return ", ".join(shown) + (f" and {len(task) - CLASSES_SHOWN} more" if len(task) > CLASSES_SHOWN else "")
 

@@ -65,6 +65,7 @@ class AdapterState:
         format_version: version of the file format; a newer one than this library knows is refused.
         written_by: version of cl_prompts that wrote the file.
         tasks: class ids of every task begun so far, in order, as they stand in `labels`.
+        forgotten_tasks: numbers of the tasks all of whose classes were forgotten; their lists are empty.
         task_open: True between `begin_task` and `end_task`.
         class_names: name of a class by `str(id)`.
         base_fingerprint: `backbones.fingerprint.fingerprint` of the frozen tensors the adapter stands on; None if they
@@ -83,6 +84,7 @@ class AdapterState:
     format_version: int = FORMAT_VERSION
     written_by: str | None = None
     tasks: list[list[int]] = field(default_factory=list)
+    forgotten_tasks: list[int] = field(default_factory=list)
     task_open: bool = False
     class_names: dict[str, str] = field(default_factory=dict)
     base_fingerprint: str | None = None
@@ -123,15 +125,19 @@ class AdapterState:
         if unknown:
             warnings.warn(f"unknown fields {short_repr(unknown)} in the adapter's state are ignored", stacklevel=2)
         state = cls(**{k: v for k, v in values.items() if k in known})
-        tasks = state.tasks
+        tasks, forgotten = state.tasks, state.forgotten_tasks
+        if not isinstance(forgotten, list) or not all(type(number) is int for number in forgotten):
+            raise ValueError(f"`state.forgotten_tasks` must be a list of task numbers, got {short_repr(forgotten)}")
         if not isinstance(tasks, list) or not all(
             isinstance(task, list)
-            and task
+            and bool(task) == (number not in forgotten)
             and all(type(c) is int and 0 <= c < 2**63 for c in task)
             and len(set(task)) == len(task)
-            for task in tasks
+            for number, task in enumerate(tasks)
         ):
             raise ValueError(f"`state.tasks` must be lists of distinct class ids, got {short_repr(tasks)}")
+        if tasks and not any(tasks):
+            raise ValueError("`state.tasks` has no class left: an adapter without classes answers nothing")
         names = state.class_names
         if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
             raise ValueError(f"`state.class_names` must map str(class id) to a name, got {short_repr(state.class_names)}")

@@ -22,6 +22,7 @@ from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
+from cl_prompts.tuner.class_api import ClassAPI
 from cl_prompts.tuner.forward import prompted_forward
 from cl_prompts.tuner.parameter_groups import parameter_groups
 from cl_prompts.tuner.resize import grow_pool
@@ -29,7 +30,7 @@ from cl_prompts.tuner.training_state import restored_adapter, training_state_dic
 from cl_prompts.tuner.validation import record_base
 
 
-class TaskAPI:
+class TaskAPI(ClassAPI):
     """The methods that `PromptPoolTuner` and `PromptPoolModel` share. All act on the active adapter.
 
     The tuner holds the attributes below; `PromptPoolModel` looks them up on its tuner, as `PeftModel` does.

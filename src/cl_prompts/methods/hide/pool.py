@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.class_means import class_means, class_sums
 from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape, LossPart, PoolInput, Prefix, Prompts
 from cl_prompts.methods.pool import Observation, PromptPool
@@ -84,13 +85,22 @@ class HidePool(PromptPool):
             self.pending = torch.full_like(self.pending, self.config.prompt_momentum)
         super().begin_task(class_indices)
         self._current = set(class_indices)
-        self._add_means(max(class_indices))
+        self._add_means(max(class_indices, default=-1))
         self.prototypes.begin_task(class_indices, self.num_tasks - 1)
 
     def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
         """See `PromptPool`; adds rows of class means."""
         super().make_room(tasks)
-        self._add_means(max(map(max, tasks)))
+        self._add_means(max((index for task in tasks for index in task), default=-1))
+
+    def group_classes(self, groups: ClassGroups) -> None:
+        """See `PromptPool`; the mean of merged classes is that of their means."""
+        super().group_classes(groups)
+        rows = len(self.class_means)  # fewer than classes if prompts are frozen after the first task
+        first = [[old for old in group if old < rows] for group in groups.members]
+        means = [self.class_means[group][self.class_means[group].any(1)] for group in first if group]
+        sums = [mean.sum(0) / max(len(mean), 1) for mean in means]
+        self.class_means = torch.stack(sums) if sums else self.class_means[:0]
 
     def _add_means(self, last: int) -> None:
         rows = max(0, last + 1 - self.class_means.shape[0])

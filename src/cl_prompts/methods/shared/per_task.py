@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.heads.class_groups import ClassGroups
+
 
 class TaskTensors(nn.Module, ABC):
     """A part of a pool that has tensors for each task."""
@@ -15,6 +17,9 @@ class TaskTensors(nn.Module, ABC):
     @abstractmethod
     def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
         """Allocate the tensors of `tasks` (class indices of each), numbered from `first`; values come from a file."""
+
+    def group_classes(self, groups: ClassGroups) -> None:
+        """Forget and merge classes; for parts with rows by class."""
 
 
 class PerTask(TaskTensors):

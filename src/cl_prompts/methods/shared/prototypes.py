@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.class_means import class_means, class_sums
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.methods.shared.per_task import TaskTensors
@@ -80,6 +81,27 @@ class ClassPrototypes(TaskTensors):
         added = len(self.rows) - self.count.shape[0]
         self.sum = torch.cat([self.sum, self.sum.new_zeros(added, self.sum.shape[1])])
         self.count = torch.cat([self.count, self.count.new_zeros(added)])
+
+    def group_classes(self, groups: ClassGroups) -> None:
+        """Keep the rows of the classes in `groups`; those of one task that are merged become one, exactly.
+
+        Of the shared covariance the part of a forgotten class is not known: it stays the average over all images so far.
+        """
+        by_row = groups.of_rows(self.rows)
+        rows = list(by_row.values())
+        summed = torch.stack([self.sum[group].sum(0) for group in rows]) if rows else self.sum[:0]
+        counts = torch.stack([self.count[group].sum(0) for group in rows]) if rows else self.count[:0]
+        kept = [row for group in rows for row in group]
+        if self.statistics == "covariance" and len(kept) < len(self.rows):
+            before, after = (self._scatter_and_freedom(row) for row in (slice(None), kept))
+            within = before[0] * (after[1] / before[1].clamp_min(1))
+            self.products = within + self.sum[kept].T @ class_means(self.sum[kept], self.count[kept])
+        self.rows, self.sum, self.count = list(by_row), summed, counts
+
+    def _scatter_and_freedom(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Sum of squares around the class means, [D, D], and its degrees of freedom, of some `rows`."""
+        total, count = self.sum[rows], self.count[rows]
+        return self.products - total.T @ class_means(total, count), (count - 1).clamp_min(0).sum()
 
     def add(self, query: Tensor, targets: Tensor, first_seen: Tensor) -> None:
         """Add images of the newest task, over all processes.

@@ -94,6 +94,22 @@ def test_predict(adapter: Path, images: list[str], capsys: Output) -> None:
     assert printed.out.splitlines() == expected
 
 
+@pytest.mark.parametrize(("threshold", "marks"), [(-1e6, True), (1e6, False)])
+def test_predict_unknown(threshold: float, marks: bool, copy: Path, images: list[str], capsys: Output) -> None:
+    asked = ["predict", images[0], "--adapter", str(copy), "--top-k", "1"]
+    assert main([*asked, "--unknown", "flag"]) == 1
+    assert "needs a threshold" in complaint(capsys)
+    content = json.loads((copy / "adapter_config.json").read_text())
+    content["state"]["novelty_threshold"] = threshold
+    (copy / "adapter_config.json").write_text(json.dumps(content))
+    assert main([*asked, "--unknown", "flag"]) == main([*asked, "--unknown", "refuse"]) == 0
+    flagged, refused = capsys.readouterr().out.splitlines()
+    assert flagged.endswith("  (unknown?)") == marks
+    assert refused.endswith("  none of the classes") == marks
+    assert main([*asked, "--unknown", "refuse", "--json"]) == 0
+    assert bool(json.loads(capsys.readouterr().out)["predictions"]) != marks
+
+
 def test_predict_for_programs(adapter: Path, images: list[str], capsys: Output) -> None:
     base = str(adapter.with_name("vit"))
     assert main(["predict", *images, "--adapter", str(adapter), "--base", base, "--device", "cpu", "--json"]) == 0

@@ -78,6 +78,31 @@ def test_an_answer_does_not_depend_on_the_batch(pipe: PromptPoolPipeline) -> Non
     assert len(pipe(tuple(images[:1]))) == 1
 
 
+def test_images_of_none_of_the_classes(pipe: PromptPoolPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture(seed, (32, 32)) for seed in range(5)]
+    plain = pipe(images)
+    with pytest.raises(ValueError, match=r'unknown="flag" needs a threshold, and the adapter was saved without one: call'):
+        pipe(images, unknown="flag")
+    with pytest.raises(ValueError, match='unknown=\'drop\': choose "flag", "refuse" or None'):
+        pipe(images, unknown="drop")  # type: ignore[call-overload]
+    with torch.no_grad():
+        batch = torch.cat([pipe.preprocess(image)["pixel_values"] for image in images])
+        novelty = pipe.model.novelty(pipe.model.eval()(pixel_values=batch))
+    state = pipe.model.adapter.config.state
+    monkeypatch.setattr(state, "novelty_threshold", float(novelty.sort().values[2:4].mean()))
+    unknown = (novelty > state.novelty_threshold).tolist()
+    assert sum(unknown) == 2
+    flagged, refused = pipe(images, unknown="flag"), pipe(images, unknown="refuse")
+    assert [[one["unknown"] for one in answer] for answer in flagged] == [[new] * 4 for new in unknown]
+    labels = [[one["label"] for one in answer] for answer in plain]
+    assert [[one["label"] for one in answer] for answer in flagged] == labels
+    assert [[one["label"] for one in answer] for answer in refused] == [
+        [] if new else row for row, new in zip(labels, unknown, strict=True)
+    ]
+    assert (pipe(images[0], unknown="refuse") == []) == unknown[0]
+    assert pipe(images) == plain
+
+
 @pytest.mark.filterwarnings("ignore:the adapter was trained on images of 32x32 pixels, these are")
 def test_shapes_that_differ_within_a_batch() -> None:
     """A base that takes any size, and a processor that keeps proportions."""

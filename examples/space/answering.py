@@ -40,12 +40,14 @@ class Answer:
         rows: chosen prompts by the place of the choice ("block 2").
         tasks: shares of the tasks in all chosen prompts.
         routed: the task that the method inferred; None if it infers none.
+        unknown: whether the picture is probably of none of the classes; False if the pool cannot tell.
     """
 
     labels: list[tuple[str, float]]
     rows: list[tuple[str, list[Choice]]]
     tasks: dict[int, float]
     routed: int | None
+    unknown: bool = False
 
 
 def answer(pool: OpenPool, image: Image.Image) -> Answer:
@@ -60,7 +62,9 @@ def answer(pool: OpenPool, image: Image.Image) -> Answer:
         labels = [(names.get(str(known[column]), str(known[column])), score) for column, score in best]
         rows = _rows(model.adapter, output.prompt_ids, output.prompt_weights)
         task = None if routed is None else int(routed[0].flatten().mode().values)
-    return Answer(labels, rows, _shares([choice for _, choices in rows for choice in choices]), task)
+        threshold = model.novelty_threshold
+        unknown = threshold is not None and bool(model.novelty(output)[0] > threshold)
+    return Answer(labels, rows, _shares([choice for _, choices in rows for choice in choices]), task, unknown)
 
 
 def _rows(adapter: Any, ids: Tensor | None, weights: Tensor | None) -> list[tuple[str, list[Choice]]]:

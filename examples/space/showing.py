@@ -192,9 +192,11 @@ def _answer(pool: OpenPool, name: str, image: Image.Image, given: Answer) -> str
         f'<li><b>{text(label)}</b><span class="score"><i style="width:{100 * score:.1f}%"></i></span>{score:.1%}</li>'
         for label, score in given.labels
     )
+    unknown = '<p class="hint">Probably none of these classes.</p>' if given.unknown else ""
     return (
         f'<article class="answer"><header>{picture(image, name)}<div><h4>{text(given.labels[0][0])}</h4>'
-        f'<p class="file">{text(name)}</p></div></header><ul class="scores">{scores}</ul>{_prompts(pool, given)}</article>'
+        f'<p class="file">{text(name)}</p>{unknown}</div></header>'
+        f'<ul class="scores">{scores}</ul>{_prompts(pool, given)}</article>'
     )
 
 

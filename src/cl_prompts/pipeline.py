@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from peft import PeftModel
@@ -25,6 +25,7 @@ from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
 Predictions: TypeAlias = list[dict[str, Any]]
+Unknown: TypeAlias = Literal["flag", "refuse"] | None
 
 logger = logging.getLogger(__name__)
 
@@ -134,17 +135,21 @@ class PromptPoolPipeline:
         return cls(model, image_processor, batch_size=batch_size, device=device, max_pixels=max_pixels)
 
     @overload
-    def __call__(self, images: ImageSource, top_k: int | None = 5) -> Predictions: ...
+    def __call__(self, images: ImageSource, top_k: int | None = 5, unknown: Unknown = None) -> Predictions: ...
 
     @overload
-    def __call__(self, images: list[Any] | tuple[Any, ...], top_k: int | None = 5) -> list[Predictions]: ...
+    def __call__(
+        self, images: list[Any] | tuple[Any, ...], top_k: int | None = 5, unknown: Unknown = None
+    ) -> list[Predictions]: ...
 
-    def __call__(self, images: Any, top_k: int | None = 5) -> Predictions | list[Predictions]:
+    def __call__(self, images: Any, top_k: int | None = 5, unknown: Unknown = None) -> Predictions | list[Predictions]:
         """The most likely classes of images.
 
         Args:
             images: a path, URL, PIL image, array or tensor (see `cl_prompts.sharing.images.rgb_image`), or a list of them.
             top_k: largest number of classes to return per image; None: all.
+            unknown: what to do with an image that is probably of none of the known classes: "flag" gives each entry a third
+                key, `"unknown"`, True for such an image; "refuse" gives no entry for it; None: it is answered like others.
 
         Returns:
             A list of `{"label", "score"}`, most likely class first; for a list of images, a list of these lists. A label is
@@ -152,13 +157,15 @@ class PromptPoolPipeline:
             are as often right as they say if the adapter is `calibrated`.
 
         Raises:
-            ValueError: an image cannot be found, read or converted, or `top_k` is below 1.
+            ValueError: an image cannot be found, read or converted, `top_k` is below 1, or `unknown` is another word or the
+                adapter has no threshold for it.
             TypeError: an image is of an unsupported type.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1, or None for all classes")
+        self.check_unknown(unknown)
         if not isinstance(images, (list, tuple)):
-            return self.classify([self.preprocess(images)], top_k)[0]
+            return self.classify([self.preprocess(images)], top_k, unknown)[0]
         answers: list[Predictions] = []
         for start in range(0, len(images), self.batch_size):
             batch = []
@@ -167,7 +174,7 @@ class PromptPoolPipeline:
                     batch.append(self.preprocess(image))
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"image {number} of the list: {error}") from error
-            answers += self.classify(batch, top_k)
+            answers += self.classify(batch, top_k, unknown)
         return answers
 
     def preprocess(self, image: ImageSource) -> dict[str, Tensor]:
@@ -182,32 +189,58 @@ class PromptPoolPipeline:
         """
         return dict(self.image_processor(images=rgb_image(image, self.max_pixels), return_tensors="pt"))
 
-    def classify(self, prepared: Sequence[dict[str, Tensor]], top_k: int | None = 5) -> list[Predictions]:
+    def check_unknown(self, unknown: Unknown) -> None:
+        """Check a way to treat images of none of the classes.
+
+        Raises:
+            ValueError: `unknown` is another word, or the adapter has no threshold.
+        """
+        if unknown not in (None, "flag", "refuse"):
+            raise ValueError(f'unknown={unknown!r}: choose "flag", "refuse" or None')
+        if unknown is not None and self.model.novelty_threshold is None:
+            raise ValueError(
+                f'unknown="{unknown}" needs a threshold, and the adapter was saved without one: call '
+                "model.consolidate(images) after a task's training, with at least two classes known"
+            )
+
+    def classify(
+        self, prepared: Sequence[dict[str, Tensor]], top_k: int | None = 5, unknown: Unknown = None
+    ) -> list[Predictions]:
         """The most likely classes of images from `preprocess`; images of one shape share a forward.
 
         Args:
             prepared: arguments of the model for each image.
             top_k: largest number of classes for each image; None: all.
+            unknown: as in a call of the pipeline.
         """
+        self.check_unknown(unknown)
         # A processor that keeps the aspect ratio makes images of several shapes, for bases that take any size.
         by_shape: dict[Any, list[int]] = {}
         for number, inputs in enumerate(prepared):
             by_shape.setdefault(tuple((name, inputs[name].shape) for name in sorted(inputs)), []).append(number)
         answers: list[Predictions] = [[] for _ in prepared]
         for numbers in by_shape.values():
-            scores = self._scores({k: torch.cat([prepared[n][k] for n in numbers]) for k in prepared[numbers[0]]})
-            for number, row in zip(numbers, scores, strict=True):
-                answers[number] = self._best(row, top_k)
+            inputs = {k: torch.cat([prepared[n][k] for n in numbers]) for k in prepared[numbers[0]]}
+            scores, beyond = self._scores(inputs, unknown is not None)
+            for number, row, new in zip(numbers, scores, beyond, strict=True):
+                if not (unknown == "refuse" and new):
+                    answers[number] = self._best(row, top_k)
+                if unknown == "flag":
+                    answers[number] = [one | {"unknown": new} for one in answers[number]]
         return answers
 
     @torch.no_grad()  # per thread; without gradients a model in training mode predicts as in eval mode
-    def _scores(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _scores(self, inputs: dict[str, Tensor], with_novelty: bool) -> tuple[Tensor, list[bool]]:
+        """Probabilities [B, C], and whether each image is beyond the novelty threshold, if that is asked for."""
         base = self.model.get_base_model()
         # The adapter is where the base runs, also if the base's weights are offloaded.
         device, dtype = next(self.model.adapter.parameters()).device, next(base.parameters()).dtype
         inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-        scores: Tensor = self.model(**inputs).logits.float().softmax(-1)
-        return scores.cpu()
+        output = self.model(**inputs)
+        scores: Tensor = output.logits.float().softmax(-1).cpu()
+        if not with_novelty:
+            return scores, [False] * len(scores)
+        return scores, (self.model.novelty(output) > self.model.novelty_threshold).tolist()
 
     def _best(self, scores: Tensor, top_k: int | None) -> Predictions:
         labels = self.model.adapter.tasks.id2label

@@ -102,7 +102,7 @@ def test_held_out_logits_are_of_classifiers_that_did_not_see_the_images(name: st
         classifier.begin_task(task)
         classifier.make_room()
         old = {key: tensor.clone() for key, tensor in classifier.named_buffers()}
-        logits, held_targets = classifier.held_out_logits(features, targets, before, head)
+        logits, held_targets, _ = classifier.held_out_answers(features, targets, before, head)
         assert all(torch.equal(tensor, old[key]) for key, tensor in classifier.named_buffers())
         held = next(folds(targets))
         assert torch.equal(held_targets[: int(held.sum())], targets[held])

@@ -18,6 +18,7 @@ from cl_prompts.backbones.feature_extractor import FeatureExtractor
 from cl_prompts.backbones.input_checks import check_arguments, check_images, check_query
 from cl_prompts.baselines.batch import Batch, cross_entropy
 from cl_prompts.baselines.files import write_files
+from cl_prompts.baselines.measures import BaselineMeasures
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.checks import check_finite, check_labels, check_wrapper
@@ -32,7 +33,7 @@ from cl_prompts.runtime.distributed import world_size
 from cl_prompts.storage.adapter_state import AdapterState, check_base_arguments
 
 
-class Baseline(nn.Module):
+class Baseline(BaselineMeasures, nn.Module):
     """A backbone and a linear head that learn task after task; subclasses say how they avoid forgetting.
 
     Args:
@@ -343,10 +344,6 @@ class Baseline(nn.Module):
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Features [B, D] float32 of `pixel_values` [B, 3, H, W], without gradient; `kwargs` are for the base."""
         return self.features(pixel_values, **kwargs)
-
-    def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
-        """The task whose prompts answered for each image of an `output` [B]: None, there are no prompts."""
-        return None
 
     # ---- identity, state and files -----------------------------------------------------------------------------------
 

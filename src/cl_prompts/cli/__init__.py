@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="larger images are refused (default: %(default)s)"
     )
+    predict.add_argument(
+        "--unknown", choices=("flag", "refuse"), help="mark images that are probably of none of the classes, or refuse them"
+    )
     predict.add_argument("--device", metavar="D", help="like cpu, cuda or mps (default: cpu)")
 
     learn = commands.add_parser("learn", help="teach an adapter new classes from a folder of images, as its next task")
@@ -125,6 +128,7 @@ def _predict(args: argparse.Namespace) -> int:
         device=args.device,
         max_pixels=args.max_pixels,
     )
+    pipe.check_unknown(args.unknown)
     failed = False
     for start in range(0, len(args.images), args.batch_size):
         names, prepared = [], []
@@ -135,12 +139,15 @@ def _predict(args: argparse.Namespace) -> int:
             except ValueError as error:
                 _print_to_stderr(error)
                 failed = True
-        for name, answer in zip(names, pipe.classify(prepared, args.top_k), strict=True):
+        for name, answer in zip(names, pipe.classify(prepared, args.top_k, args.unknown), strict=True):
             if args.json:
                 print(json.dumps({"image": name, "predictions": answer}))
             else:
                 for a in answer:
-                    print(terminal_text(f"{name}  {a['score']:6.1%}  {terminal_text(a['label'], LONGEST_NAME)}"))
+                    mark = "  (unknown?)" if a.get("unknown") else ""
+                    print(terminal_text(f"{name}  {a['score']:6.1%}  {terminal_text(a['label'], LONGEST_NAME)}{mark}"))
+                if not answer:
+                    print(terminal_text(f"{name}  none of the classes"))
     return int(failed)
 
 
@@ -226,6 +233,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"head      {facts['head']}, reads {facts['readout']}"
     temperature = facts["temperature"]
     yield f"scores    calibrated, temperature {temperature:.3g}" if temperature else "scores    not calibrated"
+    threshold = facts["novelty_threshold"]
+    yield "unknown   " + ("no threshold" if threshold is None else f"beyond a novelty of {threshold:.3g}")
     yield f"format    {facts['format_version']}, written by cl_prompts {facts['written_by'] or 'unknown'}"
     yield f"tasks     {len(facts['tasks'])}" + (", the last still open" if facts["task_open"] else "")
     for number, task in enumerate(facts["tasks"], 1):

@@ -50,6 +50,8 @@ class ContinualArguments:
         memory_per_class: number of images kept for rehearsal per class; 0: see `memory_size`.
         memory_batch_size: number of rehearsed images added to each batch; None: `batch_size`.
         forward_transfer: also evaluate each task before it is trained, if its classes are known already.
+        novelty: after each task, also evaluate how well the novelty score tells the test images of the tasks seen from
+            those of tasks to come. It takes a pass over the test images of these.
         logging_steps: steps between two log entries.
         save_steps: steps between two checkpoints within a task; 0: only the checkpoint at the end of every task.
 
@@ -80,6 +82,7 @@ class ContinualArguments:
     memory_per_class: int = 0
     memory_batch_size: int | None = None
     forward_transfer: bool = False
+    novelty: bool = False
     logging_steps: int = 20
     save_steps: int = 100
 

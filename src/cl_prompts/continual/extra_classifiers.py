@@ -67,6 +67,9 @@ class ExtraClassifiers:
         """Add a column to each matrix: the accuracies on all tasks so far."""
         for name, matrix in self.matrices.items():
             matrix.add([e.by_classifier[name] for e in evaluations], [e.images for e in evaluations])
+            explained = self.classifiers[name].drift_explained
+            if explained is not None:
+                matrix.drift[len(evaluations) - 1] = explained
 
     def state_dict(self) -> dict[str, Any]:
         """Buffers, recorded features, tasks and matrices, for a checkpoint."""

@@ -18,6 +18,7 @@ from cl_prompts.continual.callbacks import JsonlTracker, TrainerCallback
 from cl_prompts.continual.checkpointing.checkpoint import Checkpoints
 from cl_prompts.continual.checkpointing.parts import LearnerState, OptimizerState, RandomState, SkippedImages, Stateful
 from cl_prompts.continual.checkpointing.snapshot import capture, restore, run_identity, validate
+from cl_prompts.continual.evaluator import Evaluator
 from cl_prompts.continual.extra_classifiers import ExtraClassifiers
 from cl_prompts.continual.feature_cache.provider import FeatureProvider
 from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
@@ -30,7 +31,7 @@ from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.continual.training_step import Throughput, global_logs, training_step
-from cl_prompts.evaluation.evaluate import Evaluation, evaluate, reliability_of
+from cl_prompts.evaluation.evaluate import Evaluation, reliability_of
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.heads import FeatureClassifier
@@ -90,6 +91,9 @@ class ContinualTrainer:
         self.optimizer: torch.optim.Optimizer | None = None
         self.model.to(self.accelerator.device)
         self.feature_provider = FeatureProvider(model, stream, args, self.accelerator)
+        novelty = args.novelty and not stream.task_free
+        learned = (self.extra_classifiers, self.earlier_tasks, novelty)
+        self.evaluator = Evaluator(model, stream, self.feature_provider, self.accelerator.device, *learned)
         self.replay = Replay(self.memory, model, stream, self.feature_provider)
         self._steps_per_epoch = 0  # of the current task; 0 outside training
         check_run(model, stream, args, self.extra_classifiers.classifiers)
@@ -131,7 +135,7 @@ class ContinualTrainer:
         for task in self.stream.tasks[self.progress.task :]:
             self._learn(task)
         if not self.evaluations:  # a complete run was resumed
-            self.evaluations = [self._evaluate(task) for task in self.stream.tasks]
+            self.evaluations = self.evaluator.on_seen(self.stream.tasks[-1])
         self._call("on_train_end")
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training would also destroy the process group, which the caller may need
@@ -167,7 +171,7 @@ class ContinualTrainer:
     def _begin(self, task: Task) -> None:
         model = self.model
         if self.args.forward_transfer and task.number and set(task.classes) <= set(model.classes):
-            self.matrix.before[task.number] = self._evaluate(task, extra=False).accuracy
+            self.matrix.before[task.number] = self.evaluator.on_task(task, extra=False).accuracy
         if self.earlier_tasks + task.number:
             with self.feature_provider.eval_mode():
                 if model.needs_features_before:
@@ -180,7 +184,7 @@ class ContinualTrainer:
         self.replay.begin_task(task)
         if self.args.forward_transfer and not task.number and not model.closed_form:
             known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]
-            self.matrix.baseline = {later.number: self._evaluate(later, extra=False).accuracy for later in known}
+            self.matrix.baseline = {later.number: self.evaluator.on_task(later, extra=False).accuracy for later in known}
         self.progress.begun = True
         self._call("on_task_begin", task)
 
@@ -194,6 +198,8 @@ class ContinualTrainer:
                 model.consolidate(provider.task_images(task), memory)
             if self.extra_classifiers.classifiers:
                 self.extra_classifiers.fit(provider.task_images(task))
+        if model.drift_explained is not None:
+            self.matrix.drift[task.number] = model.drift_explained
         if not self.stream.task_free:
             model.end_task()
 
@@ -295,26 +301,16 @@ class ContinualTrainer:
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, task: Task, *, extra: bool = True) -> Evaluation:
-        with self.feature_provider.eval_mode():
-            return evaluate(
-                self.model,
-                self.feature_provider.test_batches(task),
-                self.model.classes,
-                self.accelerator.device,
-                task=task.number,
-                tasks=[t.classes for t in self.stream.tasks],
-                earlier_tasks=self.earlier_tasks,
-                classifiers=self.extra_classifiers.classifiers if extra else None,
-            )
-
     def _evaluate_seen(self, task: Task) -> None:
         """Evaluate all tasks up to `task` and add them to the matrices."""
-        self.evaluations = [self._evaluate(seen) for seen in self.stream.tasks[: task.number + 1]]
+        self.evaluations = self.evaluator.on_seen(task)
         accuracies = [e.accuracy for e in self.evaluations]
         known = [e.task_incremental for e in self.evaluations if e.task_incremental is not None]
         self.matrix.add(accuracies, [e.images for e in self.evaluations], known, reliability_of(self.evaluations))
         self.extra_classifiers.add(self.evaluations)
+        found = self.evaluator.against_later(task, self.evaluations)
+        if found is not None:
+            self.matrix.novelty[task.number] = found
         logs = {"task": task.number, "accuracies": accuracies, "average": self.matrix.curve()[-1]}
         self.accelerator.log(logs, step=self.progress.global_step)
         self._call("on_evaluate", self.evaluations)

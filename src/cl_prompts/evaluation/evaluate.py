@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.evaluation.calibration import BINS, Reliability
+from cl_prompts.evaluation.novelty import NoveltyMeasures
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.learner.batches import as_batch
 from cl_prompts.learner.protocol import Learner
@@ -35,6 +36,7 @@ class Evaluation:
             selects; None without a task, or if the method does not select prompts by task.
         by_classifier: accuracy of extra classifiers on the same features, by name.
         reliability: confidence and accuracy of the answers; None if it is unknown.
+        novelty: novelty of each image [images], on the CPU, in the order of `prompt_ids`; None if it was not asked for.
     """
 
     accuracy: float
@@ -45,6 +47,7 @@ class Evaluation:
     task_identity: float | None = None
     by_classifier: dict[str, float] = field(default_factory=dict)
     reliability: Reliability | None = None
+    novelty: Tensor | None = None
 
 
 @torch.no_grad()
@@ -58,6 +61,7 @@ def evaluate(
     tasks: Sequence[Sequence[int]] | None = None,
     earlier_tasks: int = 0,
     classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    novelty: bool = False,
 ) -> Evaluation:
     """Evaluate a model on images.
 
@@ -70,6 +74,7 @@ def evaluate(
         tasks: class ids of each task of the stream; needed with `task`.
         earlier_tasks: number of tasks that the model learned before those of the stream.
         classifiers: extra classifiers by name: functions features [B, D], float32 -> logits [B, C], same columns.
+        novelty: also collect the novelty of each image.
 
     Raises:
         TypeError: a batch is of another form.
@@ -83,7 +88,7 @@ def evaluate(
     classifiers = dict(classifiers or {})
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
     bins = torch.zeros(3 * BINS + 1, dtype=torch.float64)  # images, hits, confidences; the loss
-    chosen = []
+    chosen, scores = [], []
     for given in batches:
         batch = as_batch(given)
         values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
@@ -110,6 +115,8 @@ def evaluate(
             counts["no numbers"] += (own_logits.isnan().any(1) & real).sum()
         if output.prompt_ids is not None:
             chosen.append(output.prompt_ids[real])
+        if novelty:
+            scores.append(model.novelty(output)[real])
     total = sum_over_processes(torch.stack([*counts.values(), *further.values()])).tolist()
     totals = dict(zip(counts, total, strict=False))
     images = totals["images"]
@@ -122,6 +129,7 @@ def evaluate(
     *sums, loss = sum_over_processes(bins.to(device) if world_size() > 1 else bins).tolist()
     per_bin = [sums[start : start + BINS] for start in range(0, 3 * BINS, BINS)]
     prompt_ids = torch.cat(gather_over_processes(torch.cat(chosen))).cpu() if chosen else None
+    novelties = torch.cat(gather_over_processes(torch.cat(scores))).cpu() if scores else None
     return Evaluation(
         accuracy=100 * totals["hits"] / images,
         images=images,
@@ -131,6 +139,7 @@ def evaluate(
         task_identity=100 * totals["task_identity"] / totals["choices"] if totals["choices"] else None,
         by_classifier={name: 100 * hits / images for name, hits in zip(further, total[len(counts) :], strict=True)},
         reliability=Reliability([round(n) for n in per_bin[0]], [round(n) for n in per_bin[1]], per_bin[2], loss),
+        novelty=novelties,
     )
 
 
@@ -159,6 +168,20 @@ def reliability_of(evaluations: Sequence[Evaluation]) -> Reliability | None:
     parts = [evaluation.reliability for evaluation in evaluations]
     known = [part for part in parts if part is not None]
     return Reliability.total(known) if known and len(known) == len(parts) else None
+
+
+def novelty_of(
+    seen: Sequence[Evaluation], to_come: Sequence[Evaluation], threshold: float | None
+) -> NoveltyMeasures | None:
+    """How well the novelty tells images of seen tasks from those of tasks `to_come`; None without the one or the other.
+
+    Args:
+        seen: evaluations on seen tasks, with `novelty`.
+        to_come: the same on tasks all of whose classes are unknown.
+        threshold: of the learner, or None.
+    """
+    known, unknown = ([e.novelty for e in part if e.novelty is not None] for part in (seen, to_come))
+    return NoveltyMeasures.of(torch.cat(known), torch.cat(unknown), threshold) if known and unknown else None
 
 
 def _members(ids: Tensor, task: int, tasks: Sequence[Sequence[int]] | None) -> Tensor:

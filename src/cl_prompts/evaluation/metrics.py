@@ -9,7 +9,7 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cl_prompts.evaluation.calibration import Reliability
+from cl_prompts.evaluation.novelty import NoveltyMeasures
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, short_repr
 
@@ -38,6 +39,8 @@ class AccuracyMatrix:
             domain-incremental streams, not in class-incremental ones.
         baseline: accuracy on task i of the untrained model, by task.
         reliability: after each task, confidence and accuracy of the answers on all tasks seen; or empty.
+        novelty: after a task, by its number: how well the novelty tells seen classes from those of tasks to come.
+        drift: R^2 of the drift map on held-out images of a task, by its number; only where statistics were moved.
     """
 
     columns: list[list[float]] = field(default_factory=list)
@@ -46,6 +49,8 @@ class AccuracyMatrix:
     before: dict[int, float] = field(default_factory=dict)
     baseline: dict[int, float] = field(default_factory=dict)
     reliability: list[Reliability] = field(default_factory=list)
+    novelty: dict[int, NoveltyMeasures] = field(default_factory=dict)
+    drift: dict[int, float] = field(default_factory=dict)
 
     def add(
         self,
@@ -122,6 +127,9 @@ class AccuracyMatrix:
         Only with `reliability`: `ece`, the expected calibration error after the last task in percent, `ece_largest`, the
         largest after any task, and `nll`, the mean negative log likelihood after the last task in nats.
 
+        Only with `novelty`: `auroc` and `fpr95`, means over the tasks. Only with `drift`: `drift_r2`, the smallest R^2 (not
+        in percent): below 0 the compensation did more harm than good.
+
         Only with `task_incremental`: `faa_task_incremental` and so on. Only with `before` for every later task:
         `accuracy_before`, its mean over them, and with `baseline` too `fwt`, the mean of before - baseline (Lopez-Paz &
         Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017).
@@ -155,6 +163,11 @@ class AccuracyMatrix:
             errors = [reliability.expected_calibration_error for reliability in self.reliability]
             measures |= {"ece": errors[-1], "ece_largest": max(errors)}
             measures["nll"] = self.reliability[-1].negative_log_likelihood
+        if self.novelty:
+            for name in ("auroc", "fpr95"):
+                measures[name] = float(np.mean([getattr(found, name) for found in self.novelty.values()]))
+        if self.drift:
+            measures["drift_r2"] = min(self.drift.values())
         return measures | self._task_incremental_measures() | self._forward_measures()
 
     def _task_incremental_measures(self) -> dict[str, float]:
@@ -182,6 +195,10 @@ class AccuracyMatrix:
                 copy[name] = {str(task): value for task, value in values.items()}
         if self.reliability:
             copy["reliability"] = [reliability.to_dict() for reliability in self.reliability]
+        if self.novelty:
+            copy["novelty"] = {str(task): asdict(found) for task, found in self.novelty.items()}
+        if self.drift:
+            copy["drift"] = {str(task): explained for task, explained in self.drift.items()}
         return copy | (self.summary() if self.columns else {})
 
     @classmethod
@@ -208,6 +225,10 @@ class AccuracyMatrix:
                 for task, value in by_task.items():
                     _check_percent(value, f"{name} of task {task}")
                     getattr(matrix, name)[int(task)] = float(value)
+            for task, found in dict(values.get("novelty", {})).items():
+                matrix.novelty[int(task)] = NoveltyMeasures.from_dict(found)
+            for task, explained in dict(values.get("drift", {})).items():
+                matrix.drift[int(task)] = _r_squared(explained)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"this is no accuracy matrix as `to_dict` writes it: {first_line(error)}") from error
         return matrix
@@ -229,8 +250,8 @@ class AccuracyMatrix:
         """Write the matrix to the CSV file `path`, with a row per task. `from_csv` reads the same numbers back.
 
         Columns: `task` (from 0), `images`, `after_0`, `after_1`, ..., and if there are these accuracies
-        `task_incremental_after_0`, ..., `before`, `baseline`. Cells before a task was trained are empty. `reliability` is
-        left out.
+        `task_incremental_after_0`, ..., `before`, `baseline`. Cells before a task was trained are empty. `reliability`,
+        `novelty` and `drift` are left out.
         """
         tasks = len(self.columns)
         parts = [("after", self.columns), ("task_incremental_after", self.task_incremental)]
@@ -311,3 +332,9 @@ def matrix_from_predictions(
 def _check_percent(value: Any, where: str) -> None:
     if isinstance(value, str) or not 0 <= value <= 100:  # NaN is not, either
         raise ValueError(f"{where}: {short_repr(value)} is no accuracy in percent, from 0 to 100")
+
+
+def _r_squared(value: Any) -> float:
+    if type(value) not in (int, float) or not -1e12 <= value <= 1:
+        raise ValueError(f"{short_repr(value)} is no R^2, at most 1")
+    return float(value)

@@ -30,6 +30,9 @@ WHERE_KNOWN = {
     "fwt": "FWT",
     "ece": "calibration error",
     "nll": "NLL",
+    "auroc": "AUROC, unknown",
+    "fpr95": "FPR95, unknown",
+    "drift_r2": "drift R²",
 }
 # Classifiers without prompts on the same frozen features, which prompts should beat.
 FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean", "discriminant analysis")
@@ -38,7 +41,9 @@ LEGEND = (
     "In percent; over several seeds mean ± sample standard deviation. FAA: mean accuracy over all tasks after the last. "
     "CAA: mean of that average over the stages. Forgetting: best accuracy ever minus final, mean over earlier tasks. "
     "Calibration error: mean difference of confidence and accuracy in 15 bins of the confidence; NLL: negative log "
-    "likelihood, in nats; both after the last task."
+    "likelihood, in nats; both after the last task. AUROC and FPR95, unknown: seen classes against those of tasks to come, "
+    "by the novelty score, mean over the tasks. Drift R²: how well the map that moves old statistics explains held-out "
+    "images of the current task, least over the tasks; 1: all of the change, 0: none."
 )
 
 
@@ -79,7 +84,7 @@ def comparison_table(results: Sequence[Result]) -> str:
         row = {"learner": markdown_text(name), "seeds": str(len(runs))}
         for key, heading in columns.items():
             values = [summary[key] for summary in summaries[name] if key in summary]
-            digits = 2 if key == "nll" else 1
+            digits = 2 if key in ("nll", "drift_r2") else 1
             row[heading] = mean_and_deviation(values, digits) if len(values) == len(runs) else ""
         sizes = sorted({run.trainable for run in runs if run.trainable is not None})
         row["trainable"] = " to ".join(f"{size:,}" for size in sizes[:: max(len(sizes) - 1, 1)])
@@ -105,6 +110,23 @@ def matrix_table(matrix: AccuracyMatrix) -> str:
         cells = {f"after {j + 1}": "" if math.isnan(a) else f"{a:.1f}" for j, a in enumerate(accuracies)}
         rows.append({"task": str(i + 1), "images": f"{matrix.sizes[i]:,}", **cells})
     return _table(rows)
+
+
+def measures_by_task(matrix: AccuracyMatrix) -> str:
+    """A Markdown table of the novelty measures and the drift's R^2 after each task, tasks counted from 1."""
+    rows = []
+    for task in sorted({*matrix.novelty, *matrix.drift}):
+        found, explained = matrix.novelty.get(task), matrix.drift.get(task)
+        shares = {
+            "AUROC": found and found.auroc,
+            "FPR95": found and found.fpr95,
+            "known images refused": found and found.false_alarms,
+            "unknown images refused": found and found.found,
+        }
+        cells = {name: "" if share is None else f"{share:.1f}" for name, share in shares.items()}
+        rows.append({"after task": str(task + 1), **cells, "drift R²": "" if explained is None else f"{explained:.2f}"})
+    empty = {heading for heading in rows[0] if not any(row[heading] for row in rows)}
+    return _table([{heading: cell for heading, cell in row.items() if heading not in empty} for row in rows])
 
 
 def task_table(evaluations: Sequence[Evaluation]) -> str:
@@ -224,6 +246,7 @@ def run_page(
         for name, value in arguments.items()
     ]
     links = [f"![{plot.stem}]({plot.resolve().relative_to(home.resolve()).as_posix()})" for plot in plots]
+    matrix = runs[0].matrix
     of_seed = f", seed {runs[0].seed}" if len(runs) > 1 else ""
     sections = [
         f"# {markdown_text(first)}",
@@ -231,8 +254,9 @@ def run_page(
         LEGEND,
         comparison_table(results),
         remarks(results, floors),
-        f"## Accuracy on each task{of_seed}\n\n{matrix_table(runs[0].matrix)}",
+        f"## Accuracy on each task{of_seed}\n\n{matrix_table(matrix)}",
         f"## After the last task{of_seed}\n\n{task_table(evaluations)}" if evaluations else "",
+        f"## Unknown classes and drift{of_seed}\n\n{measures_by_task(matrix)}" if matrix.novelty or matrix.drift else "",
         f"## What was selected{of_seed}\n\n{selection}" if selection else "",
         "\n".join(links),
         "## Repeat it\n\n" + markdown_block(command, "sh"),

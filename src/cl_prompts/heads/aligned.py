@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.heads.base import FeatureClassifier
+from cl_prompts.heads.base import FeatureClassifier, HeldOut
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
@@ -121,11 +121,11 @@ class AlignedClassifier(FeatureClassifier):
             self.check_statistics()
             self._align(head)
 
-    def held_out_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `FeatureClassifier.held_out_logits`, with its `args` and `kwargs`."""
+    def held_out_answers(self, *args: Any, **kwargs: Any) -> HeldOut:
+        """As `FeatureClassifier.held_out_answers`, with its `args` and `kwargs`."""
         aligned = self.head
         try:
-            return super().held_out_logits(*args, **kwargs)
+            return super().held_out_answers(*args, **kwargs)
         finally:
             self.head = aligned
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,20 @@ from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.grouped_gaussians import group_gaussians
 from cl_prompts.heads.incremental import IncrementalHead
+
+
+class HeldOut(NamedTuple):
+    """Answers for images that a classifier was not fitted to.
+
+    Args:
+        logits: [held, C].
+        targets: class index of each image [held].
+        novelty: of each image [held]; None for a classifier without such a score.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    novelty: Tensor | None
 
 
 class FeatureClassifier(nn.Module, ABC):
@@ -44,7 +60,7 @@ class FeatureClassifier(nn.Module, ABC):
 
     # Name, in messages, of what `save_statistics` saves.
     statistics = "class means and covariances"
-    # Largest number of fits for `held_out_logits`.
+    # Largest number of fits for `held_out_answers`.
     folds = FOLDS
 
     def __init__(self, *, save_statistics: bool, drift: str) -> None:
@@ -64,6 +80,12 @@ class FeatureClassifier(nn.Module, ABC):
     def needs_before(self) -> bool:
         """Whether `fit` needs the features of the task's images before its training, from the second task on."""
         return self.drift != "none"
+
+    @property
+    def drift_explained(self) -> float | None:
+        """R^2 of `newest_map` on held-out images of the newest task; None if it is unknown."""
+        found = self.newest_map
+        return None if found is None or math.isnan(found.explained) else found.explained
 
     @property
     def bytes_to_learn(self) -> int:
@@ -153,10 +175,10 @@ class FeatureClassifier(nn.Module, ABC):
         self.counted += 1
 
     @torch.no_grad()
-    def held_out_logits(
+    def held_out_answers(
         self, features: Tensor, targets: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
+    ) -> HeldOut:
+        """Answers for images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
 
         The classifier is as before afterwards.
 
@@ -166,23 +188,28 @@ class FeatureClassifier(nn.Module, ABC):
             before: as for `fit` [n, D], or None.
             head: the trained head.
 
-        Returns:
-            logits [held, C] and their targets [held].
-
         Raises:
             ValueError: as `fit`, also if the images of a fold are too few.
         """
         self._check(features, targets, before)
         logits, held_targets = [features.new_zeros(0, self.num_classes)], [targets[:0]]
+        novelty = []
         for held in folds(targets, self.folds):
             rest = ~held
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)
                 self._fit(features[rest].to(work), targets[rest].to(work), earlier, head)
                 self.fitted = self.fitted + 1
-                logits.append(self(features[held].to(work)).to(features.device))
+                inputs = features[held].to(work)
+                logits.append(self(inputs).to(features.device))
+                score = self.novelty(inputs)
+                novelty += [] if score is None else [score.to(features.device)]
             held_targets.append(targets[held])
-        return torch.cat(logits), torch.cat(held_targets)
+        return HeldOut(torch.cat(logits), torch.cat(held_targets), torch.cat(novelty) if novelty else None)
+
+    def novelty(self, features: Tensor) -> Tensor | None:
+        """How unlike the known classes `features` [B, D] are: [B]; None for a classifier that can tell by logits only."""
+        return None
 
     @contextmanager
     def _at_work(self, home: torch.device, *, keep: bool = True) -> Iterator[torch.device]:

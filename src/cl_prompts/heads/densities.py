@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+TINY = 1e-30
+
+
 @dataclass(frozen=True)
 class FullDensities:
     """log N(x; mean_c, S_c) for R Gaussians with covariances of their own, or one for all.
@@ -21,12 +24,14 @@ class FullDensities:
         precisions: [R, D, D], or [1, D, D] for one covariance.
         linear: [R, D].
         constant: [R].
+        lengths: m'Pm for the mean m and the precision P of each Gaussian [R].
     """
 
     center: Tensor
     precisions: Tensor
     linear: Tensor
     constant: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(cls, means: Tensor, covariances: Iterable[Tensor]) -> FullDensities:
@@ -49,14 +54,24 @@ class FullDensities:
             linear.append(means[row] @ precision)
             volumes.append(root.diagonal().log().sum())
         own = means @ precision if len(precisions) == 1 else torch.stack(linear)
-        constant = -0.5 * (own * means).sum(1) - torch.stack(volumes)
-        return cls(center.float(), torch.stack(precisions), own.float(), constant.float())
+        lengths = (own * means).sum(1)
+        constant = -0.5 * lengths - torch.stack(volumes)
+        return cls(center.float(), torch.stack(precisions), own.float(), constant.float(), lengths.float())
 
     def scores(self, features: Tensor) -> Tensor:
         """Log densities [B, R] of features [B, D]."""
         x = features - self.center
         quadratic = torch.einsum("bd,rde,be->br", x, self.precisions, x) if self.precisions.shape[0] > 1 else 0.0
         return x @ self.linear.T + self.constant - 0.5 * quadratic
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Cosine of each feature [B, D] and each mean, by the metric of the Gaussian's precision: [B, R].
+
+        Both are taken relative to the mean of the means; 0 for a mean that is there itself.
+        """
+        x = features - self.center
+        squares = torch.einsum("bd,rde,be->br", x, self.precisions, x)
+        return x @ self.linear.T * (squares * self.lengths).clamp_min(TINY).rsqrt()
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class LowRankDensities:
         directions: G of all Gaussians [R * r, D].
         offsets: G m [R * r].
         constant: [R].
+        lengths: |m|^2 [R].
     """
 
     center: Tensor
@@ -83,6 +99,7 @@ class LowRankDensities:
     directions: Tensor
     offsets: Tensor
     constant: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(cls, means: Tensor, pooled: Tensor, shares: Tensor, factors: Tensor, own: float) -> LowRankDensities:
@@ -113,14 +130,23 @@ class LowRankDensities:
             volumes[row] = 0.5 * stretched.log().sum()
         volumes += 0.5 * means.shape[1] * shares.log()
         short = shares.float()
-        constant = -0.5 * scaled.square().sum(1) / short - volumes.float()
+        lengths = scaled.square().sum(1)
+        constant = -0.5 * lengths / short - volumes.float()
         offsets = torch.einsum("rkd,rd->rk", directions, scaled).flatten()
-        return cls(
-            center.float(), whiten.float(), short, scaled / short[:, None], directions.flatten(0, 1), offsets, constant
-        )
+        scaled /= short[:, None]
+        return cls(center.float(), whiten.float(), short, scaled, directions.flatten(0, 1), offsets, constant, lengths)
 
     def scores(self, features: Tensor) -> Tensor:
         """Log densities [B, R] of features [B, D]."""
         z = (features - self.center) @ self.whiten
         along = (z @ self.directions.T - self.offsets).square().unflatten(1, (len(self.shares), -1)).sum(2)
         return z @ self.means.T - 0.5 * z.square().sum(1, keepdim=True) / self.shares + self.constant + 0.5 * along
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Cosine of each feature [B, D] and each mean where the pooled covariance is the identity: [B, R].
+
+        Both are taken relative to the mean of the means; 0 for a mean that is there itself.
+        """
+        z = (features - self.center) @ self.whiten
+        squares = z.square().sum(1, keepdim=True) * self.lengths
+        return z @ self.means.T * self.shares * squares.clamp_min(TINY).rsqrt()

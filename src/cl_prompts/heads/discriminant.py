@@ -130,6 +130,17 @@ class DiscriminantClassifier(FeatureClassifier):
         # A class with several Gaussians has the density of the likeliest one.
         return logits.scatter_reduce(1, densities.class_indices.expand(scores.shape[0], -1), scores, "amax")
 
+    def novelty(self, features: Tensor) -> Tensor:
+        """1 - the largest cosine of each of `features` [B, D] and a class mean, where the covariance is the identity: [B].
+
+        With one class there is nothing to compare: 1 for all.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self.check_fitted()
+        return 1 - self._densities().rows.cosines(features.float()).amax(1)
+
     def _densities(self) -> Densities:
         """The result of `_compute`, which is computed again only after the Gaussians have changed."""
         cached = self._cached

@@ -155,6 +155,20 @@ class Learner(Protocol):
         """What the classifier reads of a batch of `Images`: [B, D] float32."""
         ...
 
+    def novelty(self, output: PromptPoolOutput) -> Tensor:
+        """How unlike the known classes the images of an answer in eval mode are: [B] float32; high: unknown."""
+        ...
+
+    @property
+    def novelty_threshold(self) -> float | None:
+        """Novelty beyond which an image is of none of the known classes; None where it is unknown."""
+        ...
+
+    @property
+    def drift_explained(self) -> float | None:
+        """R^2 of the newest drift map on held-out images of the newest task; None without one."""
+        ...
+
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
         """Tasks whose prompts gave an answer in eval mode: [B] or [B, layers]; None where none is chosen."""
         ...

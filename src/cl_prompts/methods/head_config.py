@@ -50,6 +50,7 @@ class ClassifierConfig(PeftConfig):
             images.
         spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out
             images.
+        false_alarm_rate: share of known images that may be taken for none of the known classes; it sets the threshold.
         save_statistics: save what a ridge or aligned head needs to learn further tasks, and a trained head to learn a task
             of one class. The discriminant head always saves its statistics, because its answers need them.
         classifier_seed: seed of the projection and of features drawn from Gaussians.
@@ -69,6 +70,7 @@ class ClassifierConfig(PeftConfig):
     covariance_rank: int = field(default=16, metadata={"help": "directions of a low-rank covariance"})
     own_covariance: float = field(default=0.1, metadata={"help": "weight of a class's own covariance"})
     spherical_covariance: float = field(default=0.1, metadata={"help": "weight of the identity in a covariance"})
+    false_alarm_rate: float = field(default=0.05, metadata={"help": "known images taken for none of the classes"})
     save_statistics: bool = field(default=False, metadata={"help": "save what learning further tasks needs"})
     classifier_seed: int = field(default=0, metadata={"help": "seed of the projection and of drawn features"})
 
@@ -114,6 +116,9 @@ class ClassifierConfig(PeftConfig):
         choice(self, "class_covariance", COVARIANCES)
         positive(self, "covariance_rank")
         flag(self, "save_statistics")
+        positive_number(self, "false_alarm_rate")
+        if self.false_alarm_rate >= 1:
+            raise ValueError(f"false_alarm_rate={self.false_alarm_rate!r} is a share: choose a number below 1")
         not_negative(self, "own_covariance", "spherical_covariance")
         for name in ("own_covariance", "spherical_covariance"):
             if getattr(self, name) > 1:

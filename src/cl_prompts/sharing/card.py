@@ -231,6 +231,10 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         + ", ".join(f"{markdown_text(part)} {sizes['numbers']:,}" for part, sizes in parts.items()),
     }
     calibrated = f"calibrated: logits are divided by {state.temperature:.3g}" if state.temperature else "not calibrated"
+    if state.novelty_threshold is not None:
+        facts["Unknown images"] = (
+            f'`pipe(image, unknown="flag")` marks images beyond a novelty of {state.novelty_threshold:.3g}'
+        )
     facts["Scores"] = f"{calibrated}, as chosen on training images" if state.temperature else calibrated
     if record is not None and record.trainable:
         facts["Trained in the last task"] = f"{next(iter(record.trainable.values())):,} parameters"

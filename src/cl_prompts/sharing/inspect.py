@@ -32,7 +32,7 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size,
         precision, arguments);
         "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout";
-        "temperature" of the scores (None: not calibrated);
+        "temperature" of the scores (None: not calibrated); "novelty_threshold" (None: unknown images cannot be told);
         "settings" (the fields of the method: pool size, prompt length, layers, ...); "parts" (tensors, numbers and bytes of
         each part of the weights), "numbers" and "bytes" of all; "figures" (percent, by learner), {} without `results.json`.
 
@@ -72,6 +72,7 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         "head": config.head,
         "readout": config.readout if config.readout != "auto" else state.pooling or "auto",
         "temperature": state.temperature,
+        "novelty_threshold": state.novelty_threshold,
         "settings": settings,
         "parts": parts,
         "numbers": sum(part["numbers"] for part in parts.values()),

@@ -78,6 +78,7 @@ class AdapterState:
         several_sizes: whether there were.
         image_mean, image_std: normalization of the input, one number per channel.
         temperature: divides the logits at test, so that their softmax is calibrated; None: it was not chosen.
+        novelty_threshold: novelty beyond which an image is of none of the classes; None: it was not chosen.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
 
@@ -99,6 +100,7 @@ class AdapterState:
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     temperature: float | None = None
+    novelty_threshold: float | None = None
     weights_sha256: str | None = None
 
     @classmethod
@@ -170,6 +172,9 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and not (_are_numbers(value, int, float) and all(abs(x) <= 1e6 for x in value)):
                 raise ValueError(f"`state.{name}` must be a number for each channel or null, got {short_repr(value)}")
+        threshold = state.novelty_threshold
+        if threshold is not None and not (type(threshold) in (int, float) and abs(threshold) <= 1e12):
+            raise ValueError(f"`state.novelty_threshold` must be a number or null, got {short_repr(threshold)}")
         if state.temperature is not None and not (
             type(state.temperature) in (int, float) and 1e-6 <= state.temperature <= 1e6
         ):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cl_prompts.heads import AlignedClassifier, FeatureClassifier, build_classifier
 from cl_prompts.heads.calibration import carried_on, fit_temperature
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
 from cl_prompts.heads.refit import held_out_logits
 from cl_prompts.heads.running_gaussians import RunningGaussians
 from cl_prompts.interfaces import BackboneShape
@@ -225,25 +226,37 @@ class PoolAdapter(nn.Module):
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
                 "the current task only"
             )
-        temperature = self._temperature(seen.features, targets, before)
+        temperature, threshold = self._calibrated(seen.features, targets, before)
         if classifier is not None:
             classifier.fit(seen.features, targets, before, self.head)
-        self.config.state.temperature = temperature
+        self.config.state.temperature, self.config.state.novelty_threshold = temperature, threshold
         self.recorded = None
         if isinstance(classifier, AlignedClassifier):
             classifier.hand_over(self.head)
 
-    def _temperature(self, features: Tensor, targets: Tensor, before: Tensor | None) -> float | None:
-        """The temperature of the logits after the newest task, chosen on its images while they are held out."""
-        known = self.config.state.temperature
+    def _calibrated(self, features: Tensor, targets: Tensor, before: Tensor | None) -> tuple[float | None, float | None]:
+        """Temperature and novelty threshold after the newest task, chosen on its images while they are held out."""
+        state = self.config.state
+        novelty = None
         if self.classifier is None:
             logits, held = held_out_logits(self.head, features, targets, self.config.class_mask == "task")
         else:
             try:
-                logits, held = self.classifier.held_out_logits(features, targets, before, self.head)
+                logits, held, novelty = self.classifier.held_out_answers(features, targets, before, self.head)
             except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
-                return known
-        return carried_on(known, fit_temperature(logits, held), len(held))
+                return state.temperature, state.novelty_threshold
+        temperature = carried_on(state.temperature, fit_temperature(logits, held), len(held))
+        if novelty is None:
+            divisor = self.config.logit_temperature * (temperature or 1.0)
+            novelty = energy(logits / divisor, divisor)
+        newest = threshold_of(novelty, self.config.false_alarm_rate) if logits.shape[1] > 1 else None
+        return temperature, threshold_carried_on(state.novelty_threshold, newest, len(held))
+
+    def novelty(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Novelty of images [B] from what the classifier reads, [B, D], and the logits at test [B, C]."""
+        closed_form = self.config.closed_form and self.classifier is not None
+        score = self.classifier.novelty(features) if closed_form else None  # type: ignore[union-attr]
+        return energy(logits, self.temperature) if score is None else score
 
     def group_of(self, name: str) -> str:
         """The parameter group of one of the adapter's parameters."""

@@ -24,13 +24,14 @@ from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.class_api import ClassAPI
 from cl_prompts.tuner.forward import prompted_forward
+from cl_prompts.tuner.measures_api import MeasuresAPI
 from cl_prompts.tuner.parameter_groups import parameter_groups
 from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import restored_adapter, training_state_dict
 from cl_prompts.tuner.validation import record_base
 
 
-class TaskAPI(ClassAPI):
+class TaskAPI(ClassAPI, MeasuresAPI):
     """The methods that `PromptPoolTuner` and `PromptPoolModel` share. All act on the active adapter.
 
     The tuner holds the attributes below; `PromptPoolModel` looks them up on its tuner, as `PeftModel` does.
@@ -58,8 +59,6 @@ class TaskAPI(ClassAPI):
     replay: ClassVar[Replay] = "mixed"
     needs_memory: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
-
-    # ---- properties --------------------------------------------------------------------------------------------------
 
     @property
     def structure(self) -> Structure:

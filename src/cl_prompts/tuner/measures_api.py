@@ -1,0 +1,54 @@
+"""What a prompt learner measures: how novel an image is, and how well the newest drift was followed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.tuner.adapter import PoolAdapter
+
+
+class MeasuresAPI:
+    """Novelty of images and R^2 of the drift map, of the active adapter."""
+
+    @property
+    def novelty_threshold(self) -> float | None:
+        """Novelty beyond which an image is taken for none of the known classes; None if it is unknown.
+
+        A share `false_alarm_rate` of held-out training images exceeds it; `consolidate` chooses it.
+        """
+        return self._adapter.config.state.novelty_threshold
+
+    @property
+    def drift_explained(self) -> float | None:
+        """R^2 of the newest drift map on held-out images of the newest task; None without a map. Not saved.
+
+        1: the map explains how the task changed their features. 0: no better than leaving the statistics of old classes as
+        they were.
+        """
+        classifier = self._adapter.classifier
+        return None if classifier is None else classifier.drift_explained
+
+    @torch.no_grad()
+    def novelty(self, output: PromptPoolOutput) -> Tensor:
+        """How unlike the known classes images are. High: probably of none of them.
+
+        The discriminant head compares features with the class means (1 - the largest cosine where the pooled covariance is
+        the identity); other heads give the energy of their logits.
+
+        Args:
+            output: of a forward in eval mode.
+
+        Returns:
+            float32 [B]; only differences, and the comparison with `novelty_threshold`, have a meaning.
+        """
+        assert output.features is not None
+        assert output.logits is not None
+        with torch.autocast(output.features.device.type, enabled=False):
+            return self._adapter.novelty(output.features, output.logits)
+
+    @property
+    def _adapter(self) -> PoolAdapter:
+        adapter: PoolAdapter = self.adapter  # type: ignore[attr-defined]  # of `TaskAPI`
+        return adapter

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from cl_prompts import L2PConfig, PromptPoolModel
 from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.evaluation.novelty import NoveltyMeasures, auroc, fpr_at_95
+from cl_prompts.evaluation.report import Result, run_page
 from cl_prompts.heads import DiscriminantClassifier
 from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
 
@@ -129,6 +130,11 @@ def test_a_run_measures_novelty_and_drift(method: str, tmp_path: Path) -> None:
     copy = AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
     assert copy.novelty == matrix.novelty
     assert copy.drift == matrix.drift
+    page = run_page(
+        tmp_path, [Result("it", matrix, 0)], command="c", model="m", data="d", arguments={}, seconds=1.0
+    ).read_text()
+    assert "## Unknown classes and drift" in page
+    assert ("drift R²" in page.split("## Unknown classes and drift")[1]) == bool(matrix.drift)
     plain = small_trainer(method).train()
     assert plain.columns == matrix.columns
     assert not plain.novelty

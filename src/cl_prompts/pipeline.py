@@ -194,6 +194,9 @@ class PromptPoolPipeline:
     def check_unknown(self, unknown: Unknown) -> None:
         """Check a way to treat images of none of the classes.
 
+        Args:
+            unknown: as in a call of the pipeline.
+
         Raises:
             ValueError: `unknown` is another word, or the adapter has no threshold.
         """

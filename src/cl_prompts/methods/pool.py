@@ -166,7 +166,7 @@ class PromptPool(nn.Module, ABC):
         """Close the current task."""
 
     def group_classes(self, groups: ClassGroups) -> None:
-        """Forget and merge classes, between tasks. Prompts stay.
+        """Forget and merge classes, as `groups` says, between tasks. Prompts stay.
 
         A pool that keeps tensors per class outside of `TaskTensors` modules extends this method.
         """

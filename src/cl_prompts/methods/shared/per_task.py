@@ -19,7 +19,7 @@ class TaskTensors(nn.Module, ABC):
         """Allocate the tensors of `tasks` (class indices of each), numbered from `first`; values come from a file."""
 
     def group_classes(self, groups: ClassGroups) -> None:
-        """Forget and merge classes; for parts with rows by class."""
+        """Forget and merge classes, as `groups` says; for parts with rows by class."""
 
 
 class PerTask(TaskTensors):

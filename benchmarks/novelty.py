@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from PIL import Image
 from torch import Tensor

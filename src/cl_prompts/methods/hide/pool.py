@@ -94,7 +94,7 @@ class HidePool(PromptPool):
         self._add_means(max((index for task in tasks for index in task), default=-1))
 
     def group_classes(self, groups: ClassGroups) -> None:
-        """See `PromptPool`: forget and merge classes as `groups` says. The mean of merged classes is that of their means."""
+        """See `PromptPool`: forget and merge as `groups` says; the mean of merged classes is that of their means."""
         super().group_classes(groups)
         rows = len(self.class_means)  # fewer than classes if prompts are frozen after the first task
         first = [[old for old in group if old < rows] for group in groups.members]

@@ -5,8 +5,10 @@ Importing it registers the PEFT type `PROMPT_POOL`; do so before loading an adap
 
 from cl_prompts.auto import AutoPromptPoolModel
 from cl_prompts.methods import (
+    APTConfig,
     CodaLayerArgmaxConfig,
     CodaPromptConfig,
+    CPGConfig,
     DualPromptConfig,
     HashPromptConfig,
     HiDePromptConfig,
@@ -15,9 +17,11 @@ from cl_prompts.methods import (
     LayerGroupedPromptConfig,
     NoPromptsConfig,
     NoRGaConfig,
+    OnePromptConfig,
     PromptPoolConfig,
     SMoPEConfig,
     VPTConfig,
+    VPTNSP2Config,
     VQPromptConfig,
 )
 from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
@@ -28,7 +32,9 @@ from cl_prompts.version import __version__
 
 
 __all__ = [
+    "APTConfig",
     "AutoPromptPoolModel",
+    "CPGConfig",
     "CodaLayerArgmaxConfig",
     "CodaPromptConfig",
     "DualPromptConfig",
@@ -39,6 +45,7 @@ __all__ = [
     "LayerGroupedPromptConfig",
     "NoPromptsConfig",
     "NoRGaConfig",
+    "OnePromptConfig",
     "PromptPoolConfig",
     "PromptPoolModel",
     "PromptPoolOutput",
@@ -46,6 +53,7 @@ __all__ = [
     "PromptPoolTuner",
     "SMoPEConfig",
     "VPTConfig",
+    "VPTNSP2Config",
     "VQPromptConfig",
     "__version__",
     "extract_features",

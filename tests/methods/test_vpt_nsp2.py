@@ -194,6 +194,19 @@ def test_a_frozen_pool_and_a_stream_without_tasks_need_no_pass(name: str) -> Non
     assert not new_model(name, num_labels=8, class_mask="none").needs_consolidation
 
 
+@both
+def test_a_compiled_backbone_collects_the_same(name: str) -> None:
+    found = []
+    for compiled in (False, True):
+        model = new_model(name)
+        model.begin_task(TASKS[0])
+        if compiled:
+            model.compile_backbone(backend="eager", fullgraph=True)
+        model.eval().consolidate(batches(draw(4, 3, 32, 32), 4, 2))
+        found.append(model.adapter.pool.first)
+    assert torch.equal(*found)
+
+
 def test_prefix_attention_is_the_models_own() -> None:
     """What the pass sees of a block's attention, against a forward by hand, with the images in two batches."""
     model = new_model("vpt_nsp2", layers=[1])

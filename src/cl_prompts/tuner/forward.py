@@ -29,14 +29,7 @@ from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.inputs import check_inputs
-from cl_prompts.tuner.output import (
-    combine_candidates,
-    head_losses,
-    method_losses,
-    selection_of,
-    total_loss,
-    training_logits,
-)
+from cl_prompts.tuner.output import combine_candidates, head_losses, mask_logits, method_losses, selection_of, total_loss
 from cl_prompts.tuner.validation import check_ready
 
 
@@ -216,7 +209,7 @@ def answer(
         chosen = selection_of(prompts, record.prefixes)
         if prompts.candidates > 1:
             logits, features, chosen = combine_candidates(adapter, prompts, logits, features, chosen)
-        logits = training_logits(adapter, logits, inputs.targets) if inputs.training else logits / adapter.temperature
+        logits = mask_logits(adapter, logits, inputs.targets) if inputs.training else logits / adapter.temperature
         loss, losses = None, None
         if inputs.targets is not None:
             parts = head_losses(adapter, features, inputs.targets) if inputs.training else {}
@@ -224,8 +217,9 @@ def answer(
                 parts |= method_losses(
                     adapter.pool, prompts, record.prefixes, features, inputs.targets, inputs.valid, chosen
                 )
+            temperature = adapter.config.loss_temperature if inputs.training else 1.0
             loss, losses = total_loss(
-                logits, inputs.targets, inputs.valid, parts, inputs.num_items, over_processes=inputs.training
+                logits / temperature, inputs.targets, inputs.valid, parts, inputs.num_items, over_processes=inputs.training
             )
         if inputs.learns:
             with torch.no_grad():

@@ -47,9 +47,9 @@ def selection_of(prompts: Prompts, used: Mapping[int, PrefixKV]) -> Selection:
     )
 
 
-def training_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None) -> Tensor:
-    """Logits [B, C] of the training loss, divided by `loss_temperature`, with -inf where `class_mask` excludes a class."""
-    mask, logits = adapter.config.class_mask, logits / adapter.config.loss_temperature
+def mask_logits(adapter: PoolAdapter, logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Training logits [B, C] with -inf at the classes that `class_mask` of the config excludes from the loss."""
+    mask = adapter.config.class_mask
     if mask == "task":
         return logits.masked_fill(~adapter.head.current, float("-inf"))
     if targets is None:
@@ -81,7 +81,7 @@ def head_losses(adapter: PoolAdapter, features: Tensor, targets: Tensor) -> dict
     alone, after_one = (len(classes) == 1 for classes in (adapter.tasks.current_classes, adapter.tasks.earlier_classes))
     if not (alone or after_one or mask == "batch"):
         return {}
-    loss = gaussians.cross_entropy(adapter.head)
+    loss = gaussians.cross_entropy(adapter.head, adapter.config.loss_temperature)
     if mask != "task" and not after_one:  # with images of several classes, as in rehearsal, the images teach the head
         loss = torch.where(classes_present(targets, len(adapter.classes)).sum() == 1, loss, 0.0)
     return {"class_gaussians": LossPart(loss, "batch")}

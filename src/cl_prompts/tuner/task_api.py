@@ -45,6 +45,7 @@ class TaskAPI:
         set_requires_grad: PEFT's method, which sets `requires_grad` of the parameters of an adapter.
         replay: how stored images join training: "mixed" into the batches.
         needs_memory: whether stored images are needed.
+        default_rates: learning rates of groups that differ from the trainer's; none.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class TaskAPI:
     replay: ClassVar[Replay] = "mixed"
     needs_memory: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
+    default_rates: ClassVar[Mapping[str, float]] = {}
 
     # ---- properties --------------------------------------------------------------------------------------------------
 

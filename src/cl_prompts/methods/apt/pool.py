@@ -34,7 +34,6 @@ class APTPool(PromptPool):
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts": "prompts"}
-    no_rows: ClassVar[tuple[str, ...]] = ("prompts",)
     average: Tensor
     pending: Tensor
 
@@ -80,6 +79,14 @@ class APTPool(PromptPool):
         return Prompts(
             prefixes={n: PrefixKV(none, none, cls_k=k, cls_v=v) for n, (k, v) in zip(self.layers, rows, strict=True)}
         )
+
+    def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
+        """Added vectors are no tokens.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError('method "apt" adds vectors to keys and values; they cannot start as patches of images')
 
     def prompt_table(self) -> Tensor:
         """[layers, 1, 2, D]."""

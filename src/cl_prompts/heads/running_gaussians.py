@@ -90,23 +90,18 @@ class RunningGaussians(nn.Module):
         self.variance.index_copy_(0, self.newest, variance)
         self.count.index_copy_(0, self.newest, before + images[:, 0].to(before.dtype))
 
-    def cross_entropy(self, head: IncrementalHead, temperature: float = 1.0) -> Tensor:
+    def cross_entropy(self, head: IncrementalHead) -> Tensor:
         """The head's expected cross entropy on the Gaussians of the classes seen, each class with the same weight.
 
         For a feature x ~ N(mean_c, variance_c) of class c the expectation of log sum_j exp(z_j(x) - z_c(x)) is at most
         log sum_j exp of (mean + variance / 2) of z_j - z_c, with equality for variance 0. The upper bound is what Wang et
         al., "Implicit Semantic Data Augmentation for Deep Networks", NeurIPS 2019, minimize in place of drawing features.
 
-        Args:
-            head: the trained head.
-            temperature: divides its logits.
-
         Returns:
             A scalar with gradient to the head; 0 if fewer than two classes have been seen.
         """
         weight = head.weight if head.cosine_scale is None else head.cosine_scale * F.normalize(head.weight, dim=1)
-        logits = F.linear(self.mean, weight, head.bias) / temperature
-        weight = weight / temperature
+        logits = F.linear(self.mean, weight, head.bias)
         # variance_c * (w_j - w_c)^2, summed over D
         own = self.variance * weight
         spread = self.variance @ weight.square().T - 2 * own @ weight.T + (own * weight).sum(1, keepdim=True)

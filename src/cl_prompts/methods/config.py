@@ -76,7 +76,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
             of the labels in the global batch) or "none" (all). In a task of one class, without images of others, the head
             learns on the features of all classes seen (docs/methods/classifiers.md).
         logit_temperature: divides the logits at test (calibration). The predicted class does not change.
-        loss_temperature: divides the logits of the training loss.
+        loss_temperature: divides the logits of the images in the training loss.
         diversity_weight: weight of the mean squared cosine between different prompts of a layer
             (`cl_prompts.methods.shared.regularizers.diversity`).
         alignment_weight: weight of 1 - cosine between the mean row of a prompt and its key. Only for methods with keys.

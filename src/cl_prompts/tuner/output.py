@@ -81,7 +81,7 @@ def head_losses(adapter: PoolAdapter, features: Tensor, targets: Tensor) -> dict
     alone, after_one = (len(classes) == 1 for classes in (adapter.tasks.current_classes, adapter.tasks.earlier_classes))
     if not (alone or after_one or mask == "batch"):
         return {}
-    loss = gaussians.cross_entropy(adapter.head, adapter.config.loss_temperature)
+    loss = gaussians.cross_entropy(adapter.head)
     if mask != "task" and not after_one:  # with images of several classes, as in rehearsal, the images teach the head
         loss = torch.where(classes_present(targets, len(adapter.classes)).sum() == 1, loss, 0.0)
     return {"class_gaussians": LossPart(loss, "batch")}

@@ -65,7 +65,7 @@ class PrefixKV:
         logit_bias: added to the attention logits of the prefix, [B, H, N, P]; may be -inf.
         normed: apply the norm in front of the block's attention to rows in the input space before they are projected.
         cls_k: added to the projected key of the first token, CLS [B, H, 1, d].
-        cls_v: added to its projected value, as for `cls_k`.
+        cls_v: added to its projected value [B, H, 1, d].
         ids: selected prompts [B, k], or [B, H, k] if each head selects; for the output.
         weights: their mixing weights [B, k] or [B, H, k]; for the output.
         scores: selection scores of the whole pool, [B, M] or [B, H, M].
@@ -99,7 +99,8 @@ class AttentionSeen:
         prefix: the prefix used, of P rows.
         queries: of the block's tokens, with bias and not scaled [B, H, N, d].
         keys: of the prefix, then of the block's tokens [B, H, P + N, d].
-        bias: added to the attention logits, or a mask that is True where attention is free; None: none.
+        bias: added to the attention logits, or a mask that is True where attention is free; None, or broadcast to
+            [B, H, N, P + N].
         scale: factor of the dot products.
         key_weight: weight of the key projection, by head [H, d, D].
     """

@@ -50,6 +50,7 @@ def test_matrices_at_the_end_of_a_task(name: str, pad: int) -> None:
     for number in (0, 1):
         start = {0: "fixed/{}", 1: "expected/task_end0/{}"}[number]
         pool.first, pool.second = (case.tensors[start.format(c)].clone() for c in ("C1", "C2"))
+        pool.collected, pool.available = (torch.tensor(pool.num_tasks - 1) for _ in range(2))
         with torch.no_grad():
             for part in method.all_parts(case, model, lambda tensor: tensor):
                 stored = f"after/{part.name}" if number else f"before/{part.name}"
@@ -152,6 +153,17 @@ def test_without_the_pass_the_next_task_warns(name: str) -> None:
     with pytest.warns(UserWarning, match=rf"{name} has seen the images of 0 of 1 tasks.*call model.consolidate"):
         model.begin_task(TASKS[1])
     assert model.adapter.pool.update_projections() == {}
+
+
+@both
+def test_a_task_is_seen_once(name: str) -> None:
+    model, batch = new_model(name), {"pixel_values": draw(2, 3, 32, 32), "labels": torch.tensor(TASKS[0])}
+    model.begin_task(TASKS[0])
+    model.eval().consolidate([batch])
+    first = model.adapter.pool.first
+    with pytest.raises(ValueError, match="all 1 tasks begun were seen already"):
+        model.consolidate([batch])
+    assert model.adapter.pool.first is first
 
 
 @both

@@ -97,7 +97,9 @@ def regularize_head(
         weight: of the energy loss.
         energy_in: energy that images should be below.
         energy_out: energy that outliers should be above.
-        spread, neighbors, boundary: of `virtual_outliers`.
+        spread: factor of the draws.
+        neighbors: K of the distance to the K-th neighbor.
+        boundary: number of features that outliers are drawn around.
         draws: offsets around each boundary feature.
         per_class: outliers for each class of the task.
         seed: of the draws and the order of the images.

@@ -14,14 +14,14 @@ class APTConfig(PromptPoolConfig):
     """APT: vectors that are added to key and value of the CLS token, averaged over tasks.
 
     Chen et al., "Achieving More with Less: Additive Prompt Tuning for Rehearsal-Free Class-Incremental Learning", ICCV
-    2025. Defaults are those of the released code (HaoranChen/Additive-Prompt-Tuning) for CIFAR-100.
+    2025. Defaults are those of the released code (HaoranChen/Additive-Prompt-Tuning) for CIFAR-100, also that of
+    `head`.
 
     Args:
         layers: blocks with added vectors, from 0; None: all, as released.
         average: alpha, the weight of the average of earlier tasks when a task ends; the newest prompt has the rest.
             Released: 0.7; 0.8 for ImageNet-R.
         prompt_init: as in `L2PConfig`. Released: a normal of std 0.02, cut at two.
-        head: as in `ClassifierConfig`. Released: "layer_norm".
     """
 
     method: str = "apt"

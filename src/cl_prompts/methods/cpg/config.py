@@ -27,7 +27,8 @@ class CPGConfig(PromptPoolConfig):
     out: the released training never runs it.
 
     The images of each task are read once more after its training (`model.consolidate(images)`), and training must call
-    `model.attach_optimizer(optimizer)`.
+    `model.attach_optimizer(optimizer)`. With `save_statistics`, the default here, a file has the matrices that further
+    tasks need, 4 * D * D bytes a layer.
 
     Args:
         pool_size: number of experts M of a block.
@@ -39,8 +40,6 @@ class CPGConfig(PromptPoolConfig):
         balance_weight: weight of the balance losses.
         eta1: weight of the null space of the queries in the projection of the gates' steps; the identity has the rest.
         eta2: the same for the experts' steps and the gate values.
-        loss_temperature: as in `PromptPoolConfig`.
-        save_statistics: save the matrices that further tasks need, 4 * D * D bytes a layer.
     """
 
     method: str = "cpg"

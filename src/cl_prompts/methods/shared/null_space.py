@@ -44,7 +44,15 @@ def null_space_size(values: Tensor) -> int:
 
 
 def projection(matrix: Tensor, eta: float) -> Tensor:
-    """B for a symmetric `matrix` C [n, n]; the identity for n < 3, which has no knee. Computed in float64 on the CPU."""
+    """B of a matrix, computed in float64 on the CPU.
+
+    Args:
+        matrix: C, symmetric [n, n].
+        eta: weight of the null space; the identity has the rest.
+
+    Returns:
+        [n, n]; the identity for n < 3, where there is no knee.
+    """
     c = matrix.detach().to("cpu", torch.float64)
     identity = torch.eye(len(c), dtype=c.dtype)
     if len(c) < 3:
@@ -135,7 +143,11 @@ class ProjectedPool(PromptPool):
         super().begin_task(class_indices)
 
     def check_statistics(self) -> None:
-        """Raise ValueError if the matrices of earlier tasks were not saved."""
+        """Check that further tasks can be learned.
+
+        Raises:
+            ValueError: the matrices of earlier tasks were not saved.
+        """
         if self.collected.device.type != "meta" and int(self.collected) != int(self.available):
             raise ValueError(
                 "this adapter was saved without the matrices of its tasks, so it can answer but not learn further tasks: "
@@ -143,15 +155,19 @@ class ProjectedPool(PromptPool):
             )
 
     def new_statistics(self) -> TaskStatistics:
-        """Empty matrices."""
-        return Moments(self)
-
-    def keep_statistics(self, statistics: TaskStatistics) -> None:
-        """Add the matrices of the newest task.
+        """Empty matrices.
 
         Raises:
             ValueError: those of all tasks are known.
         """
+        if int(self.collected) >= self.num_tasks:
+            raise ValueError(
+                f"the images of all {self.num_tasks} tasks begun were seen already: call begin_task for the next one first"
+            )
+        return Moments(self)
+
+    def keep_statistics(self, statistics: TaskStatistics) -> None:
+        """Add the matrices of the newest task, `statistics` of `new_statistics`."""
         assert isinstance(statistics, Moments)
         self.first, self.second = self.first + statistics.first, self.second + statistics.second
         self.collected, self.available = self.collected + 1, self.available + 1

@@ -18,7 +18,8 @@ class VPTNSP2Config(PromptPoolConfig):
     loss_temperature 25, eta 0.95; ImageNet-R: 30, 0.94; DomainNet: 30, 0.95.
 
     The images of each task are read once more after its training (`model.consolidate(images)`), and training must call
-    `model.attach_optimizer(optimizer)`.
+    `model.attach_optimizer(optimizer)`. With `save_statistics`, the default here, a file has the matrices that further
+    tasks need, 4 * D * D bytes a layer.
 
     Args:
         prompt_length: number L of prompt tokens of a block.
@@ -27,8 +28,6 @@ class VPTNSP2Config(PromptPoolConfig):
         eta1: weight of the null space of the features in the projection of steps; the identity has the rest.
         eta2: the same for the null space of the attention on the prompts.
         distribution_weight: weight of the terms that keep mean and standard deviation of each prompt.
-        loss_temperature: as in `PromptPoolConfig`.
-        save_statistics: save the matrices that further tasks need, 4 * D * D bytes a layer.
     """
 
     method: str = "vpt_nsp2"

@@ -49,9 +49,11 @@ class VPTNSP2Pool(ProjectedPool):
         rows = self.prompts[:, None].expand(-1, batch.batch_size, -1, -1)
         answer = Prompts(prefixes={n: PrefixKV(own, own, normed=True) for n, own in zip(self.layers, rows, strict=True)})
         if batch.task and self.config.distribution_weight:
-            moments = {"prompt_mean": Tensor.mean, "prompt_std": _std}
-            for name, moment in moments.items():
-                moved = (moment(self.prompts, -1) - moment(self.previous, -1)).abs().mean(1).sum()
+            for name, now, before in (
+                ("prompt_mean", self.prompts.mean(-1), self.previous.mean(-1)),
+                ("prompt_std", self.prompts.std(-1, correction=0), self.previous.std(-1, correction=0)),
+            ):
+                moved = (now - before).abs().mean(1).sum()
                 answer.losses[name] = LossPart(self.config.distribution_weight * moved, "batch")
         return answer
 
@@ -74,7 +76,3 @@ class VPTNSP2Pool(ProjectedPool):
     def prompt_table(self) -> Tensor:
         """[layers, 1, L, D]."""
         return self.prompts[:, None]
-
-
-def _std(rows: Tensor, dim: int) -> Tensor:
-    return rows.std(dim, correction=0)

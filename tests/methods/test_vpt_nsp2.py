@@ -12,6 +12,7 @@ from support.families import build
 from support.golden_cases import CPG, VPT_NSP2
 from support.golden_harness import Case, Method
 from support.methods import METHODS
+from support.small_runs import small_trainer
 from support.tensors import draw
 from torch import Tensor
 from torch.testing import assert_close
@@ -153,6 +154,16 @@ def test_without_the_pass_the_next_task_warns(name: str) -> None:
     with pytest.warns(UserWarning, match=rf"{name} has seen the images of 0 of 1 tasks.*call model.consolidate"):
         model.begin_task(TASKS[1])
     assert model.adapter.pool.update_projections() == {}
+
+
+@both
+def test_the_trainer_shows_each_tasks_images(name: str) -> None:
+    trainer: Any = small_trainer(name)
+    trainer.train()
+    pool = trainer.model.adapter.pool
+    assert int(pool.collected) == int(pool.available) == 3
+    assert pool.first.flatten(1).any(1).all()
+    assert pool.update_projections()
 
 
 @both

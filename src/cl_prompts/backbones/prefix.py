@@ -10,6 +10,7 @@ variable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AttentionInterface
 from cl_prompts.backbones.plan import CallVariable
 from cl_prompts.backbones.structure import eager_attention, head_width, projection_names
 from cl_prompts.backbones.tokens import widen_mask
-from cl_prompts.interfaces import Prefix, PrefixKV
+from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV
 
 
 ATTENTION = "cl_prompts"
@@ -41,6 +42,7 @@ class BlockPlan:
         read: how many tokens the block then gets.
         learning: whether gradients must reach the prefix.
         used: takes the prefix that was used, by block number; the pass's own.
+        probe: called with the attention of a block that has a prefix; None: not called.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class BlockPlan:
     read: int
     learning: bool
     used: dict[int, PrefixKV]
+    probe: Callable[[AttentionSeen], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,14 @@ def prefix_attention(
         block.used[block.layer] = prefix
         BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
         k, v = _in_head_space(module, prefix, block.block_input.dtype)
+        key, value = _added_to_cls(key, prefix.cls_k), _added_to_cls(value, prefix.cls_v)
         key = torch.cat([k.to(key.dtype), key], dim=2)
         value = torch.cat([v.to(value.dtype), value], dim=2)
         attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
+        if block.probe is not None:
+            scale, weight = kwargs.get("scaling") or query.shape[3] ** -0.5, _key_weight(module, block.block_input)
+            seen = (block.layer, block.block_input, prefix, query, key, attention_mask, scale, weight)
+            block.probe(AttentionSeen(*seen))
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -171,6 +179,24 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
     width = head_width(module)
     k, v = (getattr(module, name)(x).unflatten(2, (-1, width)).transpose(1, 2) for name, x in rows)
     return k, v
+
+
+def _added_to_cls(rows: Tensor, added: Tensor | None) -> Tensor:
+    """Keys or values [B, H, N, d] with `added` [B, H, 1, d] on the first token."""
+    return rows if added is None else torch.cat([rows[:, :, :1] + added.to(rows.dtype), rows[:, :, 1:]], dim=2)
+
+
+def _key_weight(module: Any, tokens: Tensor) -> Tensor:
+    """Weight of the key projection, float32 [H, d, D]. That of a quantized or LoRA layer is found by its outputs."""
+    names = projection_names(module)
+    assert names is not None
+    projection = getattr(module, names[1])
+    if type(projection) is nn.Linear and projection.weight.device == tokens.device:
+        weight = projection.weight
+    else:
+        unit = torch.eye(tokens.shape[2], device=tokens.device, dtype=tokens.dtype)
+        weight = (projection(unit).float() - projection(torch.zeros_like(unit)).float()).T
+    return weight.float().unflatten(0, (-1, head_width(module)))
 
 
 def _mask_with_prefix(mask: Tensor | None, prefix: PrefixKV, query: Tensor, length: int) -> Tensor | None:

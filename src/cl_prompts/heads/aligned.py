@@ -6,7 +6,6 @@ with lr 0.005, momentum 0.9, weight decay 5e-4 and a cosine schedule for 30 epoc
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.heads.base import FeatureClassifier, HeldOut
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.retrained import RetrainedHead
 
 
 def align(
@@ -64,7 +63,7 @@ def align(
         parameter.requires_grad_(flag)
 
 
-class AlignedClassifier(FeatureClassifier):
+class AlignedClassifier(RetrainedHead):
     """A copy of the trained head, aligned (`align`) after every task: SLCA, Zhang et al., ICCV 2023.
 
     Args:
@@ -76,8 +75,6 @@ class AlignedClassifier(FeatureClassifier):
         save_statistics: save what learning further tasks needs.
         options: of `align`.
     """
-
-    folds = 1  # a fit is a training
 
     def __init__(
         self,
@@ -93,7 +90,6 @@ class AlignedClassifier(FeatureClassifier):
         super().__init__(save_statistics=save_statistics, drift=drift)
         self.gaussians = ClassGaussians(width, kind, rank=rank, save=save_statistics)
         self.seed, self.options = seed, options
-        self.head: IncrementalHead | None = None
 
     def make_room(self) -> None:
         """Allocate the rows of the Gaussians."""
@@ -104,41 +100,15 @@ class AlignedClassifier(FeatureClassifier):
         super().begin_task(class_indices)
         self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
-        if head is None:
-            raise ValueError("an aligned classifier starts from the trained head: pass head=")
+    def _collect(self, features: Tensor, targets: Tensor, before: Tensor | None) -> None:
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets, self.seed)
-        self.head = copy.deepcopy(head).to(features.device)
-        self._align(self.head)
 
-    def _align(self, head: IncrementalHead) -> None:
+    def _train(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:
         align(head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
     def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
         if groups.merges:  # the rows of the head were merged to their mean, which answers for neither
             self.check_statistics()
-            self._align(head)
-
-    def held_out_answers(self, *args: Any, **kwargs: Any) -> HeldOut:
-        """As `FeatureClassifier.held_out_answers`, with its `args` and `kwargs`."""
-        aligned = self.head
-        try:
-            return super().held_out_answers(*args, **kwargs)
-        finally:
-            self.head = aligned
-
-    @torch.no_grad()
-    def hand_over(self, head: IncrementalHead) -> None:
-        """Copy the aligned values into `head`, and drop the aligned copy."""
-        assert self.head is not None
-        for old, new in zip(head.parameters(), self.head.parameters(), strict=True):
-            old.copy_(new)
-        self.head = None
-
-    def forward(self, features: Tensor) -> Tensor:
-        """The aligned head's logits, [B, C]."""
-        self.check_fitted()
-        assert self.head is not None
-        return self.head(features)
+            align(head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)

@@ -56,7 +56,7 @@ def merged_ids(adapter: PoolAdapter, classes: list[int], into: Any) -> dict[int,
     merged = {*classes, target} & set(adapter.classes)
     if len(merged) < 2:
         raise ValueError(f"merge_classes({classes}, into={short_repr(into)}) needs at least two known classes")
-    if not config.consolidates:
+    if not config.closed_form and config.alignment == "none":
         raise ValueError(
             f'head="{config.head}" is trained, and one row of it cannot answer for two classes: add their probabilities, '
             'or use a head made from statistics, like head="discriminant"'

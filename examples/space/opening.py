@@ -27,7 +27,7 @@ from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES, read_bounded
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE / "digits"
 # A pushed Space contains the micro ViT; in the repository it is in the folder of examples.
-MICRO_VIT = next(folder for folder in (HERE / BASE_FOLDER, HERE.parent / "micro_vit") if folder.is_dir())
+MICRO_VIT = HERE / BASE_FOLDER if (HERE / BASE_FOLDER).is_dir() else EMBEDDED
 
 MAX_BASE_BYTES = 2**30
 MIN_FREE_BYTES = 4 * 2**30  # on the disk with the Hub's cache

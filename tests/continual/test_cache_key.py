@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, concatenate_datasets
-from images import ToTensor
 from peft import LoraConfig, get_peft_model
 from support.families import SIZES, build
 from support.methods import METHODS
@@ -36,6 +35,7 @@ from cl_prompts.continual import (
 )
 from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
 from cl_prompts.interfaces import NotCacheableError
+from cl_prompts.runs.images import ToTensor
 
 
 CPU = torch.device("cpu")

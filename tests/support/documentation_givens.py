@@ -18,13 +18,13 @@ import torch
 from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from images import ToTensor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer
+from cl_prompts.runs.images import ToTensor
 from support.hub_server import Hub
 from support.hub_storage import Repo
 from support.paths import EXAMPLES

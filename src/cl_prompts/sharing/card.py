@@ -18,7 +18,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from cl_prompts.evaluation.plots import draw
-from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
+from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, headline, matrix_table, remarks
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, markdown_block, markdown_code, markdown_text, plain_text
@@ -294,6 +294,7 @@ def _figures(record: RunRecord, folder: Path) -> str:
     few = len(first.columns) <= MATRIX_TASKS
     sections = [
         "## What it reaches",
+        headline(results),
         LEGEND,
         comparison_table(results),
         remarks(results),

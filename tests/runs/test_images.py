@@ -28,7 +28,8 @@ from cl_prompts.continual import (
 sys.path.insert(0, str(EXAMPLES))
 
 import make_mini
-from images import ToTensor, load_stream
+
+from cl_prompts.runs.images import ToTensor, load_stream
 
 
 LABELS = [0, 1, 2, 3] * 6

@@ -1,7 +1,9 @@
 """What people read is true: all code of README, CONTRIBUTING and docs/ runs, all links lead somewhere."""
 
 import json
+import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +27,9 @@ from support.documentation_commands import check_shell
 from support.documentation_givens import provide, put_base_on_the_hub
 from support.hub_server import Hub
 from transformers.utils import logging
+
+
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
 @pytest.fixture

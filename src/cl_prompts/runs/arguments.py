@@ -104,7 +104,7 @@ class Arguments:
     )
 
 
-class OneLineParser(HfArgumentParser):  # type: ignore[misc]
+class OneLineParser(HfArgumentParser):
     """A parser that exits with the message of an error alone: its usage fills a screen."""
 
     def error(self, message: str) -> NoReturn:

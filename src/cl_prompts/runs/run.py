@@ -130,7 +130,8 @@ class Run:
     def report(self, trainer: ContinualTrainer, stream: Stream, processor: Any) -> None:
         """Print the table and write page, plots, record and adapter, on the main process."""
         args, folder, method = self.args, self.folder, self.args.method
-        learner, result = trainer.model, trainer.result()
+        learner: Any = trainer.model
+        result = trainer.result()
         skipped = trainer.stream.count_skipped()
         processes = self.accelerator.num_processes
         self.accelerator.state.destroy_process_group()  # only the main process continues

@@ -109,7 +109,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
         ("OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/train_cil.py --recipe nothing", "no recipe 'nothing'"),
         ("torchrun --nothing 2 examples/train_cil.py", "torchrun"),
         ("cl-prompts compare compare_digits --rows Nobody", "the rows are"),
-        ("cl-prompts compare compare_digits \\\n    --epoch many", "comparison.py"),
+        ("cl-prompts compare compare_digits \\\n    --epoch many", "no such arguments: ['--epoch', 'many']"),
         ("python benchmarks/memory.py --batch many", "memory.py"),
         ("cl-prompts inspect nowhere", "cl-prompts inspect nowhere"),
         ("cl-prompts explode", "cl-prompts explode"),

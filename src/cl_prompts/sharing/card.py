@@ -158,7 +158,7 @@ def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str)
         known |= {"model_name": plain_text(name.split("/")[-1]), "eval_results": _eval_results(record)}
     adapter_tag = [f"{ADAPTER_TAG}{base}"] if base else []
     return ModelCardData(
-        library_name="cl_prompts",  # for "peft" the Hub shows code that does not import this library, which ends in KeyError
+        library_name="cl_prompts",  # for "peft" the Hub shows code without our import, which ends in KeyError
         pipeline_tag="image-classification",
         tags=sorted({*TAGS, config.method, *adapter_tag}),
         **known,

@@ -150,7 +150,8 @@ def execute(run: Run, launcher: list[str], threads: int) -> None:
         ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     if ended.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        run.error = f"{lines[-1].strip() if lines else 'no output'} (exit code {ended.returncode}, {log})"
+        message = lines[-1].strip().removeprefix("cl-prompts: ") if lines else "no output"
+        run.error = f"{message} (exit code {ended.returncode}, {log})"
         print(f"{run.folder.name} failed: {run.error}", flush=True)
 
 

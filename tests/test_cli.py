@@ -4,6 +4,7 @@ import json
 import os
 import pkgutil
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -358,7 +359,7 @@ def test_a_mistake_in_the_settings_of_a_run_is_one_line(line: list[str], said: s
 
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_what_a_run_needs_is_named_before_it_starts(command: str, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_prompts.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("cl_prompts.cli.commands.find_spec", lambda name: None)
     assert main([command]) == 1
     assert complaint(capsys) == f"{command} needs matplotlib, sklearn, tqdm: pip install 'cl-prompts[train]'"
 
@@ -369,3 +370,15 @@ def test_the_help_of_a_run_names_its_command(command: str, capsys: Output) -> No
         main([command, "--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: cl-prompts {command} [-h]")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["predict", "--help"], ["predict"], ["unknown"]], ids=" ".join
+)
+def test_help_and_mistakes_import_no_library(words: list[str]) -> None:
+    script = (
+        "import sys\nfrom cl_prompts.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -361,7 +361,7 @@ def test_a_mistake_in_the_settings_of_a_run_is_one_line(line: list[str], said: s
 def test_what_a_run_needs_is_named_before_it_starts(command: str, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_prompts.cli.commands.find_spec", lambda name: None)
     assert main([command]) == 1
-    assert complaint(capsys) == f"{command} needs matplotlib, sklearn, tqdm: pip install 'cl-prompts[train]'"
+    assert complaint(capsys) == f"{command} needs matplotlib, sklearn: pip install 'cl-prompts[train]'"
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])

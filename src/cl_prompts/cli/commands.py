@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
 from cl_prompts.cli.stderr import print_to_stderr
-from cl_prompts.pipeline import PromptPoolPipeline
+from cl_prompts.pipeline import Predictions, PromptPoolPipeline
 from cl_prompts.runtime.images import MAX_PIXELS
 from cl_prompts.runtime.text import LONGEST_NAME, terminal_text
 from cl_prompts.sharing.inspect import describe_adapter
@@ -37,7 +42,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def _check_extra(command: str) -> None:
-    missing = [name for name in ("matplotlib", "sklearn", "tqdm") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "sklearn") if find_spec(name) is None]
     if missing:
         raise ImportError(f"{command} needs {', '.join(missing)}: pip install 'cl-prompts[train]'")
 
@@ -55,22 +60,49 @@ def predict(args: argparse.Namespace) -> int:
         max_pixels=MAX_PIXELS if args.max_pixels is None else args.max_pixels,
     )
     failed = False
-    for start in range(0, len(args.images), args.batch_size):
-        names, prepared = [], []
-        for name in args.images[start : start + args.batch_size]:
-            try:
-                prepared.append(pipe.preprocess(name))
-                names.append(name)
-            except ValueError as error:
-                print_to_stderr(error)
-                failed = True
-        for name, answer in zip(names, pipe.classify(prepared, args.top_k), strict=True):
-            if args.json:
-                print(json.dumps({"image": name, "predictions": answer}))
-            else:
-                for a in answer:
-                    print(terminal_text(f"{name}  {a['score']:6.1%}  {terminal_text(a['label'], LONGEST_NAME)}"))
+    with tqdm(total=len(args.images), unit="image", disable=sys.stdout.isatty() or not sys.stderr.isatty()) as bar:
+        for images in _read_ahead(pipe, args.images, args.batch_size):
+            read = [(name, image) for name, image in images if not isinstance(image, str)]
+            answers = pipe.classify([image for _, image in read], args.top_k)
+            for _, problem in images:
+                if isinstance(problem, str):
+                    print_to_stderr(problem)
+                    failed = True
+            for (name, _), answer in zip(read, answers, strict=True):
+                _print_answer(name, answer, args.json)
+            bar.update(len(images))
     return int(failed)
+
+
+def _read_ahead(
+    pipe: PromptPoolPipeline, names: Sequence[str], batch_size: int
+) -> Iterator[list[tuple[str, dict[str, Tensor] | str]]]:
+    """Batches of names with prepared images or what is wrong with them. A thread reads the next batch while one is used."""
+
+    def read(start: int) -> list[tuple[str, dict[str, Tensor] | str]]:
+        return [(name, _prepared(pipe, name)) for name in names[start : start + batch_size]]
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, 0)
+        for start in range(batch_size, len(names) + batch_size, batch_size):
+            images = ahead.result()
+            ahead = reader.submit(read, start)  # at the end an empty batch
+            yield images
+
+
+def _prepared(pipe: PromptPoolPipeline, name: str) -> dict[str, Tensor] | str:
+    try:
+        return pipe.preprocess(name)
+    except ValueError as error:
+        return str(error)  # the error itself would hold what was decoded
+
+
+def _print_answer(name: str, answer: Predictions, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"image": name, "predictions": answer}))
+        return
+    for a in answer:
+        print(terminal_text(f"{name}  {a['score']:6.1%}  {terminal_text(a['label'], LONGEST_NAME)}"))
 
 
 def learn(args: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cl_prompts.backbones.plan import CallVariable
-from cl_prompts.backbones.structure import eager_attention, head_width, projection_names
-from cl_prompts.backbones.tokens import widen_mask
+from cl_prompts.backbones.structure import eager_attention, fused_projection, head_width, projection_names
+from cl_prompts.backbones.tokens import widen_mask, widen_rotary
 from cl_prompts.interfaces import Prefix, PrefixKV
 
 
@@ -98,7 +98,11 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if block is None:
         return None
     kwargs = {name: value for name, value in kwargs.items() if name != KEYWORD}
-    return widen_mask(args, kwargs, *block.inserted) if block.inserted else (args, kwargs)
+    if block.inserted:
+        tokens = args[0] if args else kwargs["hidden_states"]
+        kwargs = widen_rotary(kwargs, *block.inserted, tokens.shape[1])
+        return widen_mask(args, kwargs, *block.inserted)
+    return args, kwargs
 
 
 def leave_attention(attention: nn.Module, args: Any, output: Any) -> None:
@@ -122,15 +126,27 @@ def prefix_attention(
     if block.all_tokens is not None:
         key, value = (unfold(x, query.shape[1], block.all_tokens.shape[1]) for x in (key, value))
     if block.prefix is not None:
-        check_recomputation(block.learning)
-        prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
-        block.used[block.layer] = prefix
-        BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
-        k, v = _in_head_space(module, prefix, block.block_input.dtype)
+        prefix, k, v = prefix_of(module, block, query)
         key = torch.cat([k.to(key.dtype), key], dim=2)
         value = torch.cat([v.to(value.dtype), value], dim=2)
-        attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
+        attention_mask = mask_with_prefix(attention_mask, prefix, query, k.shape[2])
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def attention_function(attention: Any) -> str | None:
+    """Name of the attention function that an attention module is set to; None for one that calls none by name."""
+    config = getattr(attention, "_cl_shared_config", None)
+    return None if config is None else config._attn_implementation
+
+
+def prefix_of(module: Any, block: BlockPlan, query: Tensor) -> tuple[PrefixKV, Tensor, Tensor]:
+    """A block's prefix, and its keys and values [B, H, P, d], for queries [B, H, N, d]."""
+    assert block.prefix is not None
+    check_recomputation(block.learning)
+    prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
+    block.used[block.layer] = prefix
+    BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
+    return prefix, *_in_head_space(module, prefix, block.block_input.dtype)
 
 
 def check_recomputation(learning: bool) -> None:
@@ -160,20 +176,29 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
     """Keys and values [B, H, P, d]; rows in the input space go through the block's modules in the dtype of its tokens."""
     if prefix.k.dim() == 4:
         return prefix.k, prefix.v
-    names = projection_names(module)
-    assert names is not None
     own = (prefix.k.to(dtype), prefix.v.to(dtype))
     if prefix.normed:
         block, name = module._cl_norm
         norm = block.get_submodule(name)
         own = (norm(own[0]), norm(own[1]))
-    rows = zip(names[1:], own, strict=True)
     width = head_width(module)
-    k, v = (getattr(module, name)(x).unflatten(2, (-1, width)).transpose(1, 2) for name, x in rows)
+    k, v = (x.unflatten(2, (-1, width)).transpose(1, 2) for x in _projected(module, *own))
     return k, v
 
 
-def _mask_with_prefix(mask: Tensor | None, prefix: PrefixKV, query: Tensor, length: int) -> Tensor | None:
+def _projected(module: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, P, D] behind the key and the value projection."""
+    names, fused = projection_names(module), fused_projection(module)
+    if names is not None:
+        return getattr(module, names[1])(keys), getattr(module, names[2])(values)
+    project = getattr(module, fused or "")
+    k, v = project(keys).chunk(3, -1)[1], project(values).chunk(3, -1)[2]
+    if project.bias is None and isinstance(getattr(module, "q_bias", None), Tensor):  # BEiT and EVA of timm keep it apart
+        k, v = k + module.k_bias, v + module.v_bias
+    return k, v
+
+
+def mask_with_prefix(mask: Tensor | None, prefix: PrefixKV, query: Tensor, length: int) -> Tensor | None:
     """A mask (True or 0.0 where attention is free) that covers the prefix too, with its logit bias."""
     if prefix.logit_bias is None:
         if mask is None:

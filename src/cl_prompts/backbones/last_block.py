@@ -41,7 +41,7 @@ def may_narrow(block: nn.Module, plan: PassPlan, layer: int, args: tuple[Any, ..
 
 
 def install(attention: nn.Module) -> list[Any]:
-    """Hook the key and value projections of the last block's attention; returns the handles, none for a fused projection."""
+    """Hook the key and value projections of the last block's attention; returns the handles, none if they are fused."""
     names = projection_names(attention)
     if names is None:
         return []

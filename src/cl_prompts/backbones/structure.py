@@ -26,7 +26,7 @@ PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 FUSED_PROJECTIONS = ("qkv", "query_key_value")
 EMBEDDINGS = ("embeddings", "patch_embed")  # transformers, timm
 CLS_TOKENS = ("cls_token", "class_embedding")
-SPECIAL_TOKENS = (*CLS_TOKENS, "distillation_token", "register_tokens", "dist_token", "reg_token")
+SPECIAL_TOKENS = (*CLS_TOKENS, "distillation_token", "register_tokens", "dist_token", "reg_token", "cls_register_token")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _token_count(owners: tuple[nn.Module, ...], name: str) -> int:
     token = next((t for t in (getattr(owner, name, None) for owner in owners) if isinstance(t, nn.Parameter)), None)
     if token is None:
         return 0
-    return token.shape[1] if token.dim() == 3 else 1
+    return 1 if token.dim() == 1 else token.shape[-2]
 
 
 def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: bool) -> BackboneShape:

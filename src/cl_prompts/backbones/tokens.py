@@ -71,7 +71,7 @@ def widen_rotary(kwargs: dict[str, Any], index: int, length: int, tokens: int) -
         tokens: number of all tokens in the sequence.
     """
     tables = kwargs.get("position_embeddings")
-    if isinstance(tables, tuple) and len(tables) == 2 and tables[0].shape[-2] == tokens - length:
+    if isinstance(tables, (tuple, list)) and len(tables) == 2 and tables[0].shape[-2] == tokens - length:
         cosine, sine = (_with_rows(t, index, length, value) for t, value in zip(tables, (1.0, 0.0), strict=True))
         return {**kwargs, "position_embeddings": (cosine, sine)}
     rope = kwargs.get("rope")

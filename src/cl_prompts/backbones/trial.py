@@ -99,8 +99,8 @@ def _check_takes_images(model: nn.Module, arguments: dict[str, Any]) -> None:
     needed = [p.name for p in named if p.default is p.empty and p.name not in ("pixel_values", *arguments)]
     if needed and "spatial_shapes" not in needed:
         raise TypeError(
-            f"this {type(model).__name__} cannot run as a base: its forward needs {needed[0]!r} besides pixel_values. Pass a "
-            "vision model that needs images only"
+            f"this {type(model).__name__} cannot run as a base: its forward needs {needed[0]!r} besides pixel_values. "
+            "Pass a vision model that needs images only"
         )
 
 

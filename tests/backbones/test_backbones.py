@@ -201,11 +201,12 @@ def count_calls(block: nn.Module) -> list[int]:
             lambda: T.SwinModel(T.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2])),
             "2 lists of blocks",
         ),
-        (lambda: T.Data2VecVisionModel(T.Data2VecVisionConfig(**SIZES)), "registered attention function"),
+        (lambda: T.Phi4MultimodalVisionModel(T.Phi4MultimodalVisionConfig(**SIZES)), "Attention is causal"),
+        (lambda: T.Sapiens2Model(T.Sapiens2Config(**SIZES, num_key_value_heads_per_layer=[4, 2, 4])), "numbers of heads"),
         (lambda: T.BertModel(T.BertConfig(**TEXT_SIZES)), "no norm follows"),
         (lambda: nn.Linear(3, 3), "no list of transformer blocks"),
     ],
-    ids=["cnn", "swin", "data2vec", "text", "linear"],
+    ids=["cnn", "swin", "causal", "heads", "text", "linear"],
 )
 def test_unsupported_models_are_named(model: Callable[[], Any], why: str) -> None:
     base = model()

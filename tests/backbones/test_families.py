@@ -16,6 +16,7 @@ from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 
 
 BATCH = 2
+EXPLICIT = ("data2vec_relative", "sapiens2")  # a bias of fixed size, or a norm of the keys
 
 
 @pytest.mark.parametrize("name", FURTHER)
@@ -27,7 +28,7 @@ def test_prompts_in_every_further_family(name: str) -> None:
     plain = run(backbone, values)
 
     prefixes = random_prefixes(model, BATCH)
-    oracle = explicit_attention if name == "data2vec_relative" else token_extension  # its bias has a size of its own
+    oracle = explicit_attention if name in EXPLICIT else token_extension
     with oracle(model, prefixes):
         expected = run(backbone, values)
     actual = run(backbone, values, prefixes=prefixes)

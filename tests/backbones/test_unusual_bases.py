@@ -262,8 +262,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a forward that fails": (failing, r"this ViTModel cannot run as a base.*ZeroDivisionError: division by zero"),
     "a forward of another kind": (lambda: nn.Sequential(build("vit")), "this Sequential cannot run .*'pixel_values'"),
     "no gradients": (WithoutGradient, "this WithoutGradient cannot run as a base: .*does not require grad"),
-    "reads text": (lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT)), "this CLIPTextModel cannot run .* input_ids"),
-    "reads video": (lambda: T.VivitModel(T.VivitConfig(**TEXT, image_size=32)), "this VivitModel cannot run as a base"),
+    "reads text": (
+        lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT)),
+        "this CLIPTextModel .* takes 'input_ids', not 'pixel_values'",
+    ),
+    "reads sound": (lambda: T.ASTModel(T.ASTConfig(**TEXT)), "this ASTModel .* takes 'input_values', not 'pixel_values'"),
+    "reads packed patches": (
+        lambda: T.VideoLlama3VisionModel(T.VideoLlama3VisionConfig(**SIZES)),
+        "this VideoLlama3VisionModel cannot run as a base: its forward needs 'grid_thw' besides pixel_values",
+    ),
     "counts its tokens": (lambda: T.DINOv3ViTBackbone(T.DINOv3ViTConfig(**SIZES)), "this DINOv3ViTBackbone cannot run"),
 }
 

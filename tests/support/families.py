@@ -102,4 +102,5 @@ def with_noise(name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors of a base model's output."""
     values = output.to_tuple()
+    values = [part for v in values for part in (v if isinstance(v, tuple) else (v,))]
     return [copy.copy(v) for v in values if isinstance(v, Tensor)]

@@ -66,7 +66,6 @@ FURTHER: dict[str, Callable[[], Any]] = {
     "ovis2": tower("ovis2", "Ovis2VisionModel", "Ovis2VisionConfig"),
     "owlv2": tower("owlv2", "Owlv2VisionModel", "Owlv2VisionConfig"),
     "owlvit": tower("owlvit", "OwlViTVisionModel", "OwlViTVisionConfig"),
-    "phi4_multimodal": tower("phi4_multimodal", "Phi4MultimodalVisionModel", "Phi4MultimodalVisionConfig"),
     "pixio": tower("pixio", "PixioModel", "PixioConfig"),
     "radio": tower("radio", "RadioModel", "RadioConfig"),
     "sapiens2": tower("sapiens2", "Sapiens2Model", "Sapiens2Config"),

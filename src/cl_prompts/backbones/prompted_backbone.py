@@ -101,7 +101,7 @@ class PromptedBackbone:
         block_info.prepare(model, structure)
         self._block_handles = block_hooks.install(model, structure)
         blocks = [model.get_submodule(name) for name in structure.blocks]
-        self._recomputing = [block for block in blocks if checkpointing.recomputes_hooks(block)]
+        self._recomputing = [block for block in blocks if checkpointing.recomputes_plan(block)]
 
     def move_hooks_behind(self) -> None:
         """Put the hooks on the blocks behind those that others have put there since."""

@@ -181,6 +181,10 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise _unsupported(model, "it has no list of transformer blocks with query, key and value projections")
     if len(lists) > 1:
         raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
+    for name in lists[0][1]:
+        attention = model.get_submodule(name)
+        if getattr(attention, "is_causal", False):  # a prefix would be hidden from tokens in front
+            raise _unsupported(model, f"{type(attention).__name__} is causal")
     return lists[0]
 
 
@@ -244,7 +248,11 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
     width = head_width(attention)
     if width is None:
         raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
-    key = getattr(attention, names[1] if names else fused or "")
+    part = names[1] if names else fused or ""
+    keys: list[Any] = [model.get_submodule(f"{name}.{part}") for name in attentions]
+    key = keys[0]
+    if any(other.out_features != key.out_features for other in keys):
+        raise _unsupported(model, "its blocks have different numbers of heads")
     return BackboneShape(
         width=key.in_features,
         num_layers=depth,

@@ -24,6 +24,7 @@ SUPPORTED = (
 )
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 FUSED_PROJECTIONS = ("qkv", "query_key_value")
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
 EMBEDDINGS = ("embeddings", "patch_embed")  # transformers, timm
 CLS_TOKENS = ("cls_token", "class_embedding")
 SPECIAL_TOKENS = (*CLS_TOKENS, "distillation_token", "register_tokens", "dist_token", "reg_token", "cls_register_token")
@@ -84,9 +85,16 @@ def calls_registered_function(attention: nn.Module) -> bool:
 
 
 def head_width(attention: nn.Module) -> int | None:
-    """Width of one head of an attention module, which calls it `head_dim` or `attention_head_size`; None if neither."""
+    """Width of one head of an attention module, which names it or the number of its heads; None if neither."""
     width = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
-    return width if isinstance(width, int) else None
+    if isinstance(width, int):
+        return width
+    heads = next((n for n in (getattr(attention, name, None) for name in HEADS) if isinstance(n, int)), None)
+    names, fused = projection_names(attention), fused_projection(attention)
+    if heads is None or not (names or fused):
+        return None
+    width = attention.get_submodule(names[1] if names else fused or "").out_features
+    return int(width) // heads // (1 if names else 3)
 
 
 def find_structure(model: nn.Module) -> Structure:
@@ -247,7 +255,7 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
     names, fused = projection_names(attention), fused_projection(attention)
     width = head_width(attention)
     if width is None:
-        raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
+        raise _unsupported(model, f"{type(attention).__name__} does not name the number of its heads")
     part = names[1] if names else fused or ""
     keys: list[Any] = [model.get_submodule(f"{name}.{part}") for name in attentions]
     key = keys[0]
@@ -274,14 +282,13 @@ def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | N
     if not structure.has_cls:
         return None
     embeddings = model.get_submodule(structure.embeddings)
-    table = getattr(embeddings, "position_embeddings", None)
-    if isinstance(table, Tensor) and table.dim() == 3:
-        return stored_tensor(embeddings, "position_embeddings", table)[:, :1]
-    table = getattr(embeddings, "position_embedding", None)
-    if not isinstance(table, nn.Embedding):
-        return None
-    weight: Tensor = stored_tensor(embeddings, "position_embedding.weight", table.weight)
-    return weight[None, :1]
+    for name in ("position_embeddings", "position_embedding"):
+        table = getattr(embeddings, name, None)
+        if isinstance(table, Tensor) and table.dim() == 3:
+            return stored_tensor(embeddings, name, table)[:, :1]
+        if isinstance(table, nn.Embedding):
+            return stored_tensor(embeddings, f"{name}.weight", table.weight)[None, :1]
+    return None
 
 
 def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:

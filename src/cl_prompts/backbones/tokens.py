@@ -14,9 +14,15 @@ from cl_prompts.backbones.plan import PassPlan
 
 
 def insert_tokens(hidden: Tensor, plan: PassPlan) -> Tensor:
-    """The sequence [B, N, D] with the plan's prompt tokens in it: [B, N + P, D]."""
+    """The sequence [B, N, D] with the plan's prompt tokens in it: [B, N + P, D].
+
+    Raises:
+        TypeError: what enters block 0 is no sequence but, for example, a map [B, H, W, D] that is cut into windows.
+    """
     if plan.tokens is None:
         return hidden
+    if hidden.dim() != 3:
+        raise TypeError(f"what enters its blocks has {hidden.dim()} dimensions, not the 3 of a sequence of tokens")
     tokens = plan.tokens.to(hidden.dtype)
     return torch.cat([hidden[:, : plan.token_index], tokens, hidden[:, plan.token_index :]], dim=1)
 

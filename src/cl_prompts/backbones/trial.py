@@ -64,12 +64,24 @@ def check_runs(backbone: PromptedBackbone, arguments: dict[str, Any], *, trainin
         training: whether gradients have to reach prompts.
     """
     model = backbone.model
-    _check_takes_images(model, arguments)
+    check_takes_images(model, arguments)
     device = execution_device(model)
-    if device.type == "meta" or "spatial_shapes" in signature(model.forward).parameters or not _is_unusual(model):
+    # A forward of a sharded model would fix which module is the root of its sharding.
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    if (
+        sharded
+        or device.type == "meta"
+        or "spatial_shapes" in signature(model.forward).parameters
+        or not _is_unusual(model)
+    ):
         return
-    image = _image(backbone, device)
-    inputs = {"pixel_values": image, **arguments}
+    try_once(backbone, arguments, device, training=training)
+
+
+def try_once(backbone: PromptedBackbone, arguments: dict[str, Any], device: torch.device, *, training: bool) -> None:
+    """Raise TypeError if a base does not run one black image without prompts and with one; arguments as in `check_runs`."""
+    model = backbone.model
+    inputs = {"pixel_values": _image(backbone, device), **arguments}
     token = torch.zeros(1, 1, backbone.structure.shape.width, device=device, requires_grad=training)
     plan = PassPlan(PassRecord(), tokens=token)
     try:
@@ -87,7 +99,7 @@ def check_runs(backbone: PromptedBackbone, arguments: dict[str, Any], *, trainin
         ) from error
 
 
-def _check_takes_images(model: nn.Module, arguments: dict[str, Any]) -> None:
+def check_takes_images(model: nn.Module, arguments: dict[str, Any]) -> None:
     """Raise TypeError if the forward of a base names its inputs, and `pixel_values` is none of them or not all."""
     named = [p for p in signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [p.name for p in named]
@@ -117,8 +129,7 @@ def _is_unusual(model: nn.Module) -> bool:
 
 
 def _is_dense(parameter: Tensor) -> bool:
-    # A forward of a sharded model would fix which module is the root of its sharding.
-    return type(parameter) is nn.Parameter or hasattr(parameter, "full_tensor")
+    return type(parameter) is nn.Parameter
 
 
 def _image(backbone: PromptedBackbone, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import warnings
 from ast import literal_eval
 from functools import cache
 from pathlib import Path
@@ -65,7 +66,8 @@ def why_refused(name: str, folder: str) -> str | None:
     module = next(path for path in (MODELS / folder).glob("modeling_*.py") if f"\nclass {name}(" in path.read_text())
     try:
         kind = getattr(importlib.import_module(f"transformers.models.{folder}.{module.stem}"), name)
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of default sizes
             model = kind(kind.config_class())
     except ImportError as error:
         library = re.search(r"requires the (\w+) library|named '(\w+)'", str(error))

@@ -68,12 +68,8 @@ def check_runs(backbone: PromptedBackbone, arguments: dict[str, Any], *, trainin
     device = execution_device(model)
     # A forward of a sharded model would fix which module is the root of its sharding.
     sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-    if (
-        sharded
-        or device.type == "meta"
-        or "spatial_shapes" in signature(model.forward).parameters
-        or not _is_unusual(model)
-    ):
+    packed = "spatial_shapes" in signature(model.forward).parameters
+    if sharded or packed or device.type == "meta" or not _is_unusual(model):
         return
     try_once(backbone, arguments, device, training=training)
 

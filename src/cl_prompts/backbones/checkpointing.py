@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from cl_prompts.backbones.block_info import BlockInfo
@@ -34,6 +35,15 @@ def keep_plans(blocks: list[nn.Module]) -> None:
         checkpoint = vars(block).get(FUNCTION)
         if checkpoint is not None and not isinstance(checkpoint, CheckpointWithPlan):
             setattr(block, FUNCTION, CheckpointWithPlan(checkpoint))
+
+
+def refuse_checkpointed_sequence(backbone: nn.Module) -> None:
+    """Raise ValueError if a backbone of timm is set to checkpoint its blocks, which runs their hooks without a plan."""
+    if getattr(backbone, "grad_checkpointing", False) and torch.is_grad_enabled():
+        raise ValueError(
+            "timm's gradient checkpointing runs blocks again without their prompts: switch it off with "
+            "gradient_checkpointing_disable() of the base"
+        )
 
 
 @dataclass(frozen=True)

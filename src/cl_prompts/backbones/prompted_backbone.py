@@ -131,6 +131,7 @@ class PromptedBackbone:
                 called when the pass is done. None: the model's own output.
         """
         checkpointing.keep_plans(self._recomputing)
+        checkpointing.refuse_checkpointed_sequence(self.model.get_submodule(self.structure.inner))
         before = STARTING.get(), RUNNING.get()
         STARTING.set(RunningPass(self, plan, answer))
         try:

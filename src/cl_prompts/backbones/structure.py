@@ -288,14 +288,20 @@ def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | N
             return stored_tensor(embeddings, name, table)[:, :1]
         if isinstance(table, nn.Embedding):
             return stored_tensor(embeddings, f"{name}.weight", table.weight)[None, :1]
+    backbone: Any = model.get_submodule(structure.inner)
+    table = getattr(backbone, "pos_embed", None)  # timm; not all of its models have rows for the tokens before the patches
+    if isinstance(table, Tensor) and not getattr(backbone, "no_embed_class", False):
+        return stored_tensor(backbone, "pos_embed", table)[:, :1]
     return None
 
 
 def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:
     """Number of channels and (height, width) that a model requires; None where it accepts any."""
     backbone: Any = model.get_submodule(structure.inner)
-    embeddings = model.get_submodule(structure.embeddings)
+    embeddings: Any = model.get_submodule(structure.embeddings)
     channels = next((m.in_channels for m in embeddings.modules() if isinstance(m, nn.Conv2d)), None)
+    if getattr(embeddings, "strict_img_size", False):  # timm
+        return channels, embeddings.img_size
     size = getattr(getattr(backbone, "config", None), "image_size", None)
     # Models that always interpolate their position embeddings (DINOv2), or have none (DINOv3), accept any size.
     if channels is None or size is None or "interpolate_pos_encoding" not in signature(backbone.forward).parameters:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from support.family_tables import HEADER, refused, works
+from support.family_tables import HEADER, refused, works  # type: ignore[import-untyped]
 
 
 PAGE = Path(__file__).parents[1] / "families.md"
@@ -30,7 +30,8 @@ def main() -> None:
     text = PAGE.read_text()
     others = refused({row[1].strip("`") for row in working})
     for mark, rows in (("families", [HEADER, *working]), ("refused families", [("class", "why"), *others])):
-        text = re.sub(f"(<!-- {mark} -->\n)(\\|.*\n)*", lambda found, rows=rows: found[1] + table(rows), text)
+        before, behind = text.split(f"<!-- {mark} -->\n")
+        text = f"{before}<!-- {mark} -->\n" + table(rows) + re.sub(r"^(\|.*\n)*", "", behind)
     PAGE.write_text(text)
 
 

@@ -62,7 +62,9 @@ def attribute(source: str, name: str, wanted: str) -> Any:
 
 
 def why_refused(name: str, folder: str) -> str | None:
-    """What the error says of a model of a family's default size, without weights; None: nothing, its structure fits."""
+    """Why a model is no base: what the error says of a model of a family's default size, without weights; None: nothing, its structure fits."""
+    if name.startswith("TimmWrapper"):
+        return "a vision transformer inside it works: see timm"
     module = next(path for path in (MODELS / folder).glob("modeling_*.py") if f"\nclass {name}(" in path.read_text())
     try:
         kind = getattr(importlib.import_module(f"transformers.models.{folder}.{module.stem}"), name)

@@ -93,8 +93,8 @@ def head_width(attention: nn.Module) -> int | None:
     names, fused = projection_names(attention), fused_projection(attention)
     if heads is None or not (names or fused):
         return None
-    width = attention.get_submodule(names[1] if names else fused or "").out_features
-    return int(width) // heads // (1 if names else 3)
+    projection: Any = attention.get_submodule(names[1] if names else fused or "")
+    return int(projection.out_features) // heads // (1 if names else 3)
 
 
 def find_structure(model: nn.Module) -> Structure:

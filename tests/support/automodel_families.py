@@ -62,7 +62,7 @@ def attribute(source: str, name: str, wanted: str) -> Any:
 
 
 def why_refused(name: str, folder: str) -> str | None:
-    """Why a model is no base: what the error says of a model of a family's default size, without weights; None: nothing, its structure fits."""
+    """Why a model of a family's default size is no base, tried without weights; None: nothing speaks against it."""
     if name.startswith("TimmWrapper"):
         return "a vision transformer inside it works: see timm"
     module = next(path for path in (MODELS / folder).glob("modeling_*.py") if f"\nclass {name}(" in path.read_text())

@@ -41,7 +41,8 @@ class PromptPoolPipeline:
         image_processor: turns a PIL image into `pixel_values`, as in the adapter's training.
         batch_size: largest number of images in a forward.
         device: device to move the model to; None: the model is not moved.
-        max_pixels: largest number of pixels of an image, checked before it is decoded; half of it for WebP.
+        max_pixels: largest number of pixels of an image, checked before it is decoded; half of it for WebP and progressive
+            CMYK JPEG.
 
     Raises:
         TypeError: the model has no prompt pool.
@@ -105,7 +106,8 @@ class PromptPoolPipeline:
             token: token of the Hub, for private repositories.
             batch_size: largest number of images in a forward.
             device: device to move the model to; None: the device of `base`, or the CPU.
-            max_pixels: largest number of pixels of an image, checked before it is decoded; half of it for WebP.
+            max_pixels: largest number of pixels of an image, checked before it is decoded; half of it for WebP and
+                progressive CMYK JPEG.
             kwargs: as in `PromptPoolModel.from_pretrained`.
 
         Raises:

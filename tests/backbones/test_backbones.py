@@ -117,14 +117,18 @@ def test_off_is_off(name: str, classifier: bool, config: Callable[[], Any]) -> N
     assert all(torch.equal(a, e) for a, e in zip(unloaded, expected, strict=True))
 
 
-COMPILED = ["vit", "beit_relative", "dinov2", "dinov3", "clip", "siglip"]
+OFTEN = [("l2p", "vit"), ("hash", "vit"), ("hash", "dinov3")]
+COMPILED = [
+    pytest.param(method, name, marks=[] if (method, name) in OFTEN else pytest.mark.slow)
+    for method in ("l2p", "hash")
+    for name in ("vit", "beit_relative", "dinov2", "dinov3", "clip", "siglip")
+]
 
 
 # dynamo itself looks at the .grad of tensors it traces
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("method", ["l2p", "hash"])
-def test_compiled_backbone(name: str, method: str) -> None:
+@pytest.mark.parametrize(("method", "name"), COMPILED)
+def test_compiled_backbone(method: str, name: str) -> None:
     """One full graph per pass; new prompts, a grown head and a new router compile nothing again."""
     torch._dynamo.reset()
     config = L2PConfig() if method == "l2p" else HashPromptConfig(layers=[0, 2], modulate="gradient")

@@ -3,6 +3,8 @@
 Several adapters, `modules_to_save` and torch's own tools: test_peft_adapters.py.
 """
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from cl_prompts import (
     PromptPoolOutput,
     get_prompt_pool_model,
 )
+from cl_prompts.runtime.after_import import call_after_import
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
@@ -128,19 +131,8 @@ def test_low_memory_load(method: str, tmp_path: Path) -> None:
         assert torch.equal(logits(loaded), logits(model))
 
 
-def test_fresh_process_needs_the_import(bases: dict[bool, Path], tmp_path: Path) -> None:
-    for method in METHODS:
-        model = trained(load_base(bases), method)
-        model.save_pretrained(tmp_path / method)
-        torch.save(logits(model), tmp_path / f"{method}.pt")
-    script = """
-import sys
-from pathlib import Path
-import torch
+PEFT_FIRST = """
 from peft import AutoPeftModel
-from support.families import inputs
-
-folder = Path(sys.argv[1])
 try:
     AutoPeftModel.from_pretrained(str(folder / "l2p"))
 except KeyError as error:
@@ -148,15 +140,63 @@ except KeyError as error:
 else:
     raise AssertionError("loaded without the import")
 import cl_prompts
+"""
+OURS_FIRST = """
+import cl_prompts
+assert not {"torch", "transformers", "peft", "numpy", "huggingface_hub"} & set(sys.modules)
+from peft import AutoPeftModel
+"""
+THREADS_FIRST = """
+import cl_prompts
+from concurrent.futures import ThreadPoolExecutor
+sys.setswitchinterval(1e-5)
+with ThreadPoolExecutor(8) as threads:
+    found = list(threads.map(lambda name: getattr(cl_prompts, name), cl_prompts.__all__))
+assert {*cl_prompts.__all__} < {*dir(cl_prompts)}
+from peft import AutoPeftModel
+"""
+LOADS = """
+import torch
+from support.families import inputs
 for method in ("l2p", "hash"):
     for auto in (AutoPeftModel, cl_prompts.AutoPromptPoolModel):
         with torch.no_grad():
             logits = auto.from_pretrained(str(folder / method)).eval()(**inputs("vit", seed=99)).logits
         assert torch.equal(logits, torch.load(folder / f"{method}.pt")), method
 """
+
+
+@pytest.mark.parametrize("first", [PEFT_FIRST, OURS_FIRST, THREADS_FIRST], ids=["peft", "cl_prompts", "threads"])
+def test_fresh_process_needs_the_import(first: str, bases: dict[bool, Path], tmp_path: Path) -> None:
+    """In either order; `import cl_prompts` itself imports none of the libraries."""
+    for method in ("l2p", "hash"):
+        model = trained(load_base(bases), method)
+        model.save_pretrained(tmp_path / method)
+        torch.save(logits(model), tmp_path / f"{method}.pt")
+    script = "import sys\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n" + first + LOADS
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_failed_import_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function is called once, after the import that succeeds."""
+    (tmp_path / "late_package.py").write_text("import os\nif 'LATE' not in os.environ:\n    raise ImportError('not yet')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("LATE", raising=False)
+    called: list[bool] = []
+    call_after_import("late_package", lambda: called.append("late_package" in sys.modules))
+    with pytest.raises(ImportError, match="not yet"):
+        importlib.import_module("late_package")
+    assert not called
+    monkeypatch.setenv("LATE", "1")
+    module = importlib.import_module("late_package")
+    importlib.reload(module)
+    assert called == [True]
+    assert inspect.getsource(module).startswith("import os")
+    call_after_import("late_package", lambda: called.append(False))
+    assert called == [True, False]
+    monkeypatch.delitem(sys.modules, "late_package")
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.families import build, inputs
-from support.methods import METHODS
+from support.methods import METHODS, cells
 from support.processes import in_a_new_process
 from torch import Tensor
 from torch.testing import assert_close
@@ -22,13 +22,7 @@ from cl_prompts.methods.shared.per_task import PerTask
 FAMILIES = ["vit", "dinov2", "beit", "clip", "siglip"]
 TASKS = [[3, 5], [40, 8], [2, 9]]
 
-# One worker has all tests of a cell, so that the model they only read is trained once.
-CELLS = [
-    pytest.param(method, family, marks=pytest.mark.xdist_group(f"{method}-{family}"), id=f"{method}-{family}")
-    for method in METHODS
-    for family in FAMILIES
-]
-matrix = pytest.mark.parametrize(("method", "family"), CELLS)
+matrix = pytest.mark.parametrize(("method", "family"), cells(FAMILIES))
 each_method = pytest.mark.parametrize("method", METHODS)
 
 

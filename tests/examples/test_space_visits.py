@@ -1,6 +1,7 @@
 """The page's visits: processes of their own, their limits, and that any error is a line."""
 
 import html
+import resource
 import threading
 import time
 import zlib
@@ -92,6 +93,38 @@ def test_work_without_end_is_cut_off_and_holds_nobody_up(
     assert not hostile.room.exists()
     with pytest.raises(visits.VisitEnded, match="too much time or memory"):
         hostile.request("look")
+
+
+def test_memory_without_end_is_refused_and_holds_nobody_up(
+    visit: visits.Visit, all_visits: visits.Visits, large_matrix: list[str]
+) -> None:
+    """The limit of a visitor's process is lowered, so that the machine that runs the test need not have 3 GiB."""
+    visit.request("look")
+    server = all_visits._process.pid  # the processes of the visitors are its children
+    before = children(server)
+    hostile = all_visits.start()
+    assert "The pool is open" in hostile.request("open_files", large_matrix)["opened"]
+    (process,) = children(server) - before
+    at_start = data_bytes(server)
+    assert resource.prlimit(process, resource.RLIMIT_DATA)[0] == pytest.approx(at_start + 3 * 2**30, abs=2**28)
+    lower = data_bytes(process) + 2**27
+    resource.prlimit(process, resource.RLIMIT_DATA, (lower, lower))
+    parts = hostile.request("ask_samples")
+    assert "memory" in parts["asked"]
+    assert parts["asked"].count('class="message bad"') == 1
+    assert "<article" not in parts.get("answers", "")
+    assert "Hash" in hostile.request("open_digits")["facts"]  # the visit itself goes on
+    assert visit.request("ask_samples")["answers"].count("<article") == 10
+    hostile.end()
+
+
+def children(process: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
+
+
+def data_bytes(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmData:"))
 
 
 def test_a_visitor_gets_one_answer_at_a_time(visit: visits.Visit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def told() -> dict[str, int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-@pytest.mark.parametrize("choice", ["", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+@pytest.mark.parametrize("choice", ["", pytest.param("MALLOC_TRIM_THRESHOLD_", marks=pytest.mark.slow), "GLIBC_TUNABLES"])
 def test_only_a_training_keeps_what_it_frees(choice: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in CHOICES}
     if choice:

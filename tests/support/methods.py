@@ -1,6 +1,9 @@
 """Every method, small enough for the tiny models of families.py (three blocks). A new method adds one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import pytest
+from _pytest.mark import ParameterSet
 
 from cl_prompts import (
     CodaLayerArgmaxConfig,
@@ -67,3 +70,21 @@ WITH_CLASSIFIER: dict[str, Callable[..., PromptPoolConfig]] = {
         **{"head": "analytic", "projection_size": 40, "save_statistics": True, "readout": "cls_mean"} | more
     ),
 }
+
+EVERYWHERE = ("l2p", "hash", "coda")  # tokens, routed prefixes, attended prefixes
+
+
+def cells(families: Sequence[str]) -> list[ParameterSet]:
+    """Methods x families, for `parametrize`.
+
+    In every run: each method on the first family and on one of the others by turns, the methods of `EVERYWHERE` on each.
+    The remaining cells are `slow`. One worker has all tests of a cell, so that a model they only read is trained once.
+    """
+    first, *others = families
+    found = []
+    for number, method in enumerate(METHODS):
+        for family in families:
+            often = family in (first, others[number % len(others)]) or method in EVERYWHERE
+            marks = [pytest.mark.xdist_group(f"{method}-{family}"), *([] if often else [pytest.mark.slow])]
+            found.append(pytest.param(method, family, marks=marks, id=f"{method}-{family}"))
+    return found

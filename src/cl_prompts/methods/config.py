@@ -17,11 +17,12 @@ from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.registry import METHODS
 from cl_prompts.methods.shared.field_checks import choice, flag, kind, not_negative, positive, scales_logits
 from cl_prompts.runtime.arguments import refuse_unknown
+from cl_prompts.runtime.peft_type import PEFT_TYPE
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState, check_base_arguments
 from cl_prompts.storage.file_source import HUB_KEYWORDS
-from cl_prompts.storage.integrity import CONFIG_FILE, PEFT_TYPE, Declared, check_config_size, digest_file
+from cl_prompts.storage.integrity import CONFIG_FILE, Declared, check_config_size, digest_file
 from cl_prompts.version import __version__
 
 

@@ -12,9 +12,9 @@ The rule for the pixels:
   by their decoder, other images by averaging.
 
 Only `FORMATS` are opened, whatever a file is called, because Pillow starts other programs for some formats (Ghostscript for
-EPS). The size that a file declares is checked before its pixels are decoded. WebP files may have half as many pixels as
-others, because their decoder takes four times the memory. One side is at most 100 times as long as the other: image
-processors that scale the shorter side would make huge images of longer ones.
+EPS). The size that a file declares is checked before its pixels are decoded. WebP files and progressive CMYK JPEG files may
+have half as many pixels as others, because their decoders take more memory. One side is at most 100 times as long as the
+other: image processors that scale the shorter side would make huge images of longer ones.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cl_prompts.runtime.memory import return_freed_memory
 from cl_prompts.runtime.text import first_line
 
 
@@ -71,6 +72,7 @@ def read_rgb(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
         size = os.path.getsize(file)
         if size > MAX_BYTES:
             raise UnreadableImage(f"the file has {size:,} bytes, more than {MAX_BYTES:,} are refused")
+    factor = 1
     try:
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             _check_pixels(image.size, max_pixels)
@@ -81,6 +83,10 @@ def read_rgb(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
         raise  # not from itself: the cycle would keep the half-decoded image until the garbage collector runs
     except Exception as error:
         raise _unreadable(error) from error
+    finally:
+        if factor > 1:
+            del image  # holds the decoded pixels
+            return_freed_memory()
 
 
 def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -96,7 +102,7 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         if image.format not in (None, "MPO", *FORMATS):  # MPO: JPEG files with several images
             raise UnreadableImage(f"{image.format} files are refused, known are {', '.join(FORMATS)}")
-        _check_pixels(image.size, max_pixels // 2 if image.format == "WEBP" else max_pixels)
+        _check_pixels(image.size, max_pixels // 2 if _needs_more_memory(image) else max_pixels)
         image.load()
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         factor = _factor(image.size)
@@ -110,6 +116,11 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise  # not from itself: the cycle would keep the half-decoded image until the garbage collector runs
     except Exception as error:
         raise _unreadable(error) from error
+
+
+def _needs_more_memory(image: Image.Image) -> bool:
+    """Whether decoding takes far more memory than the pixels: WebP, and the coefficients of a progressive CMYK JPEG."""
+    return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
 
 
 def _factor(size: tuple[int, int]) -> int:

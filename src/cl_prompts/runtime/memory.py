@@ -31,7 +31,7 @@ def freed_memory_kept() -> Iterator[None]:
     glibc, or if one of the environment variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_MAX_` and
     `GLIBC_TUNABLES` is set.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in CHOICES):
+    if not _has_glibc() or any(name in os.environ for name in CHOICES):
         yield
         return
     libc = ctypes.CDLL(None)
@@ -43,3 +43,16 @@ def freed_memory_kept() -> Iterator[None]:
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
         libc.malloc_trim(0)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory of the process to the system. It has no effect without glibc.
+
+    glibc keeps freed blocks below its threshold, which grows up to 32 MB: after large images these were 190 MB.
+    """
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

@@ -42,7 +42,8 @@ def rgb_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
               [channels, height, width], with 1 (gray), 3 (RGB) or 4 (RGBA) channels; uint8, uint16, or floating in [0, 1],
               which is rounded to 8 bits.
 
-        max_pixels: largest number of pixels, checked before they are decoded; half of it for WebP.
+        max_pixels: largest number of pixels, checked before they are decoded; half of it for WebP and progressive CMYK
+            JPEG.
 
     Raises:
         ValueError: the image cannot be found, read or understood; the message names the file and what to do.

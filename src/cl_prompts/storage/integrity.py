@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cl_prompts.runtime.peft_type import PEFT_TYPE
 from cl_prompts.runtime.text import first_line, short_repr
 from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, check_bounded, read_json_object
 
 
-PEFT_TYPE = "PROMPT_POOL"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SAVED_PREFIX = "base_model.pools.prompt_pool."  # of the adapter's own tensors in a file

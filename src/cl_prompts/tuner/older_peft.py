@@ -14,7 +14,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from cl_prompts.storage.integrity import PEFT_TYPE
+from cl_prompts.runtime.peft_type import PEFT_TYPE
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 

@@ -31,6 +31,7 @@ from cl_prompts.backbones.trial import check_runs, check_weights
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.runtime.peft_type import PREFIX
 from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX, check_tensors
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, check_modules_to_save, chosen_adapter
@@ -63,7 +64,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
             trains copies of the base's modules (`modules_to_save`).
     """
 
-    prefix = "prompt_pool"
+    prefix = PREFIX
     tuner_layer_cls = PromptPoolLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the type BaseTuner declares
     uses_shared_state = True

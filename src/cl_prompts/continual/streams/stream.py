@@ -56,8 +56,8 @@ class Stream(ABC):
     Attributes:
         scenario: name of the scenario.
         task_free: whether the learner is not told where tasks begin and end.
-        max_pixels: largest number of pixels of an image file, checked before it is decoded; half of it for WebP. A larger
-            image cannot be read. May be set; default 50 million.
+        max_pixels: largest number of pixels of an image file, checked before it is decoded; half of it for WebP and
+            progressive CMYK JPEG. A larger image cannot be read. May be set; default 50 million.
         skipped: under "train" and "test", the ids of the images that this process could not read, ascending. After a
             resume they include those of all processes before it.
 

@@ -207,10 +207,10 @@ def count_calls(block: nn.Module) -> list[int]:
         ),
         (lambda: T.Phi4MultimodalVisionModel(T.Phi4MultimodalVisionConfig(**SIZES)), "Attention is causal"),
         (lambda: T.Sapiens2Model(T.Sapiens2Config(**SIZES, num_key_value_heads_per_layer=[4, 2, 4])), "numbers of heads"),
-        (lambda: T.BertModel(T.BertConfig(**TEXT_SIZES)), "no norm follows"),
+        (lambda: T.Sam3ViTModel(T.Sam3ViTConfig(**SIZES)), "no norm follows"),
         (lambda: nn.Linear(3, 3), "no list of transformer blocks"),
     ],
-    ids=["cnn", "swin", "causal", "heads", "text", "linear"],
+    ids=["cnn", "swin", "causal", "heads", "norm", "linear"],
 )
 def test_unsupported_models_are_named(model: Callable[[], Any], why: str) -> None:
     base = model()
@@ -224,9 +224,6 @@ def test_a_detector_is_refused_by_a_trial() -> None:
     base = T.YolosModel(T.YolosConfig(**SIZES | {"image_size": [32, 32]}))
     with pytest.raises(TypeError, match="YolosModel cannot run as a base: a trial with one image failed"):
         get_prompt_pool_model(base, L2PConfig())
-
-
-TEXT_SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,11 @@ def sharded() -> Any:
     return base
 
 
+def pose_estimator() -> Any:
+    backbone = T.VitPoseBackboneConfig(**SIZES | {"image_size": [32, 32], "patch_size": [8, 8], "out_indices": [3]})
+    return T.VitPoseForPoseEstimation(T.VitPoseConfig(backbone_config=backbone))
+
+
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(build("vit"), backend="eager"), "compiled .* base._orig_mod.*compile_backbone"),
@@ -266,6 +271,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT)),
         "this CLIPTextModel .* takes 'input_ids', not 'pixel_values'",
     ),
+    "reads words": (lambda: T.BertModel(T.BertConfig(**TEXT)), "this BertModel .* takes 'input_ids', not 'pixel_values'"),
+    # It has a part called `backbone`, as the tuner has; its head reads hidden states with prompts in them.
+    "reads hidden states": (pose_estimator, "this VitPoseForPoseEstimation cannot run as a base: a trial"),
     "reads sound": (lambda: T.ASTModel(T.ASTConfig(**TEXT)), "this ASTModel .* takes 'input_values', not 'pixel_values'"),
     "reads packed patches": (
         lambda: T.VideoLlama3VisionModel(T.VideoLlama3VisionConfig(**SIZES)),

@@ -22,7 +22,23 @@ from cl_prompts import PromptPoolConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.evaluation.report import machine
 
 
-METHODS = ("l2p", "dualprompt", "coda", "hash", "layer_grouped", "l2p_prefix", "vq_prompt", "smope", "hide", "norga", "vpt")
+METHODS = (
+    "l2p",
+    "dualprompt",
+    "coda",
+    "hash",
+    "layer_grouped",
+    "l2p_prefix",
+    "vq_prompt",
+    "smope",
+    "hide",
+    "norga",
+    "vpt",
+    "one_prompt",
+    "apt",
+    "vpt_nsp2",
+    "cpg",
+)
 
 
 def build() -> ViTModel:

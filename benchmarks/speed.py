@@ -49,6 +49,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "norga": {},
     "vpt": {},
     "vpt deep": {"deep": True},
+    "one_prompt": {},
+    "apt": {},
+    "vpt_nsp2": {},
+    "cpg": {},
 }
 
 

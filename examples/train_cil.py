@@ -47,7 +47,7 @@ from cl_prompts.continual import (
     sequential_probe,
 )
 from cl_prompts.continual.run_lock import FolderInUseError, run_lock
-from cl_prompts.evaluation.diagnostics import prompt_similarity, selection_counts, selection_summary
+from cl_prompts.evaluation.diagnostics import prompt_similarity, selected_sets, selection_counts, selection_summary
 from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import Result, comparison_table, remarks, run_page
 from cl_prompts.heads import CLASSIFIERS, DiscriminantClassifier, FeatureClassifier
@@ -161,9 +161,10 @@ def report_selection(evaluations: Sequence[Evaluation], learner: Any, folder: Pa
     prompts = learner.adapter.pool.prompt_table().detach()
     tasks = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(ids) for ids in chosen]))
     size = prompts.shape[1]
-    counts = selection_counts(torch.cat(chosen), tasks, size)
+    ids = torch.cat(chosen)
+    counts = selection_counts(ids, tasks, size)
     similarity = prompt_similarity(prompts) if size <= 1000 else None  # its size is quadratic in the number of prompts
-    return selection_summary(counts, similarity), [draw_selection(counts, similarity, folder)]
+    return selection_summary(counts, similarity, selected_sets(ids)), [draw_selection(counts, similarity, folder)]
 
 
 def main() -> None:

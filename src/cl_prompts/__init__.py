@@ -16,8 +16,10 @@ from cl_prompts.version import __version__
 if TYPE_CHECKING:
     from cl_prompts.auto import AutoPromptPoolModel
     from cl_prompts.methods import (
+        APTConfig,
         CodaLayerArgmaxConfig,
         CodaPromptConfig,
+        CPGConfig,
         DualPromptConfig,
         HashPromptConfig,
         HiDePromptConfig,
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
         LayerGroupedPromptConfig,
         NoPromptsConfig,
         NoRGaConfig,
+        OnePromptConfig,
         PromptPoolConfig,
         SMoPEConfig,
         VPTConfig,
+        VPTNSP2Config,
         VQPromptConfig,
     )
     from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "APTConfig",
     "AutoPromptPoolModel",
+    "CPGConfig",
     "CodaLayerArgmaxConfig",
     "CodaPromptConfig",
     "DualPromptConfig",
@@ -49,6 +55,7 @@ __all__ = [
     "LayerGroupedPromptConfig",
     "NoPromptsConfig",
     "NoRGaConfig",
+    "OnePromptConfig",
     "PromptPoolConfig",
     "PromptPoolModel",
     "PromptPoolOutput",
@@ -56,6 +63,7 @@ __all__ = [
     "PromptPoolTuner",
     "SMoPEConfig",
     "VPTConfig",
+    "VPTNSP2Config",
     "VQPromptConfig",
     "__version__",
     "extract_features",

@@ -95,11 +95,13 @@ class PromptPoolTrainerMixin:
         output: PromptPoolOutput = model(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
         assert output.logits is not None
         assert output.losses is not None
-        targets, _ = trainer.accelerator.unwrap_model(model).head.to_targets(labels)
+        learner = trainer.accelerator.unwrap_model(model)
+        targets, _ = learner.head.to_targets(labels)
         if self._loss_of_user is not None:
             loss = self._loss_of_user(output, targets, num_items_in_batch=num_items_in_batch)
         else:
-            each = LossPart(smoothed_cross_entropy(output.logits, targets, self._smoothing), "mean")
+            temperature = learner.adapter.config.loss_temperature if model.training else 1.0
+            each = LossPart(smoothed_cross_entropy(output.logits / temperature, targets, self._smoothing), "mean")
             loss, _ = add_up({"": each}, targets >= 0, num_items_in_batch, over_processes=model.training)
         output.losses = output.losses | {"cross_entropy": loss}
         output.loss = torch.stack(list(output.losses.values())).sum()

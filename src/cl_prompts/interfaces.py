@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,8 @@ class PrefixKV:
         v: values, [B, H, P, d] or [B, P, D] as for `k`.
         logit_bias: added to the attention logits of the prefix, [B, H, N, P]; may be -inf.
         normed: apply the norm in front of the block's attention to rows in the input space before they are projected.
+        cls_k: added to the projected key of the first token, CLS [B, H, 1, d].
+        cls_v: added to its projected value [B, H, 1, d].
         ids: selected prompts [B, k], or [B, H, k] if each head selects; for the output.
         weights: their mixing weights [B, k] or [B, H, k]; for the output.
         scores: selection scores of the whole pool, [B, M] or [B, H, M].
@@ -73,6 +76,8 @@ class PrefixKV:
     v: Tensor
     logit_bias: Tensor | None = None
     normed: bool = False
+    cls_k: Tensor | None = None
+    cls_v: Tensor | None = None
     ids: Tensor | None = None
     weights: Tensor | None = None
     scores: Tensor | None = None
@@ -82,6 +87,41 @@ class PrefixKV:
 # A prefix that depends on its block's input is a function (block input [B, N, D], attention queries [B, H, N, d]) ->
 # PrefixKV; it is called inside the attention.
 Prefix = PrefixKV | Callable[[Tensor, Tensor], PrefixKV]
+
+
+@dataclass(frozen=True)
+class AttentionSeen:
+    """A prompted block's attention in the pass over a task's images at its end, for the statistics of a pool.
+
+    Args:
+        layer: number of the block.
+        block_input: what entered the block [B, N, D].
+        prefix: the prefix used, of P rows.
+        queries: of the block's tokens, with bias and not scaled [B, H, N, d].
+        keys: of the prefix, then of the block's tokens [B, H, P + N, d].
+        bias: added to the attention logits, or a mask that is True where attention is free; None, or broadcast to
+            [B, H, N, P + N].
+        scale: factor of the dot products.
+        key_weight: weight of the key projection, by head [H, d, D].
+    """
+
+    layer: int
+    block_input: Tensor
+    prefix: PrefixKV
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    scale: float
+    key_weight: Tensor
+
+    def prefix_attention(self) -> Tensor:
+        """Attention weights of the block's tokens on the prefix rows, float32 [B, H, N, P]."""
+        logits = self.queries.float() @ self.keys.float().mT * self.scale
+        if self.bias is not None and self.bias.dtype == torch.bool:
+            logits = logits.masked_fill(~self.bias, float("-inf"))
+        elif self.bias is not None:
+            logits = logits + self.bias.float()
+        return logits.softmax(-1)[..., : self.keys.shape[2] - self.queries.shape[2]]
 
 
 @dataclass

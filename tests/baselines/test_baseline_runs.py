@@ -338,3 +338,25 @@ def test_a_task_of_one_class_is_learned_or_refused(name: str) -> None:
     with pytest.raises(ValueError, match="learns nothing from a task of one class"):
         ContinualTrainer(learner, one_class_stream(), ContinualArguments())
     get_baseline(name, build("vit"), class_mask="none").begin_task([0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "base", "head"),
+    [
+        ({"learning_rate": 0.005}, 1e-4, 0.005),
+        ({"learning_rate": 1e-5}, 1e-5, 1e-5),
+        ({"learning_rate": 0.005, "learning_rates": {"base": 0.01}}, 0.01, 0.005),
+        ({"learning_rate": 0.005, "learning_rates": {"head": 0.1}}, 1e-4, 0.1),
+    ],
+    ids=str,
+)
+def test_the_backbone_has_a_learning_rate_of_its_own(settings: dict[str, Any], base: float, head: float) -> None:
+    rates: list[dict[str, float]] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, state: TrainerState, task: Any) -> None:
+            assert state.optimizer is not None
+            rates.append({group["name"]: group["lr"] for group in state.optimizer.param_groups})
+
+    comparison_trainer("finetune", callbacks=[Look()], **settings).train()
+    assert rates[0] == {"base": base, "head": head}

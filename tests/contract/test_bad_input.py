@@ -225,7 +225,7 @@ def test_extract_features_of_bad_images() -> None:
 def test_optimizers() -> None:
     model = get_prompt_pool_model(build("vit"), HashPromptConfig(layers=[0]))
     model.begin_task([3, 1])
-    with pytest.raises(ValueError, match=r"scales the optimizer's steps .*call model.attach_optimizer\(optimizer\)"):
+    with pytest.raises(ValueError, match=r"hash changes the optimizer's steps: call model.attach_optimizer\(optimizer\)"):
         model(IMAGES, labels=LABELS)
     with pytest.raises(TypeError, match=r"expected a torch optimizer, got list"):
         model.attach_optimizer(model.parameter_groups(learning_rate=0.1))

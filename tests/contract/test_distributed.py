@@ -129,9 +129,11 @@ def learn(case: Case) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
                 found["losses"].append(averaged(loss))
+        model.eval()
+        if model.needs_consolidation:
+            model.consolidate(stream.images(stream.tasks[task.number].train_rows, BATCH))
         if not task_free:
             model.end_task()
-        model.eval()
         seen = stream.tasks[: task.number + 1]
         for t in seen:
             batches = stream.test_batches(t, BATCH)

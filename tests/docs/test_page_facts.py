@@ -16,11 +16,19 @@ from cl_prompts.backbones.structure import find_structure
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.methods import METHODS, PromptPoolConfig
 from cl_prompts.methods.head_config import ClassifierConfig
+from cl_prompts.methods.outlier_config import OutlierConfig
 from cl_prompts.methods.shared.prefix_config import PrefixPromptConfig, QueriedPrefixConfig
 from cl_prompts.methods.shared.task_inference_config import TaskInferenceConfig
 
 
-SHARED = (PromptPoolConfig, ClassifierConfig, PrefixPromptConfig, QueriedPrefixConfig, TaskInferenceConfig)
+SHARED = (
+    PromptPoolConfig,
+    ClassifierConfig,
+    OutlierConfig,
+    PrefixPromptConfig,
+    QueriedPrefixConfig,
+    TaskInferenceConfig,
+)
 OF_METHODS = {
     name: method.config_class for name, method in METHODS.items() if method.config_class.__module__.startswith("cl_")
 }

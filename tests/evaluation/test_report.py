@@ -15,7 +15,14 @@ from torch.testing import assert_close
 
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import Evaluation, evaluate
-from cl_prompts.evaluation.diagnostics import prompt_similarity, routing_entropy, selection_counts, selection_summary
+from cl_prompts.evaluation.diagnostics import (
+    prompt_similarity,
+    routing_entropy,
+    selected_sets,
+    selection_counts,
+    selection_summary,
+    weight_entropy,
+)
 from cl_prompts.evaluation.plots import draw_selection
 
 
@@ -45,6 +52,15 @@ def test_routing_entropy() -> None:
     assert_close(routing_entropy(counts), expected)
     assert_close(routing_entropy(counts[None].expand(3, -1, -1)), expected.expand(3, -1))
     assert routing_entropy(torch.tensor([7])) == 0
+
+
+def test_sets_and_entropy_of_weights() -> None:
+    ids = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [2, 4]], [[0, 2], [4, 2]]])
+    assert selected_sets(ids).tolist() == [2, 2]
+    assert selected_sets(ids[:, 0]) == 2
+    assert "by layer: 2 2" in selection_summary(torch.ones(1, 2, 5, dtype=torch.int64), sets=selected_sets(ids))
+    weights = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    assert_close(weight_entropy(weights), torch.tensor([1.0, 0.0]))
 
 
 def new_model(method: str) -> PromptPoolModel:

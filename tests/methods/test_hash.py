@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import build
 from support.hash_models import IMAGES, SMALL, TASKS, labels_of, learn, new_model
 from support.tensors import draw
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from cl_prompts import PromptPoolModel
+from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.methods.hash.pool import TokenRouter
 from cl_prompts.methods.shared.history import routing_penalty
 
@@ -201,3 +202,55 @@ def test_each_rule_answers_image_by_image(learned: PromptPoolModel, rule: str) -
         batch = model(IMAGES).logits
         singles = torch.cat([model(image[None]).logits for image in IMAGES])
     assert_close(batch, singles, atol=1e-5, rtol=0)
+
+
+# ---- how the router reads, and how large its penalty is
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router_input": "normed"},
+        {"router_scale": 10.0},
+        {"router_scale": 3.0, "learn_router_scale": True},
+        {"relative_delta": True, "delta": 0.7},
+        {"history_update": "step", "delta": 0.7},
+        {"history_update": "step", "router_inference": "last", "router_input": "normed", "relative_delta": True},
+    ],
+    ids=str,
+)
+def test_options_of_the_scores(fields: dict[str, Any]) -> None:
+    """Scores of the first layer after two tasks, by hand."""
+    base = build("vit")
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"pool_size": 6, "top_k": 2, "history_top": 2, "layers": [0, 2]}
+    model = get_prompt_pool_model(base, HashPromptConfig(**small | fields))
+    images, config = draw(6, 3, 32, 32), model.adapter.config
+    for classes in ([4, 1], [0, 7]):
+        model.begin_task(classes)
+        optimizer = torch.optim.Adam(model.parameter_groups(learning_rate=0.05))
+        model.attach_optimizer(optimizer)
+        model.train()(images, labels=torch.tensor(classes * 3)).loss.backward()
+        optimizer.step()
+        model.end_task()
+    pool = model.adapter.pool
+    with torch.no_grad():
+        tokens = base.embeddings(images)
+        if config.router_input == "normed":
+            tokens = (tokens - tokens.mean(2, keepdim=True)) / (tokens.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+        counts = pool.history.counts[:, 0].double()
+        scales = pool.scale.all()[:, 0] if config.learn_router_scale else [config.router_scale] * 2
+        scores, penalties = [], []
+        for task, router in enumerate((pool.old_routers[0, 0], pool.router[0])):
+            scores.append(scales[task] * (tokens @ router.T).mean(1) / 32**0.5)
+            before = counts[: task + (config.history_update == "step")].sum(0)
+            penalties.append(routing_penalty(before, config))
+        kept = slice(1, 2) if config.router_inference == "last" else slice(0, 2)
+        score, penalty = torch.stack(scores[kept]).mean(0), torch.stack(penalties[kept]).mean(0)
+        if config.relative_delta:
+            penalty = penalty * (score.amax(1, keepdim=True) - score.amin(1, keepdim=True))
+        found = model.eval()(images).scores[:, 0]
+    assert penalty.any()
+    assert_close(found, score - penalty, atol=1e-5, rtol=1e-4)
+    if config.learn_router_scale:
+        assert not torch.equal(pool.scale.current, pool.scale.earlier[0])

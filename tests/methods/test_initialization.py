@@ -127,7 +127,7 @@ def test_prompts_start_as_patches_of_images(family: str) -> None:
     members(rows_of(model)["prompts"], patches)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("none", "apt")])
 def test_every_methods_prompts(method: str) -> None:
     model, values = new_model(config=METHODS[method]()), inputs("vit", 2)
     model.begin_task([0, 1])
@@ -158,5 +158,6 @@ def test_bad_images_are_refused() -> None:
 
 
 def test_without_prompts_there_is_nothing_to_start() -> None:
-    with pytest.raises(ValueError, match='method "none" has no prompts'):
-        new_model(config=METHODS["none"]()).initialize_prompts(**inputs("vit", 2))
+    for method, message in (("none", 'method "none" has no prompts'), ("apt", "cannot start as patches of images")):
+        with pytest.raises(ValueError, match=message):
+            new_model(config=METHODS[method]()).initialize_prompts(**inputs("vit", 2))

@@ -15,7 +15,7 @@ def test_a_name_stands_for_a_config_and_a_pool() -> None:
     assert METHODS["l2p"] == (L2PConfig, L2PPool)
     assert PromptPoolConfig(method="l2p", pool_size=7) == L2PConfig(pool_size=7)
     assert PromptPoolConfig.from_peft_type(method="vpt", deep=True) == VPTConfig(deep=True)
-    with pytest.raises(ValueError, match=r"unknown method 'l3p': choose one of \['coda', 'coda_layer_argmax', "):
+    with pytest.raises(ValueError, match=r"unknown method 'l3p': choose one of \['apt', 'coda', 'coda_layer_argmax', "):
         PromptPoolConfig(method="l3p")
     with pytest.raises(ValueError, match="L2PConfig is for method='l2p', not 'vpt'"):
         L2PConfig(method="vpt")

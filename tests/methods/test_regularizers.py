@@ -121,7 +121,7 @@ IMAGES, LABELS = inputs("vit", 4)["pixel_values"], torch.tensor([2, 3, 3, 2])
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in METHODS if not name.startswith(("vpt", "none"))]
+    "method", [name for name in METHODS if not name.startswith(("vpt", "none", "one_prompt", "apt"))]
 )  # one prompt, or none
 def test_they_join_the_loss_and_move_what_they_are_about(method: str) -> None:
     config = METHODS[method]()

@@ -8,15 +8,19 @@ import torch
 from torch.testing import assert_close
 
 from cl_prompts import (
+    APTConfig,
     CodaPromptConfig,
+    CPGConfig,
     DualPromptConfig,
     HiDePromptConfig,
     L2PConfig,
     L2PPrefixConfig,
     NoRGaConfig,
+    OnePromptConfig,
     PromptPoolConfig,
     PromptPoolOutput,
     SMoPEConfig,
+    VPTNSP2Config,
     VQPromptConfig,
 )
 from support.golden_harness import Case, Method, Part, Value, by_layer, tasks_of
@@ -278,6 +282,75 @@ NORGA = replace(
     rates=_rates("prompts and gate_scale"),
 )
 
+OVOR = Method(
+    config=lambda case: OnePromptConfig(
+        g_layers=case.sizes["g_layers"],
+        e_layers=case.sizes["e_layers"],
+        g_length=case.sizes["g_prompt_length"],
+        e_length=case.sizes["e_prompt_length"],
+    ),
+    layout=lambda case, pool, value: [
+        Part("g_prompt", ..., value(pool.g_prompts)),
+        Part("e_prompt", ..., value(pool.e_prompts)),
+    ],
+    parts={"ce": "cross_entropy"},
+    check_test=lambda case, output: case.close(output.features, "expected/features", "features"),
+)
+
+APT = Method(
+    config=lambda case: APTConfig(average=case.sizes["alpha"], layers=case.sizes["layers"]),
+    layout=lambda case, pool, value: [Part("prompt", ..., value(pool.prompts))],
+    parts={"ce": "cross_entropy"},
+    prepare=lambda case, pool: pool.average.copy_(case.tensors["fixed/global_prompt"]),
+)
+
+
+def _matrices(case: Case, pool: Any) -> None:
+    """The matrices of the tasks before."""
+    for ours, name in ((pool.first, "C1"), (pool.second, "C2")):
+        ours.copy_(case.tensors[f"expected/task_end0/{name}"])
+    pool.collected, pool.available = (torch.tensor(pool.num_tasks) for _ in range(2))
+
+
+def _vpt_nsp2_past(case: Case, pool: Any) -> None:
+    _matrices(case, pool)
+    pool.previous.copy_(case.tensors["fixed/previous_prompts"])
+
+
+VPT_NSP2 = Method(
+    config=lambda case: VPTNSP2Config(
+        loss_temperature=case.sizes["temperature"],
+        distribution_weight=case.sizes["ln_loss_weight"],
+        **{name: case.sizes[name] for name in ("prompt_length", "layers", "eta1", "eta2")},
+    ),
+    layout=lambda case, pool, value: [Part("prompts", ..., value(pool.prompts))],
+    parts={"ce": "cross_entropy", "mean": "prompt_mean", "std": "prompt_std"},
+    prepare=_vpt_nsp2_past,
+)
+
+
+def _cpg_choices(case: Case, output: PromptPoolOutput) -> None:
+    assert torch.equal(output.prompt_ids.transpose(0, 1), case.tensors["expected/indices"])
+    gates = case.tensors["expected/gates"].transpose(0, 1).gather(2, output.prompt_ids)
+    assert_close(output.prompt_weights, gates, atol=case.tolerance("gates"), rtol=0)
+
+
+CPG = Method(
+    config=lambda case: CPGConfig(
+        pool_size=case.sizes["num_experts"],
+        loss_temperature=case.sizes["temperature"],
+        balance_weight=case.sizes["balance_coefficient"],
+        **{name: case.sizes[name] for name in ("prompt_length", "top_k", "layers", "eta1", "eta2")},
+    ),
+    layout=lambda case, pool, value: [
+        Part("experts", ..., value(pool.experts)),
+        Part("w_gate", ..., value(pool.gate).mT),
+    ],
+    parts={"ce": "cross_entropy", "balance": "balance"},
+    prepare=_matrices,
+    check_test=_cpg_choices,
+)
+
 
 METHODS: dict[str, Method] = {
     "l2p_pytorch": L2P,
@@ -296,4 +369,8 @@ METHODS: dict[str, Method] = {
     "smope": SMOPE,
     "hide": HIDE,
     "norga": NORGA,
+    "ovor": OVOR,
+    "apt": APT,
+    "vpt_nsp2": VPT_NSP2,
+    "cpg": CPG,
 }

@@ -43,7 +43,8 @@ class Case:
         return int(self.about["task"]["task_id"])
 
     def tolerance(self, what: str, value: Tensor | float = 0.0) -> float:
-        rule = self.about["tolerance"][what]
+        rules = {name: rule for names, rule in self.about["tolerance"].items() for name in names.split(", ")}
+        rule = rules.get(what, rules.get(what.removeprefix("eval_")))
         if isinstance(rule, float):
             return rule
         number = float(rule.replace("per tensor:", "").split("*")[0])  # "2e-5 * max(1, |value|)" and the like
@@ -119,7 +120,7 @@ class Method:
         return [
             *self.layout(case, model.adapter.pool, value),
             Part("head.weight", rows, value(head.weight)),
-            Part("head.bias", rows, value(head.bias)),
+            *([] if head.bias is None else [Part("head.bias", rows, value(head.bias))]),
         ]
 
 

@@ -6,8 +6,10 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from cl_prompts import (
+    APTConfig,
     CodaLayerArgmaxConfig,
     CodaPromptConfig,
+    CPGConfig,
     DualPromptConfig,
     HashPromptConfig,
     HiDePromptConfig,
@@ -16,9 +18,11 @@ from cl_prompts import (
     LayerGroupedPromptConfig,
     NoPromptsConfig,
     NoRGaConfig,
+    OnePromptConfig,
     PromptPoolConfig,
     SMoPEConfig,
     VPTConfig,
+    VPTNSP2Config,
     VQPromptConfig,
 )
 
@@ -50,6 +54,10 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "layer_grouped": lambda **more: LayerGroupedPromptConfig(num_groups=2, **more),
     "vpt": lambda **more: VPTConfig(prompt_length=3, **more),
     "vpt deep": lambda **more: VPTConfig(deep=True, prompt_length=3, **more),
+    "one_prompt": lambda **more: OnePromptConfig(g_layers=[0], e_layers=[1, 2], g_length=4, e_length=6, **more),
+    "apt": lambda **more: APTConfig(**more),
+    "vpt_nsp2": lambda **more: VPTNSP2Config(prompt_length=3, **more),
+    "cpg": lambda **more: CPGConfig(pool_size=5, prompt_length=3, top_k=2, layers=[1, 2], **more),
     "none": lambda **more: NoPromptsConfig(**more),
     "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, task_statistics="covariance", **more),
 }

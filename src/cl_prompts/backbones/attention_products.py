@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cl_prompts.backbones.prefix import BLOCK, BlockPlan, mask_with_prefix, prefix_of
+from cl_prompts.backbones.prefix import BLOCK, BlockPlan, added_to_cls, joined, prefix_of, probe
 from cl_prompts.backbones.tokens import widened
 from cl_prompts.interfaces import PrefixKV
 
@@ -69,17 +69,19 @@ class _JoinPrefix(TorchFunctionMode):
         if attn_mask is not None and self.block.inserted is not None and attn_mask.shape[-1] != key.shape[2]:
             attn_mask = widened(attn_mask, *self.block.inserted)
         if self.block.prefix is not None:
-            prefix, k, v = prefix_of(self.attention, self.block, query)
-            key, value = torch.cat([k.to(key.dtype), key], dim=2), torch.cat([v.to(value.dtype), value], dim=2)
-            attn_mask = mask_with_prefix(attn_mask, prefix, query, k.shape[2])
+            scale = kwargs.get("scale")
+            key, value, attn_mask = joined(self.attention, self.block, query, key, value, attn_mask, scale)
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
 
     def _second_factor(self, first: Tensor, second: Tensor) -> Tensor:
         """Transposed keys [B, H, d, P + N] in the product with queries, values [B, H, P + N, d] in the one behind it."""
         if self.joined is None:
-            self.joined = prefix_of(self.attention, self.block, first)
-            return torch.cat([self.joined[1].to(second.dtype).transpose(2, 3), second], dim=3)
-        return torch.cat([self.joined[2].to(second.dtype), second], dim=2)
+            self.joined = prefix, k, _ = prefix_of(self.attention, self.block, first)
+            key = torch.cat([k.to(second.dtype), added_to_cls(second.transpose(2, 3), prefix.cls_k)], dim=2)
+            probe(self.attention, self.block, prefix, first, key, None, None)
+            return key.transpose(2, 3)
+        prefix, _, v = self.joined
+        return torch.cat([v.to(second.dtype), added_to_cls(second, prefix.cls_v)], dim=2)
 
     def _biased(self, logits: Tensor) -> Tensor:
         """Logits [B, H, N, P + N] with the prefix's bias."""

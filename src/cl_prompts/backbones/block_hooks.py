@@ -76,6 +76,7 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             read=plan.read[1] if plan.read is not None else 0,
             learning=plan.learning,
             used=plan.record.prefixes,
+            probe=plan.probe,
         )
     if not info.takes_keywords:
         enter_plainly(part)

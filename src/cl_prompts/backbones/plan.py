@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from cl_prompts.interfaces import Prefix, PrefixKV
+from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV
 
 
 T = TypeVar("T")
@@ -77,6 +77,7 @@ class PassPlan:
         repeats: number of passes for each image; tokens and prefixes have B * repeats rows.
         learning: whether gradients must reach the prefixes.
         arguments: further arguments of the model's forward, which those of the call override.
+        probe: called with the attention of each block that has a prefix; None: not called. All tokens must be read.
     """
 
     record: PassRecord
@@ -90,6 +91,7 @@ class PassPlan:
     repeats: int = 1
     learning: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    probe: Callable[[AttentionSeen], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ variable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AttentionInterface
 from cl_prompts.backbones.plan import CallVariable
 from cl_prompts.backbones.structure import eager_attention, fused_projection, head_width, projection_names
 from cl_prompts.backbones.tokens import widen_mask, widen_rotary
-from cl_prompts.interfaces import Prefix, PrefixKV
+from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV
 
 
 ATTENTION = "cl_prompts"
@@ -41,6 +42,7 @@ class BlockPlan:
         read: how many tokens the block then gets.
         learning: whether gradients must reach the prefix.
         used: takes the prefix that was used, by block number; the pass's own.
+        probe: called with the attention of a block that has a prefix; None: not called.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class BlockPlan:
     read: int
     learning: bool
     used: dict[int, PrefixKV]
+    probe: Callable[[AttentionSeen], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,8 @@ def prefix_attention(
     if block.all_tokens is not None:
         key, value = (unfold(x, query.shape[1], block.all_tokens.shape[1]) for x in (key, value))
     if block.prefix is not None:
-        prefix, k, v = prefix_of(module, block, query)
-        key = torch.cat([k.to(key.dtype), key], dim=2)
-        value = torch.cat([v.to(value.dtype), value], dim=2)
-        attention_mask = mask_with_prefix(attention_mask, prefix, query, k.shape[2])
+        scale = kwargs.get("scaling")
+        key, value, attention_mask = joined(module, block, query, key, value, attention_mask, scale)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -137,6 +138,40 @@ def attention_function(attention: Any) -> str | None:
     """Name of the attention function that an attention module is set to; None for one that calls none by name."""
     config = getattr(attention, "_cl_shared_config", None)
     return None if config is None else config._attn_implementation
+
+
+def joined(
+    module: Any,
+    block: BlockPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with the prefix of a block; queries, keys and values are [B, H, N, d]."""
+    prefix, k, v = prefix_of(module, block, query)
+    key, value = added_to_cls(key, prefix.cls_k), added_to_cls(value, prefix.cls_v)
+    key = torch.cat([k.to(key.dtype), key], dim=2)
+    value = torch.cat([v.to(value.dtype), value], dim=2)
+    attention_mask = mask_with_prefix(attention_mask, prefix, query, k.shape[2])
+    probe(module, block, prefix, query, key, attention_mask, scale)
+    return key, value, attention_mask
+
+
+def probe(
+    module: Any,
+    block: BlockPlan,
+    prefix: PrefixKV,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    scale: float | None,
+) -> None:
+    """Show a block's attention to whoever asked for it; keys [B, H, P + N, d]."""
+    if block.probe is not None:
+        seen = (block.layer, block.block_input, prefix, query, key, attention_mask)
+        block.probe(AttentionSeen(*seen, scale or query.shape[3] ** -0.5, _key_weight(module, block.block_input)))
 
 
 def prefix_of(module: Any, block: BlockPlan, query: Tensor) -> tuple[PrefixKV, Tensor, Tensor]:
@@ -196,6 +231,24 @@ def _projected(module: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tenso
     if project.bias is None and isinstance(getattr(module, "q_bias", None), Tensor):  # BEiT and EVA of timm keep it apart
         k, v = k + module.k_bias, v + module.v_bias
     return k, v
+
+
+def added_to_cls(rows: Tensor, added: Tensor | None) -> Tensor:
+    """Keys or values [B, H, N, d] with `added` [B, H, 1, d] on the first token."""
+    return rows if added is None else torch.cat([rows[:, :, :1] + added.to(rows.dtype), rows[:, :, 1:]], dim=2)
+
+
+def _key_weight(module: Any, tokens: Tensor) -> Tensor:
+    """Weight of the key projection, float32 [H, d, D]. That of a quantized or LoRA layer is found by its outputs."""
+    names, fused = projection_names(module), fused_projection(module)
+    projection = getattr(module, names[1] if names else fused or "")
+    if type(projection) is nn.Linear and projection.weight.device == tokens.device:
+        weight = projection.weight
+    else:
+        unit = torch.eye(tokens.shape[2], device=tokens.device, dtype=tokens.dtype)
+        weight = (projection(unit).float() - projection(torch.zeros_like(unit)).float()).T
+    keys = weight if names else weight.chunk(3)[1]
+    return keys.float().unflatten(0, (-1, head_width(module)))
 
 
 def mask_with_prefix(mask: Tensor | None, prefix: PrefixKV, query: Tensor, length: int) -> Tensor | None:

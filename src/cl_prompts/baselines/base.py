@@ -45,7 +45,7 @@ class Baseline(nn.Module):
 
     Attributes:
         name: of the baseline in `BASELINES`.
-        replay, needs_memory, needs_consolidation, calibrates: see `Learner`.
+        replay, needs_memory, needs_consolidation, calibrates, default_rates: see `Learner`.
         learns_without_tasks: whether it can learn a stream without tasks.
         options, features, head: its settings by name, backbone and classifier.
 
@@ -59,6 +59,7 @@ class Baseline(nn.Module):
     needs_memory: ClassVar[bool] = False
     needs_consolidation: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    default_rates: ClassVar[Mapping[str, float]] = {"base": 1e-4}  # 0.005, the prompts' rate, destroys pretrained weights
     needs_features_before: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
     learns_without_tasks: ClassVar[bool] = False
@@ -222,7 +223,7 @@ class Baseline(nn.Module):
         Raises:
             ValueError: it lacks a trainable parameter.
         """
-        self.update_scaler.attach(optimizer, self, {}, "")
+        self.update_scaler.attach(optimizer, self, {}, {})
         self.update_scaler.check_trains(self.named_parameters())
 
     def train(self, mode: bool = True) -> Baseline:

@@ -27,9 +27,11 @@ class ContinualArguments:
         gradient_accumulation_steps: number of micro-batches that a batch is split into, with one forward and backward each.
             A step takes less memory and gives the same result, except for terms that compare or count the images of a
             batch, which then see one micro-batch: `class_mask="batch"`, `entropy_weight`, `batchwise_selection`,
-            `key_loss="coupled"`, and the contrastive term and class means of HiDe-Prompt and NoRGa (docs/methods/hide.md).
+            `key_loss="coupled"`, CPG's balance losses, and the contrastive term and class means of HiDe-Prompt and NoRGa
+            (docs/methods/hide.md).
         optim: "adam", "adamw" or "sgd".
-        learning_rate: learning rate.
+        learning_rate: learning rate. The backbone of a baseline has 0.0001, or this rate if it is smaller, unless
+            `learning_rates` gives one for "base".
         learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base"): a dict, or
             text for `key_values`, like "head=1e-3,prompts=1e-2". The attribute is a dict.
         optim_args: further options of the torch optimizer: a dict like {"weight_decay": 0.01}, or text like

@@ -201,7 +201,8 @@ class ContinualTrainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        rates = key_values("learning_rates", args.learning_rates)
+        defaults = {name: min(rate, args.learning_rate) for name, rate in self.model.default_rates.items()}
+        rates = defaults | key_values("learning_rates", args.learning_rates)
         groups = self.model.parameter_groups(args.learning_rate, **rates)
         return build_optimizer(args.optim, groups, **key_values("optim_args", args.optim_args))
 

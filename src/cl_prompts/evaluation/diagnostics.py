@@ -42,6 +42,32 @@ def routing_entropy(counts: Tensor) -> Tensor:
     return entropy / math.log(max(counts.shape[-1], 2))
 
 
+def selected_sets(ids: Tensor) -> Tensor:
+    """Number of different sets of prompts that images use, in any order.
+
+    Args:
+        ids: `prompt_ids` of the outputs, [images, ..., k].
+
+    Returns:
+        int64 [...].
+    """
+    groups = ids.sort(-1).values.movedim(0, -2).flatten(0, -3) if ids.dim() > 2 else ids.sort(-1).values[None]
+    return torch.tensor([len(group.unique(dim=0)) for group in groups]).view(ids.shape[1:-1])
+
+
+def weight_entropy(weights: Tensor) -> Tensor:
+    """Entropy of each image's mixing weights, divided by log k: 1 if its prompts have equal weights, 0 if one has all.
+
+    Args:
+        weights: `prompt_weights` of outputs whose weights are shares, as Hash's and CPG's, [images, ..., k].
+
+    Returns:
+        float32 [images, ...].
+    """
+    entropy = -torch.special.xlogy(weights, weights).sum(-1)
+    return entropy / math.log(max(weights.shape[-1], 2))
+
+
 @torch.no_grad()
 def prompt_similarity(table: Tensor) -> Tensor:
     """Cosine similarity of all pairs of prompts in each group (layer, or head of a layer).
@@ -56,12 +82,13 @@ def prompt_similarity(table: Tensor) -> Tensor:
     return unit @ unit.mT
 
 
-def selection_summary(counts: Tensor, similarity: Tensor | None = None) -> str:
+def selection_summary(counts: Tensor, similarity: Tensor | None = None, sets: Tensor | None = None) -> str:
     """Summary of the selection in a few lines of Markdown.
 
     Args:
         counts: from `selection_counts` [T, ..., M].
         similarity: from `prompt_similarity` [groups, M, M]; None: left out.
+        sets: from `selected_sets` [...]; None: left out.
     """
     by_task = routing_entropy(counts).view(len(counts), -1).mean(1).tolist()
     total = counts.sum(0)
@@ -72,6 +99,9 @@ def selection_summary(counts: Tensor, similarity: Tensor | None = None) -> str:
         f"- routing entropy over all tasks: {routing_entropy(total).mean():.2f}",
         f"- prompts chosen for no image: {unused} of {total.numel()}",
     ]
+    if sets is not None:
+        numbers = " ".join(map(str, sets.flatten().tolist()))
+        lines.append(f"- different sets of prompts that images use, by layer: {numbers}")
     if similarity is not None and similarity.shape[-1] > 1:
         other = similarity[:, ~torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)]
         lines.append(f"- cosine of two prompts: mean {other.mean():.2f}, largest {other.max():.2f}")

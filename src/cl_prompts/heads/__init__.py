@@ -7,6 +7,8 @@ from cl_prompts.heads.class_means import ClassMeans, class_means, class_sums
 from cl_prompts.heads.discriminant import DiscriminantClassifier
 from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
+from cl_prompts.heads.outliers import OutlierRegularizedHead, regularize_head
+from cl_prompts.heads.retrained import RetrainedHead
 from cl_prompts.heads.ridge import RidgeClassifier
 
 
@@ -24,10 +26,13 @@ __all__ = [
     "DiscriminantClassifier",
     "FeatureClassifier",
     "FeatureMap",
+    "OutlierRegularizedHead",
+    "RetrainedHead",
     "RidgeClassifier",
     "align",
     "build_classifier",
     "class_means",
     "class_sums",
     "fit_map",
+    "regularize_head",
 ]

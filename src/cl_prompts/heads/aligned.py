@@ -6,7 +6,6 @@ with lr 0.005, momentum 0.9, weight decay 5e-4 and a cosine schedule for 30 epoc
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.retrained import RetrainedHead
 
 
 def align(
@@ -63,7 +62,7 @@ def align(
         parameter.requires_grad_(flag)
 
 
-class AlignedClassifier(FeatureClassifier):
+class AlignedClassifier(RetrainedHead):
     """A copy of the trained head, aligned (`align`) after every task: SLCA, Zhang et al., ICCV 2023.
 
     Args:
@@ -75,8 +74,6 @@ class AlignedClassifier(FeatureClassifier):
         save_statistics: save what learning further tasks needs.
         options: of `align`.
     """
-
-    folds = 1  # a fit is a training
 
     def __init__(
         self,
@@ -92,7 +89,6 @@ class AlignedClassifier(FeatureClassifier):
         super().__init__(save_statistics=save_statistics, drift=drift)
         self.gaussians = ClassGaussians(width, kind, rank=rank, save=save_statistics)
         self.seed, self.options = seed, options
-        self.head: IncrementalHead | None = None
 
     def make_room(self) -> None:
         """Allocate the rows of the Gaussians."""
@@ -103,33 +99,10 @@ class AlignedClassifier(FeatureClassifier):
         super().begin_task(class_indices)
         self.gaussians.begin_task(class_indices)
 
-    def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
-        if head is None:
-            raise ValueError("an aligned classifier starts from the trained head: pass head=")
+    def _collect(self, features: Tensor, targets: Tensor, before: Tensor | None) -> None:
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets, self.seed)
-        self.head = copy.deepcopy(head).to(features.device)
-        align(self.head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
 
-    def held_out_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `FeatureClassifier.held_out_logits`, with its `args` and `kwargs`."""
-        aligned = self.head
-        try:
-            return super().held_out_logits(*args, **kwargs)
-        finally:
-            self.head = aligned
-
-    @torch.no_grad()
-    def hand_over(self, head: IncrementalHead) -> None:
-        """Copy the aligned values into `head`, and drop the aligned copy."""
-        assert self.head is not None
-        for old, new in zip(head.parameters(), self.head.parameters(), strict=True):
-            old.copy_(new)
-        self.head = None
-
-    def forward(self, features: Tensor) -> Tensor:
-        """The aligned head's logits, [B, C]."""
-        self.check_fitted()
-        assert self.head is not None
-        return self.head(features)
+    def _train(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:
+        align(head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)

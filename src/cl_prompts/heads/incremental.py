@@ -17,6 +17,7 @@ class IncrementalHead(nn.Module):
     Args:
         width: size D of the features it reads.
         cosine_scale: None for w.x + b; s for s * cos(w, x), without a bias.
+        layer_norm: with a scale, x enters with mean 0 and variance 1 (a layer norm without weights) in place of length 1.
 
     Attributes:
         weight: [C, D]. New rows are drawn from a normal of std 0.02 cut at two, as timm's head in the released L2P code.
@@ -29,9 +30,9 @@ class IncrementalHead(nn.Module):
     sorted_indices: Tensor
     current: Tensor
 
-    def __init__(self, width: int, cosine_scale: float | None = None) -> None:
+    def __init__(self, width: int, cosine_scale: float | None = None, *, layer_norm: bool = False) -> None:
         super().__init__()
-        self.cosine_scale = cosine_scale
+        self.cosine_scale, self.layer_norm = cosine_scale, layer_norm
         self.weight = nn.Parameter(torch.empty(0, width))
         self.bias = nn.Parameter(torch.empty(0)) if cosine_scale is None else None
         # Class ids in ascending order, and the index of the logit of each: a lookup table for any integers. They follow
@@ -67,10 +68,17 @@ class IncrementalHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, C], in float32."""
-        features = features.float()
+        features = self.read(features)
         if self.cosine_scale is None:
             return F.linear(features, self.weight, self.bias)
-        return self.cosine_scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        return self.cosine_scale * F.linear(features, F.normalize(self.weight, dim=1))
+
+    def read(self, features: Tensor) -> Tensor:
+        """What the weights are multiplied by, for features [B, D]."""
+        features = features.float()
+        if self.cosine_scale is None:
+            return features
+        return F.layer_norm(features, features.shape[1:]) if self.layer_norm else F.normalize(features, dim=1)
 
     def to_targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The index of the logit of each label's class.

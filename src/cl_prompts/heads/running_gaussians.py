@@ -22,7 +22,7 @@ WINDOW = 256
 
 
 class RunningGaussians(nn.Module):
-    """Running mean and variance of each class's input to the trained head. A cosine head reads features of length 1.
+    """Running mean and variance of each class's features as the trained head reads them (`IncrementalHead.read`).
 
     Args:
         width: size D of the features.
@@ -76,7 +76,7 @@ class RunningGaussians(nn.Module):
         member = targets[:, None] == self.newest
         old = self.mean[self.newest]
         # Relative to the old mean, because differences of large squares lose digits.
-        moved = _read(head, features) - self.mean[targets.clamp_min(0)]
+        moved = head.read(features) - self.mean[targets.clamp_min(0)]
         moved = torch.where(member.any(1, keepdim=True), moved, 0.0)  # padding may be NaN, and 0 * NaN is NaN
         weights = member.to(moved.dtype).T
         sums = sum_over_processes(torch.cat([weights @ moved, weights @ moved.square(), weights.sum(1, keepdim=True)], 1))
@@ -114,9 +114,3 @@ def _note_missing(gaussians: RunningGaussians, state_dict: Mapping[str, Any], pr
     """Hook of `load_state_dict`: remember whether the state has the tensors; it need not have them."""
     if f"{prefix}count" not in state_dict:
         gaussians.num_loaded = len(gaussians.count)
-
-
-def _read(head: IncrementalHead, features: Tensor) -> Tensor:
-    """What the head's weights are multiplied by [B, D]."""
-    features = features.float()
-    return features if head.cosine_scale is None else F.normalize(features, dim=1)

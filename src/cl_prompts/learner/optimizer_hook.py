@@ -1,8 +1,8 @@
-"""Scaling of the steps that an optimizer takes on protected rows, by hooks on the optimizer."""
+"""Scaling and projection of the steps that an optimizer takes on protected parameters, by hooks on the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 class UpdateScaler:
-    """Scales the updates of the parameters that a method protects.
+    """Scales or projects the updates of the parameters that a method protects.
 
-    After a step, theta <- before + factor * (theta - before) where factor < 1. This is exact for SGD, Adam and AdamW; a
-    constant factor on the gradient would cancel in Adam. A step that is skipped (gradient scaler, accumulation) runs no
-    hook. There is nothing to save: factors follow from the model, and hooks belong to one optimizer object.
+    After a step, theta <- before + factor * (theta - before) where factor < 1, or theta <- before + map(theta - before).
+    This is exact for SGD, Adam and AdamW; a constant factor on the gradient would cancel in Adam, and a projected gradient
+    would not give a projected step. A step that is skipped (gradient scaler, accumulation) runs no hook. There is nothing
+    to save: factors and maps follow from the model, and hooks belong to one optimizer object.
     """
 
     def __init__(self) -> None:
@@ -42,14 +43,20 @@ class UpdateScaler:
         """Whether an optimizer is attached."""
         return bool(self._trained)
 
-    def attach(self, optimizer: Any, module: nn.Module, factors: Mapping[str, Tensor], prefix: str) -> None:
-        """Scale the steps of an optimizer, in place of the one attached before.
+    def attach(
+        self,
+        optimizer: Any,
+        module: nn.Module,
+        factors: Mapping[str, Tensor],
+        projections: Mapping[str, Callable[[Tensor], Tensor]],
+    ) -> None:
+        """Scale and project the steps of an optimizer, in place of the one attached before.
 
         Args:
             optimizer: a torch optimizer or a wrapper of one, like Accelerate's.
             module: whose parameters it trains.
-            factors: factors in [0, 1] by parameter name, broadcast to the parameter.
-            prefix: what comes before these names in `module`.
+            factors: factors in [0, 1] by name of the parameter in `module`, broadcast to the parameter.
+            projections: linear maps of a step by name of the parameter.
 
         Raises:
             TypeError: it is no optimizer.
@@ -57,7 +64,8 @@ class UpdateScaler:
         self.detach()
         optimizer = inner_optimizer(optimizer)
         self._trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parameters = {name: module.get_parameter(prefix + name) for name in factors}
+        factors = {name: f for name, f in factors.items() if bool((f < 1).any())}
+        parameters = {name: module.get_parameter(name) for name in {**factors, **projections}}
         factors = {name: f.to(parameters[name].device) for name, f in factors.items()}
         before: dict[str, Tensor] = {}
 
@@ -67,12 +75,15 @@ class UpdateScaler:
         @torch.no_grad()
         def scale(*_: Any) -> None:
             for name, value in before.items():
-                parameter, factor = parameters[name], factors[name]
-                scaled = value + factor * (parameter - value)
-                parameter.copy_(torch.where(factor < 1, scaled, parameter))
+                parameter = parameters[name]
+                if name in projections:
+                    parameter.copy_(value + projections[name](parameter - value))
+                if name in factors:
+                    scaled = value + factors[name] * (parameter - value)
+                    parameter.copy_(torch.where(factors[name] < 1, scaled, parameter))
             before.clear()
 
-        if any(bool((factor < 1).any()) for factor in factors.values()):
+        if parameters:
             self._handles = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale)]
 
     def detach(self) -> None:

@@ -91,6 +91,11 @@ class Learner(Protocol):
         """Whether `consolidate` chooses the temperature of the scores, also where it is not needed."""
         ...
 
+    @property
+    def default_rates(self) -> Mapping[str, float]:
+        """Learning rates of parameter groups, by name, that a trainer uses unless it is told others."""
+        ...
+
     training: bool
 
     # ---- tasks -------------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
             of the labels in the global batch) or "none" (all). In a task of one class, without images of others, the head
             learns on the features of all classes seen (docs/methods/classifiers.md).
         logit_temperature: divides the logits at test (calibration). The predicted class does not change.
+        loss_temperature: divides the logits of the images in the training loss.
         diversity_weight: weight of the mean squared cosine between different prompts of a layer
             (`cl_prompts.methods.shared.regularizers.diversity`).
         alignment_weight: weight of 1 - cosine between the mean row of a prompt and its key. Only for methods with keys.
@@ -104,6 +105,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     query_pooling: str = field(default="auto", metadata={"help": "feature of the un-prompted pass that is the query"})
     class_mask: str = field(default="task", metadata={"help": "logits that the training loss uses"})
     logit_temperature: float = field(default=1.0, metadata={"help": "divides the logits at test"})
+    loss_temperature: float = field(default=1.0, metadata={"help": "divides the logits of the training loss"})
     diversity_weight: float = field(default=0.0, metadata={"help": "weight of the cosines between prompts of a layer"})
     alignment_weight: float = field(default=0.0, metadata={"help": "weight of the distance between keys and prompts"})
     entropy_weight: float = field(default=0.0, metadata={"help": "weight of the entropy of the selection"})
@@ -123,6 +125,9 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     papers: ClassVar[tuple[str, ...]] = ()
     # Whether training must call `attach_optimizer`.
     needs_optimizer: ClassVar[bool] = False
+    # Whether the optimizer's steps on the head's rows of earlier tasks are undone. They have no gradient with
+    # class_mask="task", but momentum and weight decay move them.
+    freezes_old_rows: ClassVar[bool] = False
     # Whether prompts have keys, and whether a score selects among prompts.
     has_keys: ClassVar[bool] = True
     selects: ClassVar[bool] = True
@@ -153,7 +158,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         choice(self, "readout", READOUTS)
         choice(self, "query_pooling", POOLINGS)
         choice(self, "class_mask", CLASS_MASKS)
-        scales_logits(self, "logit_temperature")
+        scales_logits(self, "logit_temperature", "loss_temperature")
         not_negative(self, "diversity_weight", "alignment_weight", "entropy_weight")
         if self.alignment_weight and not self.has_keys:
             raise ValueError(f"alignment_weight={self.alignment_weight}: {self.method} has no keys to align; leave it at 0")

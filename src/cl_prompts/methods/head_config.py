@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peft import PeftConfig
-
-from cl_prompts.methods.shared.field_checks import choice, flag, not_negative, positive, positive_number, scales_logits
+from cl_prompts.methods.outlier_config import OutlierConfig
+from cl_prompts.methods.shared.field_checks import choice, flag, positive, positive_number, scales_logits, share
 from cl_prompts.runtime.text import short_repr
 
 
-TRAINED_HEADS = ("linear", "cosine")
+TRAINED_HEADS = ("linear", "cosine", "layer_norm")
 RIDGE = ("ridge", "analytic")  # two names of one head; "analytic" is RanPAC's
 CLOSED_FORM = (*RIDGE, "discriminant")
 ALIGNMENTS = ("none", "covariance", "diagonal", "centroids")
@@ -20,7 +19,7 @@ COVARIANCES = ("low_rank", "full", "shared", "diagonal")
 
 
 @dataclass
-class ClassifierConfig(PeftConfig):
+class ClassifierConfig(OutlierConfig):
     """The classifier, and how it keeps the classes of earlier tasks.
 
     A closed-form head and alignment read the images of each task once more after its training
@@ -28,10 +27,11 @@ class ClassifierConfig(PeftConfig):
 
     Args:
         head: "linear" (w.x + b, the papers), "cosine" (head_scale * cos(w, x); rows of different tasks stay comparable,
-            although class_mask="task" never compares them in a loss), or in closed form: "ridge" (ridge regression on
+            although class_mask="task" never compares them in a loss), "layer_norm" (x after a layer norm without weights,
+            times w / |w|: APT), or in closed form: "ridge" (ridge regression on
             random ReLU features, RanPAC; also called "analytic") or "discriminant" (regularized discriminant analysis).
         head_scale: scale of the cosine head.
-        loss_head: head of the training loss if `head` is in closed form: "linear" or "cosine".
+        loss_head: head of the training loss if `head` is in closed form: "linear", "cosine" or "layer_norm".
         alignment: train the head again, after each task, on features drawn from Gaussians of all classes with
             covariances ("covariance"), with variances ("diagonal"), or with the means and variances of ten clusters per
             class ("centroids"). "none": no alignment.
@@ -55,7 +55,7 @@ class ClassifierConfig(PeftConfig):
         classifier_seed: seed of the projection and of features drawn from Gaussians.
     """
 
-    head: str = field(default="linear", metadata={"help": "linear, cosine, ridge or discriminant"})
+    head: str = field(default="linear", metadata={"help": "linear, cosine, layer_norm, ridge or discriminant"})
     head_scale: float = field(default=20.0, metadata={"help": "scale of the cosine head"})
     loss_head: str = field(default="linear", metadata={"help": "head of the training loss if the head is in closed form"})
     alignment: str = field(default="none", metadata={"help": "train the head again on Gaussians of all classes"})
@@ -82,7 +82,7 @@ class ClassifierConfig(PeftConfig):
     @property
     def consolidates(self) -> bool:
         """Whether a task's images are read once more after its training."""
-        return self.closed_form or self.alignment != "none"
+        return self.closed_form or self.alignment != "none" or self.outlier_epochs > 0
 
     @property
     def trains_features(self) -> bool:
@@ -95,9 +95,14 @@ class ClassifierConfig(PeftConfig):
         return self.drift_compensation if self.trained_tasks == "all" and self.trains_features else "none"
 
     @property
+    def trained_head(self) -> str:
+        """The head that is trained: `head`, or `loss_head` if that is in closed form."""
+        return self.loss_head if self.closed_form else self.head
+
+    @property
     def scale(self) -> float | None:
         """Scale of the trained head; None for a linear one."""
-        return self.head_scale if "cosine" in (self.head, self.closed_form and self.loss_head) else None
+        return {"linear": None, "cosine": self.head_scale, "layer_norm": 1.0}[self.trained_head]
 
     def check_classifier(self, num_labels: int | None) -> None:
         """Validate the fields, also against the config's `num_labels`.
@@ -113,11 +118,9 @@ class ClassifierConfig(PeftConfig):
         choice(self, "drift_compensation", DRIFTS)
         choice(self, "class_covariance", COVARIANCES)
         positive(self, "covariance_rank")
+        self.check_outliers()
         flag(self, "save_statistics")
-        not_negative(self, "own_covariance", "spherical_covariance")
-        for name in ("own_covariance", "spherical_covariance"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is a weight: choose a number from 0 to 1")
+        share(self, "own_covariance", "spherical_covariance")
         if self.projection_size != 0:
             positive(self, "projection_size")
         if self.ridge is not None:
@@ -130,6 +133,12 @@ class ClassifierConfig(PeftConfig):
             raise ValueError(
                 f"alignment={self.alignment!r}: head={self.head!r} is fitted to all classes and needs no alignment; set "
                 '"none"'
+            )
+        if self.outlier_epochs and (self.closed_form or self.alignment != "none"):
+            other = f"head={self.head!r}" if self.closed_form else f"alignment={self.alignment!r}"
+            raise ValueError(
+                f"outlier_epochs={self.outlier_epochs} trains the head that answers, but {other} replaces it: "
+                "choose one of them"
             )
         if self.consolidates and num_labels is not None and self.trains_features:
             raise ValueError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prompts
+from cl_prompts.interfaces import AttentionSeen, BackboneShape, LossPart, PoolInput, Prompts
 from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.regularizers import alignment, collapse, diversity
 
@@ -38,6 +38,14 @@ class Observation:
     features: Tensor | None = None
 
 
+class TaskStatistics(ABC):
+    """What a pool collects in the pass over a task's images at its end. Every process has as many batches as the others."""
+
+    @abstractmethod
+    def add(self, seen: AttentionSeen, *, valid: Tensor) -> None:
+        """Add one block's attention `seen` for a batch, over all processes; `valid` [B] is False for padding."""
+
+
 class PromptPool(nn.Module, ABC):
     """Base class of all methods; `register_prompt_method` gives a subclass its name.
 
@@ -53,6 +61,8 @@ class PromptPool(nn.Module, ABC):
     roles: ClassVar[dict[str, str]] = {}
     # Parameters of the group "prompts" whose rows are not prompt tokens.
     no_rows: ClassVar[tuple[str, ...]] = ()
+    # Whether the task's images are read once more at its end (`new_statistics`).
+    collects: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__()
@@ -141,6 +151,10 @@ class PromptPool(nn.Module, ABC):
         """Factors in [0, 1], by parameter name, that scale an optimizer's steps; they broadcast to the parameter."""
         return {}
 
+    def update_projections(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Linear maps, by parameter name, that an optimizer's steps [size of the parameter] go through."""
+        return {}
+
     @torch.no_grad()
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
         """Set every row of the trainable prompts to one of `vectors` [n, D] (patch embeddings), drawn by `generator`."""
@@ -163,6 +177,17 @@ class PromptPool(nn.Module, ABC):
 
     def end_task(self) -> None:
         """Close the current task."""
+
+    def check_statistics(self) -> None:
+        """Raise ValueError if the pool was saved without what the next task needs."""
+
+    def new_statistics(self) -> TaskStatistics:
+        """Empty statistics for the pass over the images of the current task; only of a pool that `collects`."""
+        raise NotImplementedError
+
+    def keep_statistics(self, statistics: TaskStatistics) -> None:
+        """Take over the `statistics` of the current task."""
+        raise NotImplementedError
 
     def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
         """Replay `begin_task` for `tasks` (class indices of each), in linear time; the values come from a file."""

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cl_prompts.heads import AlignedClassifier, FeatureClassifier, build_classifier
+from cl_prompts.heads import FeatureClassifier, RetrainedHead, build_classifier
 from cl_prompts.heads.calibration import carried_on, fit_temperature
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.refit import held_out_logits
@@ -55,7 +55,7 @@ class PoolAdapter(nn.Module):
         self.tasks = TaskState(config.state, config.num_labels)
         self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
-        self.head = IncrementalHead(width, config.scale)
+        self.head = IncrementalHead(width, config.scale, layer_norm=config.trained_head == "layer_norm")
         self.running_gaussians = None if config.closed_form else RunningGaussians(width, save=_saves_gaussians(config))
         self.classifier = build_classifier(config, width)
         self.recorded: Recorded | None = None
@@ -109,6 +109,11 @@ class PoolAdapter(nn.Module):
             self.pool.requires_grad_(False)
         return self
 
+    @property
+    def collects(self) -> bool:
+        """Whether the pool has statistics of a task's images to collect at its end."""
+        return self.pool.collects and self.config.num_labels is None and self.config.trained_tasks == "all"
+
     def check_pool_learns(self) -> None:
         """Raise ValueError if the pool is frozen."""
         if self.frozen:
@@ -129,6 +134,7 @@ class PoolAdapter(nn.Module):
     ) -> None:
         """Begin the next task; see `TaskAPI.begin_task`."""
         task = self.tasks.plan_task(classes, revisit, class_names)
+        self.pool.check_statistics()
         if self.classifier is not None:
             self.classifier.check_statistics()
             self._check_room(self.classifier, len(task.classes))
@@ -230,7 +236,7 @@ class PoolAdapter(nn.Module):
             classifier.fit(seen.features, targets, before, self.head)
         self.config.state.temperature = temperature
         self.recorded = None
-        if isinstance(classifier, AlignedClassifier):
+        if isinstance(classifier, RetrainedHead):
             classifier.hand_over(self.head)
 
     def _temperature(self, features: Tensor, targets: Tensor, before: Tensor | None) -> float | None:
@@ -244,6 +250,21 @@ class PoolAdapter(nn.Module):
             except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
                 return known
         return carried_on(known, fit_temperature(logits, held), len(held))
+
+    def attach_optimizer(self, optimizer: Any) -> None:
+        """Scale and project the steps that an optimizer takes, as the method needs it; see `TaskAPI.attach_optimizer`."""
+        pool = self.pool
+        factors = {f"pool.{name}": factor for name, factor in pool.update_factors().items()}
+        projections = {} if self.frozen else {f"pool.{name}": f for name, f in pool.update_projections().items()}
+        if self.config.freezes_old_rows and self.config.class_mask == "task" and not self._learns_one_class:
+            current = self.head.current.float()
+            factors |= {f"head.{name}": current.view(-1, *[1] * (p.dim() - 1)) for name, p in self.head.named_parameters()}
+        self.update_scaler.attach(optimizer, self, factors, projections)
+
+    @property
+    def _learns_one_class(self) -> bool:
+        """Whether the head's rows of earlier classes are trained, on Gaussians of their features (`head_losses`)."""
+        return 1 in (len(self.tasks.current_classes), len(self.tasks.earlier_classes))
 
     def group_of(self, name: str) -> str:
         """The parameter group of one of the adapter's parameters."""

@@ -9,7 +9,7 @@ steps up to the plan on entry and passes `answer`, which runs the steps after th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
-from cl_prompts.interfaces import PoolInput, Prompts
+from cl_prompts.interfaces import AttentionSeen, PoolInput, Prompts
 from cl_prompts.learner.checks import check_labels
 from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
@@ -77,6 +77,7 @@ def prompted_forward(
     *,
     training: bool,
     features_only: bool = False,
+    probe: Callable[[AttentionSeen], None] | None = None,
 ) -> Iterator[None]:
     """Within this context the base model, called with these arguments, returns the adapter's `PromptPoolOutput`.
 
@@ -86,6 +87,7 @@ def prompted_forward(
         args, kwargs: arguments of the forward, including `labels`, `query` and the others of this library.
         training: whether the method learns from this forward.
         features_only: use the trained head instead of a classifier computed from features.
+        probe: called with the attention of each block that has a prefix; None: not called.
 
     Raises:
         ValueError: the images do not fit the base, a label is of no declared class, or an earlier call is missing.
@@ -94,7 +96,7 @@ def prompted_forward(
     inputs = validate(backbone, adapter, args, kwargs, training=training, features_only=features_only)
     query, reuse = query_features(backbone, inputs)
     prompts = choose_prompts(inputs, query)
-    plan = plan_pass(backbone, inputs, prompts, reuse)
+    plan = plan_pass(backbone, inputs, prompts, reuse, probe)
     with backbone.prompted(plan, partial(answer, backbone, inputs, query, prompts, plan)):
         yield
 
@@ -155,8 +157,14 @@ def choose_prompts(inputs: Inputs, query: Tensor | None) -> Prompts:
         return pool(PoolInput(inputs.images.shape[0], query, task, inputs.valid))
 
 
-def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reuse: Reuse | None) -> PassPlan:
-    """What the prompted pass inserts, reuses and reads."""
+def plan_pass(
+    backbone: PromptedBackbone,
+    inputs: Inputs,
+    prompts: Prompts,
+    reuse: Reuse | None,
+    probe: Callable[[AttentionSeen], None] | None,
+) -> PassPlan:
+    """What the prompted pass inserts, reuses and reads: everything with a probe."""
     tokens, readout = prompts.tokens, inputs.adapter.readout
     if tokens is not None and prompts.tokens_take_cls_position:
         position = cls_position_embedding(backbone.model, backbone.structure)
@@ -164,9 +172,9 @@ def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reus
     index = int(prompts.tokens_after_cls and backbone.structure.has_cls)
     inserted = 0 if tokens is None else tokens.shape[1]
     read = None
-    if readout == "cls":
+    if probe is None and readout == "cls":
         read = backbone.readable(inserted if index == 0 else 0, 1)
-    elif readout == "prompt":
+    elif probe is None and readout == "prompt":
         read = backbone.readable(index, inserted)
     # Nothing to reuse if an image's passes differ (candidates), or if prompt tokens change every block from block 0 on.
     if prompts.candidates > 1 or (reuse is not None and reuse.below and tokens is not None):
@@ -181,6 +189,7 @@ def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reus
         repeats=prompts.candidates,
         learning=inputs.training,
         arguments=inputs.adapter.base_arguments,
+        probe=probe,
     )
 
 
@@ -208,8 +217,9 @@ def answer(
                 parts |= method_losses(
                     adapter.pool, prompts, record.prefixes, features, inputs.targets, inputs.valid, chosen
                 )
+            temperature = adapter.config.loss_temperature if inputs.training else 1.0
             loss, losses = total_loss(
-                logits, inputs.targets, inputs.valid, parts, inputs.num_items, over_processes=inputs.training
+                logits / temperature, inputs.targets, inputs.valid, parts, inputs.num_items, over_processes=inputs.training
             )
         if inputs.learns:
             with torch.no_grad():

@@ -41,7 +41,7 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
     if optimizer is not None:
         _swap_parameters(optimizer, swapped)
         if adapter.update_scaler.attached:
-            adapter.update_scaler.attach(optimizer, adapter, new.update_factors(), "pool.")
+            adapter.attach_optimizer(optimizer)
 
 
 @torch.no_grad()

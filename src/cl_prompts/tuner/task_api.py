@@ -22,7 +22,7 @@ from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
-from cl_prompts.tuner.forward import prompted_forward
+from cl_prompts.tuner.consolidation import consolidate, features_of
 from cl_prompts.tuner.parameter_groups import parameter_groups
 from cl_prompts.tuner.resize import grow_pool
 from cl_prompts.tuner.training_state import restored_adapter, training_state_dict
@@ -45,6 +45,7 @@ class TaskAPI:
         set_requires_grad: PEFT's method, which sets `requires_grad` of the parameters of an adapter.
         replay: how stored images join training: "mixed" into the batches.
         needs_memory: whether stored images are needed.
+        default_rates: learning rates of groups that differ from the trainer's; none.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class TaskAPI:
     replay: ClassVar[Replay] = "mixed"
     needs_memory: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
+    default_rates: ClassVar[Mapping[str, float]] = {}
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class TaskAPI:
     @property
     def needs_consolidation(self) -> bool:
         """Whether `consolidate` must be called after a task's training."""
-        return self.adapter.classifier is not None
+        return self.adapter.classifier is not None or self.adapter.collects
 
     @property
     def image_size(self) -> list[int] | None:
@@ -249,7 +251,7 @@ class TaskAPI:
             ValueError: the optimizer does not train all trainable parameters.
         """
         adapter = self.adapter
-        adapter.update_scaler.attach(optimizer, adapter, adapter.pool.update_factors(), "pool.")
+        adapter.attach_optimizer(optimizer)
         adapter.update_scaler.check_trains(adapter.named_parameters())
 
     def check_labels(self) -> None:
@@ -293,7 +295,7 @@ class TaskAPI:
         self.adapter.recorded = record(self.features_of, images)
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
-        """Fit the classifier, if it is made from features, and calibrate the scores, with a task's images.
+        """Fit the classifier, if it is made from features, collect the pool's statistics, and calibrate the scores.
 
         Call it after training, before `end_task`. A trained head can do without it; its scores are then not calibrated.
 
@@ -304,7 +306,7 @@ class TaskAPI:
         Raises:
             ValueError: `record_features` was not called, or an image is of no class of the newest task.
         """
-        self.adapter.consolidate(record(self.features_of, images))
+        consolidate(self.backbone, self.adapter, images)
 
     def rank_images(self, rows: Sequence[int] | NDArray[np.int64], images: Images) -> NDArray[np.float64] | None:
         """Ranking of the `images` with numbers `rows` for rehearsal: None, prompt learners have no preference."""
@@ -316,9 +318,7 @@ class TaskAPI:
         Args:
             batch: with `pixel_values` and, if known, `query`.
         """
-        own = {name: batch[name] for name in ("pixel_values", "query") if name in batch}
-        with prompted_forward(self.backbone, self.adapter, (), own, training=False, features_only=True):
-            return self.model(**own).features
+        return features_of(self.backbone, self.adapter, batch)
 
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Features of the frozen backbone without prompts. They are the query of the methods that use one.

@@ -183,7 +183,7 @@ def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:
     adapter.tasks.check_training()
     if adapter.config.needs_optimizer and not adapter.update_scaler.attached:
         raise ValueError(
-            'this config scales the optimizer\'s steps (modulate="update"): call model.attach_optimizer(optimizer) after '
+            f"{adapter.config.method} changes the optimizer's steps: call model.attach_optimizer(optimizer) after "
             "begin_task; with transformers.Trainer pass callbacks=[cl_prompts.hf_trainer.AttachOptimizer()]"
         )
     adapter.update_scaler.check_trains(adapter.named_parameters())

@@ -13,6 +13,7 @@ from cl_prompts.methods.shared.field_checks import (
     flag,
     not_negative,
     positive,
+    scales_logits,
     splits_in_two,
 )
 from cl_prompts.methods.shared.task_inference_config import TaskInferenceConfig
@@ -37,12 +38,17 @@ class HashPromptConfig(TaskInferenceConfig):
         prompt_init: as in `L2PConfig`, or "lower_layer": each layer's prompts are those of the layer below plus noise.
             Ours.
         router_init: a new task's router starts as a copy of the "previous" one, or from "normal" noise (std 0.02). Ours.
+        router_input: what a router reads: "block" (the block's input), or "normed" (its tokens after a layer norm without
+            weights). Ours.
+        router_scale: factor of the routing scores before the penalty; larger ones make the mixing weights less even. Ours.
+        learn_router_scale: train that factor, one for each layer and task, from `router_scale` on. Ours.
         router_inference: router used at test. "average": the mean score of all routers. "prototype": the router of the task
             whose class statistics fit the un-prompted feature best (`task_statistics`). "confidence": one pass with each
             router; the most confident answer is taken. "last": the newest router. Ours.
         hdr: form of the routing penalty phi(H): "constant" (delta for the `history_top` most activated prompts; the
             paper's default), "log" delta * log(1 + H), "power" delta * H^alpha, or "none".
         delta: size of the routing penalty. Ours.
+        relative_delta: delta is in units of the range of the image's scores, as SMoPE's epsilon. Ours.
         alpha: exponent of the "power" form. Ours.
         history_top: size of the most-activated set A_t. Ours.
         hgm: form of the update factor psi(H): "constant" (beta for the set A_t; the paper's default), "reciprocal"
@@ -52,6 +58,8 @@ class HashPromptConfig(TaskInferenceConfig):
         modulate: what psi scales. "update": the optimizer's step (exact under Adam, in which a constant factor on a
             gradient cancels). "gradient": the gradient, as in the text. "quadratic": nothing; the loss term
             zeta / 2 * sum_e H_e |theta_e - theta_e^t|^2 is added instead.
+        history_update: when counts enter the routing penalty: at the end of their "task", or with each "step", so that the
+            penalty of a task has its own counts too. Updates (HGM) have those of earlier tasks. Ours.
         history_decay: factor on a task's counts for each later task; 1.0 is the paper's sum. With smaller values, prompts
             that were used only by early tasks are penalized less. Ours.
     """
@@ -64,15 +72,20 @@ class HashPromptConfig(TaskInferenceConfig):
     share_layers: bool = False
     prompt_init: str = "uniform"
     router_init: str = "previous"
+    router_input: str = "block"
+    router_scale: float = 1.0
+    learn_router_scale: bool = False
     router_inference: str = "average"
     hdr: str = "constant"
     delta: float = 0.1
+    relative_delta: bool = False
     alpha: float = 0.5
     history_top: int = 4
     hgm: str = "constant"
     beta: float = 0.5
     zeta: float = 0.01
     modulate: str = "update"
+    history_update: str = "task"
     history_decay: float = 1.0
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2601.20894",)
@@ -84,12 +97,15 @@ class HashPromptConfig(TaskInferenceConfig):
         positive(self, "pool_size", "prompt_length", "top_k", "history_top")
         choice(self, "prompt_init", LAYER_INITS)
         choice(self, "router_init", ("previous", "normal"))
+        choice(self, "router_input", ("block", "normed"))
+        choice(self, "history_update", ("task", "step"))
+        scales_logits(self, "router_scale")
         choice(self, "router_inference", ("average", "prototype", "confidence", "last"))
         choice(self, "hdr", ("constant", "log", "power", "none"))
         choice(self, "hgm", ("constant", "reciprocal", "exponential", "none"))
         choice(self, "modulate", ("update", "gradient", "quadratic"))
         not_negative(self, "delta", "alpha", "zeta", "beta", "history_decay")
-        flag(self, "share_layers")
+        flag(self, "share_layers", "learn_router_scale", "relative_delta")
         check_top_k(self)
         check_layers(self)
         splits_in_two(self, "prompt_length")

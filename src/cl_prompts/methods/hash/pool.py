@@ -8,6 +8,9 @@ block's input x [N, D] before its norm:
     p        = sum_selected w_m p_m;  first half -> keys, second half -> values, in front of the block's own
     the update of p_m in training is scaled by psi(H_m)              HGM
 
+Options change s: x after a layer norm (`router_input`), a factor before the penalty (`router_scale`), and phi(H) times the
+range of the image's scores (`relative_delta`).
+
 H counts the images of earlier tasks that used a prompt. At test each router has the penalty of its training, so that it
 selects what it would have selected then.
 """
@@ -27,6 +30,7 @@ from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prefix, Pr
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory, ScaleGradient, routing_penalty, update_factor
 from cl_prompts.methods.shared.initialization import initial
+from cl_prompts.methods.shared.per_task import PerTask
 from cl_prompts.methods.shared.prefixes import split_prefix
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
 
@@ -42,6 +46,8 @@ class TokenRouter:
         which: router of each image [B]; None if there is one router.
         top_k: prompts per image.
         heads: number of attention heads; None keeps the prefix in the input space.
+        normed: whether tokens pass a layer norm without weights.
+        relative: whether penalties are in units of the range of the scores.
     """
 
     prompts: Tensor
@@ -50,13 +56,20 @@ class TokenRouter:
     which: Tensor | None
     top_k: int
     heads: int | None
+    normed: bool = False
+    relative: bool = False
 
     def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
         """The prefix of each image for a block input [B, N, D]. Scores and mixing are in float32."""
         with torch.autocast(block_input.device.type, enabled=False):
             # The router is linear, so the mean over tokens can be taken first.
-            mean = block_input.mean(1, dtype=torch.float32)
-            scores = torch.einsum("bd,rmd->brm", mean, self.routers) / math.sqrt(mean.shape[1]) - self.penalties
+            tokens = F.layer_norm(block_input.float(), block_input.shape[2:]) if self.normed else block_input
+            mean = tokens.mean(1, dtype=torch.float32)
+            scores = torch.einsum("bd,rmd->brm", mean, self.routers) / math.sqrt(mean.shape[1])
+            penalties = self.penalties
+            if self.relative:
+                penalties = penalties * (scores.amax(2, keepdim=True) - scores.amin(2, keepdim=True)).detach()
+            scores = scores - penalties
             if self.which is None:
                 scores = scores[:, 0]
             else:
@@ -72,11 +85,12 @@ class HashPool(PromptPool):
     """The Hash pool.
 
     Tensors: `prompts` [layers (1 if shared), M, Lp, D]; `router` [layers, M, D] of the current task; `old_routers`
-    [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; for router_inference="prototype" the class
+    [tasks - 1, layers, M, D], frozen; `history.counts` [tasks, layers, M]; with `learn_router_scale` `scale.current`
+    [layers] and `scale.earlier` [tasks - 1, layers], frozen; for router_inference="prototype" the class
     statistics `prototypes`; for modulate="quadratic" the prompts at the start of the task, `anchor`.
     """
 
-    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers"}
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "router": "routers", "scale.current": "routers"}
     old_routers: Tensor
     anchor: Tensor
 
@@ -87,6 +101,8 @@ class HashPool(PromptPool):
         self.router = initial("normal", depth, size, width)
         self.history = ActivationHistory((depth,), size)
         self.register_buffer("old_routers", torch.zeros(0, depth, size, width))
+        if config.learn_router_scale:
+            self.scale = PerTask(nn.Parameter(torch.full((depth,), float(config.router_scale))))
         if config.infers_task:
             self.prototypes = ClassPrototypes(width, config.task_statistics, config.covariance_shrinkage)
         if config.modulate == "quadratic":
@@ -112,6 +128,8 @@ class HashPool(PromptPool):
             if self.config.router_init == "normal":
                 start.normal_(std=0.02)
             self.router = nn.Parameter(start, requires_grad=self.router.requires_grad)
+            if self.config.learn_router_scale:
+                self.scale.next()
         super().begin_task(class_indices)
         self.history.begin_task()
         if self.needs_query:
@@ -132,11 +150,13 @@ class HashPool(PromptPool):
         rule = "last" if batch.task is not None or self.num_tasks <= 1 else self.config.router_inference
         which, candidates = None, 1
         if rule == "last":
-            history = self._history(max(self.num_tasks - 1, 0))[None]
-            routers, penalties = self.router[None], routing_penalty(history, self.config)
+            newest = max(self.num_tasks - 1, 0)
+            history = self._history(self.num_tasks if self._own_counts else newest)[None]
+            routers, penalties = self._scaled(self.router[None]), routing_penalty(history, self.config)
         else:
-            routers = torch.cat([self.old_routers, self.router[None]])
-            penalties = routing_penalty(self.history.before_each(self.config.history_decay), self.config)
+            routers = self._scaled(torch.cat([self.old_routers, self.router[None]]))
+            history = self.history.before_each(self.config.history_decay, own=self._own_counts)
+            penalties = routing_penalty(history, self.config)
         if rule == "average":
             routers, penalties = routers.mean(0, keepdim=True), penalties.mean(0, keepdim=True)
         elif rule == "prototype":
@@ -150,7 +170,16 @@ class HashPool(PromptPool):
         prefixes: dict[int, Prefix] = {}
         for row, layer in enumerate(self.layers):
             pool = prompts[0 if self.config.share_layers else row]
-            prefixes[layer] = TokenRouter(pool, routers[:, row], penalties[:, row], which, self.config.top_k, self.heads)
+            prefixes[layer] = TokenRouter(
+                pool,
+                routers[:, row],
+                penalties[:, row],
+                which,
+                self.config.top_k,
+                self.heads,
+                normed=self.config.router_input == "normed",
+                relative=self.config.relative_delta,
+            )
         answer = Prompts(prefixes=prefixes, candidates=candidates)
         if batch.task is not None and self.config.modulate == "quadratic" and self.config.hgm != "none":
             answer.losses["history"] = LossPart(self._drift_from_anchor(), "batch")
@@ -178,6 +207,17 @@ class HashPool(PromptPool):
     def update_factors(self) -> dict[str, Tensor]:
         """psi(H) for the steps of the prompts, with modulate="update"."""
         return {"prompts": self._factor()} if self.config.hgm != "none" and self.config.modulate == "update" else {}
+
+    @property
+    def _own_counts(self) -> bool:
+        """Whether a task's penalty has its own counts."""
+        return self.config.history_update == "step"
+
+    def _scaled(self, routers: Tensor) -> Tensor:
+        """The newest `routers` [R, layers, M, D] times their scale."""
+        if self.config.learn_router_scale:
+            return routers * self.scale.all()[-len(routers) :, :, None, None]
+        return routers if self.config.router_scale == 1.0 else routers * self.config.router_scale
 
     def _history(self, task: int) -> Tensor:
         return self.history.before(task, self.config.history_decay)

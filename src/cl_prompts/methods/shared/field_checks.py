@@ -58,6 +58,14 @@ def positive_number(config: Any, *names: str, smallest: float = 1 / LARGEST, lar
             raise ValueError(f"{name}={short_repr(value)} must be from {smallest:g} to {largest:g}")
 
 
+def share(config: Any, *names: str) -> None:
+    """The fields are weights: numbers from 0 to 1."""
+    not_negative(config, *names)
+    for name in names:
+        if getattr(config, name) > 1:
+            raise ValueError(f"{name}={getattr(config, name)!r} is a weight: choose a number from 0 to 1")
+
+
 def scales_logits(config: Any, *names: str) -> None:
     """The fields multiply or divide logits: numbers above 0 for which the logits stay finite in float32."""
     positive_number(config, *names, smallest=1e-6, largest=1e6)

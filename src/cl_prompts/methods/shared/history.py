@@ -58,10 +58,15 @@ class ActivationHistory(TaskTensors):
         age = torch.arange(task - 1, -1, -1, dtype=self._dtype, device=self.counts.device)
         return torch.tensordot(decay**age, self.counts[:task].to(self._dtype), dims=1)
 
-    def before_each(self, decay: float = 1.0) -> Tensor:
-        """`before(task, decay)` for every task so far, with one `decay`: float64 [tasks, *rows, M]."""
+    def before_each(self, decay: float = 1.0, *, own: bool = False) -> Tensor:
+        """`before(task, decay)` for every task so far, with one `decay`: float64 [tasks, *rows, M].
+
+        Args:
+            decay: as in `before`.
+            own: include each task's own counts, as `before(task + 1, decay)` does.
+        """
         task = torch.arange(self.counts.shape[0], dtype=self._dtype, device=self.counts.device)
-        age = task[:, None] - 1 - task
+        age = task[:, None] - (0 if own else 1) - task
         weight = torch.where(age >= 0, decay ** age.clamp_min(0), 0.0)
         return torch.tensordot(weight, self.counts.to(self._dtype), dims=1)
 

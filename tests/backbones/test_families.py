@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from cl_prompts import HashPromptConfig, get_prompt_pool_model
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.interfaces import PrefixKV
 
 
 BATCH = 2
@@ -88,3 +89,20 @@ def test_a_further_family_trains_with_checkpointing_and_is_given_back(name: str)
         given_back = tensors_of(model.unload()(**values))
     for found in (off, given_back):
         assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["blip", "flava", "data2vec"])
+def test_a_bias_and_what_is_added_to_cls_reach_attention_that_is_not_registered(name: str) -> None:
+    """-inf on all of a prefix switches it off, in products as in `scaled_dot_product_attention`."""
+    model, values = build_further(name).requires_grad_(False), further_inputs(name, BATCH)
+    backbone = PromptedBackbone(model)
+    plain = run(backbone, values)
+    k, v = (part.detach() for part in (random_prefixes(model, BATCH)[0].k, random_prefixes(model, BATCH)[2].v))
+    for bias, same in ((float("-inf"), True), (0.0, False)):
+        logit_bias = torch.full((BATCH, 4, 17, 5), bias)
+        biased = run(backbone, values, prefixes={1: PrefixKV(k, v, logit_bias=logit_bias)})
+        assert torch.allclose(biased, plain, atol=1e-5) == same
+    added = torch.randn(BATCH, 4, 1, 8)
+    off = {"k": k, "v": v, "logit_bias": torch.full((BATCH, 4, 17, 5), float("-inf"))}
+    for part in ("cls_k", "cls_v"):
+        assert not torch.allclose(run(backbone, values, prefixes={1: PrefixKV(**off, **{part: added})}), plain, atol=1e-3)

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from cl_prompts.pipeline import PromptPoolPipeline
+from cl_prompts.runs.screen import quiet_libraries
 from cl_prompts.runtime.images import MAX_PIXELS
 from cl_prompts.runtime.text import LONGEST_NAME, terminal_text
 from cl_prompts.sharing.inspect import describe_adapter
@@ -34,12 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: arguments of the command line; None: those of this process.
 
     Returns:
-        The exit code: 0, or 1 after an error. Wrong arguments exit with 2.
+        The exit code: 0, or 1 after an error. Wrong arguments exit with 2, in `train` and `compare` with 1.
     """
-    args = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["train"], ["compare"]):  # which read their own settings
+        args = argparse.Namespace(run=_train if words[0] == "train" else _compare, words=words[1:])
+    else:
+        args = _parser().parse_args(words)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        with _warnings_on_stderr():
+        with quiet_libraries(), _warnings_on_stderr():
             code = run(args)
         sys.stdout.flush()
         return code
@@ -48,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except EXPECTED as error:
         _print_to_stderr(error)
+        return 1
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        _print_to_stderr(error.code)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -58,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cl-prompts {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    commands.add_parser(
+        "train", help="teach a vision transformer task after task; without arguments digits, in two minutes"
+    )
+    commands.add_parser("compare", help="train with several methods and seeds, and write a table")
     predict = commands.add_parser("predict", help="the most likely classes of images")
     predict.set_defaults(run=_predict)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="file or URL")
@@ -113,10 +126,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _train(args: argparse.Namespace) -> int:
+    _check_extra("train")
+    from cl_prompts.runs.train import main as train  # imports the trainer, which other commands do not need
+
+    train(args.words)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _check_extra("compare")
+    from cl_prompts.runs.comparison import main as compare
+
+    compare(args.words)
+    return 0
+
+
+def _check_extra(command: str) -> None:
+    missing = [name for name in ("matplotlib", "sklearn", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{command} needs {', '.join(missing)}: pip install 'cl-prompts[train]'")
+
+
 def _predict(args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.top_k < 1:
         raise ValueError(f"--batch-size {args.batch_size} and --top-k {args.top_k} must be at least 1")
-    _quiet_transformers()
     pipe = PromptPoolPipeline.from_pretrained(
         args.adapter,
         base=args.base,
@@ -147,7 +181,6 @@ def _predict(args: argparse.Namespace) -> int:
 def _learn(args: argparse.Namespace) -> int:
     from cl_prompts.cli.learn import learn  # imports the trainer, which other commands do not need
 
-    _quiet_transformers()
     name = Path(args.adapter).resolve().name if Path(args.adapter).exists() else args.adapter.rpartition("/")[2]
     folder = args.output or f"{name}-{Path(args.folder).resolve().name}"
     settings = {"num_train_epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
@@ -182,7 +215,6 @@ def _listed(names: Sequence[str]) -> str:
 def _evaluate(args: argparse.Namespace) -> int:
     from cl_prompts.cli.labeled_images import count_correct, list_images, percent
 
-    _quiet_transformers()
     images = list_images(args.folder)
     pipe = PromptPoolPipeline.from_pretrained(
         args.adapter, base=args.base, revision=args.revision, batch_size=args.batch_size, device=args.device
@@ -201,12 +233,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     for name, value in by_class.items():
         print(terminal_text(f"  {value:5.1f} %  {terminal_text(name, LONGEST_NAME)} ({len(images[name])} images)"))
     return 0
-
-
-def _quiet_transformers() -> None:
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _inspect(args: argparse.Namespace) -> int:

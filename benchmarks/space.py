@@ -26,9 +26,10 @@ import opening  # noqa: E402
 import teaching  # noqa: E402
 import uploads  # noqa: E402
 from answering import answer  # noqa: E402
-from images import digits  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.utils import logging  # noqa: E402
+
+from cl_prompts.runs.images import digits  # noqa: E402
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image
-from images import load_image_data
 
+from cl_prompts.runs.images import load_image_data
 from cl_prompts.runtime.images import read_rgb
 from cl_prompts.storage.staging import staging_folder
 

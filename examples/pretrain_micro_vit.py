@@ -1,6 +1,6 @@
-"""Train the micro ViT that ships in `examples/micro_vit`: a 32x32 backbone of about 1M parameters for glyph-like images.
+"""Train the micro ViT that ships in `src/cl_prompts/runs/micro_vit`: a 32x32 backbone of 1M parameters for glyphs.
 
-    python examples/pretrain_micro_vit.py --data PATH --output examples/micro_vit
+    python examples/pretrain_micro_vit.py --data PATH --output src/cl_prompts/runs/micro_vit
 
 `PATH` is a folder of parquet files with the columns `img` and `label` (gray glyphs, white on black). Every twentieth image
 is held out; the accuracy on these is written to the model card. Only the backbone is saved, without the classifier.
@@ -78,7 +78,7 @@ def main() -> None:
     """Train the backbone, print the accuracy, and save backbone, image processor and model card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--output", default="examples/micro_vit")
+    parser.add_argument("--output", default="src/cl_prompts/runs/micro_vit")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)

@@ -4,6 +4,7 @@ import json
 import os
 import pkgutil
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -357,3 +358,43 @@ def test_push(hub: Hub, adapter: Path, images: list[str], capsys: Output) -> Non
     assert "hf auth login" in complaint(capsys)
     assert main(["push", str(adapter.with_name("none")), "me/pool"]) == 1
     assert "none does not exist" in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["train", "--benchmark", "nope"], "no benchmark 'nope': choose one of"),
+        (["train", "--epoch", "3"], "no such arguments: ['--epoch', '3']"),
+        (["compare", "nope"], "no comparison 'nope': choose one of ['compare_"),
+    ],
+)
+def test_a_mistake_in_the_settings_of_a_run_is_one_line(line: list[str], said: str, capsys: Output) -> None:
+    assert main(line) == 1
+    assert complaint(capsys).startswith(said)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_what_a_run_needs_is_named_before_it_starts(command: str, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_prompts.cli.commands.find_spec", lambda name: None)
+    assert main([command]) == 1
+    assert complaint(capsys) == f"{command} needs matplotlib, sklearn: pip install 'cl-prompts[train]'"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_help_of_a_run_names_its_command(command: str, capsys: Output) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: cl-prompts {command} [-h]")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["predict", "--help"], ["predict"], ["unknown"]], ids=" ".join
+)
+def test_help_and_mistakes_import_no_library(words: list[str]) -> None:
+    script = (
+        "import sys\nfrom cl_prompts.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
     python examples/space/make_digits.py
 
 Digits 8 and 9 are left for the visitor to teach. The adapter learns four tasks of two digits on the micro ViT with
-`examples/train_cil.py` and its recipe for the digits, seed 0, on the CPU. Needs the extra `train`; one to two minutes.
+`examples/train_cil.py` and the recipe for the digits, seed 0, on the CPU. Needs the extra `train`; one to two minutes.
 """
 
 import json
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from cl_prompts.runs.images import digits
+
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent
@@ -28,9 +30,6 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # rounding 
 
 def main() -> None:
     """Write `digits/` and `samples/`."""
-    sys.path.insert(0, str(EXAMPLES))
-    from images import digits  # of the examples
-
     splits = digits()
     with tempfile.TemporaryDirectory() as room:
         data, output = Path(room, "digits-0-to-7"), Path(room, "run")

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from uploads import MAX_ADAPTER_BYTES, take_adapter
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel, PromptPoolPipeline
+from cl_prompts.runs import MICRO_VIT
 from cl_prompts.runtime.text import first_line
-from cl_prompts.sharing.base_models import BASE_FOLDER, load_base
+from cl_prompts.sharing.base_models import load_base
 from cl_prompts.sharing.card import hub_base
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
@@ -26,8 +27,6 @@ from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES, read_bounded
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE / "digits"
-# A pushed Space contains the micro ViT; in the repository it is in the folder of examples.
-MICRO_VIT = next(folder for folder in (HERE / BASE_FOLDER, HERE.parent / "micro_vit") if folder.is_dir())
 
 MAX_BASE_BYTES = 2**30
 MIN_FREE_BYTES = 4 * 2**30  # on the disk with the Hub's cache

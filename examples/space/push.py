@@ -3,7 +3,7 @@
     python examples/space/push.py me/my-space             # to the Hub, with the token of `hf auth login`
     python examples/space/push.py --folder build/space    # only to a folder
 
-A Space needs copies of the micro ViT and the library next to app.py.
+A Space needs a copy of the library next to app.py; the micro ViT is part of it.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from huggingface_hub import HfApi
 
 
 HERE = Path(__file__).resolve().parent
-MICRO_VIT = HERE.parent / "micro_vit"
 LIBRARY = HERE.parent.parent / "src" / "cl_prompts"
 GENERATED = ("__pycache__", ".*")
 NOT_OF_THE_SPACE = ("push.py", "make_digits.py")  # of this folder; the library has a push.py of its own
@@ -30,7 +29,6 @@ def assemble(folder: Path) -> Path:
     """
     generated = shutil.ignore_patterns(*GENERATED)
     shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(*GENERATED, *NOT_OF_THE_SPACE))
-    shutil.copytree(MICRO_VIT, folder / "base", ignore=generated)
     shutil.copytree(LIBRARY, folder / "cl_prompts", ignore=generated)
     return folder
 

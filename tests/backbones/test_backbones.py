@@ -1,8 +1,7 @@
 """Prompts into every family: against an independent oracle, off equals base, compiled and checkpointed."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,79 +10,19 @@ import torch._dynamo.testing
 import transformers as T
 from support.families import BARE, CLASSIFIERS, SIZES, build, inputs, tensors_of, with_noise
 from support.methods import METHODS
-from torch import Tensor, nn
+from support.oracles import random_prefixes, record_block_inputs, run, token_extension
+from torch import nn
 from torch.testing import assert_close
 
 from cl_prompts import HashPromptConfig, L2PConfig, get_prompt_pool_model
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
-from cl_prompts.backbones.structure import cls_position_embedding, find_structure, projection_names
+from cl_prompts.backbones.structure import cls_position_embedding, find_structure
 from cl_prompts.interfaces import PrefixKV
 
 
 ALL = [(name, False) for name in BARE] + [(name, True) for name in CLASSIFIERS]
 NAMES = [f"{name}{'-classifier' if c else ''}" for name, c in ALL]
-
-
-@contextmanager
-def token_extension(model: nn.Module, prefixes: dict[int, PrefixKV]) -> Iterator[None]:
-    """Oracle for prefixes with no code of ours in it: the attention's input gets P more rows, whose projected keys and
-    values are overwritten and whose outputs are dropped (ECOSYSTEM 2.2, variant B3)."""
-    structure = find_structure(model)
-    handles: list[Any] = []
-    for layer, prefix in prefixes.items():
-        attention = model.get_submodule(structure.attentions[layer])
-        length = prefix.k.shape[2]
-
-        def extend(module: nn.Module, args: Any, kwargs: Any, length: int = length) -> Any:
-            longer = lambda x: torch.cat([x.new_zeros(x.shape[0], length, x.shape[2]), x], 1)  # noqa: E731
-            if kwargs.get("attention_mask") is not None:
-                mask = kwargs["attention_mask"]
-                free = float(mask.dtype == torch.bool)
-                kwargs = {**kwargs, "attention_mask": nn.functional.pad(mask, (length, 0, length, 0), value=free)}
-            if args:
-                return (longer(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": longer(kwargs["hidden_states"])}
-
-        def drop(module: nn.Module, args: Any, output: Any, length: int = length) -> Any:
-            return (output[0][:, length:], *output[1:]) if isinstance(output, tuple) else output[:, length:]
-
-        handles += [
-            attention.register_forward_pre_hook(extend, with_kwargs=True),
-            attention.register_forward_hook(drop),
-        ]
-        names = projection_names(attention)
-        assert names is not None
-        for name, rows in zip(names[1:], (prefix.k, prefix.v), strict=True):
-
-            def overwrite(module: nn.Module, args: Any, output: Tensor, rows: Tensor = rows) -> Tensor:
-                return torch.cat([rows.transpose(1, 2).flatten(2), output[:, rows.shape[2] :]], 1)
-
-            handles.append(getattr(attention, name).register_forward_hook(overwrite))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def random_prefixes(model: nn.Module, batch: int, length: int = 5, scale: float = 1.0) -> dict[int, PrefixKV]:
-    shape = find_structure(model).shape
-    generator = torch.Generator().manual_seed(7)
-
-    def rows() -> Tensor:
-        return (scale * torch.randn(batch, shape.num_heads, length, shape.head_dim, generator=generator)).requires_grad_()
-
-    return {layer: PrefixKV(rows(), rows()) for layer in (0, 2)}
-
-
-def run(backbone: PromptedBackbone, values: dict[str, Tensor], **planned: Any) -> Tensor:
-    """Last hidden state before the final norm, of a pass under a plan."""
-    plan = PassPlan(PassRecord(), **planned)
-    with backbone.prompted(plan):
-        backbone.model(**values)
-    assert plan.record.hidden is not None
-    return plan.record.hidden
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -151,17 +90,6 @@ def test_tokens_equal_a_sequence_built_by_hand(name: str, classifier: bool, atte
     outputs[0][0].square().sum().backward()
     assert tokens.grad is not None
     assert (tokens.grad.abs().sum(2) > 0).all()
-
-
-def record_block_inputs(model: nn.Module, block: str) -> list[Tensor]:
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        handle.remove()
-
-    handle = model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True)
-    return seen
 
 
 @pytest.mark.parametrize("config", [L2PConfig, lambda: HashPromptConfig(layers=[0, 2])], ids=["l2p", "hash"])
@@ -277,11 +205,12 @@ def count_calls(block: nn.Module) -> list[int]:
             lambda: T.SwinModel(T.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2])),
             "2 lists of blocks",
         ),
-        (lambda: T.Data2VecVisionModel(T.Data2VecVisionConfig(**SIZES)), "registered attention function"),
-        (lambda: T.BertModel(T.BertConfig(**TEXT_SIZES)), "no norm follows"),
+        (lambda: T.Phi4MultimodalVisionModel(T.Phi4MultimodalVisionConfig(**SIZES)), "Attention is causal"),
+        (lambda: T.Sapiens2Model(T.Sapiens2Config(**SIZES, num_key_value_heads_per_layer=[4, 2, 4])), "numbers of heads"),
+        (lambda: T.Sam3ViTModel(T.Sam3ViTConfig(**SIZES)), "no norm follows"),
         (lambda: nn.Linear(3, 3), "no list of transformer blocks"),
     ],
-    ids=["cnn", "swin", "data2vec", "text", "linear"],
+    ids=["cnn", "swin", "causal", "heads", "norm", "linear"],
 )
 def test_unsupported_models_are_named(model: Callable[[], Any], why: str) -> None:
     base = model()
@@ -295,9 +224,6 @@ def test_a_detector_is_refused_by_a_trial() -> None:
     base = T.YolosModel(T.YolosConfig(**SIZES | {"image_size": [32, 32]}))
     with pytest.raises(TypeError, match="YolosModel cannot run as a base: a trial with one image failed"):
         get_prompt_pool_model(base, L2PConfig())
-
-
-TEXT_SIZES: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 @pytest.mark.parametrize(

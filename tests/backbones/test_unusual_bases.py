@@ -245,6 +245,11 @@ def sharded() -> Any:
     return base
 
 
+def pose_estimator() -> Any:
+    backbone = T.VitPoseBackboneConfig(**SIZES | {"image_size": [32, 32], "patch_size": [8, 8], "out_indices": [3]})
+    return T.VitPoseForPoseEstimation(T.VitPoseConfig(backbone_config=backbone))
+
+
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(build("vit"), backend="eager"), "compiled .* base._orig_mod.*compile_backbone"),
@@ -262,8 +267,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a forward that fails": (failing, r"this ViTModel cannot run as a base.*ZeroDivisionError: division by zero"),
     "a forward of another kind": (lambda: nn.Sequential(build("vit")), "this Sequential cannot run .*'pixel_values'"),
     "no gradients": (WithoutGradient, "this WithoutGradient cannot run as a base: .*does not require grad"),
-    "reads text": (lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT)), "this CLIPTextModel cannot run .* input_ids"),
-    "reads video": (lambda: T.VivitModel(T.VivitConfig(**TEXT, image_size=32)), "this VivitModel cannot run as a base"),
+    "reads text": (
+        lambda: T.CLIPTextModel(T.CLIPTextConfig(**TEXT)),
+        "this CLIPTextModel .* takes 'input_ids', not 'pixel_values'",
+    ),
+    "reads words": (lambda: T.BertModel(T.BertConfig(**TEXT)), "this BertModel .* takes 'input_ids', not 'pixel_values'"),
+    # It has a part called `backbone`, as the tuner has; its head reads hidden states with prompts in them.
+    "reads hidden states": (pose_estimator, "this VitPoseForPoseEstimation cannot run as a base: a trial"),
+    "reads sound": (lambda: T.ASTModel(T.ASTConfig(**TEXT)), "this ASTModel .* takes 'input_values', not 'pixel_values'"),
+    "reads packed patches": (
+        lambda: T.VideoLlama3VisionModel(T.VideoLlama3VisionConfig(**SIZES)),
+        "this VideoLlama3VisionModel cannot run as a base: its forward needs 'grid_thw' besides pixel_values",
+    ),
     "counts its tokens": (lambda: T.DINOv3ViTBackbone(T.DINOv3ViTConfig(**SIZES)), "this DINOv3ViTBackbone cannot run"),
 }
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, concatenate_datasets
-from images import ToTensor
 from peft import LoraConfig, get_peft_model
 from support.families import SIZES, build
 from support.methods import METHODS
-from support.paths import EXAMPLES
 from support.query_images import (
     LABELS,
     TASKS,
@@ -36,6 +34,8 @@ from cl_prompts.continual import (
 )
 from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
 from cl_prompts.interfaces import NotCacheableError
+from cl_prompts.runs import MICRO_VIT
+from cl_prompts.runs.images import ToTensor
 
 
 CPU = torch.device("cpu")
@@ -204,7 +204,7 @@ def test_every_method_has_the_same_queries() -> None:
 
 def test_the_example_says_what_its_transform_does(key: str) -> None:
     def processor(**other: Any) -> Any:
-        return AutoImageProcessor.from_pretrained(EXAMPLES / "micro_vit", **other)
+        return AutoImageProcessor.from_pretrained(MICRO_VIT, **other)
 
     transforms = [
         ToTensor(processor()),

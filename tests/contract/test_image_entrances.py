@@ -26,9 +26,9 @@ sys.path.insert(0, str(EXAMPLES))
 sys.path.insert(0, str(EXAMPLES / "space"))
 
 import uploads
-from images import ToTensor
 
 from cl_prompts.continual import ClassIncrementalStream, IterableClassIncrementalStream, JointStream, Stream
+from cl_prompts.runs.images import ToTensor
 from cl_prompts.runtime.images import MAX_PIXELS, array_to_rgb, pil_to_rgb, read_rgb
 from cl_prompts.sharing.images import rgb_image
 

@@ -1,7 +1,9 @@
 """What people read is true: all code of README, CONTRIBUTING and docs/ runs, all links lead somewhere."""
 
 import json
+import os
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +27,9 @@ from support.documentation_commands import check_shell
 from support.documentation_givens import provide, put_base_on_the_hub
 from support.hub_server import Hub
 from transformers.utils import logging
+
+
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_code_of_a_page_runs(page: Path, hub: Hub, tmp_path: Path, monkeypatch: 
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     """Files and their anchors inside the repository; nothing is asked of the network."""
     for line, target in links(page):
-        url = urlsplit(target)
+        url = urlsplit(re.sub(rf"^{REPOSITORY}/(?:blob|raw|tree)/main/", f"{os.path.relpath(ROOT, page.parent)}/", target))
         if url.scheme:
             assert url.scheme in ("https", "mailto"), f"{name_of(page)}:{line}: {target}"
             continue
@@ -103,8 +108,8 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
         ("accelerate launch examples/train_cil.py --epoch 3 --nothing 1", "no such arguments"),
         ("OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/train_cil.py --recipe nothing", "no recipe 'nothing'"),
         ("torchrun --nothing 2 examples/train_cil.py", "torchrun"),
-        ("python examples/compare.py compare_digits --rows Nobody", "the rows are"),
-        ("python examples/compare.py compare_digits \\\n    --epoch many", "compare.py"),
+        ("cl-prompts compare compare_digits --rows Nobody", "the rows are"),
+        ("cl-prompts compare compare_digits \\\n    --epoch many", "no such arguments: ['--epoch', 'many']"),
         ("python benchmarks/memory.py --batch many", "memory.py"),
         ("cl-prompts inspect nowhere", "cl-prompts inspect nowhere"),
         ("cl-prompts explode", "cl-prompts explode"),
@@ -120,7 +125,7 @@ def test_commands_that_are_none(line: str, complaint: str) -> None:
     "line",
     [
         "# nothing but a comment",
-        "python examples/compare.py compare_digits --seeds 0 1  # two seeds",
+        "cl-prompts compare compare_digits --seeds 0 1  # two seeds",
         "accelerate launch --num_processes 4 examples/train_cil.py --tasks 5",
         "python benchmarks/memory.py --batch 4",
         "python own.py --whatever",

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cl_prompts.evaluation.report import (
     Result,
     comparison_table,
     half_width,
+    headline,
     machine,
     matrix_table,
     mean_and_deviation,
@@ -57,6 +59,17 @@ def test_comparison_over_seeds() -> None:
     assert (first["trainable"], first["seconds"]) == ("1,000 to 1,002", "20")
     assert (second["seeds"], second["FAA"], second["trainable"], second["seconds"]) == ("1", "58.0", "", "10")
     assert "±" not in "".join(second.values())
+
+
+def test_the_first_sentence_says_what_is_known() -> None:
+    ours, naive = Result("Hash", flat(97.2), 0), Result("sequential linear probe", flat(41.7), 0)
+    assert headline([ours, naive], 10) == (
+        "After 2 tasks, Hash recognizes 97.2 % of the test images of all 10 classes; a classifier trained naively, "
+        "task after task: 41.7 %."
+    )
+    assert headline([Result("a", matrix_of([50.0]), 0)]) == "After 1 task, a recognizes 50.0 % of the test images."
+    assert headline([naive]) == "After 2 tasks, sequential linear probe recognizes 41.7 % of the test images."
+    assert headline([ours, Result("Hash", flat(95.2), 1)], 10).startswith("After 2 tasks, Hash recognizes 96.2 %")
 
 
 def test_columns_come_where_something_is_known() -> None:
@@ -228,6 +241,36 @@ def test_curves_of_several_seeds_have_a_band(tmp_path: Path) -> None:
     alone, alike, apart = colored([flat(50)]), colored([flat(50), flat(50)]), colored([flat(30), flat(70)])
     assert alike < 1.5 * alone
     assert apart > 5 * alone
+
+
+def hues(file: Path) -> set[tuple[int, int, int]]:
+    """The colours of matplotlib's first lines that a picture has."""
+    pixels = {tuple(color) for color in pixels_of(file).reshape(-1, 3).tolist()}
+    return {color for color in FIRST_COLORS if color in pixels}
+
+
+FIRST_COLORS = [tuple(round(255 * part) for part in colormaps["tab10"](n)[:3]) for n in range(3)]
+
+
+def test_curves_that_coincide_are_all_seen(tmp_path: Path) -> None:
+    """Without the legend, whose lines have the colours in any case."""
+    runs = {name: [matrix_of([90.0], [90.0, 90.0 + 1e-3 * n])] for n, name in enumerate("abc")}
+    with patch("matplotlib.axes.Axes.legend"):
+        assert hues(draw_curves(runs, tmp_path / "curves.png")) == set(FIRST_COLORS)
+
+
+def test_the_axis_of_curves_fits_the_data(tmp_path: Path) -> None:
+    """High curves use the height of the picture, and noise does not."""
+
+    def height(*values: float) -> int:
+        with patch("matplotlib.axes.Axes.legend"):
+            pixels = pixels_of(draw_curves({"a": [matrix_of(*([v] * (n + 1) for n, v in enumerate(values)))]}, file))
+        rows = np.flatnonzero((pixels.max(2) - pixels.min(2) > 15).any(1))
+        return int(rows[-1] - rows[0])
+
+    file = tmp_path / "curves.png"
+    assert height(98.0, 80.0, 99.0) > 0.8 * height(0.0, 100.0, 50.0)
+    assert height(98.0, 98.1, 98.0) < 0.1 * height(0.0, 100.0, 50.0)
 
 
 def test_numbers_in_the_matrix_while_there_is_room(tmp_path: Path) -> None:

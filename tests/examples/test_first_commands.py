@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from arguments import read_arguments
 from support.documentation_blocks import ROOT
 from support.documentation_commands import commands
 from support.example_runs import few_digits
 from train_cil import main
+
+from cl_prompts.runs import MICRO_VIT, RECIPES
+from cl_prompts.runs.arguments import read_arguments
 
 
 QUICK = ["--num_train_epochs", "1", "--batch_size", "64"]
@@ -35,7 +37,7 @@ def test_the_readmes_commands_in_order(photos: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     first, second = readme_runs()
     assert first == []
-    places = {"google/vit-base-patch16-224-in21k": str(ROOT / "examples" / "micro_vit"), "path/to/images": str(photos)}
+    places = {"google/vit-base-patch16-224-in21k": str(MICRO_VIT), "path/to/images": str(photos)}
     words = [places.get(word, word) for word in second]
     words[words.index("--tasks") + 1] = "2"
     assert [word for word in words if word.startswith("--")] == ["--model", "--dataset", "--tasks"]
@@ -47,7 +49,7 @@ def test_the_readmes_commands_in_order(photos: Path, tmp_path: Path, monkeypatch
 
 
 def test_images_without_a_recipe_take_the_settings_for_photographs(photos: Path) -> None:
-    recipe = yaml.safe_load((ROOT / "examples" / "recipes" / "photos.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES / "photos.yaml").read_text())
     assert "dataset" not in recipe, "it is for images that the user names"
     _, training = read_arguments(["--dataset", str(photos)])
     assert (training.num_train_epochs, training.batch_size) == (recipe["num_train_epochs"], recipe["batch_size"])

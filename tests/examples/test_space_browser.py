@@ -20,13 +20,13 @@ from support.space_server import served
 from transformers import AutoImageProcessor, ViTModel
 
 from cl_prompts import PromptPoolModel, PromptPoolPipeline
+from cl_prompts.runs import MICRO_VIT
 
 
 pytestmark = pytest.mark.browser
 
 SPACE = EXAMPLES / "space"
 SAMPLES = SPACE / "samples"
-MICRO_VIT = SPACE.parent / "micro_vit"
 HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}"
 SECONDS = 60_000  # milliseconds until a wait is given up; the machine may be busy
 

@@ -307,11 +307,12 @@ def test_a_space_is_whole(tmp_path: Path) -> None:
         "requirements.txt",
         f"digits/{WEIGHTS}",
         "cl_prompts/__init__.py",
-        "base/config.json",
+        "cl_prompts/runs/recipes/digits.yaml",
     ):
         assert (folder / name).is_file(), name
     assert (
-        load_file(folder / "base" / "model.safetensors").keys() == load_file(opening.MICRO_VIT / "model.safetensors").keys()
+        load_file(folder / "cl_prompts/runs/micro_vit/model.safetensors").keys()
+        == load_file(opening.MICRO_VIT / "model.safetensors").keys()
     )
     library = ROOT / "src" / "cl_prompts"
     copied, own = ({p.relative_to(top) for p in top.rglob("*.py")} for top in (folder / "cl_prompts", library))

@@ -124,12 +124,12 @@ def test_what_lies_on_the_hub(hub: Hub, bases: dict[str, Path], tmp_path: Path) 
     assert json.loads(files[CONFIG])["base_model_name_or_path"] == "google/vit-tiny"
     card = ModelCard(files["README.md"].decode())
     data = card.data.to_dict()
-    assert data["library_name"] == "peft"
-    assert data["base_model"] == "google/vit-tiny"
+    assert data["library_name"] == "cl_prompts", "the Hub's code for peft does not import this library"
+    assert (data["base_model"], data["base_model_relation"]) == ("google/vit-tiny", "adapter")
     assert data["pipeline_tag"] == "image-classification"
     assert data["license"] == "cc-by-4.0"
     assert data["datasets"] == ["me/birds-data"]
-    assert {"cl_prompts", "continual-learning", "l2p", "base_model:adapter:google/vit-tiny"} <= set(data["tags"])
+    assert {"cl_prompts", "continual-learning", "peft", "l2p", "base_model:adapter:google/vit-tiny"} <= set(data["tags"])
     assert [r.metric_value for r in card.data.eval_results] == [90.0, 90.0, 0.0]
     for said in (
         "**License**: cc-by-4.0",
@@ -165,6 +165,7 @@ def test_the_code_on_the_card_runs(
     for block in blocks:
         scope: dict[str, Any] = {}
         exec(block, scope)
+        assert "cl_prompts" in block
     said = capsys.readouterr().out
     assert "'label': 'cat'" in said
     assert "'label': 'dog'" in said

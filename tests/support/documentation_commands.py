@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import compare
 from accelerate.commands.launch import launch_command_parser
-from arguments import read_arguments
 from torch.distributed.run import get_args_parser
 
 from cl_prompts.cli import main
+from cl_prompts.runs import comparison
+from cl_prompts.runs.arguments import read_arguments
 from support.documentation_blocks import ROOT
 
 
@@ -84,11 +84,18 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 def _check(words: list[str], scripts: Sequence[str]) -> None:
-    if words[0] == "cl-prompts":
+    if words[:2] == ["cl-prompts", "train"]:
+        read_arguments(words[2:])
+    elif words[:2] == ["cl-prompts", "compare"]:
+        _read_comparison(words[2:])
+    elif words[0] == "cl-prompts":
         assert main(words[1:]) == 0, shlex.join(words)
     elif words[:2] == ["accelerate", "launch"]:
         options = launch_command_parser().parse_args(words[2:])
-        _read_arguments(options.training_script, options.training_script_args)
+        if options.module:
+            _check([options.training_script.replace("cl_prompts", "cl-prompts"), *options.training_script_args], scripts)
+        else:
+            _read_arguments(options.training_script, options.training_script_args)
     elif words[0] == "torchrun":
         options = get_args_parser().parse_args(words[1:])
         _read_arguments(options.training_script, options.training_script_args)
@@ -110,17 +117,15 @@ def _read_arguments(script: str, words: Sequence[str]) -> None:
     assert path.is_file(), f"there is no {script}"
     if script == "examples/train_cil.py":
         read_arguments(words)
-    elif script == "examples/compare.py":
-        _read_comparison(words)
     elif words:
         _parsed(path, words, lambda: runpy.run_path(str(path), run_name="__main__"))
 
 
 def _read_comparison(words: Sequence[str]) -> None:
-    options, further = _parsed(ROOT / "examples" / "compare.py", words, compare.main)
-    rows = compare.read_rows(options.comparison)
+    options, further = _parsed(Path(comparison.__file__), words, comparison.main)
+    rows = comparison.read_rows(options.comparison)
     assert set(options.rows or []) <= set(rows), f"{options.rows}: the rows are {sorted(rows)}"
-    compare.plan({row: rows[row] for row in options.rows or rows}, options.seeds, Path("results"), further)
+    comparison.plan({row: rows[row] for row in options.rows or rows}, options.seeds, Path("results"), further)
 
 
 def _parsed(path: Path, words: Sequence[str], start: Callable[[], Any]) -> tuple[argparse.Namespace, list[str]]:

@@ -18,16 +18,16 @@ import torch
 from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from images import ToTensor
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer
+from cl_prompts.runs import MICRO_VIT
+from cl_prompts.runs.images import ToTensor
 from support.hub_server import Hub
 from support.hub_storage import Repo
-from support.paths import EXAMPLES
 
 
 BASE = "google/vit-base-patch16-224-in21k"
@@ -171,7 +171,7 @@ def _(_: Namespace) -> None:
 
 @given("results/digits-hash-seed0/adapter", "results/shapes/adapter")
 def _(_: Namespace) -> None:
-    base = EXAMPLES / "micro_vit"
+    base = MICRO_VIT
     model = pool(AutoModel.from_pretrained(base, add_pooling_layer=False))
     for run in ("digits-hash-seed0", "shapes"):
         model.save_pretrained(f"results/{run}/adapter", image_processor=AutoImageProcessor.from_pretrained(base))

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel
-from images import digits
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cl_prompts.runs.images import digits
 from support.paths import EXAMPLES
 
 

@@ -65,6 +65,11 @@ def build(name: str, *, classifier: bool = False, attention: str = "sdpa", seed:
     torch.manual_seed(seed)
     model: Any = (CLASSIFIERS if classifier else BARE)[name]()
     model.set_attn_implementation(attention)
+    return randomized(model)
+
+
+def randomized(model: Any) -> Any:
+    """A model in eval mode, with random weights so large that attention is far from uniform."""
     with torch.no_grad():
         for name_, parameter in model.named_parameters():
             if "lambda" in name_:  # layer scales start near zero and would hide every change
@@ -97,4 +102,5 @@ def with_noise(name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors of a base model's output."""
     values = output.to_tuple()
+    values = [part for v in values for part in (v if isinstance(v, tuple) else (v,))]
     return [copy.copy(v) for v in values if isinstance(v, Tensor)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
 
+from cl_prompts.backbones.attention_products import forward_with_prefix
 from cl_prompts.backbones.prefix import ATTENTION
-from cl_prompts.backbones.structure import Structure, attention_norm
+from cl_prompts.backbones.structure import Structure, attention_norm, calls_registered_function
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,30 @@ class BlockInfo:
 
 
 def prepare(model: nn.Module, structure: Structure) -> None:
-    """Note on each block what the hooks need to know, and let each attention call `prefix_attention`."""
+    """Note on each block what the hooks need to know, and let each attention join its prefix."""
     for layer, (block_name, attention_name) in enumerate(zip(structure.blocks, structure.attentions, strict=True)):
         block: Any = model.get_submodule(block_name)
         attention: Any = model.get_submodule(attention_name)
         norm = attention_norm(block, attention)
         keywords = any(p.kind is Parameter.VAR_KEYWORD for p in signature(type(block).forward).parameters.values())
         block._cl_block = BlockInfo(layer, norm, layer == len(structure.blocks) - 1, keywords)
-        attention._cl_shared_config = attention.config
         attention._cl_norm = (block, norm)  # a tuple, so that the block does not become a child of its attention
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation_internal = ATTENTION
+        if calls_registered_function(attention):
+            attention._cl_shared_config = attention.config
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation_internal = ATTENTION
+        else:
+            attention.forward = partial(forward_with_prefix, attention)
 
 
 def restore(model: nn.Module, structure: Structure) -> None:
     """Undo `prepare`."""
     for block_name, attention_name in zip(structure.blocks, structure.attentions, strict=True):
         attention: Any = model.get_submodule(attention_name)
-        attention.config = attention._cl_shared_config
-        del attention._cl_shared_config, attention._cl_norm
+        if hasattr(attention, "_cl_shared_config"):
+            attention.config = attention._cl_shared_config
+            del attention._cl_shared_config
+        else:
+            del attention.forward
+        del attention._cl_norm
         del model.get_submodule(block_name)._cl_block

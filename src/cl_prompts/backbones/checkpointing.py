@@ -1,7 +1,8 @@
-"""Gradient checkpointing of transformers before 5.23, which runs the hooks of a block again when it recomputes the block.
+"""Gradient checkpointing of blocks whose part of the plan is not among their arguments.
 
-From 5.23 on it checkpoints the `forward` of a block, with what the hooks have put among its arguments. Before, it
-checkpoints the call of the block, hooks included; in the backward pass, when it recomputes, no pass is in progress.
+From 5.23 on, transformers checkpoints the `forward` of a block, with what the hooks have put among its arguments; a block
+that takes no keyword arguments looks for its part in a context variable. Before 5.23, it checkpoints the call of the block,
+and the hooks run again when it recomputes. In the backward pass no pass is in progress, so both have to find theirs again.
 """
 
 from __future__ import annotations
@@ -11,25 +12,38 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from cl_prompts.backbones.block_info import BlockInfo
 from cl_prompts.backbones.plan import RUNNING, RunningPass
+from cl_prompts.backbones.prefix import PLAIN_BLOCK, PlainBlock
 
 
 FUNCTION = "_gradient_checkpointing_func"
 
 
-def recomputes_hooks(block: nn.Module) -> bool:
-    """Whether checkpointing this block would run its hooks again."""
-    return type(block).__call__ is not nn.Module.__call__
+def recomputes_plan(block: nn.Module) -> bool:
+    """Whether a recomputation of this block looks for a plan: in its hooks, or for lack of keyword arguments."""
+    info: BlockInfo = block._cl_block  # type: ignore[assignment]
+    return type(block).__call__ is not nn.Module.__call__ or not info.takes_keywords
 
 
 def keep_plans(blocks: list[nn.Module]) -> None:
-    """Let blocks whose hooks are recomputed find the plan of their pass again; once after checkpointing is switched on."""
+    """Let blocks find the plan of their pass again when they are recomputed; once after checkpointing is switched on."""
     for block in blocks:
         checkpoint = vars(block).get(FUNCTION)
         if checkpoint is not None and not isinstance(checkpoint, CheckpointWithPlan):
             setattr(block, FUNCTION, CheckpointWithPlan(checkpoint))
+
+
+def refuse_checkpointed_sequence(backbone: nn.Module) -> None:
+    """Raise ValueError if a backbone of timm is set to checkpoint its blocks, which runs their hooks without a plan."""
+    if getattr(backbone, "grad_checkpointing", False) and torch.is_grad_enabled():
+        raise ValueError(
+            "timm's gradient checkpointing runs blocks again without their prompts: switch it off with "
+            "gradient_checkpointing_disable() of the base"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,15 @@ class CheckpointWithPlan:
 
     def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
         """Checkpoint `run(*args)`."""
-        return self.checkpoint(partial(_run_in, RUNNING.get(), run), *args)
+        return self.checkpoint(partial(_run_in, RUNNING.get(), PLAIN_BLOCK.get(), run), *args)
 
 
-def _run_in(running: RunningPass | None, run: Callable[..., Any], *args: Any) -> Any:
-    before = RUNNING.get()
+def _run_in(running: RunningPass | None, block: PlainBlock | None, run: Callable[..., Any], *args: Any) -> Any:
+    before = RUNNING.get(), PLAIN_BLOCK.get()
     RUNNING.set(running)
+    PLAIN_BLOCK.set(block)
     try:
         return run(*args)
     finally:
-        RUNNING.set(before)
+        RUNNING.set(before[0])
+        PLAIN_BLOCK.set(before[1])

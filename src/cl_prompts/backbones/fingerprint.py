@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import dense_parts, stored_tensor
-from cl_prompts.backbones.structure import Structure
+from cl_prompts.backbones.structure import Structure, behind_the_feature
 from cl_prompts.runtime.text import first_line
 
 
@@ -84,9 +84,7 @@ def _summed(tensor: Tensor) -> list[Tensor]:
 
 def unread_parts(model: nn.Module, structure: Structure, pooling: str) -> set[str]:
     """Names of the bare backbone's children that a feature does not depend on: what follows the final norm."""
-    children = [name for name, _ in model.get_submodule(structure.inner).named_children()]
-    norm = structure.norm.rpartition(".")[2]
-    unread = set(children[children.index(norm) + 1 :])
+    unread = set(behind_the_feature(model, structure))
     if pooling == "pooler" and structure.pooler:
         unread.discard(structure.pooler.rpartition(".")[2])
     return unread

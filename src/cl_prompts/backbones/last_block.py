@@ -41,9 +41,10 @@ def may_narrow(block: nn.Module, plan: PassPlan, layer: int, args: tuple[Any, ..
 
 
 def install(attention: nn.Module) -> list[Any]:
-    """Hook the key and value projections of the last block's attention; returns the handles."""
+    """Hook the key and value projections of the last block's attention; returns the handles, none if they are fused."""
     names = projection_names(attention)
-    assert names is not None
+    if names is None:
+        return []
     projections = [getattr(attention, name) for name in names[1:]]
     return [
         *(projection.register_forward_pre_hook(_give_all_tokens) for projection in projections),

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cl_prompts.backbones.plan import CallVariable
-from cl_prompts.backbones.structure import eager_attention, head_width, projection_names
-from cl_prompts.backbones.tokens import widen_mask
+from cl_prompts.backbones.structure import eager_attention, fused_projection, head_width, projection_names
+from cl_prompts.backbones.tokens import widen_mask, widen_rotary
 from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV
 
 
@@ -101,7 +101,11 @@ def enter_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if block is None:
         return None
     kwargs = {name: value for name, value in kwargs.items() if name != KEYWORD}
-    return widen_mask(args, kwargs, *block.inserted) if block.inserted else (args, kwargs)
+    if block.inserted:
+        tokens = args[0] if args else kwargs["hidden_states"]
+        kwargs = widen_rotary(kwargs, *block.inserted, tokens.shape[1])
+        return widen_mask(args, kwargs, *block.inserted)
+    return args, kwargs
 
 
 def leave_attention(attention: nn.Module, args: Any, output: Any) -> None:
@@ -125,20 +129,59 @@ def prefix_attention(
     if block.all_tokens is not None:
         key, value = (unfold(x, query.shape[1], block.all_tokens.shape[1]) for x in (key, value))
     if block.prefix is not None:
-        check_recomputation(block.learning)
-        prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
-        block.used[block.layer] = prefix
-        BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
-        k, v = _in_head_space(module, prefix, block.block_input.dtype)
-        key, value = _added_to_cls(key, prefix.cls_k), _added_to_cls(value, prefix.cls_v)
-        key = torch.cat([k.to(key.dtype), key], dim=2)
-        value = torch.cat([v.to(value.dtype), value], dim=2)
-        attention_mask = _mask_with_prefix(attention_mask, prefix, query, k.shape[2])
-        if block.probe is not None:
-            scale, weight = kwargs.get("scaling") or query.shape[3] ** -0.5, _key_weight(module, block.block_input)
-            seen = (block.layer, block.block_input, prefix, query, key, attention_mask, scale, weight)
-            block.probe(AttentionSeen(*seen))
+        scale = kwargs.get("scaling")
+        key, value, attention_mask = joined(module, block, query, key, value, attention_mask, scale)
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def attention_function(attention: Any) -> str | None:
+    """Name of the attention function that an attention module is set to; None for one that calls none by name."""
+    config = getattr(attention, "_cl_shared_config", None)
+    return None if config is None else config._attn_implementation
+
+
+def joined(
+    module: Any,
+    block: BlockPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with the prefix of a block; queries, keys and values are [B, H, N, d]."""
+    prefix, k, v = prefix_of(module, block, query)
+    key, value = added_to_cls(key, prefix.cls_k), added_to_cls(value, prefix.cls_v)
+    key = torch.cat([k.to(key.dtype), key], dim=2)
+    value = torch.cat([v.to(value.dtype), value], dim=2)
+    attention_mask = mask_with_prefix(attention_mask, prefix, query, k.shape[2])
+    probe(module, block, prefix, query, key, attention_mask, scale)
+    return key, value, attention_mask
+
+
+def probe(
+    module: Any,
+    block: BlockPlan,
+    prefix: PrefixKV,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    scale: float | None,
+) -> None:
+    """Show a block's attention to whoever asked for it; keys [B, H, P + N, d]."""
+    if block.probe is not None:
+        seen = (block.layer, block.block_input, prefix, query, key, attention_mask)
+        block.probe(AttentionSeen(*seen, scale or query.shape[3] ** -0.5, _key_weight(module, block.block_input)))
+
+
+def prefix_of(module: Any, block: BlockPlan, query: Tensor) -> tuple[PrefixKV, Tensor, Tensor]:
+    """A block's prefix, and its keys and values [B, H, P, d], for queries [B, H, N, d]."""
+    assert block.prefix is not None
+    check_recomputation(block.learning)
+    prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
+    block.used[block.layer] = prefix
+    BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
+    return prefix, *_in_head_space(module, prefix, block.block_input.dtype)
 
 
 def check_recomputation(learning: bool) -> None:
@@ -168,38 +211,47 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
     """Keys and values [B, H, P, d]; rows in the input space go through the block's modules in the dtype of its tokens."""
     if prefix.k.dim() == 4:
         return prefix.k, prefix.v
-    names = projection_names(module)
-    assert names is not None
     own = (prefix.k.to(dtype), prefix.v.to(dtype))
     if prefix.normed:
         block, name = module._cl_norm
         norm = block.get_submodule(name)
         own = (norm(own[0]), norm(own[1]))
-    rows = zip(names[1:], own, strict=True)
     width = head_width(module)
-    k, v = (getattr(module, name)(x).unflatten(2, (-1, width)).transpose(1, 2) for name, x in rows)
+    k, v = (x.unflatten(2, (-1, width)).transpose(1, 2) for x in _projected(module, *own))
     return k, v
 
 
-def _added_to_cls(rows: Tensor, added: Tensor | None) -> Tensor:
+def _projected(module: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, P, D] behind the key and the value projection."""
+    names, fused = projection_names(module), fused_projection(module)
+    if names is not None:
+        return getattr(module, names[1])(keys), getattr(module, names[2])(values)
+    project = getattr(module, fused or "")
+    k, v = project(keys).chunk(3, -1)[1], project(values).chunk(3, -1)[2]
+    if project.bias is None and isinstance(getattr(module, "q_bias", None), Tensor):  # BEiT and EVA of timm keep it apart
+        k, v = k + module.k_bias, v + module.v_bias
+    return k, v
+
+
+def added_to_cls(rows: Tensor, added: Tensor | None) -> Tensor:
     """Keys or values [B, H, N, d] with `added` [B, H, 1, d] on the first token."""
     return rows if added is None else torch.cat([rows[:, :, :1] + added.to(rows.dtype), rows[:, :, 1:]], dim=2)
 
 
 def _key_weight(module: Any, tokens: Tensor) -> Tensor:
     """Weight of the key projection, float32 [H, d, D]. That of a quantized or LoRA layer is found by its outputs."""
-    names = projection_names(module)
-    assert names is not None
-    projection = getattr(module, names[1])
+    names, fused = projection_names(module), fused_projection(module)
+    projection = getattr(module, names[1] if names else fused or "")
     if type(projection) is nn.Linear and projection.weight.device == tokens.device:
         weight = projection.weight
     else:
         unit = torch.eye(tokens.shape[2], device=tokens.device, dtype=tokens.dtype)
         weight = (projection(unit).float() - projection(torch.zeros_like(unit)).float()).T
-    return weight.float().unflatten(0, (-1, head_width(module)))
+    keys = weight if names else weight.chunk(3)[1]
+    return keys.float().unflatten(0, (-1, head_width(module)))
 
 
-def _mask_with_prefix(mask: Tensor | None, prefix: PrefixKV, query: Tensor, length: int) -> Tensor | None:
+def mask_with_prefix(mask: Tensor | None, prefix: PrefixKV, query: Tensor, length: int) -> Tensor | None:
     """A mask (True or 0.0 where attention is free) that covers the prefix too, with its logit bias."""
     if prefix.logit_bias is None:
         if mask is None:

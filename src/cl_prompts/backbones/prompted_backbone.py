@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cl_prompts.backbones import block_hooks, block_info, checkpointing, last_block, quantized, reuse, unmasked
 from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS, OwnSignature, with_signature
 from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, Reuse, RunningPass
+from cl_prompts.backbones.prefix import attention_function
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
 
@@ -49,7 +50,7 @@ class PromptedBackbone:
         self.copied: list[str] = []
         self._exact: dict[Any, bool] = {}  # whether the last block may be narrowed, by attention function, dtype, device
         self._compiled: Callable[..., Any] | None = None
-        if hasattr(model.get_submodule(self.structure.attentions[0]), "_cl_shared_config"):
+        if hasattr(model.get_submodule(self.structure.attentions[0]), "_cl_norm"):
             raise ValueError(
                 f"the blocks of this {type(model).__name__} already have prompts, as part of another model: wrap that one, "
                 "or load the base anew"
@@ -100,7 +101,7 @@ class PromptedBackbone:
         block_info.prepare(model, structure)
         self._block_handles = block_hooks.install(model, structure)
         blocks = [model.get_submodule(name) for name in structure.blocks]
-        self._recomputing = [block for block in blocks if checkpointing.recomputes_hooks(block)]
+        self._recomputing = [block for block in blocks if checkpointing.recomputes_plan(block)]
 
     def move_hooks_behind(self) -> None:
         """Put the hooks on the blocks behind those that others have put there since."""
@@ -130,6 +131,7 @@ class PromptedBackbone:
                 called when the pass is done. None: the model's own output.
         """
         checkpointing.keep_plans(self._recomputing)
+        checkpointing.refuse_checkpointed_sequence(self.model.get_submodule(self.structure.inner))
         before = STARTING.get(), RUNNING.get()
         STARTING.set(RunningPass(self, plan, answer))
         try:
@@ -168,7 +170,7 @@ class PromptedBackbone:
         with self.prompted(plan):
             self.model(pixel_values=images, **kwargs)
         assert plan.record.block_input is not None
-        patches = plan.record.block_input[:, self.structure.special_tokens :].float()
+        patches = plan.record.block_input[:, self.structure.patches].float()
         real = kwargs.get("pixel_attention_mask")  # SigLIP 2 fills images up to one number of patches
         return patches.flatten(0, 1) if real is None else patches[real.bool()]
 
@@ -180,7 +182,7 @@ class PromptedBackbone:
         """`PassPlan.read` for these tokens; None where the last block must compute all of them."""
         weight = next(self.model.get_submodule(self.structure.blocks[-1]).parameters())
         attention: Any = self.model.get_submodule(self.structure.attentions[-1])
-        situation = attention._cl_shared_config._attn_implementation, weight.dtype, weight.device.type
+        situation = attention_function(attention), weight.dtype, weight.device.type
         if situation not in self._exact:
             if torch.compiler.is_compiling():
                 return None

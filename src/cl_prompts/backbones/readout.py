@@ -36,14 +36,14 @@ def read_feature(model: nn.Module, structure: Structure, record: PassRecord, poo
             final norm).
     """
     assert record.hidden is not None
-    norm = model.get_submodule(structure.norm)
+    norm = nn.Identity() if structure.norm is None else model.get_submodule(structure.norm)
     if pooling == "cls":
         feature = norm(record.hidden[:, 0])
     elif pooling == "mean":
-        feature = norm(record.hidden)[:, structure.special_tokens :].mean(1)
+        feature = norm(record.hidden)[:, structure.patches].mean(1)
     elif pooling == "cls_mean":
         hidden = norm(record.hidden)
-        feature = torch.cat([hidden[:, 0], hidden[:, structure.special_tokens :].mean(1)], 1)
+        feature = torch.cat([hidden[:, 0], hidden[:, structure.patches].mean(1)], 1)
     elif pooling == "prompt":
         assert record.prompt_hidden is not None
         feature = norm(record.prompt_hidden).mean(1)

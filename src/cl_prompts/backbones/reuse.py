@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cl_prompts.backbones.attention_products import forward_with_prefix
 from cl_prompts.backbones.plan import PassPlan, Reuse, running_plan
 from cl_prompts.backbones.structure import Structure
 
@@ -67,7 +68,8 @@ def is_own_forward(module: nn.Module) -> bool:
 
 def runs_as_defined(module: nn.Module) -> bool:
     """Whether nobody else has replaced a module's forward, as Accelerate and `torch.compile` do."""
-    return "forward" not in vars(module) or is_own_forward(module)
+    function = getattr(vars(module).get("forward"), "func", None)
+    return "forward" not in vars(module) or function in (forward_or_reuse, forward_with_prefix)
 
 
 def unprompted_blocks(model: nn.Module, structure: Structure, lowest: int) -> int:
@@ -105,4 +107,4 @@ def reuse_of(plan: PassPlan, *, embeddings: bool) -> Reuse:
 
 
 def _embeddings(model: nn.Module, structure: Structure) -> nn.Module:
-    return model.get_submodule(structure.inner).get_submodule("embeddings")
+    return model.get_submodule(structure.embeddings)

@@ -1,7 +1,7 @@
 """Finds the parts of a vision transformer by its module structure, without a table of model types.
 
-A model is supported if its blocks are in one `nn.ModuleList`, each block has one attention module with separate query, key
-and value projections that calls a registered attention function, and an `embeddings` module comes before the blocks.
+A model is supported if its blocks are in one `nn.ModuleList` or `nn.Sequential`, each block has one attention module with
+query, key and value projections (three, or a fused one), and an embedding of patches comes before the blocks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from cl_prompts.interfaces import BackboneShape
 
 
 SUPPORTED = (
-    "ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA, BEiT, DINOv2 (with or without registers), DINOv3 ViT, CLIP vision, SigLIP and "
-    "SigLIP 2, bare or *ForImageClassification"
+    "ViT, DeiT, ViT-MAE, BEiT, DINOv2, DINOv3 ViT, CLIP vision, SigLIP and the other families of the table in the "
+    "documentation (docs/families.md), bare or *ForImageClassification"
 )
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
-SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+FUSED_PROJECTIONS = ("qkv", "query_key_value")
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+EMBEDDINGS = ("embeddings", "patch_embed")  # transformers, timm
+CLS_TOKENS = ("cls_token", "class_embedding")
+SPECIAL_TOKENS = (*CLS_TOKENS, "distillation_token", "register_tokens", "dist_token", "reg_token", "cls_register_token")
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,12 @@ class Structure:
         inner: name of the bare backbone inside the model ("" for a bare model).
         blocks: names of the transformer blocks, in order.
         attentions: names of their attention modules.
-        norm: name of the final norm.
+        embeddings: name of the module that embeds patches.
+        norm: name of the final norm; None for a model that has none.
         pooler: name of a trained pooling module that reads all tokens; None without one.
         pooling: the default feature: "cls", "pooler" or "mean".
         special_tokens: number of tokens before the patches (CLS, distillation, registers).
+        trailing_tokens: number of tokens behind the patches (those of a detector).
         has_cls: whether the first token is a CLS token.
         shape: sizes.
     """
@@ -45,12 +51,19 @@ class Structure:
     inner: str
     blocks: tuple[str, ...]
     attentions: tuple[str, ...]
-    norm: str
+    embeddings: str
+    norm: str | None
     pooler: str | None
     pooling: str
     special_tokens: int
+    trailing_tokens: int
     has_cls: bool
     shape: BackboneShape
+
+    @property
+    def patches(self) -> slice:
+        """Where the patches are in the sequence of tokens."""
+        return slice(self.special_tokens, -self.trailing_tokens or None)
 
 
 def projection_names(attention: nn.Module) -> tuple[str, str, str] | None:
@@ -61,10 +74,27 @@ def projection_names(attention: nn.Module) -> tuple[str, str, str] | None:
     return None
 
 
+def fused_projection(attention: nn.Module) -> str | None:
+    """Name of the one projection that makes queries, keys and values, in this order; None if there is none."""
+    return next((n for n in FUSED_PROJECTIONS if hasattr(getattr(attention, n, None), "out_features")), None)
+
+
+def calls_registered_function(attention: nn.Module) -> bool:
+    """Whether an attention module looks up an attention function that is registered with transformers."""
+    return "ALL_ATTENTION_FUNCTIONS" in unwrap(type(attention).forward).__code__.co_names
+
+
 def head_width(attention: nn.Module) -> int | None:
-    """Width of one head of an attention module, which calls it `head_dim` or `attention_head_size`; None if neither."""
+    """Width of one head of an attention module, which names it or the number of its heads; None if neither."""
     width = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
-    return width if isinstance(width, int) else None
+    if isinstance(width, int):
+        return width
+    heads = next((n for n in (getattr(attention, name, None) for name in HEADS) if isinstance(n, int)), None)
+    names, fused = projection_names(attention), fused_projection(attention)
+    if heads is None or not (names or fused):
+        return None
+    projection: Any = attention.get_submodule(names[1] if names else fused or "")
+    return int(projection.out_features) // heads // (1 if names else 3)
 
 
 def find_structure(model: nn.Module) -> Structure:
@@ -77,18 +107,37 @@ def find_structure(model: nn.Module) -> Structure:
     blocks, attentions = _find_blocks(model)
     inner = _find_inner(model, blocks[0])
     backbone = model.get_submodule(inner)
+    embeddings = next(name for name in EMBEDDINGS if isinstance(getattr(backbone, name, None), nn.Module))
     norm, after = _find_norm(backbone, inner, blocks[0])
-    embeddings = backbone.get_submodule("embeddings")
-    special = sum(_token_count(embeddings, name) for name in SPECIAL_TOKENS)
-    has_cls = any(isinstance(getattr(embeddings, name, None), nn.Parameter) for name in SPECIAL_TOKENS[:2])
+    owners = (backbone.get_submodule(embeddings), backbone)
+    special = sum(_token_count(owners, name) for name in SPECIAL_TOKENS)
+    has_cls = any(_token_count(owners, name) for name in CLS_TOKENS)
     pooler = next((_join(inner, name) for name, module in after if _reads_all_tokens(module)), None)
-    if has_cls and not isinstance(model.get_submodule(norm), nn.Identity):
+    if has_cls and norm is not None and not isinstance(model.get_submodule(norm), nn.Identity):
         pooling = "cls"
     else:
         pooling = "pooler" if pooler else "mean"
     return Structure(
-        inner, blocks, attentions, norm, pooler, pooling, special, has_cls, _shape(model, attentions, len(blocks), has_cls)
+        inner=inner,
+        blocks=blocks,
+        attentions=attentions,
+        embeddings=_join(inner, embeddings),
+        norm=norm,
+        pooler=pooler,
+        pooling=pooling,
+        special_tokens=special,
+        trailing_tokens=_token_count(owners, "detection_tokens"),
+        has_cls=has_cls,
+        shape=_shape(model, attentions, len(blocks), has_cls),
     )
+
+
+def behind_the_feature(model: nn.Module, structure: Structure) -> list[str]:
+    """Names of the bare backbone's children that come behind its final norm or, without one, behind its blocks."""
+    inner = f"{structure.inner}." if structure.inner else ""
+    children = [name for name, _ in model.get_submodule(structure.inner).named_children()]
+    last = (structure.norm or structure.blocks[0]).removeprefix(inner).split(".")[0]
+    return children[children.index(last) + 1 :]
 
 
 def check_not_compiled(model: nn.Module) -> None:
@@ -127,7 +176,7 @@ def _unsupported(model: nn.Module, why: str) -> TypeError:
 def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     lists = []
     for list_name, items in model.named_modules():
-        if isinstance(items, nn.ModuleList) and len(items):
+        if isinstance(items, (nn.ModuleList, nn.Sequential)) and len(items):
             owners = [_attention_of(block) for block in items]
             if all(owners):
                 lists.append(
@@ -142,13 +191,13 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
     for name in lists[0][1]:
         attention = model.get_submodule(name)
-        if "ALL_ATTENTION_FUNCTIONS" not in unwrap(type(attention).forward).__code__.co_names:
-            raise _unsupported(model, f"{type(attention).__name__} does not call a registered attention function")
+        if getattr(attention, "is_causal", False):  # a prefix would be hidden from tokens in front
+            raise _unsupported(model, f"{type(attention).__name__} is causal")
     return lists[0]
 
 
 def _attention_of(block: nn.Module) -> str | None:
-    owners = [name for name, module in block.named_modules() if projection_names(module)]
+    owners = [name for name, module in block.named_modules() if projection_names(module) or fused_projection(module)]
     return owners[0] if len(owners) == 1 else None
 
 
@@ -160,13 +209,13 @@ def _find_inner(model: nn.Module, block: str) -> str:
     name = block
     while name:
         name = name.rpartition(".")[0]
-        if isinstance(getattr(model.get_submodule(name), "embeddings", None), nn.Module):
+        if any(isinstance(getattr(model.get_submodule(name), part, None), nn.Module) for part in EMBEDDINGS):
             return name
     raise _unsupported(model, "no `embeddings` come before its blocks")
 
 
-def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str, list[tuple[str, nn.Module]]]:
-    """The first norm registered after the blocks, and the modules registered after it."""
+def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str | None, list[tuple[str, nn.Module]]]:
+    """The first norm registered after the blocks, None in a backbone without norms; and what is registered after it."""
     children = list(backbone.named_children())
     towards_blocks = block.removeprefix(f"{inner}.").split(".")[0] if inner else block.split(".")[0]
     position = [name for name, _ in children].index(towards_blocks)
@@ -175,7 +224,9 @@ def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str, list[t
         original = getattr(module, "original_module", module)  # a ModulesToSaveWrapper of PEFT
         if "Norm" in type(original).__name__ or isinstance(original, nn.Identity):
             return _join(inner, name), behind[i + 1 :]
-    raise _unsupported(backbone, "no norm follows its blocks")
+    if any("Norm" in type(module).__name__ for _, module in children):
+        raise _unsupported(backbone, "no norm follows its blocks")
+    return None, behind
 
 
 def _reads_all_tokens(module: nn.Module) -> bool:
@@ -184,32 +235,36 @@ def _reads_all_tokens(module: nn.Module) -> bool:
     A pooler with a `dense` layer reads token 0 only.
     """
     parts = list(module.modules())
-    attends = any(isinstance(part, nn.MultiheadAttention) for part in parts)
+    attends = any("Attention" in type(part).__name__ for part in parts)
     only_norm = any("Norm" in type(part).__name__ for part in parts) and not any(
         isinstance(part, nn.Linear) for part in parts
     )
     return attends or only_norm
 
 
-def _token_count(embeddings: nn.Module, name: str) -> int:
-    token = getattr(embeddings, name, None)
-    if not isinstance(token, nn.Parameter):
+def _token_count(owners: tuple[nn.Module, ...], name: str) -> int:
+    """Number of tokens in a parameter of that name, which one of the modules may have."""
+    token = next((t for t in (getattr(owner, name, None) for owner in owners) if isinstance(t, nn.Parameter)), None)
+    if token is None:
         return 0
-    return token.shape[1] if token.dim() == 3 else 1
+    return 1 if token.dim() == 1 else token.shape[-2]
 
 
 def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: bool) -> BackboneShape:
     attention: Any = model.get_submodule(attentions[0])
-    names = projection_names(attention)
-    assert names is not None
+    names, fused = projection_names(attention), fused_projection(attention)
     width = head_width(attention)
     if width is None:
-        raise _unsupported(model, f"{type(attention).__name__} does not name the width of its heads, `head_dim`")
-    key = getattr(attention, names[1])
+        raise _unsupported(model, f"{type(attention).__name__} does not name the number of its heads")
+    part = names[1] if names else fused or ""
+    keys: list[Any] = [model.get_submodule(f"{name}.{part}") for name in attentions]
+    key = keys[0]
+    if any(other.out_features != key.out_features for other in keys):
+        raise _unsupported(model, "its blocks have different numbers of heads")
     return BackboneShape(
         width=key.in_features,
         num_layers=depth,
-        num_heads=key.out_features // width,
+        num_heads=key.out_features // width // (1 if names else 3),
         head_dim=width,
         has_cls=has_cls,
     )
@@ -226,23 +281,28 @@ def cls_position_embedding(model: nn.Module, structure: Structure) -> Tensor | N
     """The CLS token's learned position embedding [1, 1, D]; None if the model has none."""
     if not structure.has_cls:
         return None
-    embeddings = model.get_submodule(structure.inner).get_submodule("embeddings")
-    table = getattr(embeddings, "position_embeddings", None)
-    if isinstance(table, Tensor) and table.dim() == 3:
-        return stored_tensor(embeddings, "position_embeddings", table)[:, :1]
-    table = getattr(embeddings, "position_embedding", None)
-    if not isinstance(table, nn.Embedding):
-        return None
-    weight: Tensor = stored_tensor(embeddings, "position_embedding.weight", table.weight)
-    return weight[None, :1]
+    embeddings = model.get_submodule(structure.embeddings)
+    for name in ("position_embeddings", "position_embedding"):
+        table = getattr(embeddings, name, None)
+        if isinstance(table, Tensor) and table.dim() == 3:
+            return stored_tensor(embeddings, name, table)[:, :1]
+        if isinstance(table, nn.Embedding):
+            return stored_tensor(embeddings, f"{name}.weight", table.weight)[None, :1]
+    backbone: Any = model.get_submodule(structure.inner)
+    table = getattr(backbone, "pos_embed", None)  # timm; not all of its models have rows for the tokens before the patches
+    if isinstance(table, Tensor) and not getattr(backbone, "no_embed_class", False):
+        return stored_tensor(backbone, "pos_embed", table)[:, :1]
+    return None
 
 
 def expected_image(model: nn.Module, structure: Structure) -> tuple[int | None, tuple[int, int] | None]:
     """Number of channels and (height, width) that a model requires; None where it accepts any."""
     backbone: Any = model.get_submodule(structure.inner)
-    config = backbone.config
-    channels = next((m.in_channels for m in backbone.embeddings.modules() if isinstance(m, nn.Conv2d)), None)
-    size = getattr(config, "image_size", None)
+    embeddings: Any = model.get_submodule(structure.embeddings)
+    channels = next((m.in_channels for m in embeddings.modules() if isinstance(m, nn.Conv2d)), None)
+    if getattr(embeddings, "strict_img_size", False):  # timm
+        return channels, embeddings.img_size
+    size = getattr(getattr(backbone, "config", None), "image_size", None)
     # Models that always interpolate their position embeddings (DINOv2), or have none (DINOv3), accept any size.
     if channels is None or size is None or "interpolate_pos_encoding" not in signature(backbone.forward).parameters:
         return channels, None

@@ -64,11 +64,20 @@ def check_runs(backbone: PromptedBackbone, arguments: dict[str, Any], *, trainin
         training: whether gradients have to reach prompts.
     """
     model = backbone.model
+    check_takes_images(model, arguments)
     device = execution_device(model)
-    if device.type == "meta" or "spatial_shapes" in signature(model.forward).parameters or not _is_unusual(model):
+    # A forward of a sharded model would fix which module is the root of its sharding.
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    packed = "spatial_shapes" in signature(model.forward).parameters
+    if sharded or packed or device.type == "meta" or not _is_unusual(model):
         return
-    image = _image(backbone, device)
-    inputs = {"pixel_values": image, **arguments}
+    try_once(backbone, arguments, device, training=training)
+
+
+def try_once(backbone: PromptedBackbone, arguments: dict[str, Any], device: torch.device, *, training: bool) -> None:
+    """Raise TypeError if a base does not run one black image without prompts and with one; arguments as in `check_runs`."""
+    model = backbone.model
+    inputs = {"pixel_values": _image(backbone, device), **arguments}
     token = torch.zeros(1, 1, backbone.structure.shape.width, device=device, requires_grad=training)
     plan = PassPlan(PassRecord(), tokens=token)
     try:
@@ -86,6 +95,28 @@ def check_runs(backbone: PromptedBackbone, arguments: dict[str, Any], *, trainin
         ) from error
 
 
+def check_takes_images(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise TypeError if the forward of a base names its inputs, and `pixel_values` is none of them or not all."""
+    if type(model).__module__.split(".")[0] == "timm":
+        raise TypeError(
+            f"this {type(model).__name__} is a model of timm without transformers' wrapper: load it with "
+            "transformers.AutoModel.from_pretrained('timm/...')"
+        )
+    named = [p for p in signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p in named]
+    if named and "pixel_values" not in names:
+        raise TypeError(
+            f"this {type(model).__name__} cannot run as a base: its forward takes {names[0]!r}, not 'pixel_values'. Pass a "
+            "vision model, as transformers' from_pretrained returns it"
+        )
+    needed = [p.name for p in named if p.default is p.empty and p.name not in ("pixel_values", *arguments)]
+    if needed and "spatial_shapes" not in needed:
+        raise TypeError(
+            f"this {type(model).__name__} cannot run as a base: its forward needs {needed[0]!r} besides pixel_values. "
+            "Pass a vision model that needs images only"
+        )
+
+
 def _is_unusual(model: nn.Module) -> bool:
     """Whether a model is not of a tested family, or runs other code or tensors than its class has."""
     kind, name = type(model).__module__, type(model).__name__
@@ -99,14 +130,19 @@ def _is_unusual(model: nn.Module) -> bool:
 
 
 def _is_dense(parameter: Tensor) -> bool:
-    # A forward of a sharded model would fix which module is the root of its sharding.
-    return type(parameter) is nn.Parameter or hasattr(parameter, "full_tensor")
+    return type(parameter) is nn.Parameter
 
 
 def _image(backbone: PromptedBackbone, device: torch.device) -> Tensor:
+    """A black image [1, channels, height, width] of the size that a model takes, or a video [1, frames, channels, ...]."""
     model: Any = backbone.model
     channels, size = expected_image(model, backbone.structure)
-    side = getattr(model.get_submodule(backbone.structure.inner).config, "image_size", None) or 224
+    config = getattr(model.get_submodule(backbone.structure.inner), "config", None)
+    side = getattr(config, "image_size", None) or 224
     height, width = size or ((side, side) if isinstance(side, int) else side)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return torch.zeros(1, channels or 3, height, width, device=device, dtype=dtype)
+    image = torch.zeros(1, channels or 3, height, width, device=device, dtype=dtype)
+    embeddings = model.get_submodule(backbone.structure.embeddings)
+    of_video = any(isinstance(module, nn.Conv3d) for module in embeddings.modules())
+    frames = getattr(config, "num_frames", None)
+    return image.unsqueeze(1).expand(-1, frames, -1, -1, -1) if of_video and frames else image

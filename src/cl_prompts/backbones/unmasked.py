@@ -15,7 +15,7 @@ from cl_prompts.backbones.structure import Structure
 
 def install(model: nn.Module, structure: Structure) -> bool:
     """Give the embeddings a copy of their config whose mask ratio is 0 in a planned pass; False for other models."""
-    embeddings: Any = model.get_submodule(structure.inner).get_submodule("embeddings")
+    embeddings: Any = model.get_submodule(structure.embeddings)
     config = getattr(embeddings, "config", None)
     if getattr(config, "mask_ratio", None) is None:
         return False
@@ -27,7 +27,7 @@ def install(model: nn.Module, structure: Structure) -> bool:
 
 def uninstall(model: nn.Module, structure: Structure) -> None:
     """Give the embeddings their own config back."""
-    embeddings: Any = model.get_submodule(structure.inner).get_submodule("embeddings")
+    embeddings: Any = model.get_submodule(structure.embeddings)
     embeddings.config = embeddings._cl_shared_config
     del embeddings._cl_shared_config
 

@@ -8,12 +8,12 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from cl_prompts.continual.optimization import OPTIMIZERS, SCHEDULES
+from cl_prompts.continual.optimization import Optimizer, Schedule
 
 
-PRECISIONS = ("no", "bf16", "fp16")
+Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass
@@ -65,16 +65,16 @@ class ContinualArguments:
     num_train_epochs: int = 5
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
-    optim: str = "adam"
+    optim: Optimizer = "adam"
     learning_rate: float = 5e-3
     # HfArgumentParser passes text to fields of this kind.
     learning_rates: dict[str, float] | str | None = field(default_factory=dict)
     optim_args: dict[str, Any] | str | None = field(default_factory=dict)
     keep_optimizer: bool = False
     max_grad_norm: float = 0.0
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: Schedule = "constant"
     warmup_steps: int = 0
-    mixed_precision: str = "no"
+    mixed_precision: Precision = "no"
     seed: int = 0
     dataloader_num_workers: int = 0
     cache_queries: bool = True
@@ -92,12 +92,12 @@ class ContinualArguments:
         rates = self.learning_rates = key_values("learning_rates", self.learning_rates)
         self.optim_args = key_values("optim_args", self.optim_args)
         for name, choices in (
-            ("optim", OPTIMIZERS),
-            ("lr_scheduler_type", SCHEDULES),
-            ("mixed_precision", PRECISIONS),
+            ("optim", Optimizer),
+            ("lr_scheduler_type", Schedule),
+            ("mixed_precision", Precision),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {sorted(choices)}")
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {sorted(get_args(choices))}")
         for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "logging_steps", "query_cache_bytes"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "cosine", "linear", "coda"]
+OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
@@ -26,7 +28,7 @@ def _coda_cosine(progress: float, epoch: int, epochs: int) -> float:
 
 
 # (share of the task's steps done, epoch, epochs) -> factor on the learning rate
-SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+SCHEDULES: dict[Schedule, Callable[[float, int, int], float]] = {
     "constant": lambda progress, epoch, epochs: 1.0,
     "cosine": _cosine,
     "linear": lambda progress, epoch, epochs: 1 - progress,
@@ -35,7 +37,7 @@ SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
 }
 
 
-def rate_factor(schedule: str, step: int, steps: int, warmup: int, epoch: int, epochs: int) -> float:
+def rate_factor(schedule: Schedule, step: int, steps: int, warmup: int, epoch: int, epochs: int) -> float:
     """Factor on the learning rate of one step of a task: a linear warm-up, then the schedule.
 
     It depends on the position only, so checkpoints need no scheduler state.
@@ -52,7 +54,7 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: int, epoch: int, e
     return SCHEDULES[schedule]((step - warmup) / max(steps - warmup, 1), epoch, epochs)
 
 
-def build_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+def build_optimizer(name: Optimizer, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """Build an optimizer. Each group keeps its initial learning rate as `base_lr`.
 
     Args:

@@ -19,6 +19,8 @@ ROWS_DRAWN = 6  # largest number of layers in the plot of a selection
 NUMBERS_DRAWN = 12  # largest number of tasks for which a matrix shows its numbers
 CURVES_NAMED_INSIDE = 8  # with more curves the legend is outside the axes
 NAMES_BELOW_EACH_OTHER = 28  # largest number of rows of that legend
+LEAST_SPAN = 10  # points of accuracy that the axis of the curves shows at least, so that noise does not fill it
+SAME = 0.01  # curves that differ by less than this share of the axis cannot be told apart
 
 
 def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
@@ -38,7 +40,8 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     """Draw the mean accuracy over the tasks seen, after each task; for several runs of a learner, their mean and std.
 
     `results` has the runs of each learner. The plot is written to `file`, which is returned. With many learners the legend
-    is outside the axes, ordered by final accuracy.
+    is outside the axes, ordered by final accuracy. A curve that coincides with an earlier one is dashed, with rings around
+    the points, so that both are seen. The axis fits the data.
     """
     curves = {name: np.array([matrix.curve() for matrix in runs]) for name, runs in results.items()}
     many = len(curves) > CURVES_NAMED_INSIDE
@@ -47,16 +50,24 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     columns = -(-len(curves) // NAMES_BELOW_EACH_OTHER)
     figure = _figure(6 + 3 * columns, max(4, 0.19 * min(len(curves), NAMES_BELOW_EACH_OTHER))) if many else _figure(6, 4)
     axes = figure.subplots()
+    means = [runs.mean(0) for runs in curves.values()]
+    low, high = min(mean.min() for mean in means), max(mean.max() for mean in means)
+    span = max(high - low, LEAST_SPAN)
     for number, (name, runs) in enumerate(curves.items()):
-        tasks, mean = range(1, runs.shape[1] + 1), runs.mean(0)
-        style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
-        (line,) = axes.plot(tasks, mean, marker="o", markersize=3, linestyle=style, label=name)
+        tasks, mean = range(1, runs.shape[1] + 1), means[number]
+        below = sum(len(mean) == len(other) and abs(mean - other).max() < SAME * span for other in means[:number])
+        style: Any = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
+        if below:
+            style = (0, (3, 3 * below))
+        points = {"marker": "o", "markersize": 3 + 3 * below, "markerfacecolor": "none" if below else None}
+        (line,) = axes.plot(tasks, mean, linestyle=style, label=name, **points)
         if len(runs) > 1:
             std = runs.std(0, ddof=1)
             axes.fill_between(tasks, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="tasks learned", ylabel="mean accuracy over them, %")
-    if not many:  # many curves cannot be told apart on a scale from 0 to 100
-        axes.set(ylim=(0, 100))
+    shown = axes.get_ylim()
+    missing = max(LEAST_SPAN - (shown[1] - shown[0]), 0) / 2
+    axes.set(ylim=(shown[0] - missing, shown[1] + missing))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if many:

@@ -45,6 +45,13 @@ LEGEND = (
     "by the novelty score, mean over the tasks. Drift R²: how well the map that moves old statistics explains held-out "
     "images of the current task, least over the tasks; 1: all of the change, 0: none."
 )
+# Under a table on a screen.
+SHORT_LEGEND = (
+    "FAA: accuracy in percent after the last task, mean over the tasks. CAA: mean of that average after each task.\n"
+    "Forgetting: best accuracy ever on a task minus the final one, in points, mean over the earlier tasks."
+)
+# What a result is compared with in its first sentence: a classifier trained task after task and nothing done about it.
+NAIVE = ("sequential linear probe", "sequential cosine probe", "finetune")
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,29 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
     return "\n".join(lines)
 
 
+def headline(results: Sequence[Result], classes: int | None = None) -> str:
+    """What the first learner knows at the end, in one sentence, beside naive training if that is among the results.
+
+    Args:
+        results: all learners, all seeds.
+        classes: number of classes of all tasks; None: unknown.
+
+    Raises:
+        ValueError: no results.
+    """
+    learners = _by_learner(results)
+    faa = {name: mean(run.matrix.summary()["faa"] for run in runs) for name, runs in learners.items()}
+    first, runs = next(iter(learners.items()))
+    tasks = len(runs[0].matrix.columns)
+    of_all = "" if classes is None else f" of all {classes:,} classes"
+    text = (
+        f"After {tasks} task{'s' * (tasks != 1)}, {markdown_text(first)} recognizes {faa[first]:.1f} % of the test images"
+        f"{of_all}"
+    )
+    naive = next((name for name in NAIVE if name in faa and name != first), None)
+    return f"{text}; a classifier trained naively, task after task: {faa[naive]:.1f} %." if naive else f"{text}."
+
+
 def half_width(share: float, images: int) -> float:
     """Half the width of Wilson's 95 % interval, in percent, of an accuracy `share` (0 to 1) on a number of `images`."""
     z = 1.96
@@ -202,6 +232,7 @@ def run_page(
     data: str,
     arguments: Mapping[str, Any],
     seconds: float,
+    classes: int | None = None,
     evaluations: Sequence[Evaluation] = (),
     selection: str = "",
     plots: Sequence[Path] = (),
@@ -217,6 +248,7 @@ def run_page(
         data: the data, as text or Hub id.
         arguments: all settings by name.
         seconds: duration of the run.
+        classes: number of classes of all tasks; None: unknown.
         evaluations: results of the last evaluation, one per task, from `evaluate` with `task`.
         selection: text from `selection_summary`.
         plots: PNG files in the folder.
@@ -250,6 +282,7 @@ def run_page(
     of_seed = f", seed {runs[0].seed}" if len(runs) > 1 else ""
     sections = [
         f"# {markdown_text(first)}",
+        headline(results, classes),
         "\n".join(f"- {name}: {markdown_text(value, 300)}" for name, value in facts.items()),
         LEGEND,
         comparison_table(results),

@@ -18,7 +18,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from cl_prompts.evaluation.plots import draw
-from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, matrix_table, remarks
+from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, headline, matrix_table, remarks
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, markdown_block, markdown_code, markdown_text, plain_text
@@ -35,7 +35,7 @@ MAX_HEAD = 2**16  # characters of a card's metadata
 MAX_DEPTH = 20  # of metadata
 BEGIN = "<!-- Written by cl_prompts from the adapter's files; what stands outside these two lines is kept. -->"
 END = "<!-- End of what cl_prompts writes. -->"
-TAGS = ("cl_prompts", "continual-learning", "prompt-pool", "image-classification")
+TAGS = ("cl_prompts", "continual-learning", "peft", "prompt-pool", "image-classification")
 ADAPTER_TAG = "base_model:adapter:"
 FIGURES = {
     "faa": "final average accuracy",
@@ -151,14 +151,14 @@ def known_run(files: AdapterFiles) -> RunRecord | None:
 def card_metadata(config: PromptPoolConfig, record: RunRecord | None, name: str) -> ModelCardData:
     """The YAML head of a card."""
     base = hub_base(config)
-    known: dict[str, Any] = {"base_model": base} if base else {}
+    known: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
     if record is not None:
         if record.datasets:
             known["datasets"] = [plain_text(name) for name in record.datasets[:LEARNERS_SHOWN]]
         known |= {"model_name": plain_text(name.split("/")[-1]), "eval_results": _eval_results(record)}
     adapter_tag = [f"{ADAPTER_TAG}{base}"] if base else []
     return ModelCardData(
-        library_name="peft",
+        library_name="cl_prompts",  # for "peft" the Hub shows code without our import, which ends in KeyError
         pipeline_tag="image-classification",
         tags=sorted({*TAGS, config.method, *adapter_tag}),
         **known,
@@ -285,7 +285,9 @@ from cl_prompts import AutoPromptPoolModel
 
 model = AutoPromptPoolModel.from_pretrained({json.dumps(plain_text(name))}, is_trainable=True)
 print(model.classes)  # the ids that the columns of the logits stand for
-```"""
+```
+
+PEFT's own classes load it, too, after `import cl_prompts`."""
 
 
 def _figures(record: RunRecord, folder: Path) -> str:
@@ -298,6 +300,7 @@ def _figures(record: RunRecord, folder: Path) -> str:
     few = len(first.columns) <= MATRIX_TASKS
     sections = [
         "## What it reaches",
+        headline(results),
         LEGEND,
         comparison_table(results),
         remarks(results),

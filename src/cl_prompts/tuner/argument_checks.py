@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cl_prompts.backbones.structure import Structure
+from cl_prompts.backbones.structure import Structure, behind_the_feature
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.text import short_repr
 
@@ -89,7 +89,5 @@ def _is_bypassed(model: nn.Module, name: str, structure: Structure, pooler: bool
     inner = f"{structure.inner}." if structure.inner else ""
     if not name.startswith(inner):
         return True
-    children = [child for child, _ in model.get_submodule(structure.inner).named_children()]
-    after = children[children.index(structure.norm.removeprefix(inner)) + 1 :]
     child = name.removeprefix(inner).partition(".")[0]
-    return child in after and not (pooler and structure.pooler == f"{inner}{child}")
+    return child in behind_the_feature(model, structure) and not (pooler and structure.pooler == f"{inner}{child}")

@@ -120,7 +120,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         check_config(config)
         # The config keeps the adapter's state, so two models made from one config must not share it.
         config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        first = not hasattr(self, "backbone")
+        first = "backbone" not in vars(self)  # `hasattr` would find a part of the base that is called so
         check_weights(model, training=not config.inference_mode)
         if first:
             self.backbone = PromptedBackbone.of(model, self)
@@ -177,7 +177,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
                 "copies of its modules, which would change the outputs of the others: unload() the other model, or load "
                 "the base once more"
             )
-        if not hasattr(self, "pools"):
+        if "pools" not in self._modules:
             self._restore_modules()  # left by a model that no longer exists
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:

@@ -1,25 +1,26 @@
-"""The example: where images come from, and how settings are read."""
+"""Settings of a run: how they are read, and where images come from."""
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 import train_cil
 import yaml
-from arguments import Arguments, known_recipes, pairs, read_arguments
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from images import digits, load_image_data, split_by_class
 from PIL import Image as PILImage
 from support.example_runs import TINY, few_digits, finished, matrices, tensors
-from support.paths import EXAMPLES
 from transformers import AutoImageProcessor
 
 from cl_prompts import PromptPoolConfig
 from cl_prompts.continual import ContinualArguments
+from cl_prompts.runs import BENCHMARKS, MICRO_VIT, RECIPES
+from cl_prompts.runs.arguments import Arguments, known_recipes, pairs, read_arguments
+from cl_prompts.runs.building import load_backbone
+from cl_prompts.runs.images import digits, load_image_data, split_by_class
 
 
 REFERENCES = ("sequential linear probe", "nearest class mean", "discriminant analysis", "joint linear probe")
@@ -94,7 +95,7 @@ def test_a_missing_test_split_is_named(tmp_path: Path) -> None:
 
 
 def test_input_range_and_resampling() -> None:
-    processor = AutoImageProcessor.from_pretrained(EXAMPLES / "micro_vit")
+    processor = AutoImageProcessor.from_pretrained(MICRO_VIT)
     data = load_image_data("digits", None, None, 0, 0)
     image = data.train[0]["image"]
     usual, unit = (data.transform(processor, r, "processor")(image) for r in ("processor", "unit"))
@@ -170,15 +171,53 @@ def test_each_seed_has_its_folder() -> None:
 def test_every_recipe_fits_its_method(name: str) -> None:
     args, training = read_arguments(["--recipe", name])
     assert PromptPoolConfig(method=args.method, **pairs(args.config)).method == args.method
-    assert (args.joint, args.resume, args.held_out) == (False, False, 0.0)
+    assert (args.joint, args.resume) == (False, False)
+    assert args.held_out == (0.2 if name.endswith("imagenet_r") else 0.0), "only that data set has no test split"
     assert args.input_range in ("unit", "processor")
     if args.scenario == "gaussian":
         assert training.num_train_epochs == 1
-    text = (EXAMPLES / "recipes" / f"{name}.yaml").read_text()
+    text = (RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("#"), "a recipe says where its numbers are from"
     if not name.endswith("_mini") and name not in ("digits", "photos"):
         assert args.input_range == "unit", "the papers' inputs are in [0, 1]"
         assert "model:" in text, "the weights that the paper used are part of the recipe"
+
+
+OF_DATA = ("dataset", "label_column", "domain_column", "scenario", "order", "common_test", "held_out", "tasks")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_is_one_word(name: str) -> None:
+    """A method with a recipe for it takes that one; others take its data with the settings for photographs."""
+    args, training = read_arguments(["--benchmark", name, "--method", "ewc"])
+    data = {setting: getattr(args, setting) for setting in OF_DATA}
+    assert all("/" in source for source in args.dataset), "Hub ids"
+    assert (args.model, args.method) == ("google/vit-base-patch16-224-in21k", "ewc")
+    assert (args.config, training.output_dir) == ([], f"results/{name}-ewc-seed0")
+    assert read_arguments(["--benchmark", name, "--method", "ewc", "--tasks", "3"])[0].tasks == [3]
+    for recipe in [recipe for recipe in known_recipes() if recipe.endswith(f"_{name}") and "gaussian" not in recipe]:
+        args, training = read_arguments(["--benchmark", name, "--method", recipe.removesuffix(f"_{name}")])
+        own, own_training = read_arguments(["--recipe", recipe, "--output_dir", str(training.output_dir)])
+        assert {setting: getattr(args, setting) for setting in OF_DATA} == data
+        assert (replace(args, benchmark=None), training) == (replace(own, recipe=None), own_training)
+
+
+def test_a_recipe_on_another_benchmark() -> None:
+    args, training = read_arguments(["--recipe", "l2p_cifar100", "--benchmark", "cub"])
+    assert (args.dataset, args.label_column) == (["bentrevett/caltech-ucsd-birds-200-2011"], "label")
+    assert (args.method, training.batch_size) == ("l2p", 16)
+    assert training.output_dir == "results/l2p_cifar100-cub-l2p-seed0"
+
+
+def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_arguments(["--help"])
+    said = "".join(capsys.readouterr().out.split())
+    kinds = [get_type_hints(kind) for kind in (Arguments, ContinualArguments)]
+    choices = [get_args(hint) for hints in kinds for hint in hints.values() if get_origin(hint) is Literal]
+    assert len(choices) == 8
+    for words in choices:
+        assert "{" + ",".join(words) + "}" in said
 
 
 @pytest.mark.parametrize(
@@ -188,7 +227,9 @@ def test_every_recipe_fits_its_method(name: str) -> None:
         (["--views", "3"], r"--views 3 has no effect without --augment True: add that, or leave it out"),
         (["--epoch_count", "3"], r"no such arguments: \['--epoch_count', '3'\]"),
         (["--method", "nope"], r"--method nope: there is .*ewc, .*hash"),
-        (["--scenario", "nope"], r"--scenario nope: there is class, domain"),
+        (["--scenario", "nope"], r"--scenario: invalid choice: 'nope' \(choose from '?class'?, '?domain'?"),
+        (["--seed", "nope"], r"argument --seed: invalid int value: 'nope'$"),
+        (["--benchmark", "nope"], r"no benchmark 'nope': choose one of \['5datasets', 'cifar100'"),
         (["--extra_classifiers", "ridge", "nope"], r"--extra_classifiers nope: there is aligned"),
         (["--trackers", "nope"], r"--trackers nope: there is .*\(installed\)"),
         (["--method", "icarl"], "icarl needs remembered images: set --memory_size"),
@@ -206,6 +247,12 @@ def test_unknown_settings_are_named(line: list[str], message: str) -> None:
 def test_a_recipe_may_set_arguments_only(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("epoch: 3")
     with pytest.raises(SystemExit, match=r"sets \['epoch'\]"):
+        read_arguments(["--recipe", str(tmp_path / "bad.yaml")])
+
+
+def test_a_recipe_may_set_choices_only(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("resample: nope")
+    with pytest.raises(SystemExit, match="--resample nope: there is processor, bilinear, bicubic"):
         read_arguments(["--recipe", str(tmp_path / "bad.yaml")])
 
 
@@ -247,7 +294,7 @@ def test_references_of_a_trained_backbone_are_those_of_the_frozen_one(
     assert references_of(trained) == frozen
     again = tensors(trained, "learner.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in learnt.items())
-    given = train_cil.load_backbone(str(EXAMPLES / "micro_vit"), "sdpa").state_dict()
+    given = load_backbone(str(MICRO_VIT), "sdpa").state_dict()
     assert any(not torch.equal(again[f"parameters.features.base.{name}"], tensor) for name, tensor in given.items())
 
 

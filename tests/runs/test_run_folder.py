@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from run_folder import LOCK
 from support.example_runs import TINY, few_digits, finished, matrices, process, tensors
 from support.saving import exit_code, forked
 from support.small_disk import small_disk
 from train_cil import main
 
+from cl_prompts.runs.run_folder import LOCK
 from cl_prompts.runtime.locks import hold_exclusively
 
 

@@ -28,7 +28,9 @@ from cl_prompts.continual import (
 sys.path.insert(0, str(EXAMPLES))
 
 import make_mini
-from images import ToTensor, load_stream
+
+from cl_prompts.runs import MICRO_VIT
+from cl_prompts.runs.images import ToTensor, load_stream
 
 
 LABELS = [0, 1, 2, 3] * 6
@@ -193,7 +195,7 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_the_transform_can_be_sent_to_a_fresh_process() -> None:
-    processor = AutoImageProcessor.from_pretrained(EXAMPLES / "micro_vit")
+    processor = AutoImageProcessor.from_pretrained(MICRO_VIT)
     there = pickle.loads(pickle.dumps(ToTensor(processor, "unit", "bicubic")))
     image = pictures(1, size=(20, 20))[0]
     assert there(image).equal(ToTensor(processor, "unit", "bicubic")(image))

@@ -4,6 +4,8 @@
 against 0.1 s here, with the same rows in the same order.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterator

@@ -1,15 +1,16 @@
 """The results folder of a run: run.json describes the run and is written first, results.json, its record, last."""
 
+from __future__ import annotations
+
 import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from arguments import Arguments, as_dict
-
 from cl_prompts.continual import ContinualArguments
 from cl_prompts.evaluation.report import PAGE, machine
+from cl_prompts.runs.arguments import Arguments, as_dict
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 
@@ -33,7 +34,7 @@ FILES = (
 )
 # Arguments that do not change the results.
 NOT_OF_THE_RUN = (
-    *("output_dir", "recipe", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
+    *("output_dir", "recipe", "benchmark", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
     *("query_cache", "query_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")

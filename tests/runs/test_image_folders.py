@@ -1,19 +1,14 @@
 """Folders of images are listed as `datasets` lists them, without its walks through the whole tree."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image, load_dataset
-from support.paths import EXAMPLES
 from support.stream_data import pictures
 
-
-sys.path.insert(0, str(EXAMPLES))
-
-from image_folders import OtherLayoutError, read_image_folder
-from images import load_splits
+from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
+from cl_prompts.runs.images import load_splits
 
 
 (PICTURE,) = pictures(1)

@@ -1,17 +1,18 @@
 """Runs learners with several seeds and writes a table of means and standard deviations.
 
-    python examples/compare.py compare_cifar100_mini --seeds 0 1 2 --jobs 2 --output results/cifar100-mini
-    python examples/compare.py rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
+    cl-prompts compare compare_cifar100_mini --seeds 0 1 2 --jobs 2 --output results/cifar100-mini
+    cl-prompts compare rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
-The YAML file (in examples/recipes, or a path) has `settings`, the arguments of all runs, and `rows`, the arguments of each
-row by name, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this script does not know are
+The YAML file (a comparison of the package, or a path) has `settings`, the arguments of all runs, and `rows`, those of
+each row by name, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this command does not know are
 passed to every run and override those of the file. Each run has its own process and folder. Failed runs are listed below
 the table and do not stop the others. When the script is called again, complete runs are read and killed ones are resumed.
 Rows with another number of tasks than most are in separate tables.
 """
 
+from __future__ import annotations
+
 import argparse
-import io
 import json
 import os
 import re
@@ -19,24 +20,25 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import HERE, OPTIONS, RECIPES, Arguments, as_dict, as_word, read_arguments
-from run_folder import described, differences, folder_of, is_complete, read_results
 
 from cl_prompts.continual import ContinualArguments
 from cl_prompts.evaluation.plots import draw_curves
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
+from cl_prompts.runs import RECIPES
+from cl_prompts.runs.arguments import OPTIONS, Arguments, as_dict, as_word, read_arguments
+from cl_prompts.runs.run_folder import described, differences, folder_of, is_complete, read_results
 from cl_prompts.runtime.files import write_atomically
 
 
+COMMAND = "cl-prompts compare"
 PAGE, NUMBERS = "comparison.md", "comparison.json"
 
 
@@ -46,7 +48,7 @@ class Run:
 
     Args:
         row: name of the row in the table.
-        words: arguments of train_cil's command line.
+        words: arguments of `cl-prompts train`.
         arguments, training: the parsed arguments.
         error: why the run failed or cannot be read; "" without an error.
     """
@@ -123,13 +125,10 @@ def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, 
 
 def arguments_of(row: str, words: list[str]) -> tuple[Arguments, ContinualArguments]:
     """Parse the words of a row's command line. Exits with the row's name on invalid arguments."""
-    stderr = io.StringIO()
     try:
-        with redirect_stderr(stderr):
-            return read_arguments(words)
+        return read_arguments(words)
     except SystemExit as stop:
-        message = stop.code if isinstance(stop.code, str) else stderr.getvalue().rpartition("error: ")[2].strip()
-        sys.exit(f"row {row!r}: {message}")
+        sys.exit(f"row {row!r}: {stop.code}")
 
 
 def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
@@ -142,7 +141,7 @@ def refuse_empty(row: str, settings: Mapping[str, Any], arguments: Mapping[str, 
 
 def execute(run: Run, launcher: list[str], threads: int) -> None:
     """Run in a separate process. The output is written to a log next to the run's folder."""
-    command = [*launcher, str(HERE / "train_cil.py"), *run.words, "--resume"]
+    command = [*launcher, "-m", "cl_prompts", "train", *run.words, "--resume"]
     log = run.folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{run.folder.name}: {shlex.join(command)}", flush=True)
@@ -151,7 +150,8 @@ def execute(run: Run, launcher: list[str], threads: int) -> None:
         ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
     if ended.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        run.error = f"{lines[-1].strip() if lines else 'no output'} (exit code {ended.returncode}, {log})"
+        message = lines[-1].strip().removeprefix("cl-prompts: ") if lines else "no output"
+        run.error = f"{message} (exit code {ended.returncode}, {log})"
         print(f"{run.folder.name} failed: {run.error}", flush=True)
 
 
@@ -212,9 +212,7 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
     failed = [f"- {run.row}, seed {run.training.seed}: {run.error}" for run in runs if run.error]
     missing = [f"- {run.row}, seed {run.training.seed}" for run in runs if not run.done and not run.error]
     seconds = sum(result.seconds or 0 for result in [*results, *others])
-    commands = {
-        run.row: shlex.join(["accelerate", "launch", "examples/train_cil.py", *run.words]) for run in reversed(runs)
-    }
+    commands = {run.row: shlex.join(["cl-prompts", "train", *run.words]) for run in reversed(runs)}
     sections = [
         f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {machine()}. {seconds:,.0f} seconds for all runs.",
         LEGEND,
@@ -243,24 +241,31 @@ def other_tables(others: list[Result]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Run all runs that are not complete, and write the table after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", help="name in examples/recipes, or a YAML file")
+def main(words: Sequence[str] | None = None) -> None:
+    """Run all runs that are not complete, and write the table after each.
+
+    Args:
+        words: of the command line; None: those of this process. Mistakes in them exit with a message.
+    """
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", help="name of a comparison, or a YAML file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", help="names of the rows to run; default: all")
     parser.add_argument("--draw", nargs="+", help="learners, as the table names them, for the picture; default: all")
     parser.add_argument("--output", type=Path, help="default: results/<comparison>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--launcher", default=sys.executable, help='like "accelerate launch --num_processes 2"')
-    options, further = parser.parse_known_args()
+    options, further = parser.parse_known_args(words)
     rows = read_rows(options.comparison)
     absent = sorted(set(options.rows or []) - set(rows))
     if absent or options.jobs < 1:
         sys.exit(f"--rows {absent} are none of {list(rows)}" if absent else f"--jobs {options.jobs} must be positive")
     output = options.output or Path("results") / Path(options.comparison).stem
     runs = plan({row: rows[row] for row in options.rows or rows}, options.seeds, output, further)
-    command = f"python examples/compare.py {shlex.join(sys.argv[1:])}"
+    command = shlex.join([*COMMAND.split(), *words])
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
 
     def complete(run: Run) -> None:
@@ -277,7 +282,3 @@ def main() -> None:
         sys.exit(f"--draw {unknown} are none of {learners}")
     if any(run.error for run in runs):
         sys.exit("some runs failed, see above")
-
-
-if __name__ == "__main__":
-    main()

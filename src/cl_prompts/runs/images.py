@@ -3,15 +3,16 @@
 Sources are scikit-learn's digits, Hub data sets, folders of parquet files, and folders of image folders.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset
-from image_folders import OtherLayoutError, read_image_folder
 from PIL import Image as PILImage
 
 from cl_prompts.continual import (
@@ -27,11 +28,16 @@ from cl_prompts.continual import (
 )
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.data_sets import holds_files, is_missing
+from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
 from cl_prompts.runtime.images import pil_to_rgb
 
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in the order of choice
-SCENARIOS = ("class", "domain", "datasets", "gaussian")
+Scenario = Literal["class", "domain", "datasets", "gaussian"]
+SCENARIOS: tuple[str, ...] = get_args(Scenario)
+InputRange = Literal["processor", "unit"]
+Resample = Literal["processor", "bilinear", "bicubic"]
+OnBadImage = Literal["stop", "skip"]
 
 
 class ToTensor:
@@ -97,7 +103,7 @@ class ImageData:
         """The transform for these images."""
         return ToTensor(processor, input_range, resample)
 
-    def renamed(self, image_column: str, label_column: str) -> "ImageData":
+    def renamed(self, image_column: str, label_column: str) -> ImageData:
         """The same data with these column names, without other columns."""
         names = {self.image_column: image_column, self.label_column: label_column}
         train, test = (part.select_columns(list(names)).rename_columns(names) for part in (self.train, self.test))

@@ -1,5 +1,7 @@
 """The settings of a run: defaults, overridden by a recipe, overridden by the command line."""
 
+from __future__ import annotations
+
 import inspect
 import json
 import re
@@ -7,11 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.tracking import get_available_trackers
-from images import SCENARIOS
 from transformers import HfArgumentParser
 
 from cl_prompts.baselines import BASELINES
@@ -19,13 +20,14 @@ from cl_prompts.continual import ContinualArguments
 from cl_prompts.continual.arguments import key_values
 from cl_prompts.heads import CLASSIFIERS
 from cl_prompts.methods import METHODS
+from cl_prompts.runs import BENCHMARKS, MICRO_VIT, RECIPES
+from cl_prompts.runs.images import InputRange, OnBadImage, Resample, Scenario
 from cl_prompts.runtime.images import MAX_PIXELS
 
 
-HERE = Path(__file__).parent
-RECIPES = HERE / "recipes"
 OPTIONS = ("config", "learning_rates", "optim_args")  # mappings in recipes
 T = TypeVar("T")
+Attention = Literal["sdpa", "eager"]
 
 
 def setting(default: Any, text: str) -> Any:
@@ -42,12 +44,14 @@ class Arguments:
     """
 
     recipe: str | None = setting(
-        None, "name in examples/recipes, or a YAML file; default: digits, or photos if --dataset names other images"
+        None,
+        "a recipe by name, or a YAML file; default: digits, that of method and benchmark where there is one, else photos",
     )
+    benchmark: str | None = setting(None, f"data and tasks of a benchmark of the papers: {', '.join(sorted(BENCHMARKS))}")
     resume: bool = setting(False, "continue the run in the results folder from its last checkpoint")
 
-    model: str = setting(str(HERE / "micro_vit"), "Hub id or folder of a vision transformer")
-    attention: str = setting("sdpa", "sdpa or eager; eager trains faster on CPUs in bf16, whose fused backward is slow")
+    model: str = setting(str(MICRO_VIT), "Hub id or folder of a vision transformer")
+    attention: Attention = setting("sdpa", "eager trains faster on CPUs in bf16, whose fused backward is slow")
     shard_backbone: bool = setting(False, "shard the frozen backbone's blocks over the processes, to save memory")
     dataset: list[str] = field(
         default_factory=lambda: ["digits"],
@@ -60,16 +64,16 @@ class Arguments:
     image_column: str | None = setting(None, "default: the data set's image column")
     label_column: str | None = setting(None, "default: the data set's label column")
     held_out: float = setting(0.0, "test on this share of the training images instead: for choosing settings")
-    input_range: str = setting("processor", "processor: the model's own mean and std; unit: [0, 1], as the papers")
-    resample: str = setting("processor", "processor, bilinear or bicubic")
+    input_range: InputRange = setting("processor", "processor: the model's own mean and std; unit: [0, 1], as the papers")
+    resample: Resample = setting("processor", "how images are resized; processor: as the model's own processor does")
     augment: bool = setting(False, "random crops and flips of training images")
     crop_scale: float = setting(0.05, "smallest crop, as a share of the image's area")
     views: int = setting(0, "crops per image, one per epoch in turn, so that queries can be cached; 0: new ones each epoch")
     augment_on_device: bool = setting(False, "crop batches of resized images on the model's device")
-    on_bad_image: str = setting("stop", "stop or skip (and count) images that cannot be read")
+    on_bad_image: OnBadImage = setting("stop", "at images that cannot be read; skip counts them")
     max_pixels: int = setting(MAX_PIXELS, "images with more pixels cannot be read")
 
-    scenario: str = setting("class", "what is new in each task: " + ", ".join(SCENARIOS))
+    scenario: Scenario = setting("class", "what is new in each task; gaussian: no tasks, classes come and go")
     joint: bool = setting(False, "train on all images in one task: an upper bound for continual learning")
     tasks: list[int] = field(
         default_factory=lambda: [5],
@@ -100,12 +104,22 @@ class Arguments:
     )
 
 
-def read_arguments(line: Sequence[str] | None = None) -> tuple[Arguments, ContinualArguments]:
-    """Read the settings from defaults, recipe and command line `line` (None: that of this process).
+class OneLineParser(HfArgumentParser):
+    """A parser that exits with the message of an error alone: its usage fills a screen."""
 
-    Exits with a message if a recipe or a setting does not exist, or a setting is invalid.
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message."""
+        sys.exit(message)
+
+
+def read_arguments(line: Sequence[str] | None = None, command: str | None = None) -> tuple[Arguments, ContinualArguments]:
+    """Read the settings from defaults, recipe and command line. Exits with a message if one does not exist or is invalid.
+
+    Args:
+        line: words of the command line; None: those of this process.
+        command: name of the command in its help; None: that of this process.
     """
-    parser = HfArgumentParser((Arguments, ContinualArguments), description=Arguments.__doc__)
+    parser = OneLineParser((Arguments, ContinualArguments), description=Arguments.__doc__, prog=command)
     add_help(parser, ContinualArguments)
     words = list(sys.argv[1:] if line is None else line)
     first, unknown_words = parser.parse_known_args(words)
@@ -113,9 +127,11 @@ def read_arguments(line: Sequence[str] | None = None) -> tuple[Arguments, Contin
         sys.exit(f"no such arguments: {unknown_words}; --help lists them all")
     path = recipe_file(first)
     settings = read_recipe(path)
+    if first.benchmark is not None and path.stem != f"{first.method}_{first.benchmark}":
+        settings |= read_recipe(BENCHMARKS[first.benchmark])
     unknown = sorted(set(settings) - {f.name for kind in (Arguments, ContinualArguments) for f in fields(kind)})
     if unknown:
-        sys.exit(f"{path} sets {unknown}, which are no arguments of this script")
+        sys.exit(f"{path} sets {unknown}, which are no arguments of a run")
     parser.set_defaults(**{name: as_words(name, value) for name, value in settings.items() if name not in OPTIONS})
     arguments, training = validated(lambda: parser.parse_args_into_dataclasses(words))
     # Options in a recipe are for its own method (or optimizer). The command line overrides single ones.
@@ -140,7 +156,12 @@ def read_arguments(line: Sequence[str] | None = None) -> tuple[Arguments, Contin
 
 def recipe_file(arguments: Arguments) -> Path:
     """The recipe that is named, or that for the data set if none is. Exits with a message if there is none."""
-    name = arguments.recipe or ("digits" if arguments.dataset == ["digits"] else "photos")
+    benchmark = arguments.benchmark
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        sys.exit(f"no benchmark {benchmark!r}: choose one of {sorted(BENCHMARKS)}")
+    name = arguments.recipe or ("digits" if arguments.dataset == ["digits"] and benchmark is None else "photos")
+    if arguments.recipe is None and (RECIPES / f"{arguments.method}_{benchmark}.yaml").is_file():
+        name = f"{arguments.method}_{benchmark}"
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         sys.exit(f"no recipe {name!r}: choose one of {known_recipes()} or name a YAML file")
@@ -159,7 +180,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def run_name(arguments: Arguments, recipe: Path) -> str:
-    """First part of the results folder's name: the recipe, or the data sets if no recipe is named."""
+    """First part of the results folder's name: recipe and benchmark, or the data sets if none is named."""
+    if arguments.benchmark is not None:
+        return "-".join(filter(None, [recipe.stem if arguments.recipe else "", arguments.benchmark]))
     names = [Path(name).name.replace(":", "-") for name in arguments.dataset]
     return recipe.stem if arguments.recipe or names == ["digits"] else "-".join(names)
 
@@ -183,8 +206,9 @@ def validated(make: Callable[[], T]) -> T:
 
 def check(arguments: Arguments, training: ContinualArguments) -> None:
     """Exit with a message if a setting is invalid. Settings of the method and the data are checked later."""
+    choices = {name: get_args(kind) for name, kind in get_type_hints(Arguments).items() if get_origin(kind) is Literal}
     for name, known in (
-        ("scenario", SCENARIOS),
+        *choices.items(),
         ("method", sorted({*METHODS, *BASELINES})),
         ("trackers", [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]),
         ("extra_classifiers", sorted(CLASSIFIERS)),

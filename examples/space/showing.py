@@ -166,14 +166,14 @@ def choice_rule(pool: OpenPool) -> str:
     adapter = pool.model.adapter
     if adapter.config.method == "none":
         return "This method has no prompts: there is nothing to choose."
-    if adapter.config.method == "vpt":
-        return "This method chooses nothing: every picture gets the same prompts."
     if adapter.config.method == "coda":
         return (
             "This method chooses nothing: every picture gets a mix of all prompts. Shown are the heaviest and their tasks."
         )
     if keeps_tasks_apart(adapter):
         return "Each task has its own prompts; the method infers the task of each picture."
+    if not adapter.config.selects:
+        return "This method chooses nothing: every picture gets the same prompts."
     if selection_counts(adapter) is None:
         return "All tasks share the prompts, and this adapter has no counts of which task's pictures chose which prompt."
     return "All tasks share the prompts. Colors show for which task's pictures a prompt was chosen in training."

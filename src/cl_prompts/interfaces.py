@@ -124,6 +124,10 @@ class AttentionSeen:
         return logits.softmax(-1)[..., : self.keys.shape[2] - self.queries.shape[2]]
 
 
+# Is called with the attention of each block that has a prefix; None: it is not called.
+Probe = Callable[[AttentionSeen], None] | None
+
+
 @dataclass
 class PoolInput:
     """Input of a pool's forward. It has no labels, and at test no task.

@@ -207,7 +207,7 @@ def test_a_failed_import_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_method_chooses_the_config_class() -> None:
     assert PromptPoolConfig(method="l2p", pool_size=7) == L2PConfig(pool_size=7)
     assert type(PromptPoolConfig(method="hash", layers=[2])) is HashPromptConfig
-    with pytest.raises(ValueError, match=r"unknown method 'l3p': choose one of \['coda', .*'l2p', .*\]"):
+    with pytest.raises(ValueError, match=r"unknown method 'l3p': choose one of \['apt', .*'l2p', .*\]"):
         PromptPoolConfig(method="l3p")
     with pytest.raises(TypeError, match="layers"):
         L2PConfig(layers=[0])

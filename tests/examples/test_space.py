@@ -73,7 +73,7 @@ def test_what_every_method_says_of_its_choices_and_that_it_learns_on(monkeypatch
         shown = [choice.prompt for _, choices in found.rows for choice in choices]
         assert set(shown) <= set(output.prompt_ids.flatten().tolist()), name
         assert set(found.tasks) <= {0, 1}, name
-        assert found.tasks, name
+        assert found.tasks or "no counts" in said, name
         if routed is not None and len(shown) == 1:  # it then is the task that made the prompt
             assert found.tasks == {found.routed: pytest.approx(1)}, name
         assert showing.answers(pool, [("a.png", image, found)]).count("chip") == len(shown)

@@ -177,6 +177,7 @@ def test_a_foreign_temperature_is_refused(wrong: Any) -> None:
 def test_every_method_is_calibrated_after_a_task(method: str) -> None:
     model = new_model(method)
     learn_task(model, CLASSES[0])
-    model.consolidate([task_images(CLASSES[0])])
+    if not model.needs_consolidation:  # otherwise it was done
+        model.consolidate([task_images(CLASSES[0])])
     assert model.adapter.config.state.temperature is not None
     assert answers(model).isfinite().all()

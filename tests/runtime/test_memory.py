@@ -68,9 +68,9 @@ def test_only_a_training_keeps_what_it_frees(choice: str) -> None:
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert min(found["outside"], found["after"]) >= PAGES
+    assert min(found["outside"], found["after"]) >= 0.9 * PAGES  # a part may lie in pages that are there
     if choice:
-        assert min(found["inside"], found["training"]) >= PAGES
+        assert min(found["inside"], found["training"]) >= 0.9 * PAGES
     else:
         assert max(found["inside"], found["training"]) < PAGES / 10
         assert found["given back"] >= 0.9 * PAGES

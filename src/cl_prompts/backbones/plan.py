@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV
+from cl_prompts.interfaces import Prefix, PrefixKV, Probe
 
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class PassPlan:
     repeats: int = 1
     learning: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    probe: Callable[[AttentionSeen], None] | None = None
+    probe: Probe = None
 
 
 @dataclass(frozen=True)

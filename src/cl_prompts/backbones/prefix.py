@@ -10,7 +10,6 @@ variable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import AttentionInterface
 from cl_prompts.backbones.plan import CallVariable
 from cl_prompts.backbones.structure import eager_attention, fused_projection, head_width, projection_names
 from cl_prompts.backbones.tokens import widen_mask, widen_rotary
-from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV
+from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV, Probe
 
 
 ATTENTION = "cl_prompts"
@@ -53,7 +52,7 @@ class BlockPlan:
     read: int
     learning: bool
     used: dict[int, PrefixKV]
-    probe: Callable[[AttentionSeen], None] | None = None
+    probe: Probe = None
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,7 @@ class PromptedBackbone:
         running = RUNNING.get()
         if running is not None and running.plan is not None and running.plan.probe is not None:
             return type(self.model).forward(self.model, *args, **kwargs)  # a probe is no part of a graph
-        # The answer is given behind the compiled part.
-        return self._compiled(None if running is None else RunningPass(self, running.plan), *args, **kwargs)
+        return self._compiled(running and RunningPass(self, running.plan), *args, **kwargs)  # the answer is given behind it
 
     # ---- beginning and end of a forward of the model -------------------------------------------------------------------
 

@@ -160,9 +160,11 @@ class PromptPool(nn.Module, ABC):
     def fill_prompts(self, vectors: Tensor, generator: torch.Generator | None = None) -> None:
         """Set every row of the trainable prompts to one of `vectors` [n, D] (patch embeddings), drawn by `generator`."""
         for name, role in self.roles.items():
+            if role != "prompts" or name in self.no_rows:
+                continue
             owner, _, last = name.rpartition(".")
             tensor = getattr(self.get_submodule(owner), last)
-            if role == "prompts" and name not in self.no_rows and isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, nn.Parameter):
                 rows = torch.randint(vectors.shape[0], (tensor.numel() // vectors.shape[1],), generator=generator)
                 tensor.copy_(vectors[rows.to(vectors.device)].view_as(tensor))
 

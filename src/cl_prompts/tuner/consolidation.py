@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
-from cl_prompts.interfaces import AttentionSeen
+from cl_prompts.interfaces import Probe
 from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images
 from cl_prompts.tuner.adapter import PoolAdapter
@@ -20,7 +20,7 @@ def features_of(
     backbone: PromptedBackbone,
     adapter: PoolAdapter,
     batch: Mapping[str, Any],
-    probe: Callable[[AttentionSeen], None] | None = None,
+    probe: Probe = None,
 ) -> Tensor:
     """Features that the classifier gets at test: [B, D] float32.
 

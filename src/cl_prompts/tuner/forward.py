@@ -9,7 +9,7 @@ steps up to the plan on entry and passes `answer`, which runs the steps after th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import cls_position_embedding
-from cl_prompts.interfaces import AttentionSeen, PoolInput, Prompts
+from cl_prompts.interfaces import PoolInput, Probe, Prompts
 from cl_prompts.learner.checks import check_labels
 from cl_prompts.methods import Observation
 from cl_prompts.outputs import PromptPoolOutput
@@ -77,7 +77,7 @@ def prompted_forward(
     *,
     training: bool,
     features_only: bool = False,
-    probe: Callable[[AttentionSeen], None] | None = None,
+    probe: Probe = None,
 ) -> Iterator[None]:
     """Within this context the base model, called with these arguments, returns the adapter's `PromptPoolOutput`.
 
@@ -157,13 +157,7 @@ def choose_prompts(inputs: Inputs, query: Tensor | None) -> Prompts:
         return pool(PoolInput(inputs.images.shape[0], query, task, inputs.valid))
 
 
-def plan_pass(
-    backbone: PromptedBackbone,
-    inputs: Inputs,
-    prompts: Prompts,
-    reuse: Reuse | None,
-    probe: Callable[[AttentionSeen], None] | None,
-) -> PassPlan:
+def plan_pass(backbone: PromptedBackbone, inputs: Inputs, prompts: Prompts, reuse: Reuse | None, probe: Probe) -> PassPlan:
     """What the prompted pass inserts, reuses and reads: everything with a probe."""
     tokens, readout = prompts.tokens, inputs.adapter.readout
     if tokens is not None and prompts.tokens_take_cls_position:

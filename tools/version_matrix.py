@@ -90,10 +90,13 @@ def run_overlay(versions: dict[str, str]) -> tuple[int, int, str]:
     """As `run_row`, with these versions and nothing else in front of this environment's, and fewer tests."""
     with tempfile.TemporaryDirectory() as folder:
         wanted = [f"{name}=={version}" for name, version in versions.items()]
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, *wanted]
-        installed = subprocess.run(install, capture_output=True, text=True, check=False) if wanted else None
-        if installed is not None and installed.returncode:
-            return 0, 0, installed.stderr[-2000:]
+        install = [sys.executable, "-m", "pip", "install", "-q", "--target", folder]
+        # huggingface_hub before 2 needs httpx, which this environment may lack.
+        further = [[*install, "httpx"]] if versions.get("huggingface_hub", "2").startswith("1.") else []
+        for line in [[*install, "--no-deps", *wanted], *further] if wanted else []:
+            installed = subprocess.run(line, capture_output=True, text=True, check=False)
+            if installed.returncode:
+                return 0, 0, installed.stderr[-2000:]
         paths = [folder, str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         return run_tests(sys.executable, FEW, {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
 

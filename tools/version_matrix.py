@@ -69,7 +69,8 @@ def main() -> None:
         print(f"| {name} | {passed} | {broken} |", flush=True)
         if broken or not passed:
             failed.append(f"{name}:\n{said}")
-    sys.exit("\n\n".join(failed))
+    if failed:
+        sys.exit("\n\n".join(failed))
 
 
 def run_row(versions: dict[str, str]) -> tuple[int, int, str]:

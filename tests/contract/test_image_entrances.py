@@ -280,7 +280,7 @@ def test_a_damaged_picture_is_not_kept_in_memory() -> None:
         gc.enable()
 
 
-def test_the_largest_number_of_pixels_is_a_field(tmp_path: Path) -> None:
+def test_the_largest_number_of_pixels_is_a_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(encoded(RGB, "PNG"))
     data = rows(str(tmp_path / "a.png"))
     stream = ClassIncrementalStream(data, data, [[0]], as_tensor)
@@ -300,6 +300,10 @@ def test_the_largest_number_of_pixels_is_a_field(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="4x5 pixels, more than 19"):
             rgb_image(tmp_path / name, max_pixels=39)  # half as many, for the memory of its decoder
         assert rgb_image(tmp_path / name, max_pixels=40).size == (4, 5)
+    monkeypatch.setattr("cl_prompts.runtime.images.LARGE", 10)  # the JPEG is decoded at half its size
+    monkeypatch.setattr("cl_prompts.runtime.images.SHORTEST_SIDE", 1)
+    with pytest.raises(ValueError, match="4x5 pixels, more than 19"):
+        rgb_image(tmp_path / "a.jpg", max_pixels=39)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "array"])

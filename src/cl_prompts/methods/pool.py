@@ -195,11 +195,11 @@ class PromptPool(nn.Module, ABC):
 
     def new_statistics(self) -> TaskStatistics:
         """Empty statistics for the pass over the images of the current task; only of a pool that `collects`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has collects=True, so it must define new_statistics")
 
     def keep_statistics(self, statistics: TaskStatistics) -> None:
-        """Take over the `statistics` of the current task."""
-        raise NotImplementedError
+        """Take over the `statistics` of the current task; only of a pool that `collects`."""
+        raise NotImplementedError(f"{type(self).__name__} has collects=True, so it must define keep_statistics")
 
     def rebuild(self, tasks: Sequence[Sequence[int]]) -> None:
         """Replay `begin_task` for `tasks` (class indices of each), in linear time; the values come from a file."""

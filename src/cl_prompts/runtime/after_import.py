@@ -33,6 +33,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The spec of the package, with a loader that calls the function; None for all other modules."""
         if name != self.package or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)  # so that the search does not come here again
@@ -53,9 +54,11 @@ class _Loader(Loader):
         self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The module, as the package's own loader creates it."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the package, then the function."""
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

@@ -75,7 +75,7 @@ def read_rgb(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
     factor = 1
     try:
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            _check_pixels(image.size, max_pixels)
+            _check_pixels(image.size, _limit(image, max_pixels))  # before `draft`, which changes the size
             factor = _factor(image.size)
             image.draft(None, (image.width // factor, image.height // factor))  # only JPEG files follow it
             return pil_to_rgb(image, max_pixels)
@@ -102,7 +102,7 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         if image.format not in (None, "MPO", *FORMATS):  # MPO: JPEG files with several images
             raise UnreadableImage(f"{image.format} files are refused, known are {', '.join(FORMATS)}")
-        _check_pixels(image.size, max_pixels // 2 if _needs_more_memory(image) else max_pixels)
+        _check_pixels(image.size, _limit(image, max_pixels))
         image.load()
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         factor = _factor(image.size)
@@ -118,9 +118,10 @@ def pil_to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise _unreadable(error) from error
 
 
-def _needs_more_memory(image: Image.Image) -> bool:
-    """Whether decoding takes far more memory than the pixels: WebP, and the coefficients of a progressive CMYK JPEG."""
-    return image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
+def _limit(image: Image.Image, max_pixels: int) -> int:
+    """Half of `max_pixels` where decoding takes far more memory: WebP, and the coefficients of progressive CMYK JPEG."""
+    costly = image.format == "WEBP" or (image.mode == "CMYK" and "progressive" in image.info)
+    return max_pixels // 2 if costly else max_pixels
 
 
 def _factor(size: tuple[int, int]) -> int:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,18 @@ def execute(notebook: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """The notebook with new outputs, run in a copy of the examples; a cell that fails is an error that shows it."""
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     monkeypatch.setenv("IPYTHONDIR", str(room / "ipython"))
     folder = shutil.copytree(EXAMPLES, room / "examples") / "notebooks"
     content = nbformat.read(notebook, as_version=4)
     nbformat.validate(content)
-    client = NotebookClient(content, timeout=300, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
-    client.execute()
+    resources = {"metadata": {"path": str(folder)}}
+    # Kernels that start at the same time may choose the same TCP ports. Names of Unix sockets must be short.
+    with tempfile.TemporaryDirectory() as sockets:
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        client = NotebookClient(content, config=config, timeout=300, coalesce_streams=True, resources=resources)
+        client.execute()
     for cell in code_cells(content):
         cell["metadata"].pop("execution", None)  # clock times
     executed = room / notebook.name

@@ -21,7 +21,7 @@ from cl_prompts.continual.checkpointing.snapshot import capture, restore, run_id
 from cl_prompts.continual.evaluator import Evaluator
 from cl_prompts.continual.extra_classifiers import ExtraClassifiers
 from cl_prompts.continual.feature_cache.provider import FeatureProvider
-from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
+from cl_prompts.continual.optimization import build_optimizer, keep_state, prepare, rate_factor, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.replay import Replay
@@ -224,7 +224,7 @@ class ContinualTrainer:
         args, progress, model, accelerator = self.args, self.progress, self.model, self.accelerator
         self.optimizer = optimizer
         model.attach_optimizer(optimizer)
-        wrapped, prepared = accelerator.prepare(model, optimizer)
+        wrapped, prepared = prepare(accelerator, model, optimizer)
         wrapped.train()
         # Computed before the loop, so that progress bar and throughput do not include these passes.
         epochs = args.num_train_epochs

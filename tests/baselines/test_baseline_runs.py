@@ -65,7 +65,7 @@ def rows_of(trainer: ContinualTrainer, *tasks: int) -> set[int]:
     return {int(row) for task in tasks for row in trainer.stream.tasks[task].train_rows}
 
 
-@pytest.mark.parametrize("name", ["er", "der++", "bic", "icarl"])
+@pytest.mark.parametrize("name", ["er", "der++", "bic", "icarl", "gem", "co2l", "dualnet"])
 def test_rehearsed_images_join_the_batches(name: str) -> None:
     watch, trainer = watched(name)
     own = [rows_of(trainer, 0), rows_of(trainer, 1)]
@@ -173,7 +173,9 @@ def test_every_learner_resumes_inside_a_task(name: str, tmp_path: Path) -> None:
     assert resumed.model.training_state_dict()["values"] == whole.model.training_state_dict()["values"]
 
 
-@pytest.mark.parametrize("name", ["ewc", "si", "lwf", "er", "der++", "bic", "icarl"])
+@pytest.mark.parametrize(
+    "name", ["ewc", "si", "lwf", "er", "der++", "bic", "icarl", "gem", "a_gem", "packnet", "supsup", "hat"]
+)
 def test_accumulated_pieces_are_one_batch(name: str) -> None:
     runs = []
     for pieces in (1, 3):
@@ -246,6 +248,12 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
         ("ewc_online", {"decay": 1.5}, "decay=1.5 must be between 0 and 1"),
         ("si", {"damping": 0}, "damping=0 would divide by zero"),
         ("lwf", {"temperature": 0}, "temperature=0 would divide by zero"),
+        ("co2l", {"student_temperature": 0}, "student_temperature=0 would divide by zero"),
+        ("packnet", {"prune": 1.0}, "prune=1.0 must be between 0 and 1"),
+        ("packnet", {"freeze_backbone": True}, "freeze_backbone=True: 'packnet' needs False"),
+        ("supsup", {"keep": 0}, "keep=0 must be a share"),
+        ("hat", {"annealing_steps": 1}, "annealing_steps=1 at least 2"),
+        ("dualnet", {"freeze_backbone": True}, "the slow learner"),
         ("bic", {"held_out": 1}, "held_out=1 between 0 and 1"),
         ("er", {"class_mask": "task"}, "class_mask='task': choose \"none\""),
         ("finetune", {"class_mask": "batch"}, "class_mask='batch': choose"),

@@ -323,6 +323,14 @@ class Baseline(BaselineMeasures, BaselineState):
         with torch.no_grad():
             return self.features(pixel_values, **kwargs)
 
+    def refuse_checkpointing(self) -> None:
+        """Raise ValueError in training with gradient checkpointing: blocks would be recomputed outside of the pass."""
+        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.features.base.modules()):
+            raise ValueError(
+                f"{self.name!r} changes what blocks compute, and gradient checkpointing would recompute them unchanged: "
+                "call gradient_checkpointing_disable() of the base"
+            )
+
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
         """Features [B, D] of a `batch` with `pixel_values` and, if known, `query`."""
         return self.compute_features(batch["pixel_values"], batch.get("query"))

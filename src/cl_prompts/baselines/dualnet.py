@@ -93,8 +93,7 @@ class DualNet(DERPlusPlus):
         Raises:
             ValueError: as there, or gradient checkpointing is on in training.
         """
-        if self.training and getattr(self.features.base, "is_gradient_checkpointing", False):
-            raise ValueError("gradient checkpointing would recompute blocks without the fast learner: switch it off")
+        self.refuse_checkpointing()
         with fast(self.modulators):
             features = super().compute_features(pixel_values, query, **kwargs)
         return features * self.modulators[-1](features)

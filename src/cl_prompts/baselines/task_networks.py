@@ -57,8 +57,7 @@ class TaskNetworks(Baseline):
         """
         if query is not None:
             raise ValueError("query holds features of the whole backbone, which this learner does not use: leave it out")
-        if self.training and getattr(self.features.base, "is_gradient_checkpointing", False):
-            raise ValueError("gradient checkpointing would recompute blocks without the task's masks: switch it off")
+        self.refuse_checkpointing()
         with self.network(self.num_tasks - 1):
             return self.features(pixel_values, **kwargs)
 

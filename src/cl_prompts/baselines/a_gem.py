@@ -24,7 +24,7 @@ class AGEM(EpisodicMemory):
     name = "a_gem"
 
     def constraint_of(self, task: Tensor) -> Tensor:
-        """One constraint for all earlier tasks, whatever `task` is."""
+        """One constraint for all earlier tasks: 0 [B] for every `task` [B]."""
         return torch.zeros_like(task)
 
     def project(self, gradient: Tensor, references: Tensor) -> Tensor:

@@ -126,7 +126,14 @@ class Baseline(BaselineMeasures, BaselineState):
         return logits
 
     def answer(self, pixel_values: Tensor, features: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
-        """Logits at test [B, C] of `pixel_values` [B, 3, H, W]: those of `predict`. `kwargs` go to the backbone."""
+        """Logits at test [B, C], here those of `predict`.
+
+        Args:
+            pixel_values: images [B, 3, H, W].
+            features: the learner's of them [B, D].
+            logits: the head's of these [B, C].
+            kwargs: further inputs of the backbone.
+        """
         with torch.autocast(features.device.type, enabled=False):
             return self.predict(features, logits)
 
@@ -324,7 +331,11 @@ class Baseline(BaselineMeasures, BaselineState):
             return self.features(pixel_values, **kwargs)
 
     def refuse_checkpointing(self) -> None:
-        """Raise ValueError in training with gradient checkpointing: blocks would be recomputed outside of the pass."""
+        """Check that blocks are not recomputed in the backward pass, where what this learner does to them is not in force.
+
+        Raises:
+            ValueError: gradient checkpointing is on in training.
+        """
         if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.features.base.modules()):
             raise ValueError(
                 f"{self.name!r} changes what blocks compute, and gradient checkpointing would recompute them unchanged: "

@@ -44,7 +44,8 @@ class Co2L(Baseline):
         backbone: see `Baseline`.
         temperature: of the contrastive loss, 0.5 as for split CIFAR-10 in the paper.
         strength: weight of the distillation, 1 in the paper.
-        teacher_temperature, student_temperature: kappa before (0.01) and now (0.2), as in the paper.
+        teacher_temperature: kappa before, 0.01 in the paper.
+        student_temperature: kappa now, 0.2 in the paper.
         projection_size: of z, 128 in the paper.
         options: see `Baseline`.
 

@@ -40,7 +40,7 @@ class EpisodicMemory(Baseline):
         self._sums, self._counts = torch.zeros(0, 0), torch.zeros(0)
 
     def constraint_of(self, task: Tensor) -> Tensor:
-        """The constraint that a remembered image counts for, by the number of its `task`."""
+        """The constraints [B] that remembered images count for, by the numbers of their `task` [B]."""
         return task
 
     @abstractmethod

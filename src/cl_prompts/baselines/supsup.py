@@ -97,7 +97,10 @@ class SupSup(TaskNetworks):
         return computing(with_masks({layer: self._masks_of(layer)[task] for layer in self.layers.values()}))
 
     def answer(self, pixel_values: Tensor, features: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
-        """Log probabilities [B, C] within each task, lower for tasks that were not inferred; arguments as in `Baseline`."""
+        """Log probabilities [B, C] within each task, lower for tasks that were not inferred.
+
+        `pixel_values`, `features`, `logits` and `kwargs` are as in `Baseline`.
+        """
         found = super().answer(pixel_values, features, logits, **kwargs)
         inferred = self.infer_tasks(pixel_values, **kwargs)
         scored = torch.empty_like(found)
@@ -108,7 +111,7 @@ class SupSup(TaskNetworks):
 
     @torch.enable_grad()
     def infer_tasks(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Numbers of the inferred tasks [B] of images [B, 3, H, W]; `kwargs` go to the backbone."""
+        """Numbers of the inferred tasks [B] of images `pixel_values` [B, 3, H, W]; `kwargs` go to the backbone."""
         tasks, device = self.num_tasks, pixel_values.device
         alpha = torch.full((len(pixel_values), tasks), 1 / tasks, device=device, requires_grad=True)
         masks = {layer: self._masks_of(layer) for layer in self.layers.values()}

@@ -27,7 +27,7 @@ from cl_prompts.continual import (
     TrainerCallback,
     TrainerState,
 )
-from cl_prompts.heads import RidgeClassifier
+from cl_prompts.heads import AlignedClassifier, RidgeClassifier
 
 
 pytestmark = pytest.mark.xdist_group("baselines")
@@ -149,10 +149,11 @@ def test_streams_without_tasks(name: str) -> None:
 def test_further_classifiers_read_the_features() -> None:
     trainer = comparison_trainer("finetune")
     trainer.train()
-    ridge = {"ridge": RidgeClassifier(32, projection_size=64)}
-    further = ContinualTrainer(small_learner("finetune"), trainer.stream, trainer.args, classifiers=ridge)
+    more = {"ridge": RidgeClassifier(32, projection_size=64), "aligned": AlignedClassifier(32)}  # SLCA
+    further = ContinualTrainer(small_learner("finetune"), trainer.stream, trainer.args, classifiers=more)
     assert further.train() == trainer.matrix
-    assert 0 <= further.evaluations[1].by_classifier["ridge"] <= 100
+    assert further.evaluations[1].by_classifier.keys() == more.keys()
+    assert further.extra_classifiers.matrices["aligned"].summary()["faa"] > 40
 
 
 # ---- resume, accumulation, files -------------------------------------------------------------------------------------

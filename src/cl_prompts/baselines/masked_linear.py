@@ -44,7 +44,7 @@ def masked_linear_layers(features: FeatureExtractor) -> dict[str, MaskedLinear]:
             found[name] = module
     if not found:
         raise TypeError(f"the blocks of {type(features.base).__name__} have no plain linear layers, whose weights to mask")
-    return found  # type: ignore[return-value]
+    return found
 
 
 @contextmanager

@@ -20,7 +20,12 @@ def second_view(images: Tensor, numbers: Tensor, step: int) -> Tensor:
         images: [B, 3, H, W].
         numbers: `sample_ids` of the images [B].
         step: number of the optimizer step.
+
+    Raises:
+        ValueError: the images are of another form, like patches.
     """
+    if images.dim() != 4:
+        raise ValueError(f"a second view is a crop of images [B, 3, H, W], and these have shape {list(images.shape)}")
     side = (LEAST_AREA + (1 - LEAST_AREA) * uniform(numbers, step, 0)).sqrt()
     corners = [(2 * uniform(numbers, step, draw) - 1) * (1 - side) for draw in (1, 2)]
     zero = torch.zeros_like(side)

@@ -74,8 +74,10 @@ class DualNet(DERPlusPlus):
         between = [structure.shape.width] * (len(structure.blocks) - 1)
         self.modulators = nn.ModuleList([Modulator(width, hidden) for width in [*between, self.features.width]])
         for number, block in enumerate(structure.blocks[1:]):
-            hook = partial(modulate, number)
-            self.features.base.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
+            module = self.features.base.get_submodule(block)
+            if not any(getattr(hook, "func", None) is modulate for hook in module._forward_pre_hooks.values()):
+                # else those of another learner on this backbone
+                module.register_forward_pre_hook(partial(modulate, number), with_kwargs=True)
         self.projector = make_projector(self.features.width, 128)
         self.steps = 0
 

@@ -73,8 +73,9 @@ class HAT(TaskNetworks):
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
         for name in self.mlps:
             second = self._layers(name)[1]
-            second.register_forward_pre_hook(mask_hidden)
-            second.register_forward_hook(mask_outputs)
+            if mask_hidden not in second._forward_pre_hooks.values():  # else those of another learner on this backbone
+                second.register_forward_pre_hook(mask_hidden)
+                second.register_forward_hook(mask_outputs)
         sizes = [size for name in self.mlps for size in self._sizes(name)]
         self.embeddings = nn.ParameterList([torch.empty(size) for size in sizes])
         self._start_embeddings()

@@ -32,7 +32,8 @@ class ContinualArguments:
         optim: "adam", "adamw" or "sgd".
         learning_rate: learning rate. The backbone of a baseline has 0.0001, or this rate if it is smaller, unless
             `learning_rates` gives one for "base".
-        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base"): a dict, or
+        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base"; HAT's
+            "embeddings", SupSup's "scores"): a dict, or
             text for `key_values`, like "head=1e-3,prompts=1e-2". The attribute is a dict.
         optim_args: further options of the torch optimizer: a dict like {"weight_decay": 0.01}, or text like
             "weight_decay=0.01". The attribute is a dict.

@@ -83,7 +83,8 @@ class ContinualTrainer:
         warn_of_slow_bf16(self.accelerator)
         self.accelerator.log_with = [*trackers, *([self.log] if self.log else [])]
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None
-        self.callbacks, self.matrix, self.progress = list(callbacks), AccuracyMatrix(), Progress()
+        self.callbacks, self.progress = list(callbacks), Progress()
+        self.matrix = AccuracyMatrix(needs_task=model.needs_task)
         self.evaluations: list[Evaluation] = []
         self.memory: RehearsalMemory | None = None
         if args.rehearses:
@@ -308,7 +309,8 @@ class ContinualTrainer:
         self.evaluations = self.evaluator.on_seen(task)
         accuracies = [e.accuracy for e in self.evaluations]
         known = [e.task_incremental for e in self.evaluations if e.task_incremental is not None]
-        self.matrix.add(accuracies, [e.images for e in self.evaluations], known, reliability_of(self.evaluations))
+        reliability = None if self.model.needs_task else reliability_of(self.evaluations)
+        self.matrix.add(accuracies, [e.images for e in self.evaluations], known, reliability)
         self.extra_classifiers.add(self.evaluations)
         found = self.evaluator.against_later(task, self.evaluations)
         if found is not None:

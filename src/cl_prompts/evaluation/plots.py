@@ -30,7 +30,8 @@ def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
     """
     name, matrix = next(iter(results.items()))
     curves = {learner: [learner_matrix] for learner, learner_matrix in results.items()}
-    files = [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
+    title = name + ", task known" * matrix.needs_task
+    files = [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=title)]
     if matrix.reliability:
         files.append(draw_reliability(matrix.reliability[-1], folder / "reliability.png", title=name))
     return files
@@ -43,7 +44,10 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     is outside the axes, ordered by final accuracy. A curve that coincides with an earlier one is dashed, with rings around
     the points, so that both are seen. The axis fits the data.
     """
-    curves = {name: np.array([matrix.curve() for matrix in runs]) for name, runs in results.items()}
+    curves = {
+        name + ", task known" * runs[0].needs_task: np.array([matrix.shown().curve() for matrix in runs])
+        for name, runs in results.items()
+    }
     many = len(curves) > CURVES_NAMED_INSIDE
     if many:
         curves = dict(sorted(curves.items(), key=lambda item: -item[1][:, -1].mean()))
@@ -79,7 +83,7 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
 
 def draw_matrix(matrix: AccuracyMatrix, file: Path, *, title: str = "") -> Path:
     """Draw the accuracy `matrix` with a `title` and write it to `file`, which is returned."""
-    table = matrix.table()
+    table = matrix.shown().table()
     figure = _figure(5, 4)
     axes = figure.subplots()
     image = axes.imshow(table, vmin=0, vmax=100, cmap="viridis")

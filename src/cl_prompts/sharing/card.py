@@ -208,6 +208,7 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, files: Adapter
         _use(name),
         _figures(record, files.folder) if record is not None else "",
         _tasks(config),
+        _limits(config, record),
         _training(record) if record is not None else "",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -320,6 +321,20 @@ def _tasks(config: PromptPoolConfig) -> str:
     ]
     more = [f"\nand {len(tasks) - TASKS_SHOWN:,} more tasks."] if len(tasks) > TASKS_SHOWN else []
     return "## Tasks, in order\n\n" + "\n".join(lines + more)
+
+
+def _limits(config: PromptPoolConfig, record: RunRecord | None) -> str:
+    """What was not measured, and whose terms apply."""
+    data = f"the data ({markdown_text(record.data, 300)})" if record is not None and record.data else "the training images"
+    refuses = " unless it is asked to refuse unknown images" if config.state.novelty_threshold is not None else ""
+    facts = {
+        "Bias": "what the base model prefers is not changed by prompts; groups within a class were not compared",
+        "Robustness": "test images come from the source of the training images; shifted, corrupted or adversarial images "
+        "were not tested",
+        "Unknown classes": f"it answers with one of its classes{refuses}",
+        "Licenses": f"the license above is that of this adapter; {data} and the base model have terms of their own",
+    }
+    return "## Limits\n\n" + "\n".join(f"- **{heading}**: {text}." for heading, text in facts.items())
 
 
 def _names(task: Sequence[int], names: dict[str, str]) -> str:

@@ -29,6 +29,10 @@ from cl_prompts import (
 
 METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "l2p": lambda **more: L2PConfig(top_k=3, **more),
+    "l2p variants": lambda **more: L2PConfig(
+        top_k=1, pool_size=4, ensemble=2, key_width=6, key_loss="squared_distance", grow_by=2, max_size=7, **more
+    ),
+    "l2p pools": lambda **more: L2PConfig(top_k=2, pool_size=4, num_pools=2, **more),
     "hash": lambda **more: HashPromptConfig(pool_size=6, top_k=2, history_top=2, layers=[0, 2], **more),
     "dualprompt": lambda **more: DualPromptConfig(g_layers=[0], e_layers=[1, 2], **more),
     "dualprompt one-stage": lambda **more: DualPromptConfig(
@@ -37,7 +41,15 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "dualprompt prototype": lambda **more: DualPromptConfig(
         g_layers=[0], e_layers=[1, 2], task_inference="prototype", task_statistics="covariance", **more
     ),
+    "dualprompt tokens": lambda **more: DualPromptConfig(
+        prompt_form="tokens", freeze_g=True, separation_weight=0.1, ensemble=2, **more
+    ),
+    "dualprompt only G": lambda **more: DualPromptConfig(g_layers=[0, 1], e_layers=[], **more),
+    "dualprompt only E": lambda **more: DualPromptConfig(g_layers=[], e_layers=[1, 2], **more),
     "coda": lambda **more: CodaPromptConfig(components_per_task=3, layers=[0, 2], orthogonality_weight=0.1, **more),
+    "coda adaptive": lambda **more: CodaPromptConfig(
+        components_per_task=2, layers=[1], orthogonality_weight=0.1, adaptive_orthogonality=True, **more
+    ),
     "coda one-stage": lambda **more: CodaPromptConfig(
         components_per_task=2, layers=[0, 1], one_stage=True, query_regularization=1e-2, **more
     ),
@@ -45,6 +57,9 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "l2p_prefix": lambda **more: L2PPrefixConfig(pool_size=5, prompt_length=4, top_k=2, layers=[0, 1], **more),
     "l2p_prefix one-stage": lambda **more: L2PPrefixConfig(
         pool_size=5, prompt_length=4, top_k=2, layers=[0, 1], one_stage=True, **more
+    ),
+    "l2p_prefix tokens": lambda **more: L2PPrefixConfig(
+        pool_size=5, prompt_length=3, top_k=2, layers=[0, 1], one_stage=True, layer_query="mean", as_tokens=True, **more
     ),
     "vq_prompt": lambda **more: VQPromptConfig(pool_size=5, prompt_length=4, layers=[0, 2], **more),
     "smope": lambda **more: SMoPEConfig(

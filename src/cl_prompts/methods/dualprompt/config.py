@@ -127,10 +127,18 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
             ("one_stage", False),
             ("keys_per_layer", False),
             ("task_inference", "keys"),
-            ("alignment_weight", 0.0),
-            ("entropy_weight", 0.0),
         ):
             if getattr(self, name) != neutral:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs E-prompts, and e_layers=[] leaves none: leave it at {neutral!r}"
                 )
+
+    @property
+    def has_keys(self) -> bool:  # type: ignore[override]
+        """Whether prompts have keys: E-prompts do."""
+        return bool(self.e_layers)
+
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        """Whether a score selects among prompts: among E-prompts."""
+        return bool(self.e_layers)

@@ -79,7 +79,13 @@ class Arguments:
         default_factory=lambda: [5],
         metadata={"help": "number of tasks, or the number of classes of each; for scenario class"},
     )
-    shuffle_classes: bool = setting(False, "class order by seed instead of ascending; for scenarios class and gaussian")
+    class_order: list[str] = field(
+        default_factory=lambda: ["natural"],
+        metadata={
+            "help": "natural (ascending), seed, pilot or coda (as these releases draw it), all classes, or a file that lists "
+            "them; for scenarios class and gaussian"
+        },
+    )
     domain_column: str | None = setting(None, "column of the domain, where one data set holds all of them")
     order: list[str] = field(
         default_factory=list, metadata={"help": "domains or data sets in order; default: the order of the data"}

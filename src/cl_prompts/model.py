@@ -120,13 +120,12 @@ class PromptPoolModel(TaskAPI, PeftModel):
             image_processor: image processor of the training, saved as `preprocessor_config.json`.
             state_dict: the model's tensors, if the caller has gathered them; None: those of the model.
             save_function: not used; scripts pass `accelerator.save`, as transformers' models expect.
-            dtype: precision of the saved prompts, for smaller files: `torch.float16` or `torch.bfloat16`; None: float32. They
-                are float32 again after loading, rounded. Keys, routers, heads, statistics and counts are saved in full, and
-                this model is not changed.
+            dtype: precision of the saved prompts: `torch.float16` or `torch.bfloat16` for smaller files; None: float32.
+                They are float32 again after loading, rounded. All else is saved in full. This model is not changed.
 
         Raises:
-            ValueError: `safe_serialization` is False, a prompt is too large for `dtype`, an adapter does not exist, the path is a file, or `record` is given
-                and the active adapter is not saved.
+            ValueError: `safe_serialization` is False, a prompt is too large for `dtype`, an adapter does not exist, the
+                path is a file, or `record` is given and the active adapter is not saved.
             FloatingPointError: a tensor holds NaN or Inf. The files of the last save are kept.
             OSError: the disk is full. The files of the last save are kept.
         """

@@ -21,17 +21,21 @@ from cl_prompts.methods.pool import PromptPool
 
 Method = Callable[..., PromptPoolConfig]
 # The router of class statistics is not in METHODS.
-EVERY: dict[str, Method] = METHODS | VARIANTS | {
-    "hash prototype": lambda **more: HashPromptConfig(
-        pool_size=6,
-        top_k=2,
-        layers=[0, 2],
-        history_top=2,
-        router_inference="prototype",
-        task_statistics="covariance",
-        **more,
-    )
-}
+EVERY: dict[str, Method] = (
+    METHODS
+    | VARIANTS
+    | {
+        "hash prototype": lambda **more: HashPromptConfig(
+            pool_size=6,
+            top_k=2,
+            layers=[0, 2],
+            history_top=2,
+            router_inference="prototype",
+            task_statistics="covariance",
+            **more,
+        )
+    }
+)
 every_method = pytest.mark.parametrize("method", EVERY)
 TASKS = [[4, 1], [0, 7], [3, 5]]
 

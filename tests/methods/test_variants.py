@@ -229,7 +229,9 @@ def test_prompts_in_half_precision(method: str, tmp_path: Path) -> None:
             loaded.adapter.state_dict().items(), model.adapter.state_dict().values(), strict=True
         ):
             if isinstance(ours, Tensor) and name != "tasks._extra_state":
-                rounded = theirs.half().float() if name.removeprefix("pool.") in loaded.adapter.pool.prompt_names else theirs
+                rounded = (
+                    theirs.half().float() if name.removeprefix("pool.") in loaded.adapter.pool.prompt_names else theirs
+                )
                 assert ours.dtype == theirs.dtype, name
                 assert torch.equal(ours, rounded), name
     with torch.no_grad():
@@ -246,4 +248,6 @@ def test_prompts_that_half_precision_cannot_hold(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert math.isclose(PromptPoolModel.from_pretrained(build("vit"), tmp_path).adapter.pool.prompts[0, 0, 0], 7e4, rel_tol=1e-2)
+    assert math.isclose(
+        PromptPoolModel.from_pretrained(build("vit"), tmp_path).adapter.pool.prompts[0, 0, 0], 7e4, rel_tol=1e-2
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,9 @@ class ContinualTrainer:
                 "memory_rows": self.replay.mixed_rows,
                 "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
             }
-        return iter(self.stream.train_batches(task, args.batch_size, **options))
+        batches = iter(self.stream.train_batches(task, args.batch_size, **options))
+        done = progress.epoch * self._steps_per_epoch + progress.step
+        return islice(batches, max(args.max_steps - done, 0)) if args.max_steps else batches
 
     def _log(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()

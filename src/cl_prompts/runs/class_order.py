@@ -23,9 +23,9 @@ def ordered_classes(classes: Sequence[Any], order: Sequence[str], seed: int) -> 
 
     Args:
         classes: class ids, or class names.
-        order: "natural" (ascending), "seed" (NumPy's `default_rng(seed)`), "pilot" (LAMDA-PILOT: NumPy's `RandomState(1993)`,
-            whatever the seed), "coda" (CODA-Prompt: Python's `random` by the seed; seed 0 is ascending), the ids or names of
-            all classes, or a file that lists them in YAML, in JSON or separated by spaces.
+        order: "natural" (ascending), "seed" (NumPy's `default_rng(seed)`), "pilot" (LAMDA-PILOT: NumPy's
+            `RandomState(1993)`, whatever the seed), "coda" (CODA-Prompt: Python's `random` by the seed; seed 0 is
+            ascending), the ids or names of all classes, or a file that lists them in YAML, in JSON or separated by spaces.
         seed: of the run.
 
     Raises:
@@ -61,7 +61,9 @@ def _words(order: Sequence[str]) -> list[str]:
         return list(order)
     path = Path(order[0])
     if not path.is_file():
-        raise ValueError(f"class_order={order[0]!r} is no file: name one, or one of {', '.join(NAMED)}, or all classes in order")
+        raise ValueError(
+            f"class_order={order[0]!r} is no file: name one, or one of {', '.join(NAMED)}, or all classes in order"
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:

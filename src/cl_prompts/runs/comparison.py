@@ -219,9 +219,7 @@ def collect(runs: list[Run]) -> tuple[list[Result], list[Result]]:
     return [result for result in own if len(result.matrix.columns) == tasks] + shared, others
 
 
-def write(
-    runs: list[Run], output: Path, command: str, drawn: list[str] | None = None, sweep: Sweep | None = None
-) -> None:
+def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None = None, sweep: Sweep | None = None) -> None:
     """Write the table, the plots (curves of the learners in `drawn`; None: all), and the accuracies of all runs."""
     results, others = collect(runs)
     by_learner: dict[str, list[Result]] = {}

@@ -25,7 +25,6 @@ from cl_prompts.continual import (
     IterableDomainIncrementalStream,
     Stream,
 )
-from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.data_sets import holds_files, is_missing
 from cl_prompts.runs.class_order import ordered_classes, tasks_in_order
 from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
@@ -247,7 +246,6 @@ def load_image_data(
     label_column = label_column or only_column(
         features, "label", holds_ids if any(map(holds_ids, features.values())) else holds_names
     )
-    check_columns(train, [image_column, label_column, *others], f"training ({source})")
     if held_out:
         train, test = split_by_class(train, [label_column, *others], held_out, seed)
     else:
@@ -255,6 +253,14 @@ def load_image_data(
         if name is None:
             raise ValueError(f"{source} has only the splits {sorted(splits)}: add a test split, or use --held_out 0.2")
         test = splits[name]
+    named = (("image", image_column), ("label", label_column), *(("domain", name) for name in others))
+    for split, rows in (("training", train), ("test", test)):
+        for kind, name in named:
+            if rows.column_names is not None and name not in rows.column_names:
+                raise ValueError(
+                    f"{source}: the {split} set has no column {name!r}, its columns are {sorted(rows.column_names)}: pass "
+                    f"--{kind}_column"
+                )
     return ImageData(train, test, image_column, label_column)
 
 

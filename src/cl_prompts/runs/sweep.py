@@ -36,10 +36,14 @@ def read_sweep(content: Any, settings: Mapping[str, Any]) -> Sweep:
         ValueError: it is no mapping, or a setting has no list of values.
     """
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"sweep={short_repr(content)} must map settings to lists of values, like {{batch_size: [16, 128]}}")
+        raise ValueError(
+            f"sweep={short_repr(content)} must map settings to lists of values, like {{batch_size: [16, 128]}}"
+        )
     of_method = content.get("config", {})
     plain = {name: values for name, values in content.items() if name != "config"}
-    for name, values in [*plain.items(), *(of_method.items() if isinstance(of_method, dict) else [("config", of_method)])]:
+    if not isinstance(of_method, dict):
+        raise ValueError(f"sweep: config has {short_repr(of_method)}: map the method's settings to lists of values")
+    for name, values in [*plain.items(), *of_method.items()]:
         if not isinstance(values, list) or not values:
             raise ValueError(f"sweep: {name} has {short_repr(values)}: give a list of values, like [1, 5, 10]")
     values = {**of_method, **plain}

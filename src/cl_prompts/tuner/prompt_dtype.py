@@ -19,8 +19,8 @@ def with_prompts_in(
 ) -> dict[str, Tensor]:
     """A model's tensors with the prompts of some adapters cast to `dtype`.
 
-    Keys, routers, heads, statistics and counts stay as they are: a rounded key can select another prompt, and statistics are
-    continued by later tasks.
+    Keys, routers, heads, statistics and counts stay as they are: a rounded key can select another prompt, and later tasks
+    continue the statistics.
 
     Args:
         dtype: float16, bfloat16 or float32.

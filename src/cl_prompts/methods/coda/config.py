@@ -49,7 +49,7 @@ class CodaPromptConfig(QueriedPrefixConfig):
             )
         if self.adaptive_orthogonality and self.one_stage:
             raise ValueError(
-                "adaptive_orthogonality=True reads the un-prompted pass, which one_stage=True leaves out: choose one of them"
+                "adaptive_orthogonality=True reads the un-prompted pass, which one_stage=True leaves out: choose one"
             )
 
 

@@ -25,9 +25,9 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
             block may be in both.
         g_length: number of keys, and of values, of a G-prompt. With `split` or tokens, number of its rows.
         e_length: number of keys, and of values, of an E-prompt (paper: 20). With `split` or tokens, number of its rows.
-        prompt_form: "prefix" (keys and values of the blocks), or "tokens": one G-prompt and one E-prompt are tokens in front
-            of the sequence, [P_G; P_E; x], without a position embedding, and pass all blocks. They enter at block 0, so
-            `g_layers` and `e_layers` become [0] unless they are empty.
+        prompt_form: "prefix" (keys and values of the blocks), or "tokens": one G-prompt and one E-prompt are tokens in
+            front of the sequence, [P_G; P_E; x], without a position embedding, and pass all blocks. They enter at block 0,
+            so `g_layers` and `e_layers` become [0] unless they are empty.
         freeze_g: G-prompts are trained in the first task only. Ours.
         separation_weight: weight of the squared covariances between the rows of the G-prompts and of the current task's
             E-prompts, each over the D numbers of a row, averaged over the pairs of rows (L_separation). 0 is the paper.
@@ -82,7 +82,9 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
                     f"blocks {both} are in g_layers and in e_layers: a block has either G-prompts or E-prompts"
                 )
         if not self.g_layers and not self.e_layers:
-            raise ValueError('g_layers=[] and e_layers=[] leave no prompt: name blocks for one of them, or use method="none"')
+            raise ValueError(
+                'g_layers=[] and e_layers=[] leave no prompt: name blocks for one of them, or use method="none"'
+            )
         positive(self, "g_length", "e_length", "ensemble")
         flag(self, "split", "keys_per_layer", "freeze_g")
         if self.split:
@@ -104,15 +106,17 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
             raise ValueError("freeze_g=True, but g_layers=[] leaves no G-prompt to freeze: set freeze_g=False")
         if self.separation_weight and not (self.g_layers and self.e_layers):
             raise ValueError(
-                f"separation_weight={self.separation_weight} separates G-prompts from E-prompts: leave it at 0, or give both "
-                "of them blocks"
+                f"separation_weight={self.separation_weight} separates G-prompts from E-prompts: leave it at 0, or give "
+                "both of them blocks"
             )
 
     def _check_tokens(self) -> None:
         for name, default in (("g_layers", [0, 1]), ("e_layers", [2, 3, 4])):
             layers = getattr(self, name)
             if layers not in ([], [0], default):
-                raise ValueError(f'{name}={layers}: with prompt_form="tokens" prompts enter at block 0; give [0], or [] for none')
+                raise ValueError(
+                    f'{name}={layers}: with prompt_form="tokens" prompts enter at block 0; give [0], or [] for none'
+                )
             setattr(self, name, [0] if layers else [])
         for name in ("split", "keys_per_layer", "one_stage"):
             if getattr(self, name):

@@ -35,9 +35,10 @@ from cl_prompts.methods.shared.selection import cosine_scores, top_k
 class DualPromptPool(QueriedPool):
     """The DualPrompt pool. The rows of a prompt are its keys, then its values.
 
-    Tensors: `g_prompts` [G-layers, rows, D], with `freeze_g` a buffer after the first task; `e_prompts.current` [E-layers, rows, D] and `.earlier` [tasks - 1, ...],
-    frozen; `keys.current` [E-layers or 1, D] and `.earlier`, frozen; for task_inference="prototype" the class statistics
-    `prototypes`. Without G-layers or E-layers their tensors do not exist. The ids of selected prompts are task numbers.
+    Tensors: `g_prompts` [G-layers, rows, D], with `freeze_g` a buffer after the first task; `e_prompts.current` [E-layers,
+    rows, D] and `.earlier` [tasks - 1, ...], frozen; `keys.current` [E-layers or 1, D] and `.earlier`, frozen; for
+    task_inference="prototype" the class statistics `prototypes`. Without G-layers or E-layers their tensors do not exist.
+    The ids of selected prompts are task numbers.
     """
 
     roles: ClassVar[dict[str, str]] = {"g_prompts": "prompts", "e_prompts.current": "prompts", "keys.current": "keys"}

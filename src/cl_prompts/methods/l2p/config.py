@@ -137,16 +137,18 @@ class L2PConfig(PromptPoolConfig):
         if self.key_type == "none" and self.num_pools > 1:
             raise ValueError(f'num_pools={self.num_pools}: key_type="none" selects nothing; leave it at 1')
         if self.pool_average != "answers" and self.num_pools == 1:
-            raise ValueError(f'pool_average={self.pool_average!r} is for several pools: set num_pools, or leave it at "answers"')
+            raise ValueError(
+                f'pool_average={self.pool_average!r} is for several pools: set num_pools, or leave it at "answers"'
+            )
         if not self.grow_by:
             if self.max_size is not None:
                 raise ValueError(f"max_size={self.max_size} limits a pool that grows: set grow_by, for example to 2")
         elif self.num_pools > 1 or self.key_type == "none":
             raise ValueError(
-                f"grow_by={self.grow_by} is for one pool that selects: set num_pools=1 and learned or mean keys, or grow_by=0"
+                f"grow_by={self.grow_by} is for one pool that selects: set num_pools=1 and another key_type, or grow_by=0"
             )
         elif self.max_size is not None and self.max_size < self.pool_size:
             raise ValueError(
-                f"max_size={self.max_size} is smaller than pool_size={self.pool_size}, with which the pool starts: choose at "
-                "least that"
+                f"max_size={self.max_size} is smaller than pool_size={self.pool_size}, with which the pool starts: choose "
+                "at least that"
             )

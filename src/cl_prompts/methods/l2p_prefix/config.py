@@ -38,8 +38,8 @@ class L2PPrefixConfig(QueriedPrefixConfig):
             as in the released code, whose indexing error uses the keys selected by all images of the batch for every image.
             "similarity": -lambda * cosine, mean over images, as in L2P.
         as_tokens: prompts are tokens of their block instead: every row passes the block's norm and its key and value
-            projections, and its output is dropped, as in deep visual prompt tuning. With one_stage=True, layer_query="mean":
-            a pool of tokens per layer, selected by the averaged tokens of the layer's input. Ours.
+            projections, and its output is dropped, as in deep visual prompt tuning. With one_stage=True and
+            layer_query="mean" a layer's tokens are selected by the averaged tokens of its input. Ours.
     """
 
     method: str = "l2p_prefix"
@@ -62,7 +62,9 @@ class L2PPrefixConfig(QueriedPrefixConfig):
         if not self.as_tokens:
             splits_in_two(self, "prompt_length")
         elif self.prefix_space != "projected":
-            raise ValueError(f'prefix_space={self.prefix_space!r} is for prefixes: leave it at "projected" with as_tokens=True')
+            raise ValueError(
+                f'prefix_space={self.prefix_space!r} is for prefixes: leave it at "projected" with as_tokens=True'
+            )
         check_top_k(self)
         check_layers(self)
         choice(self, "prompt_init", LAYER_INITS)

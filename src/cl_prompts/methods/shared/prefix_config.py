@@ -50,8 +50,8 @@ class QueriedPrefixConfig(PrefixPromptConfig):
         choice(self, "layer_query", ("cls", "mean"))
         if self.layer_query != "cls" and not self.one_stage:
             raise ValueError(
-                f'layer_query={self.layer_query!r} is for one-stage queries: set one_stage=True, or query_pooling="mean" for '
-                "the mean of the un-prompted pass"
+                f'layer_query={self.layer_query!r} is for one-stage queries: set one_stage=True, or query_pooling="mean" '
+                "for the mean of the un-prompted pass"
             )
         not_negative(self, "query_regularization")
         if self.query_regularization and not self.one_stage:

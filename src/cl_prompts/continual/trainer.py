@@ -227,13 +227,14 @@ class ContinualTrainer:
         wrapped, prepared = accelerator.prepare(model, optimizer)
         wrapped.train()
         # Computed before the loop, so that progress bar and throughput do not include these passes.
+        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
         epochs = args.num_train_epochs
-        for epoch in range(epochs):
+        begun = min(epochs, -(-args.max_steps // max(per_epoch, 1))) if args.max_steps else epochs
+        for epoch in range(begun):
             self.feature_provider.training_queries(epoch)
         self.feature_provider.queries(train=False)
         self._throughput = Throughput()
-        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
-        while progress.epoch < epochs:
+        while progress.epoch < begun:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
                 self._call("on_step_begin", task)

@@ -85,8 +85,8 @@ def read_comparison(name: str) -> tuple[dict[str, dict[str, Any]], Sweep | None]
         known = sorted(p.stem for p in RECIPES.glob("compare_*.yaml"))
         sys.exit(f"no comparison {name!r}: choose one of {known} or name a YAML file")
     content = yaml.safe_load(path.read_text())
-    known = {"rows", "settings", "sweep"}
-    if not isinstance(content, dict) or set(content) - known or not isinstance(content.get("rows") or {}, dict):
+    parts = {"rows", "settings", "sweep"}
+    if not isinstance(content, dict) or set(content) - parts or not isinstance(content.get("rows") or {}, dict):
         content = {}
     if not {"rows", "sweep"} & set(content):
         sys.exit(

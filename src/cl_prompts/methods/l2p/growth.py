@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from cl_prompts.methods.pool import PromptPool
 from cl_prompts.methods.shared.initialization import initial
 
 
-def grow(pool: PromptPool, tasks: int) -> None:
-    """Add the prompts, keys and counts of `tasks` more tasks to an L2P pool, by its config's `grow_by` and `max_size`."""
+def grow(pool: Any, tasks: int) -> None:
+    """Add the prompts, keys and counts of `tasks` more tasks to an `L2PPool`, by its config's `grow_by` and `max_size`."""
     config, size = pool.config, len(pool.prompts)
     room = max(config.max_size - size, 0) if config.max_size is not None else config.grow_by * tasks
     count = min(config.grow_by * tasks, room)

@@ -60,6 +60,11 @@ def pull(config: Any, query: Tensor, keys: Tensor, ids: Tensor, cosines: Tensor)
     return LossPart(config.pull_coefficient * apart.square().sum((1, 2)), "mean")
 
 
+def passes(config: Any, ids: Tensor) -> int:
+    """Number of passes of an image for the selection `ids` [B, S, R, K]: R for each pool, or R of pools' averages."""
+    return ids.shape[2] * (1 if config.pool_average == "prompts" else ids.shape[1])
+
+
 def tokens_of(config: Any, ids: Tensor, prompts: Tensor) -> Tensor:
     """Tokens of each pass [B * passes, K * Lp, D], for the selection `ids` [B, S, R, K] of the `prompts` [M, Lp, D].
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_prompts.interfaces import BackboneShape, PoolInput, Prompts
-from cl_prompts.methods.l2p.choice import by_pass, choose, pull, tokens_of
+from cl_prompts.methods.l2p.choice import by_pass, choose, passes, pull, tokens_of
 from cl_prompts.methods.l2p.growth import grow
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory
@@ -66,7 +66,7 @@ class L2PPool(PromptPool):
         prompts = self._as_tokens(tokens_of(config, chosen, self.prompts))
         prompts.ids, prompts.scores = by_pass(config, chosen), scores
         prompts.weights = by_pass(config, cosines.detach().view_as(chosen))
-        prompts.candidates, prompts.combine = len(prompts.ids) // len(ids), "mean"
+        prompts.candidates, prompts.combine = passes(config, chosen), "mean"
         prompts.losses["pull"] = pull(config, query, keys, ids, cosines)
         return prompts
 

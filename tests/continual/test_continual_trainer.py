@@ -72,6 +72,14 @@ def test_callbacks_come_in_order(tmp_path: Path) -> None:
     assert diary.events == ["train_begin", *one, *two, "train_end"]
 
 
+@pytest.mark.parametrize(("most", "steps"), [(2, 2), (4, 4), (99, 6), (0, 6)])
+def test_a_dry_run_ends_each_task_after_its_steps(most: int, steps: int) -> None:
+    """Of two epochs of three steps."""
+    trainer = small_trainer("none", tasks=2, num_train_epochs=2, max_steps=most)
+    trainer.train()
+    assert trainer.progress.global_step == 2 * steps
+
+
 def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:
     trainer = small_trainer("l2p", mixed_precision="bf16", num_train_epochs=1)
     seen: set[tuple[int, bool, torch.dtype]] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,14 @@ class ContinualTrainer:
         wrapped, prepared = prepare(accelerator, model, optimizer)
         wrapped.train()
         # Computed before the loop, so that progress bar and throughput do not include these passes.
+        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
         epochs = args.num_train_epochs
-        for epoch in range(epochs):
+        begun = min(epochs, -(-args.max_steps // max(per_epoch, 1))) if args.max_steps else epochs
+        for epoch in range(begun):
             self.feature_provider.training_queries(epoch)
         self.feature_provider.queries(train=False)
         self._throughput = Throughput()
-        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
-        while progress.epoch < epochs:
+        while progress.epoch < begun:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
                 self._call("on_step_begin", task)
@@ -293,7 +295,9 @@ class ContinualTrainer:
                 "memory_rows": self.replay.mixed_rows,
                 "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
             }
-        return iter(self.stream.train_batches(task, args.batch_size, **options))
+        batches = iter(self.stream.train_batches(task, args.batch_size, **options))
+        done = progress.epoch * self._steps_per_epoch + progress.step
+        return islice(batches, max(args.max_steps - done, 0)) if args.max_steps else batches
 
     def _log(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()

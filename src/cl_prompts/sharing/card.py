@@ -26,7 +26,7 @@ from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
-from cl_prompts.storage.integrity import WEIGHTS_FILE, Declared
+from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared
 
 
 CARD_FILE = "README.md"
@@ -42,6 +42,7 @@ FIGURES = {
     "caa": "mean of the average accuracy over the stages",
     "forgetting": "forgetting",
 }
+HALVES = {"F16": "float16", "BF16": "bfloat16"}  # by their names in a safetensors header
 # Tensors of a classifier that are no statistics of features.
 NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
@@ -231,6 +232,11 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         "Adapter": f"{numbers:,} numbers, {size}: "
         + ", ".join(f"{markdown_text(part)} {sizes['numbers']:,}" for part, sizes in parts.items()),
     }
+    halves = {tensor.dtype for name, tensor in declared.items() if name.startswith(SAVED_PREFIX)} & set(HALVES)
+    if halves:
+        facts["Prompts are stored in"] = (
+            f"{' and '.join(HALVES[kind] for kind in sorted(halves))}; loading makes them float32, rounded"
+        )
     calibrated = f"calibrated: logits are divided by {state.temperature:.3g}" if state.temperature else "not calibrated"
     if state.novelty_threshold is not None:
         facts["Unknown images"] = (

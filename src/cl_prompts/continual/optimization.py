@@ -81,6 +81,15 @@ def prepare(
     return wrapped, prepared
 
 
+def release(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> None:
+    """Undo `prepare` after a task, so that the model, which grows, can be wrapped again."""
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    for attribute in ("forward", "_is_accelerate_prepared"):
+        # With these attributes Accelerate would not prepare the model again: the next task would lack mixed precision.
+        vars(model).pop(attribute, None)
+    accelerator.free_memory()
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to `factor` times its `base_lr`."""
     for group in optimizer.param_groups:

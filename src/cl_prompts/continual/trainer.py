@@ -22,7 +22,7 @@ from cl_prompts.continual.checkpointing.snapshot import capture, restore, run_id
 from cl_prompts.continual.evaluator import Evaluator
 from cl_prompts.continual.extra_classifiers import ExtraClassifiers
 from cl_prompts.continual.feature_cache.provider import FeatureProvider
-from cl_prompts.continual.optimization import build_optimizer, keep_state, prepare, rate_factor, set_rates
+from cl_prompts.continual.optimization import build_optimizer, keep_state, prepare, rate_factor, release, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.replay import Replay
@@ -259,11 +259,7 @@ class ContinualTrainer:
         if args.save_steps:
             self._save()
         self._steps_per_epoch = 0
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        for attribute in ("forward", "_is_accelerate_prepared"):
-            # With these attributes Accelerate would not prepare the model again: the next task would lack mixed precision.
-            vars(model).pop(attribute, None)
-        accelerator.free_memory()
+        release(accelerator, model, wrapped)
 
     def _step(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Tensor]:
         args, accelerator = self.args, self.accelerator

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.checkpoints import DEPTH, GRID, LABELS, PATCH, WIDTH, timm_state
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
@@ -21,41 +22,9 @@ from cl_prompts.cli import main
 from cl_prompts.conversion import convert_checkpoint
 
 
-WIDTH, HEADS, DEPTH, PATCH, GRID, LABELS = 16, 2, 2, 4, 3, 5
+HEADS = 2
 State = dict[str, Tensor]
 Write = Callable[[Path], Path]
-
-
-def timm_state(
-    *, labels: int | None = LABELS, distilled: bool = False, scaled: bool = False, bias: bool = True, seed: int = 0
-) -> State:
-    """Random tensors by timm's names, so large that attention is far from uniform."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, WIDTH),
-        "patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
-        "patch_embed.proj.bias": (WIDTH,),
-        # DeiT III, which has LayerScale, has positions of patches only.
-        "pos_embed": (1, GRID**2 + (0 if scaled else 1 + distilled), WIDTH),
-    }
-    if distilled:
-        shapes["dist_token"] = (1, 1, WIDTH)
-    linear = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH), "mlp.fc1": (24, WIDTH), "mlp.fc2": (WIDTH, 24)}
-    norms = ["norm", *(f"blocks.{n}.norm{k}" for n in range(DEPTH) for k in (1, 2))]
-    layers = {f"blocks.{n}.{name}": shape for n in range(DEPTH) for name, shape in linear.items()}
-    if labels is not None:
-        layers |= dict.fromkeys(("head", "head_dist")[: 1 + distilled], (labels, WIDTH))
-    for name, shape in layers.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for name in norms:
-        shapes |= {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
-    if scaled:
-        shapes |= {f"blocks.{n}.ls{k}.gamma": (WIDTH,) for n in range(DEPTH) for k in (1, 2)}
-    random = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=random) * (0.5 if len(shape) == 2 else 1)
-        for name, shape in shapes.items()
-        if bias or not name.endswith("qkv.bias")
-    }
 
 
 def timm_forward(state: State, pixels: Tensor, heads: int = HEADS) -> Tensor:
@@ -292,10 +261,7 @@ def test_timm_s_own_config_tells_the_normalization(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("width", "prefix", "heads"), [(384, "module.base_encoder.", 12), (384, "", 6), (192, "", 3)])
 def test_heads_by_width(width: int, prefix: str, heads: int, tmp_path: Path) -> None:
-    state = {
-        name: tensor.repeat(*(width // WIDTH if size in (WIDTH, 3 * WIDTH) else 1 for size in tensor.shape))
-        for name, tensor in HEADLESS.items()
-    }
+    state = timm_state(width=width, labels=None)
     done = convert_checkpoint(write(tmp_path / "a.pth", under(prefix, state)), tmp_path / "vit")
     assert done.config.num_attention_heads == heads
 

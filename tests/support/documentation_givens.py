@@ -26,6 +26,7 @@ from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer
 from cl_prompts.runs import MICRO_VIT
 from cl_prompts.runs.images import ToTensor
+from support.checkpoints import timm_state
 from support.hub_server import Hub
 from support.hub_storage import Repo
 
@@ -123,6 +124,11 @@ def _(_: Namespace) -> Any:
 def _(_: Namespace) -> None:
     for number, name in enumerate(("owl", "jay")):
         picture(number).save(f"{name}.jpg")
+
+
+@given("ibot_vitb16_teacher.pth")
+def _(_: Namespace) -> None:
+    torch.save({"state_dict": timm_state(width=64, labels=None)}, "ibot_vitb16_teacher.pth")
 
 
 @given("photos", "check")

@@ -259,7 +259,9 @@ def test_timm_s_own_config_tells_the_normalization(tmp_path: Path) -> None:
     assert AutoImageProcessor.from_pretrained(tmp_path / "vit").resample == 2
 
 
-@pytest.mark.parametrize(("width", "prefix", "heads"), [(384, "module.base_encoder.", 12), (384, "", 6), (192, "", 3)])
+@pytest.mark.parametrize(
+    ("width", "prefix", "heads"), [(384, "module.base_encoder.", 12), (384, "", 6), (192, "", 3), (1280, "", 16)]
+)
 def test_heads_by_width(width: int, prefix: str, heads: int, tmp_path: Path) -> None:
     state = timm_state(width=width, labels=None)
     done = convert_checkpoint(write(tmp_path / "a.pth", under(prefix, state)), tmp_path / "vit")
@@ -316,7 +318,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     (tmp_path / "cut.npz").write_bytes(b"cut")
     for words, message in {
-        (source, str(target)): "no multiple of 64: pass --num-heads",
+        (source, str(target)): "the width 16 is none of the usual",
         (source, str(target), "--num-heads", "3"): "does not divide the width 16",
         (source, str(target), "--prefix", "teacher"): "no network has the prefix 'teacher'",
         (source, str(tmp_path)): "exists: name a new folder",

@@ -128,7 +128,7 @@ def _(_: Namespace) -> None:
 
 @given("ibot_vitb16_teacher.pth")
 def _(_: Namespace) -> None:
-    torch.save({"state_dict": timm_state(width=64, labels=None)}, "ibot_vitb16_teacher.pth")
+    torch.save({"state_dict": timm_state(width=192, labels=None)}, "ibot_vitb16_teacher.pth")
 
 
 @given("photos", "check")

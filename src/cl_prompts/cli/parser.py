@@ -75,7 +75,7 @@ def new_parser() -> argparse.ArgumentParser:
     convert.set_defaults(command="convert")
     convert.add_argument("source", metavar="SOURCE", help="a .npz, .safetensors or torch file, or a folder that has one")
     convert.add_argument("destination", metavar="DESTINATION", help="new folder, for --base and --model")
-    convert.add_argument("--num-heads", type=int, metavar="N", help="attention heads (default: one per 64 of the width)")
+    convert.add_argument("--num-heads", type=int, metavar="N", help="attention heads (default: as usual for the width)")
     convert.add_argument(
         "--normalization", choices=("half", "imagenet"), help="of the images (default: as the layout usually has it)"
     )

@@ -63,7 +63,7 @@ def convert_checkpoint(
         source: a `.npz`, `.safetensors` or torch file, or a folder with `model.safetensors` and perhaps
             timm's `config.json`.
         destination: a folder that does not exist, or is empty.
-        num_heads: attention heads; None: as the file tells, else one for every 64 of the width.
+        num_heads: attention heads; None: as the file tells, else those that are usual for the width.
         normalization: "half" (0.5) or "imagenet"; None: of timm's `config.json`, else "half" for Google's files and for
             timm's with a classifier, "imagenet" for others.
         with_head: whether a classifier in the file is kept.

@@ -13,8 +13,9 @@ from cl_prompts.conversion.layouts import Network
 from cl_prompts.conversion.tensors import Tensors
 
 
-HEAD_DIM = 64  # of every ViT of the papers but MoCo v3's smallest
-MOCO_SMALL, MOCO_SMALL_HEADS = 384, 12  # width and heads of that one
+# Heads of a width. MoCo v3's ViT-S has others than all other transformers of its width.
+HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+MOCO_HEADS = HEADS | {384: 12}
 # Without and with a classifier.
 CLASSES = {
     "vit": ("ViTModel", "ViTForImageClassification"),
@@ -33,7 +34,7 @@ def to_transformers(
 
     Args:
         network: the network.
-        num_heads: attention heads; None: as the file tells, else one for every 64 of the width.
+        num_heads: attention heads; None: as the file tells, else those that are usual for the width.
         with_head: whether a classifier is kept, too.
 
     Raises:
@@ -93,11 +94,13 @@ def _num_heads(network: Network, width: int, wanted: int | None) -> int:
             raise ValueError(f"num_heads is {wanted}, but the checkpoint has {network.num_heads} heads")
         return network.num_heads
     if wanted is None:
-        if network.kind == "moco" and width == MOCO_SMALL:
-            return MOCO_SMALL_HEADS
-        if width % HEAD_DIM:
-            raise ValueError(f"the width {width} is no multiple of {HEAD_DIM}: pass --num-heads")
-        return width // HEAD_DIM
+        usual = (MOCO_HEADS if network.kind == "moco" else HEADS).get(width)
+        if usual is None:
+            raise ValueError(
+                f"the checkpoint does not tell the number of heads, and the width {width} is none of the usual "
+                f"{sorted(HEADS)}: pass --num-heads"
+            )
+        return usual
     if wanted < 1 or width % wanted:
         raise ValueError(f"num_heads is {wanted}, which does not divide the width {width}")
     return wanted

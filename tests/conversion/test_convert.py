@@ -318,7 +318,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     (tmp_path / "cut.npz").write_bytes(b"cut")
     for words, message in {
-        (source, str(target)): "the width 16 is none of the usual",
+        (source, str(target)): "nor does its width 16: pass --num-heads",
         (source, str(target), "--num-heads", "3"): "does not divide the width 16",
         (source, str(target), "--prefix", "teacher"): "no network has the prefix 'teacher'",
         (source, str(tmp_path)): "exists: name a new folder",

@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
@@ -129,6 +130,12 @@ def _(_: Namespace) -> None:
 @given("ibot_vitb16_teacher.pth")
 def _(_: Namespace) -> None:
     torch.save({"state_dict": timm_state(width=192, labels=None)}, "ibot_vitb16_teacher.pth")
+
+
+@given("timm-vit-tiny")
+def _(_: Namespace) -> None:
+    Path("timm-vit-tiny").mkdir()
+    save_file(timm_state(width=192), "timm-vit-tiny/model.safetensors")
 
 
 @given("photos", "check")

@@ -13,9 +13,9 @@ from cl_prompts.conversion.layouts import Network
 from cl_prompts.conversion.tensors import Tensors
 
 
-# Heads of a width. MoCo v3's ViT-S has others than all other transformers of its width.
-HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
-MOCO_HEADS = HEADS | {384: 12}
+HEAD_DIM, LARGEST = 64, 1024  # a head of every published ViT up to this width, but MoCo v3's smallest
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}  # of wider ones: so400m, ViT-H, g, DINOv2's giant, ViT-G
+MOCO_SMALL, MOCO_SMALL_HEADS = 384, 12
 # Without and with a classifier.
 CLASSES = {
     "vit": ("ViTModel", "ViTForImageClassification"),
@@ -94,11 +94,12 @@ def _num_heads(network: Network, width: int, wanted: int | None) -> int:
             raise ValueError(f"num_heads is {wanted}, but the checkpoint has {network.num_heads} heads")
         return network.num_heads
     if wanted is None:
-        usual = (MOCO_HEADS if network.kind == "moco" else HEADS).get(width)
+        if network.kind == "moco" and width == MOCO_SMALL:
+            return MOCO_SMALL_HEADS
+        usual = HEADS.get(width) if width > LARGEST or width % HEAD_DIM else width // HEAD_DIM
         if usual is None:
             raise ValueError(
-                f"the checkpoint does not tell the number of heads, and the width {width} is none of the usual "
-                f"{sorted(HEADS)}: pass --num-heads"
+                f"the checkpoint does not tell the number of heads, nor does its width {width}: pass --num-heads"
             )
         return usual
     if wanted < 1 or width % wanted:

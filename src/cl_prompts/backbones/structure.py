@@ -1,7 +1,8 @@
 """Finds the parts of a vision transformer by its module structure, without a table of model types.
 
 A model is supported if its blocks are in one `nn.ModuleList` or `nn.Sequential`, each block has one attention module with
-query, key and value projections (three, or a fused one), and an embedding of patches comes before the blocks.
+query, key and value projections (three, or a fused one), and an embedding of patches comes before the blocks. Of stages of
+window attention (Swin), the last one has the blocks that take prompts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from inspect import signature, unwrap
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,7 +130,7 @@ def find_structure(model: nn.Module) -> Structure:
         special_tokens=special,
         trailing_tokens=_token_count(owners, "detection_tokens"),
         has_cls=has_cls,
-        shape=_shape(model, attentions, len(blocks), has_cls),
+        shape=_shape(model, blocks, attentions, has_cls),
     )
 
 
@@ -187,6 +189,8 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 )
     if not lists:
         raise _unsupported(model, "it has no list of transformer blocks with query, key and value projections")
+    if len(lists) > 1 and _are_window_stages(model, lists):
+        lists = lists[-1:]
     if len(lists) > 1:
         raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
     for name in lists[0][1]:
@@ -194,6 +198,25 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if getattr(attention, "is_causal", False):  # a prefix would be hidden from tokens in front
             raise _unsupported(model, f"{type(attention).__name__} is causal")
     return lists[0]
+
+
+def _are_window_stages(model: nn.Module, lists: list[tuple[tuple[str, ...], tuple[str, ...]]]) -> bool:
+    """Whether lists of blocks are the stages of one hierarchy: attention in windows, and each stage wider than the last."""
+    widths, places = [], set()
+    for number, (blocks, attentions) in enumerate(lists):
+        parent, index, name = blocks[0].rpartition(".")[0].rsplit(".", 2)
+        places.add((parent, int(index) - number if index.isdecimal() else None, name))
+        if not all(runs_in_windows(model.get_submodule(block)) for block in blocks):
+            return False
+        attention = model.get_submodule(attentions[0])
+        names = projection_names(attention)
+        widths.append(0 if names is None else getattr(attention, names[1]).in_features)
+    return len(places) == 1 and all(before < behind for before, behind in pairwise(widths))
+
+
+def runs_in_windows(block: nn.Module) -> bool:
+    """Whether a block cuts its tokens into windows, which attention sees one by one."""
+    return hasattr(block, "window_size") and hasattr(block, "shift_size")
 
 
 def _attention_of(block: nn.Module) -> str | None:
@@ -250,7 +273,7 @@ def _token_count(owners: tuple[nn.Module, ...], name: str) -> int:
     return 1 if token.dim() == 1 else token.shape[-2]
 
 
-def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: bool) -> BackboneShape:
+def _shape(model: nn.Module, blocks: tuple[str, ...], attentions: tuple[str, ...], has_cls: bool) -> BackboneShape:
     attention: Any = model.get_submodule(attentions[0])
     names, fused = projection_names(attention), fused_projection(attention)
     width = head_width(attention)
@@ -263,10 +286,11 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
         raise _unsupported(model, "its blocks have different numbers of heads")
     return BackboneShape(
         width=key.in_features,
-        num_layers=depth,
+        num_layers=len(blocks),
         num_heads=key.out_features // width // (1 if names else 3),
         head_dim=width,
         has_cls=has_cls,
+        windowed=runs_in_windows(model.get_submodule(blocks[0])),
     )
 
 

@@ -1,13 +1,13 @@
 """Prompts in attention that runs in windows, against visual prompt tuning of Swin written out in plain torch."""
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.families import randomized, tensors_of
+from support.families import tensors_of
+from support.further_families import WINDOWED, build_further, windowed
 from support.oracles import run
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,28 +16,16 @@ from torch.testing import assert_close
 from cl_prompts import HashPromptConfig, L2PConfig, VPTNSP2Config, get_prompt_pool_model
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
+from cl_prompts.backbones.structure import find_structure
 from cl_prompts.interfaces import PrefixKV
 
 
-# Grids of 8x8 and 4x4 patches: in windows of 3 the last one is filled up to 6x6; every second block is shifted.
-SIZES: dict[str, Any] = dict(
-    image_size=32, patch_size=4, embed_dim=16, depths=[1, 3], num_heads=[2, 4], window_size=3, mlp_ratio=2.0
-)
 WIDTH, HEADS, BATCH, ROWS, TOKENS = 32, 4, 2, 5, 4
-FAMILIES = {
-    "swin": ("swin", "SwinModel", "SwinConfig"),
-    "swinv2": ("swinv2", "Swinv2Model", "Swinv2Config"),
-}
 VALUES = {"pixel_values": torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
 
 
-def build(family: str, **options: Any) -> Any:
-    folder, model, config = FAMILIES[family]
-    torch.manual_seed(0)
-    configuration = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
-    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    base = randomized(getattr(modeling, model)(getattr(configuration, config)(**SIZES | options)))
-    return base.requires_grad_(False)
+def build(family: str) -> Any:
+    return build_further(family).requires_grad_(False)
 
 
 def windows_of(x: Tensor, side: int) -> Tensor:
@@ -54,9 +42,10 @@ def image_of(x: Tensor, side: int, height: int) -> Tensor:
 
 def block_by_hand(block: Any, x: Tensor, tokens: Tensor, prefix: PrefixKV | None) -> tuple[Tensor, Tensor]:
     """A block over x [B, 16, D] and prompt tokens [B, P, D], after Jia et al.'s code for Swin."""
-    second = hasattr(block.attention, "self")
-    attention = block.attention.self if second else block.attention
-    names = ("query", "key", "value") if second else ("q_proj", "k_proj", "v_proj")
+    nested = hasattr(block.attention, "self")
+    attention = block.attention.self if nested else block.attention
+    second = hasattr(attention, "logit_scale")
+    names = ("query", "key", "value") if nested else ("q_proj", "k_proj", "v_proj")
     side, shift, length = block.window_size, block.shift_size, tokens.shape[1]
     grid = 4 + -4 % side
     inside, beside = (x, tokens) if second else (block.layernorm_before(x), block.layernorm_before(tokens))
@@ -67,18 +56,17 @@ def block_by_hand(block: Any, x: Tensor, tokens: Tensor, prefix: PrefixKV | None
     rows = 0
     if prefix is not None:
         rows = prefix.k.shape[2]
-        k, v = (
-            torch.cat([p[:, None].expand(-1, cut.shape[1], -1, -1, -1), own], 3)
-            for p, own in ((prefix.k, k), (prefix.v, v))
-        )
+        every_window = (-1, cut.shape[1], -1, -1, -1)
+        k, v = (torch.cat([p[:, None].expand(every_window), own], 3) for p, own in ((prefix.k, k), (prefix.v, v)))
     if second:
         logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * attention.logit_scale.clamp(max=4.6052).exp()
         table = attention.continuous_position_bias_mlp(attention.relative_coords_table).view(-1, HEADS)
-        bias = (
-            16 * table[attention.relative_position_index.view(-1)].view(side**2, side**2, HEADS).permute(2, 0, 1).sigmoid()
-        )
+        table = 16 * table.sigmoid()
     else:
-        logits, bias = q @ k.mT / q.shape[-1] ** 0.5, attention.relative_position_bias()[0]
+        logits = q @ k.mT / q.shape[-1] ** 0.5
+        attention = attention if nested else attention.relative_position_bias
+        table = attention.relative_position_bias_table
+    bias = table[attention.relative_position_index.view(-1)].view(side**2, side**2, HEADS).permute(2, 0, 1)
     logits[..., length:, rows + length :] += bias
     if shift:  # tokens that were not neighbors before the shift; transformers adds the mask of Swin v2 twice
         region = torch.zeros(1, grid, grid, 1)
@@ -89,7 +77,7 @@ def block_by_hand(block: Any, x: Tensor, tokens: Tensor, prefix: PrefixKV | None
         apart = (number[:, None] != number[:, :, None])[None, :, None]
         logits[..., length:, rows + length :] += apart * -(200.0 if second else 100.0)
     out = (logits.softmax(-1) @ v).transpose(2, 3).flatten(3)
-    out = (block.attention.output.dense if second else attention.o_proj)(out)
+    out = (block.attention.output.dense if nested else block.attention.o_proj)(out)
     tokens_out, cut = out[:, :, :length].mean(1), out[:, :, length:]
     inside = image_of(cut, side, grid).roll((shift, shift), (1, 2))[:, :4, :4].flatten(1, 2)
     ends = []
@@ -99,7 +87,8 @@ def block_by_hand(block: Any, x: Tensor, tokens: Tensor, prefix: PrefixKV | None
             ends.append(y + block.layernorm_after(block.output(block.intermediate(y))))
         else:
             y = residual + change
-            ends.append(y + block.mlp(block.layernorm_after(y)))
+            inside = block.layernorm_after(y)
+            ends.append(y + (block.output(block.intermediate(inside)) if nested else block.mlp(inside)))
     return ends[0], ends[1]
 
 
@@ -122,7 +111,7 @@ def random_prompts() -> tuple[Tensor, dict[int, PrefixKV]]:
     return tokens, {layer: PrefixKV(*(p.requires_grad_() for p in own)) for layer, own in zip((0, 1), parts, strict=True)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WINDOWED)
 @pytest.mark.parametrize("given", ["prefixes", "tokens", "both"])
 def test_windows_equal_visual_prompt_tuning_by_hand(family: str, given: str) -> None:
     model = build(family)
@@ -157,7 +146,7 @@ def test_windows_equal_visual_prompt_tuning_by_hand(family: str, given: str) -> 
         assert all(torch.equal(a, e) for a, e in zip(tensors_of(model(**VALUES)), own, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WINDOWED)
 def test_functions_of_queries_see_whole_images(family: str) -> None:
     """A bias of -inf that a prefix computes from the queries switches it off in every window."""
     backbone = PromptedBackbone(build(family))
@@ -178,7 +167,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WINDOWED)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_windows_train_with_checkpointing_and_the_base_is_given_back(family: str, method: str) -> None:
     base = build(family)
@@ -206,6 +195,11 @@ def test_windows_train_with_checkpointing_and_the_base_is_given_back(family: str
         given_back = tensors_of(model.unload()(**VALUES))
     for found in (off, given_back):
         assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+
+
+def test_stages_of_one_block_are_stages() -> None:
+    structure = find_structure(windowed("swin", depths=[1, 1]))
+    assert structure.blocks == ("encoder.layers.1.blocks.0",)
 
 
 def test_statistics_of_whole_attention_are_refused() -> None:

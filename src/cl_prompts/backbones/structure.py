@@ -31,6 +31,8 @@ EMBEDDINGS = ("embeddings", "patch_embed")  # transformers, timm
 CLS_TOKENS = ("cls_token", "class_embedding")
 SPECIAL_TOKENS = (*CLS_TOKENS, "distillation_token", "register_tokens", "dist_token", "reg_token", "cls_register_token")
 
+_Blocks = tuple[tuple[str, ...], tuple[str, ...]]  # names of the blocks of a list, and of their attentions
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -175,8 +177,8 @@ def _unsupported(model: nn.Module, why: str) -> TypeError:
     return TypeError(f"{type(model).__name__} is not supported: {why}. Supported are {SUPPORTED}")
 
 
-def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    lists = []
+def _find_blocks(model: nn.Module) -> _Blocks:
+    lists: list[_Blocks] = []
     for list_name, items in model.named_modules():
         if isinstance(items, (nn.ModuleList, nn.Sequential)) and len(items):
             owners = [_attention_of(block) for block in items]
@@ -189,8 +191,9 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 )
     if not lists:
         raise _unsupported(model, "it has no list of transformer blocks with query, key and value projections")
-    if len(lists) > 1 and _are_window_stages(model, lists):
-        lists = lists[-1:]
+    stages = [found for found in lists if all(runs_in_windows(model.get_submodule(block)) for block in found[0])]
+    if len(stages) > 1 and _are_stages(model, stages, lists):
+        lists = stages[-1:]
     if len(lists) > 1:
         raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
     for name in lists[0][1]:
@@ -200,18 +203,20 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return lists[0]
 
 
-def _are_window_stages(model: nn.Module, lists: list[tuple[tuple[str, ...], tuple[str, ...]]]) -> bool:
-    """Whether lists of blocks are the stages of one hierarchy: attention in windows, and each stage wider than the last."""
+def _are_stages(model: nn.Module, stages: list[_Blocks], lists: list[_Blocks]) -> bool:
+    """Whether some lists of blocks are the stages of one hierarchy, each wider than the one before, and none are elsewhere.
+
+    The list of the stages counts as a list of blocks where each stage has one block.
+    """
     widths, places = [], set()
-    for number, (blocks, attentions) in enumerate(lists):
+    for number, (blocks, attentions) in enumerate(stages):
         parent, index, name = blocks[0].rpartition(".")[0].rsplit(".", 2)
-        places.add((parent, int(index) - number if index.isdecimal() else None, name))
-        if not all(runs_in_windows(model.get_submodule(block)) for block in blocks):
-            return False
+        places.add((parent, index == str(number), name))
         attention = model.get_submodule(attentions[0])
         names = projection_names(attention)
         widths.append(0 if names is None else getattr(attention, names[1]).in_features)
-    return len(places) == 1 and all(before < behind for before, behind in pairwise(widths))
+    elsewhere = any(found[0][0].rpartition(".")[0] != parent for found in lists if found not in stages)
+    return not elsewhere and len(places) == 1 and all(before < behind for before, behind in pairwise(widths))
 
 
 def runs_in_windows(block: nn.Module) -> bool:

@@ -202,6 +202,8 @@ def test_stages_of_one_block_are_stages() -> None:
     assert structure.blocks == ("encoder.layers.1.blocks.0",)
 
 
-def test_statistics_of_whole_attention_are_refused() -> None:
+def test_what_windows_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the base has 3 blocks in its last stage, which takes prompts, 0 to 2"):
+        get_prompt_pool_model(build("swin"), HashPromptConfig(layers=[0, 3]))
     with pytest.raises(ValueError, match=r"\"vpt_nsp2\" needs the attention of whole images; this base attends in windows"):
         get_prompt_pool_model(build("swin"), VPTNSP2Config())

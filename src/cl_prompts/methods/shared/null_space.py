@@ -97,6 +97,9 @@ class ProjectedPool(PromptPool):
         shape: sizes of the backbone.
         layers: prompted blocks.
         size: n of `second`.
+
+    Raises:
+        ValueError: attention of the backbone runs in windows.
     """
 
     collects: ClassVar[bool] = True

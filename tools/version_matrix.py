@@ -40,11 +40,14 @@ OLDEST = {
 ROWS: dict[str, dict[str, str]] = {
     "pinned": {},
     "transformers 5.24": {"transformers": "5.24.0"},
+    "transformers 5.22": {"transformers": "5.22.2"},
+    "transformers 5.20": {"transformers": "5.20.2"},
     "transformers 5.17": {"transformers": "5.17.0", "huggingface_hub": "1.31.0"},
     "transformers 5.10": {"transformers": "5.10.4", "huggingface_hub": "1.31.0"},
     "peft 0.20": {"peft": "0.20.0"},
     "peft 0.18": {"peft": "0.18.1"},
     "accelerate 1.10": {"accelerate": "1.10.1"},
+    "huggingface_hub 1.31": {"huggingface_hub": "1.31.0"},
     "datasets 4.4": {"datasets": "4.4.2", "huggingface_hub": "1.31.0", "transformers": "5.17.0"},
     "oldest": OLDEST,
 }

@@ -32,6 +32,7 @@ class BackboneShape:
         num_heads: number of attention heads H of a block (key and value heads).
         head_dim: width d of one head.
         has_cls: whether a block's first token is a CLS token.
+        windowed: whether attention runs in windows (Swin): a block sees each window by itself.
     """
 
     width: int
@@ -39,6 +40,7 @@ class BackboneShape:
     num_heads: int
     head_dim: int
     has_cls: bool = True
+    windowed: bool = False
 
 
 @dataclass(frozen=True)

@@ -202,16 +202,14 @@ def count_calls(block: nn.Module) -> list[int]:
             lambda: T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])),
             "no list of transformer blocks",
         ),
-        (
-            lambda: T.SwinModel(T.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2])),
-            "2 lists of blocks",
-        ),
+        (lambda: T.PvtModel(T.PvtConfig(image_size=32)), "4 lists of blocks"),
+        (lambda: T.Swin2SRModel(T.Swin2SRConfig(embed_dim=12, depths=[1, 1], num_heads=[2, 2])), "3 lists of blocks"),
         (lambda: T.Phi4MultimodalVisionModel(T.Phi4MultimodalVisionConfig(**SIZES)), "Attention is causal"),
         (lambda: T.Sapiens2Model(T.Sapiens2Config(**SIZES, num_key_value_heads_per_layer=[4, 2, 4])), "numbers of heads"),
         (lambda: T.Sam3ViTModel(T.Sam3ViTConfig(**SIZES)), "no norm follows"),
         (lambda: nn.Linear(3, 3), "no list of transformer blocks"),
     ],
-    ids=["cnn", "swin", "causal", "heads", "norm", "linear"],
+    ids=["cnn", "hierarchy", "windows of one width", "causal", "heads", "norm", "linear"],
 )
 def test_unsupported_models_are_named(model: Callable[[], Any], why: str) -> None:
     base = model()

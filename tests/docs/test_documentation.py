@@ -87,6 +87,12 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
             assert url.fragment in anchors(file), f"{name_of(page)}:{line}: {target}; there are {sorted(anchors(file))}"
 
 
+@pytest.mark.parametrize("page", with_code(), ids=name_of)
+def test_commands_name_no_folder_outside_the_repository(page: Path) -> None:
+    """A reader has the repository and the network only."""
+    assert not [part.line for part in parts(page) if isinstance(part, Block) and "../" in part.code]
+
+
 @pytest.mark.parametrize("page", linked_pages(), ids=name_of)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """`src/cl_prompts/methods/hash/pool.py` and the like, in prose."""

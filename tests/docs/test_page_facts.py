@@ -177,7 +177,6 @@ def refused() -> dict[str, Any]:
     image = {**one, "image_size": 32, "patch_size": 16}
     text = {**one, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     return {
-        "SwinModel": T.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2]),
         "PvtModel": T.PvtConfig(),
         "CLIPModel": T.CLIPConfig(text_config=text, vision_config=image),
         "ResNetModel": T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]),

@@ -20,12 +20,14 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from cl_prompts import HashPromptConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ClassIncrementalStream, ContinualArguments, ContinualTrainer
 from cl_prompts.runs import MICRO_VIT
 from cl_prompts.runs.images import ToTensor
+from support.checkpoints import timm_state
 from support.hub_server import Hub
 from support.hub_storage import Repo
 
@@ -123,6 +125,17 @@ def _(_: Namespace) -> Any:
 def _(_: Namespace) -> None:
     for number, name in enumerate(("owl", "jay")):
         picture(number).save(f"{name}.jpg")
+
+
+@given("ibot_vitb16_teacher.pth")
+def _(_: Namespace) -> None:
+    torch.save({"state_dict": timm_state(width=192, labels=None)}, "ibot_vitb16_teacher.pth")
+
+
+@given("timm-vit-tiny")
+def _(_: Namespace) -> None:
+    Path("timm-vit-tiny").mkdir()
+    save_file(timm_state(width=192), "timm-vit-tiny/model.safetensors")
 
 
 @given("photos", "check")

@@ -89,10 +89,31 @@ FURTHER: dict[str, Callable[[], Any]] = {
 }
 
 
+# Attention runs in windows. Grids of 8x8 and 4x4 patches: windows of 3 are filled up, and every second block is shifted.
+WINDOWS: dict[str, Any] = dict(
+    image_size=32, patch_size=4, embed_dim=16, depths=[1, 3], num_heads=[2, 4], window_size=3, mlp_ratio=2.0
+)
+WINDOWED = {
+    "swin": ("swin.{}_swin", "Swin"),
+    "swinv2": ("swinv2.{}_swinv2", "Swinv2"),
+    "donut": ("donut.{}_donut_swin", "DonutSwin"),
+    "maskformer": ("maskformer.{}_maskformer_swin", "MaskFormerSwin"),
+}
+
+
+def windowed(name: str, **options: Any) -> Any:
+    """An untrained model of a family of `WINDOWED`."""
+    module, prefix = WINDOWED[name]
+    config, model = (
+        importlib.import_module(f"transformers.models.{module.format(p)}") for p in ("configuration", "modeling")
+    )
+    return getattr(model, f"{prefix}Model")(getattr(config, f"{prefix}Config")(**WINDOWS | options))
+
+
 def build_further(name: str, seed: int = 0) -> Any:
     """A family's model in eval mode, with random weights so large that attention is far from uniform."""
     torch.manual_seed(seed)
-    return randomized(FURTHER[name]())
+    return randomized(windowed(name) if name in WINDOWED else FURTHER[name]())
 
 
 def further_inputs(name: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
@@ -111,6 +132,7 @@ TITLES = {
     "clipseg": "CLIPSeg",
     "data2vec": "Data2Vec",
     "data2vec_relative": "Data2Vec, relative positions",
+    "donut": "Donut's Swin, last stage",
     "dpt": "DPT",
     "flava": "FLAVA",
     "git": "GIT",
@@ -122,6 +144,7 @@ TITLES = {
     "internvl": "InternVL",
     "janus": "Janus",
     "kosmos2": "KOSMOS-2",
+    "maskformer": "MaskFormer's Swin, last stage",
     "metaclip_2": "MetaCLIP 2",
     "metaclip_2_classifier": "MetaCLIP 2, classifier",
     "mgp_str": "MGP-STR",
@@ -134,6 +157,8 @@ TITLES = {
     "radio": "RADIO",
     "sapiens2": "Sapiens2, equal heads",
     "smolvlm": "SmolVLM",
+    "swin": "Swin, last stage",
+    "swinv2": "Swin v2, last stage",
     "tipsv2": "TIPSv2",
     "videomae": "VideoMAE (videos)",
     "vitpose": "ViTPose backbone",

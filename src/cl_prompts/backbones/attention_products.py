@@ -3,8 +3,8 @@
 While the forward of such a module runs with a prefix, a `TorchFunctionMode` sees its calls of torch. Where it calls
 `scaled_dot_product_attention` (timm, Data2Vec), keys, values and mask get the prefix there. Where it multiplies (BLIP,
 FLAVA), the keys get it in the first product of queries and keys, the logits get the prefix's bias in the softmax, and the
-values get it in the second product. A module that does something else is left alone, and is refused by the trial of
-`cl_prompts.backbones.trial`.
+values get it in the second product. Attention in windows has its own mode (`cl_prompts.backbones.window_products`). A
+module that does something else is left alone, and is refused by the trial of `cl_prompts.backbones.trial`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from cl_prompts.backbones.prefix import BLOCK, BlockPlan, added_to_cls, joined, prefix_of, probe
 from cl_prompts.backbones.tokens import widened
+from cl_prompts.backbones.window_products import PRODUCTS, SOFTMAX, JoinWindows
 from cl_prompts.interfaces import PrefixKV
-
-
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_SOFTMAX = (nn.functional.softmax, torch.softmax, Tensor.softmax)
 
 
 def forward_with_prefix(attention: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention module that computes attention itself, with the block's part of the plan."""
     block = BLOCK.get()
     forward = type(attention).forward
-    if block is None or (block.prefix is None and block.inserted is None):
+    if block is None or (block.prefix is None and block.inserted is None and not block.record.beside):
         return forward(attention, *args, **kwargs)
-    with _JoinPrefix(attention, block):
+    windowed = attention._cl_norm[0]._cl_block.windowed
+    with JoinWindows(attention, block) if windowed else _JoinPrefix(attention, block):
         return forward(attention, *args, **kwargs)
 
 
@@ -56,9 +54,9 @@ class _JoinPrefix(TorchFunctionMode):
         if function is nn.functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if self.block.prefix is not None and args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-            if function in _PRODUCTS and len(args) == 2:
+            if function in PRODUCTS and len(args) == 2:
                 return function(args[0], self._second_factor(*args))
-            if function in _SOFTMAX and self.joined is not None:
+            if function in SOFTMAX and self.joined is not None:
                 return function(self._biased(args[0]), *args[1:], **kwargs)
         return function(*args, **kwargs)
 

@@ -56,7 +56,7 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             plan.record.block_input = hidden
         if plan.tokens is not None:
             check_recomputation(plan.learning)
-        hidden = insert_tokens(hidden, plan)
+        hidden = insert_tokens(hidden, plan, info.windowed)
     all_tokens, block_input = None, hidden
     if info.last and last_block.may_narrow(block, plan, info.layer, args, kwargs):
         assert plan.read is not None
@@ -64,9 +64,9 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         hidden = hidden[:, plan.read[0] : plan.read[0] + plan.read[1]]
         plan.record.narrowed = True
     prefix = plan.prefixes.get(info.layer)
-    inserted = None if plan.tokens is None else (plan.token_index, plan.tokens.shape[1])
+    inserted = None if plan.tokens is None or info.windowed else (plan.token_index, plan.tokens.shape[1])
     part = None
-    if prefix is not None or inserted is not None or all_tokens is not None:
+    if prefix is not None or plan.tokens is not None or all_tokens is not None:
         part = BlockPlan(
             layer=info.layer,
             prefix=prefix,
@@ -75,7 +75,7 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             all_tokens=all_tokens,
             read=plan.read[1] if plan.read is not None else 0,
             learning=plan.learning,
-            used=plan.record.prefixes,
+            record=plan.record,
             probe=plan.probe,
         )
     if not info.takes_keywords:

@@ -24,12 +24,14 @@ class BlockInfo:
         norm: name, in the block, of the norm in front of its attention.
         last: whether it is the last one.
         takes_keywords: whether its forward hands keyword arguments on to its attention.
+        windowed: whether its attention runs in windows.
     """
 
     layer: int
     norm: str
     last: bool
     takes_keywords: bool
+    windowed: bool
 
 
 def prepare(model: nn.Module, structure: Structure) -> None:
@@ -39,7 +41,8 @@ def prepare(model: nn.Module, structure: Structure) -> None:
         attention: Any = model.get_submodule(attention_name)
         norm = attention_norm(block, attention)
         keywords = any(p.kind is Parameter.VAR_KEYWORD for p in signature(type(block).forward).parameters.values())
-        block._cl_block = BlockInfo(layer, norm, layer == len(structure.blocks) - 1, keywords)
+        last = layer == len(structure.blocks) - 1
+        block._cl_block = BlockInfo(layer, norm, last, keywords, structure.shape.windowed)
         attention._cl_norm = (block, norm)  # a tuple, so that the block does not become a child of its attention
         if calls_registered_function(attention):
             attention._cl_shared_config = attention.config

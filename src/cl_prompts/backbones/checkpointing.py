@@ -18,6 +18,7 @@ from torch import nn
 from cl_prompts.backbones.block_info import BlockInfo
 from cl_prompts.backbones.plan import RUNNING, RunningPass
 from cl_prompts.backbones.prefix import PLAIN_BLOCK, PlainBlock
+from cl_prompts.backbones.structure import Structure
 
 
 FUNCTION = "_gradient_checkpointing_func"
@@ -27,6 +28,13 @@ def recomputes_plan(block: nn.Module) -> bool:
     """Whether a recomputation of this block looks for a plan: in its hooks, or for lack of keyword arguments."""
     info: BlockInfo = block._cl_block  # type: ignore[assignment]
     return type(block).__call__ is not nn.Module.__call__ or not info.takes_keywords
+
+
+def recomputing(model: nn.Module, structure: Structure) -> list[nn.Module]:
+    """The modules that have to find the plan of their pass again: such blocks, and a stage, checkpointed as a whole."""
+    blocks = [model.get_submodule(name) for name in structure.blocks]
+    stage = [model.get_submodule(structure.blocks[0].rsplit(".", 2)[0])] if structure.shape.windowed else []
+    return stage + [block for block in blocks if recomputes_plan(block)]
 
 
 def keep_plans(blocks: list[nn.Module]) -> None:

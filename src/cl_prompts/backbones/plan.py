@@ -33,6 +33,7 @@ class PassRecord:
         embeddings: output of the embeddings module; only if the plan keeps it.
         lower_blocks: output of block `keep_below - 1`; only if the plan keeps it.
         prefixes: the prefixes used, by block number.
+        beside: where attention runs in windows, the prompt tokens that enter a block [B, P, D], by its number.
         narrowed: whether the last block computed only the tokens read.
     """
 
@@ -43,6 +44,7 @@ class PassRecord:
     embeddings: Any = None
     lower_blocks: Any = None
     prefixes: dict[int, PrefixKV] = field(default_factory=dict)
+    beside: dict[int, Tensor] = field(default_factory=dict)
     narrowed: bool = False
 
 

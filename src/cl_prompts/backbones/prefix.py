@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from cl_prompts.backbones.plan import CallVariable
+from cl_prompts.backbones import windows
+from cl_prompts.backbones.plan import CallVariable, PassRecord
 from cl_prompts.backbones.structure import eager_attention, fused_projection, head_width, projection_names
-from cl_prompts.backbones.tokens import widen_mask, widen_rotary
+from cl_prompts.backbones.tokens import widen_mask, widen_rotary, widened
 from cl_prompts.interfaces import AttentionSeen, Prefix, PrefixKV, Probe
 
 
@@ -40,7 +41,7 @@ class BlockPlan:
             tokens that are read; None: the block gets all tokens.
         read: how many tokens the block then gets.
         learning: whether gradients must reach the prefix.
-        used: takes the prefix that was used, by block number; the pass's own.
+        record: the pass's own, which takes the prefix that was used.
         probe: called with the attention of a block that has a prefix; None: not called.
     """
 
@@ -51,7 +52,7 @@ class BlockPlan:
     all_tokens: Tensor | None
     read: int
     learning: bool
-    used: dict[int, PrefixKV]
+    record: PassRecord
     probe: Probe = None
 
 
@@ -127,10 +128,20 @@ def prefix_attention(
         return attend(module, query, key, value, attention_mask, **kwargs)
     if block.all_tokens is not None:
         key, value = (unfold(x, query.shape[1], block.all_tokens.shape[1]) for x in (key, value))
+    beside = block.record.beside.get(block.layer)
+    if beside is not None:
+        own = windows.projected_tokens(module, beside, windows.number(module, query, block.block_input))
+        query, key, value = (torch.cat(pair, 2) for pair in zip(own, (query, key, value), strict=True))
+        attention_mask = None if attention_mask is None else widened(attention_mask, 0, beside.shape[1])
     if block.prefix is not None:
         scale = kwargs.get("scaling")
         key, value, attention_mask = joined(module, block, query, key, value, attention_mask, scale)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    answer = attend(module, query, key, value, attention_mask, **kwargs)
+    if beside is None:
+        return answer
+    length = beside.shape[1]
+    block.record.beside[block.layer + 1] = windows.behind_block(module, beside, answer[0][:, :length].transpose(1, 2))
+    return answer[0][:, length:], answer[1]
 
 
 def attention_function(attention: Any) -> str | None:
@@ -177,10 +188,13 @@ def prefix_of(module: Any, block: BlockPlan, query: Tensor) -> tuple[PrefixKV, T
     """A block's prefix, and its keys and values [B, H, P, d], for queries [B, H, N, d]."""
     assert block.prefix is not None
     check_recomputation(block.learning)
-    prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, query)
-    block.used[block.layer] = prefix
+    number = windows.number(module, query, block.block_input)
+    whole = query if number == 1 else windows.whole(query, number)
+    prefix = block.prefix if isinstance(block.prefix, PrefixKV) else block.prefix(block.block_input, whole)
+    block.record.prefixes[block.layer] = prefix
     BLOCK.set(None)  # rows of a prefix may pass the projections, which then must not take them for the block's tokens
-    return prefix, *_in_head_space(module, prefix, block.block_input.dtype)
+    k, v = _in_head_space(module, prefix, block.block_input.dtype)
+    return (prefix, k, v) if number == 1 else windows.repeated(prefix, k, v, number)
 
 
 def check_recomputation(learning: bool) -> None:
@@ -211,7 +225,7 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
     if prefix.k.dim() == 4:
         return prefix.k, prefix.v
     own = (prefix.k.to(dtype), prefix.v.to(dtype))
-    if prefix.normed:
+    if prefix.normed and not windows.normalizes_behind(module):
         block, name = module._cl_norm
         norm = block.get_submodule(name)
         own = (norm(own[0]), norm(own[1]))

@@ -100,8 +100,7 @@ class PromptedBackbone:
         self._unmasked = unmasked.install(model, structure)
         block_info.prepare(model, structure)
         self._block_handles = block_hooks.install(model, structure)
-        blocks = [model.get_submodule(name) for name in structure.blocks]
-        self._recomputing = [block for block in blocks if checkpointing.recomputes_plan(block)]
+        self._recomputing = checkpointing.recomputing(model, structure)
 
     def move_hooks_behind(self) -> None:
         """Put the hooks on the blocks behind those that others have put there since."""

@@ -1,7 +1,8 @@
 """Finds the parts of a vision transformer by its module structure, without a table of model types.
 
 A model is supported if its blocks are in one `nn.ModuleList` or `nn.Sequential`, each block has one attention module with
-query, key and value projections (three, or a fused one), and an embedding of patches comes before the blocks.
+query, key and value projections (three, or a fused one), and an embedding of patches comes before the blocks. Of stages of
+window attention (Swin), the last one has the blocks that take prompts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from inspect import signature, unwrap
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads")
 EMBEDDINGS = ("embeddings", "patch_embed")  # transformers, timm
 CLS_TOKENS = ("cls_token", "class_embedding")
 SPECIAL_TOKENS = (*CLS_TOKENS, "distillation_token", "register_tokens", "dist_token", "reg_token", "cls_register_token")
+
+_Blocks = tuple[tuple[str, ...], tuple[str, ...]]  # names of the blocks of a list, and of their attentions
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def find_structure(model: nn.Module) -> Structure:
         special_tokens=special,
         trailing_tokens=_token_count(owners, "detection_tokens"),
         has_cls=has_cls,
-        shape=_shape(model, attentions, len(blocks), has_cls),
+        shape=_shape(model, blocks, attentions, has_cls),
     )
 
 
@@ -173,8 +177,8 @@ def _unsupported(model: nn.Module, why: str) -> TypeError:
     return TypeError(f"{type(model).__name__} is not supported: {why}. Supported are {SUPPORTED}")
 
 
-def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    lists = []
+def _find_blocks(model: nn.Module) -> _Blocks:
+    lists: list[_Blocks] = []
     for list_name, items in model.named_modules():
         if isinstance(items, (nn.ModuleList, nn.Sequential)) and len(items):
             owners = [_attention_of(block) for block in items]
@@ -187,6 +191,9 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 )
     if not lists:
         raise _unsupported(model, "it has no list of transformer blocks with query, key and value projections")
+    stages = [found for found in lists if all(runs_in_windows(model.get_submodule(block)) for block in found[0])]
+    if len(stages) > 1 and _are_stages(model, stages, lists):
+        lists = stages[-1:]
     if len(lists) > 1:
         raise _unsupported(model, f"it has {len(lists)} lists of blocks (a hierarchy, or several towers)")
     for name in lists[0][1]:
@@ -194,6 +201,27 @@ def _find_blocks(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if getattr(attention, "is_causal", False):  # a prefix would be hidden from tokens in front
             raise _unsupported(model, f"{type(attention).__name__} is causal")
     return lists[0]
+
+
+def _are_stages(model: nn.Module, stages: list[_Blocks], lists: list[_Blocks]) -> bool:
+    """Whether some lists of blocks are the stages of one hierarchy, each wider than the one before, and none are elsewhere.
+
+    The list of the stages counts as a list of blocks where each stage has one block.
+    """
+    widths, places = [], set()
+    for number, (blocks, attentions) in enumerate(stages):
+        parent, index, name = blocks[0].rpartition(".")[0].rsplit(".", 2)
+        places.add((parent, index == str(number), name))
+        attention = model.get_submodule(attentions[0])
+        names = projection_names(attention)
+        widths.append(0 if names is None else getattr(attention, names[1]).in_features)
+    elsewhere = any(found[0][0].rpartition(".")[0] != parent for found in lists if found not in stages)
+    return not elsewhere and len(places) == 1 and all(before < behind for before, behind in pairwise(widths))
+
+
+def runs_in_windows(block: nn.Module) -> bool:
+    """Whether a block cuts its tokens into windows, which attention sees one by one."""
+    return hasattr(block, "window_size") and hasattr(block, "shift_size")
 
 
 def _attention_of(block: nn.Module) -> str | None:
@@ -250,7 +278,7 @@ def _token_count(owners: tuple[nn.Module, ...], name: str) -> int:
     return 1 if token.dim() == 1 else token.shape[-2]
 
 
-def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: bool) -> BackboneShape:
+def _shape(model: nn.Module, blocks: tuple[str, ...], attentions: tuple[str, ...], has_cls: bool) -> BackboneShape:
     attention: Any = model.get_submodule(attentions[0])
     names, fused = projection_names(attention), fused_projection(attention)
     width = head_width(attention)
@@ -263,10 +291,11 @@ def _shape(model: nn.Module, attentions: tuple[str, ...], depth: int, has_cls: b
         raise _unsupported(model, "its blocks have different numbers of heads")
     return BackboneShape(
         width=key.in_features,
-        num_layers=depth,
+        num_layers=len(blocks),
         num_heads=key.out_features // width // (1 if names else 3),
         head_dim=width,
         has_cls=has_cls,
+        windowed=runs_in_windows(model.get_submodule(blocks[0])),
     )
 
 

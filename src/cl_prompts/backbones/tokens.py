@@ -13,8 +13,8 @@ from torch import Tensor
 from cl_prompts.backbones.plan import PassPlan
 
 
-def insert_tokens(hidden: Tensor, plan: PassPlan) -> Tensor:
-    """The sequence [B, N, D] with the plan's prompt tokens in it: [B, N + P, D].
+def insert_tokens(hidden: Tensor, plan: PassPlan, windowed: bool) -> Tensor:
+    """The sequence [B, N, D] with the plan's prompt tokens in it: [B, N + P, D]. With windows they stay beside it.
 
     Raises:
         TypeError: what enters block 0 is no sequence but, for example, a map [B, H, W, D] that is cut into windows.
@@ -24,6 +24,9 @@ def insert_tokens(hidden: Tensor, plan: PassPlan) -> Tensor:
     if hidden.dim() != 3:
         raise TypeError(f"what enters its blocks has {hidden.dim()} dimensions, not the 3 of a sequence of tokens")
     tokens = plan.tokens.to(hidden.dtype)
+    if windowed:
+        plan.record.beside[0] = tokens
+        return hidden
     return torch.cat([hidden[:, : plan.token_index], tokens, hidden[:, plan.token_index :]], dim=1)
 
 
@@ -44,8 +47,9 @@ def record_output(output: Any, plan: PassPlan, length: int) -> Any:
         record.hidden = record.prompt_hidden = hidden
         # The model's own head and pooler read tokens that were not computed. Nobody reads their answers.
         hidden = hidden[:, :1].expand(-1, length, -1)
-    elif plan.tokens is None:
+    elif plan.tokens is None or record.beside:
         record.hidden = hidden
+        record.prompt_hidden = record.beside[max(record.beside)] if record.beside else None
         return output
     else:
         start, stop = plan.token_index, plan.token_index + plan.tokens.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cl_prompts.cli.stderr import print_to_stderr
+from cl_prompts.conversion import convert_checkpoint
 from cl_prompts.pipeline import Predictions, PromptPoolPipeline
 from cl_prompts.runtime.images import MAX_PIXELS
 from cl_prompts.runtime.text import LONGEST_NAME, terminal_text
@@ -220,4 +221,27 @@ def push(args: argparse.Namespace) -> int:
         license=args.license,
     )
     print(commit.pr_url or commit.commit_url)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a checkpoint as a folder of transformers."""
+    done = convert_checkpoint(
+        args.source,
+        args.destination,
+        num_heads=args.num_heads,
+        normalization=args.normalization,
+        with_head=not args.without_head,
+        prefix=args.prefix,
+    )
+    config = done.config
+    size = f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_attention_heads} heads"
+    images = f"images {config.image_size}x{config.image_size}"
+    print(f"{config.architectures[0]}: {size}, patches of {config.patch_size}, {images}")
+    assumed = "; assumed, see --normalization" if done.assumed else ""
+    print(f"images are normalized with mean {done.mean} and std {done.std}{assumed}")
+    if done.left_out:
+        names = ", ".join(terminal_text(name, LONGEST_NAME) for name in done.left_out[:3])
+        print(f"left out: {len(done.left_out)} tensors beside the network, such as {names}")
+    print(terminal_text(f"base model in {done.folder}"))
     return 0

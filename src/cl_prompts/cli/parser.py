@@ -70,4 +70,15 @@ def new_parser() -> argparse.ArgumentParser:
     push.add_argument("--include-base", action="store_true", help="push the base model along")
     push.add_argument("--license", metavar="L", help="for the card, like apache-2.0")
     push.add_argument("--token", metavar="T", help="instead of that of `hf auth login`")
+
+    convert = commands.add_parser("convert", help="a checkpoint of timm, Google, DINO, iBOT or MoCo v3 as a base model")
+    convert.set_defaults(command="convert")
+    convert.add_argument("source", metavar="SOURCE", help="a .npz, .safetensors or torch file, or a folder that has one")
+    convert.add_argument("destination", metavar="DESTINATION", help="new folder, for --base and --model")
+    convert.add_argument("--num-heads", type=int, metavar="N", help="attention heads (default: as usual for the width)")
+    convert.add_argument(
+        "--normalization", choices=("half", "imagenet"), help="of the images (default: as the layout usually has it)"
+    )
+    convert.add_argument("--without-head", action="store_true", help="leave a classifier out")
+    convert.add_argument("--prefix", metavar="P", help="start of the names of the network, where a file holds several")
     return parser

@@ -55,11 +55,6 @@ def _class_of(method: Any) -> type[PromptPoolConfig]:
     return METHODS[method].config_class
 
 
-def _runtime(default: Any, text: str) -> Any:
-    """A field of the running process, which is neither saved nor loaded."""
-    return field(default=default, compare=False, metadata={"help": text, "runtime": True})
-
-
 @dataclass
 class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     """Base class of all method configs. `PromptPoolConfig(method="l2p", ...)` is the same as `L2PConfig(...)`.
@@ -117,10 +112,19 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         default=None, metadata={"help": "further arguments of every forward of the base"}
     )
     state: AdapterState = field(default_factory=AdapterState, metadata={"help": "set by the model"})
-    max_adapter_bytes: int = _runtime(8 * 2**30, "largest size of an adapter in bytes")
-    strict_base: bool = _runtime(False, "raise an error on a base with other weights")
-    verify: bool = _runtime(True, "compare the checksum of loaded tensors")
-    declared: Mapping[str, Declared] | None = _runtime(None, "tensors that the weights file declares")
+    # Fields of the running process, which are neither saved nor loaded. Written out, so that the API pages show defaults.
+    max_adapter_bytes: int = field(
+        default=8 * 2**30, compare=False, metadata={"help": "largest size of an adapter in bytes", "runtime": True}
+    )
+    strict_base: bool = field(
+        default=False, compare=False, metadata={"help": "raise an error on a base with other weights", "runtime": True}
+    )
+    verify: bool = field(
+        default=True, compare=False, metadata={"help": "compare the checksum of loaded tensors", "runtime": True}
+    )
+    declared: Mapping[str, Declared] | None = field(
+        default=None, compare=False, metadata={"help": "tensors that the weights file declares", "runtime": True}
+    )
 
     papers: ClassVar[tuple[str, ...]] = ()
     # Whether training must call `attach_optimizer`.

@@ -27,7 +27,10 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
     layers = [layer for name in ("layers", "g_layers", "e_layers") for layer in getattr(config, name, None) or []]
     outside = [layer for layer in layers if layer >= depth]
     if outside:
-        raise ValueError(f"layers {short_repr(outside)} are out of range: the base has {depth} blocks, 0 to {depth - 1}")
+        where = " in its last stage, which takes prompts" if structure.shape.windowed else ""
+        raise ValueError(
+            f"layers {short_repr(outside)} are out of range: the base has {depth} blocks{where}, 0 to {depth - 1}"
+        )
     if getattr(config, "add_cls_position_embedding", None) and cls_position_embedding(model, structure) is None:
         raise ValueError(
             f"add_cls_position_embedding=True, but {type(model).__name__} has no position embedding of a CLS token: "

@@ -97,6 +97,9 @@ class ProjectedPool(PromptPool):
         shape: sizes of the backbone.
         layers: prompted blocks.
         size: n of `second`.
+
+    Raises:
+        ValueError: attention of the backbone runs in windows.
     """
 
     collects: ClassVar[bool] = True
@@ -107,6 +110,8 @@ class ProjectedPool(PromptPool):
 
     def __init__(self, config: Any, shape: BackboneShape, layers: Sequence[int], size: int) -> None:
         super().__init__(config, shape)
+        if shape.windowed:
+            raise ValueError(f'method "{config.method}" needs the attention of whole images; this base attends in windows')
         self._layers, save = tuple(layers), config.save_statistics
         self.register_buffer("first", torch.zeros(len(layers), shape.width, shape.width), persistent=save)
         self.register_buffer("second", torch.zeros(len(layers), size, size), persistent=save)

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cl_prompts.learner.protocol import Learner
+
 
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "linear", "coda"]
@@ -68,7 +70,7 @@ def build_optimizer(name: Optimizer, groups: list[dict[str, Any]], **options: An
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: Learner, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model and the optimizer of a task, wrapped by Accelerate.
 
@@ -81,7 +83,7 @@ def prepare(
     return wrapped, prepared
 
 
-def release(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> None:
+def release(accelerator: Accelerator, model: Learner, wrapped: nn.Module) -> None:
     """Undo `prepare` after a task, so that the model, which grows, can be wrapped again."""
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     for attribute in ("forward", "_is_accelerate_prepared"):

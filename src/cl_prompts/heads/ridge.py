@@ -60,6 +60,7 @@ class RidgeClassifier(FeatureClassifier):
     """
 
     folds = 1  # a fit takes M^3 steps
+    score_width = 0.1  # chosen on held-out images of CIFAR-100 mini
 
     projection: Tensor
     solution: Tensor

@@ -134,9 +134,13 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["coda", "layer_grouped", "none"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--images", type=int, default=1_000_000, help="training images of a class in a task, held-out ones included")
+    parser.add_argument(
+        "--images", type=int, default=1_000_000, help="training images of a class in a task, held-out ones included"
+    )
     parser.add_argument("--tests", type=int, default=1_000_000, help="test images of a class")
-    parser.add_argument("--only_last", action="store_true", help="features of held-out and test images after the last task only")
+    parser.add_argument(
+        "--only_last", action="store_true", help="features of held-out and test images after the last task only"
+    )
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,8 @@
 """ContinualTrainer on tiny models: what it trains, what it tells, what it refuses, and that two processes equal one."""
 
 import gc
+import platform
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,17 @@ def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:
     layer.register_forward_hook(look)
     trainer.train()
     assert seen == {(task, training, torch.bfloat16) for task in range(3) for training in (True, False)}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads the CPU's flags")
+def test_bf16_warns_on_a_processor_without_avx512() -> None:
+    slow = "avx512bw" not in Path("/proc/cpuinfo").read_text()
+    for precision in ("no", "bf16"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            small_trainer("l2p", mixed_precision=precision)
+        told = any("mixed_precision" in str(warning.message) for warning in caught)
+        assert told == (slow and precision == "bf16")
 
 
 def test_pieces_of_a_batch_make_the_same_step() -> None:

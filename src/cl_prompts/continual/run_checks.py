@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sized
 
-from accelerate import DistributedType
+import torch
+from accelerate import Accelerator, DistributedType
 
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.streams.indexed import IndexedStream
@@ -60,4 +62,19 @@ def check_engine(engine: DistributedType) -> None:
         raise ValueError(
             f"Accelerate is set to {engine.value}, which shards the whole model, also prompts and heads that grow with the "
             "tasks: leave it out of `accelerate config`; cl_prompts.tuner.sharding.shard_frozen_blocks shards the backbone"
+        )
+
+
+def warn_of_slow_bf16(accelerator: Accelerator) -> None:
+    """Warn if a run asks for bf16 on a processor without kernels for it, where a matrix product takes 20 times as long.
+
+    Warns:
+        UserWarning: `mixed_precision="bf16"` on a CPU for which oneDNN has no bf16 kernels (on x86: without AVX-512).
+    """
+    on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    if on_cpu and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        warnings.warn(
+            'mixed_precision="bf16" is many times slower than "no" on this processor, for which torch has no fast bf16 '
+            'products: set mixed_precision="no" (--mixed_precision no)',
+            stacklevel=3,
         )

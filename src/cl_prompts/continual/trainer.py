@@ -25,7 +25,7 @@ from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.replay import Replay
-from cl_prompts.continual.run_checks import check_engine, check_run
+from cl_prompts.continual.run_checks import check_engine, check_run, warn_of_slow_bf16
 from cl_prompts.continual.run_lock import run_lock
 from cl_prompts.continual.state import TrainerState
 from cl_prompts.continual.streams.indexed import IndexedStream
@@ -80,6 +80,7 @@ class ContinualTrainer:
         self.log = JsonlTracker(self.folder) if self.folder else None
         self.accelerator = accelerator or Accelerator(mixed_precision=args.mixed_precision, project_dir=self.folder)
         check_engine(self.accelerator.distributed_type)
+        warn_of_slow_bf16(self.accelerator)
         self.accelerator.log_with = [*trackers, *([self.log] if self.log else [])]
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None
         self.callbacks, self.matrix, self.progress = list(callbacks), AccuracyMatrix(), Progress()

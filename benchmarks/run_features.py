@@ -118,11 +118,11 @@ def run(args: Any, images: Images, stream: Any, method: str, seed: int, epochs: 
         model.end_task()
         print(method, seed, task.number, f"{time.perf_counter() - begun:.0f} s", flush=True)
     index = {c: i for i, c in enumerate(model.classes)}
-    found = {"tasks": tasks, "classes": model.classes}
+    result: dict[str, Any] = {"tasks": tasks, "classes": model.classes}
     for name, rows in (("held", held), ("test", test)):
-        found[f"{name}_targets"] = torch.tensor([index[int(c)] for c in images.labels[rows]])
-        found[f"{name}_tasks"] = images.tasks[rows]
-    return found
+        result[f"{name}_targets"] = torch.tensor([index[int(c)] for c in images.labels[rows]])
+        result[f"{name}_tasks"] = images.tasks[rows]
+    return result
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from cl_prompts.storage.integrity import WEIGHTS_FILE, digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter
 from cl_prompts.tuner.mixed_batch import check_disabled_forward
+from cl_prompts.tuner.prompt_dtype import with_prompts_in
 from cl_prompts.tuner.registration import register_peft_type
 from cl_prompts.tuner.task_api import TaskAPI
 
@@ -100,6 +102,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         image_processor: Any = None,
         state_dict: dict[str, Tensor] | None = None,
         save_function: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Save adapters as `adapter_config.json`, `adapter_model.safetensors` and a model card, `README.md`.
 
@@ -117,10 +120,12 @@ class PromptPoolModel(TaskAPI, PeftModel):
             image_processor: image processor of the training, saved as `preprocessor_config.json`.
             state_dict: the model's tensors, if the caller has gathered them; None: those of the model.
             save_function: not used; scripts pass `accelerator.save`, as transformers' models expect.
+            dtype: precision of the saved prompts: `torch.float16` or `torch.bfloat16` for smaller files; None: float32.
+                They are float32 again after loading, rounded. All else is saved in full. This model is not changed.
 
         Raises:
-            ValueError: `safe_serialization` is False, an adapter does not exist, the path is a file, or `record` is given
-                and the active adapter is not saved.
+            ValueError: `safe_serialization` is False, a prompt is too large for `dtype`, an adapter does not exist, the
+                path is a file, or `record` is given and the active adapter is not saved.
             FloatingPointError: a tensor holds NaN or Inf. The files of the last save are kept.
             OSError: the disk is full. The files of the last save are kept.
         """
@@ -137,6 +142,9 @@ class PromptPoolModel(TaskAPI, PeftModel):
             raise ValueError(
                 f"record= is of the active adapter, {self.active_adapters}; saved are {names}: call set_adapter first"
             )
+        if dtype is not None:
+            tensors = self.state_dict() if state_dict is None else state_dict
+            state_dict = with_prompts_in(dtype, tensors, self.base_model.pools.prompt_pool, names)
         given = {} if state_dict is None else {"state_dict": state_dict}
         places = {name: "" if name == "default" else f"{name}/" for name in names}
         inputs = [
@@ -176,6 +184,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
         record: RunRecord | None = None,
         pictures: Sequence[str | os.PathLike[str]] = (),
         image_processor: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> CommitInfo:
         """Push an adapter with a model card to the Hub, in one commit. The base model is not pushed by default.
 
@@ -193,6 +202,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             record: the run that trained it, see `save_pretrained`.
             pictures: PNG files for the card.
             image_processor: image processor of the training.
+            dtype: precision of the prompts in the file, see `save_pretrained`.
 
         Raises:
             ValueError: the base is a local folder, and neither `base_model_id` nor `include_base` is given.
@@ -205,7 +215,12 @@ class PromptPoolModel(TaskAPI, PeftModel):
         with tempfile.TemporaryDirectory(prefix="cl_prompts-") as temporary:
             folder = Path(temporary, repo_id.split("/")[-1])
             self.save_pretrained(
-                folder, selected_adapters=[name], record=record, pictures=pictures, image_processor=image_processor
+                folder,
+                selected_adapters=[name],
+                record=record,
+                pictures=pictures,
+                image_processor=image_processor,
+                dtype=dtype,
             )
             return push_folder(
                 folder if name == "default" else folder / name,

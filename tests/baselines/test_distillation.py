@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from cl_prompts.baselines.bic import fit_correction, is_held_out
 from cl_prompts.baselines.icarl import herding
+from cl_prompts.baselines.views import second_view
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
@@ -184,3 +185,55 @@ def test_derpp_binds_the_logits_of_remembered_images() -> None:
     new = plain_logits(learner, batch["pixel_values"])
     distances = ((new[1, :4] - wide) ** 2).mean() + ((new[2, :2] - narrow) ** 2).mean()
     assert_close(parts_of(learner, batch)["logits"], 0.3 * distances / 3)
+
+
+# ---- Co2L and DualNet ------------------------------------------------------------------------------------------------
+
+
+def projected(learner: Any, features: Tensor) -> np.ndarray[Any, Any]:
+    rows = learner.projector(features).detach().double().numpy()
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def relations(views: np.ndarray[Any, Any], temperature: float) -> np.ndarray[Any, Any]:
+    """Softmax of each view's similarities to the others."""
+    powers = np.exp(views @ views.T / temperature)
+    np.fill_diagonal(powers, 0)
+    return powers / powers.sum(1, keepdims=True)
+
+
+def test_co2l_in_numpy() -> None:
+    learner = after_a_task("co2l")
+    batch = batch_of([0, 3, 0, 4, -100], ids=[1, 2, 3, 50, -1])
+    other = second_view(batch["pixel_values"], torch.tensor(batch["sample_ids"]), learner.steps)
+    both = [batch["pixel_values"][:4], other[:4]]
+    assert not torch.allclose(*both, atol=0.1)
+    views = np.concatenate([projected(learner, learner.extract_features(images)) for images in both])
+    before = np.concatenate([learner.snapshot(images).double().numpy() for images in both])
+    labels = np.array([0, 3, 0, 4] * 2)
+    p, total = relations(views, 0.5), []
+    for i in np.flatnonzero(labels != 4):  # remembered images are no anchors
+        positives = [j for j in np.flatnonzero(labels == labels[i]) if j != i]
+        total.append(-np.log(p[i, positives]).mean())
+    taught, own = relations(before, 0.01), relations(views, 0.2)
+    distilled = -(taught * np.log(own + np.eye(8))).sum(1).mean()
+    parts = parts_of(learner, batch)
+    assert float(parts["contrastive"]) == pytest.approx(np.mean(total), rel=1e-4)
+    assert float(parts["distillation"]) == pytest.approx(distilled, rel=1e-4)
+
+
+def test_dualnet_learns_from_two_views_and_stored_answers() -> None:
+    learner = after_a_task("dualnet")
+    batch = batch_of([0, 3, 4, 1], ids=[1, 2, 50, 51])
+    assert any(p.abs().sum() > 0 for p in learner.modulators[0].up.parameters())
+    logits = learner.train()(**batch).logits.detach().double()[:, :2]
+    stored = learner.stored_logits[:2].double()
+    taught, own = (values.numpy() for values in ((stored / 2).softmax(1), (logits[2:] / 2).softmax(1)))
+    parts = parts_of(learner, batch)
+    assert float(parts["logits"]) == pytest.approx((taught * np.log(taught / own)).sum() / 4, rel=1e-4)
+    other = second_view(batch["pixel_values"], torch.tensor(batch["sample_ids"]), learner.steps)
+    pairs = [learner.projector(learner.extract_features(images)) for images in (batch["pixel_values"], other)]
+    a, b = (rows.detach().double().numpy() for rows in pairs)
+    c = ((a - a.mean(0)) / np.sqrt(a.var(0) + 1e-5)).T @ ((b - b.mean(0)) / np.sqrt(b.var(0) + 1e-5)) / 4
+    loss = ((1 - np.diag(c)) ** 2).sum() + 5e-3 * (c**2 - np.diag(np.diag(c) ** 2)).sum()
+    assert float(parts["self_supervised"]) == pytest.approx(0.1 * loss / 128, rel=1e-4)

@@ -15,6 +15,7 @@ from support.processes import become, free_port, in_two_processes
 from support.query_images import provider_of, shared_by_two
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers import HfArgumentParser
 
@@ -69,6 +70,14 @@ def test_callbacks_come_in_order(tmp_path: Path) -> None:
     one = ["task_begin", "epoch_begin", *step, *step, "log", *step, "save", *end]
     two = ["task_begin", "epoch_begin", *step, "log", *step, *step, "log", "save", *end]
     assert diary.events == ["train_begin", *one, *two, "train_end"]
+
+
+@pytest.mark.parametrize(("most", "steps"), [(2, 2), (4, 4), (99, 6), (0, 6)])
+def test_a_dry_run_ends_each_task_after_its_steps(most: int, steps: int) -> None:
+    """Of two epochs of three steps."""
+    trainer = small_trainer("none", tasks=2, num_train_epochs=2, max_steps=most)
+    trainer.train()
+    assert trainer.progress.global_step == 2 * steps
 
 
 def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:
@@ -294,8 +303,16 @@ def results(run: str, folder: Path) -> dict[str, Any]:
     settings = {**RUNS[run], "tasks": 2, "learning_rate": 1e-3}
     logs = Logs()
     trainer = small_trainer(settings.pop("method"), folder, callbacks=[logs], logging_steps=1, **settings)
+    broadcasts: list[bool] = []
+
+    def look(*_: Any) -> None:
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if wrapper is not None:
+            broadcasts.append(wrapper.will_sync_module_buffers())
+
+    trainer.model.register_forward_pre_hook(look)
     trainer.train()
-    return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict(), "logs": logs.found}
+    return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict(), "logs": logs.found, "broadcasts": broadcasts}
 
 
 def wrong_label_on(one: int, rank: int) -> str:
@@ -360,6 +377,14 @@ def test_two_processes_log_what_one_logs(run: str, runs: tuple[dict[str, Any], l
         speeds = [logs.pop("images_per_second") for logs in (ours, expected)]
         assert min(speeds) > 0
         assert ours == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.xdist_group("trainer-processes")
+def test_steps_send_gradients_and_no_buffers(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    """Buffers grow with tasks and classes: earlier prompts, statistics."""
+    sent = [found["hash"]["broadcasts"] for found in runs[1]]
+    assert all(sent)
+    assert not any(map(any, sent))
 
 
 @pytest.mark.xdist_group("trainer-processes")

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import Evaluation, evaluate
 from cl_prompts.evaluation.diagnostics import (
+    are_shares,
     prompt_similarity,
     routing_entropy,
     selected_sets,
@@ -61,6 +62,9 @@ def test_sets_and_entropy_of_weights() -> None:
     assert "by layer: 2 2" in selection_summary(torch.ones(1, 2, 5, dtype=torch.int64), sets=selected_sets(ids))
     weights = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     assert_close(weight_entropy(weights), torch.tensor([1.0, 0.0]))
+    assert are_shares(weights)
+    assert not any(map(are_shares, (weights - 0.1, 2 * weights)))
+    assert "by layer: 0.50 (1" in selection_summary(torch.ones(1, 5, dtype=torch.int64), mixing=weight_entropy(weights))
 
 
 def new_model(method: str) -> PromptPoolModel:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build
-from support.methods import METHODS
+from support.methods import METHODS, VARIANTS
 from support.tensors import draw
 from torch import Tensor
 from torch.testing import assert_close
@@ -21,17 +21,21 @@ from cl_prompts.methods.pool import PromptPool
 
 Method = Callable[..., PromptPoolConfig]
 # The router of class statistics is not in METHODS.
-EVERY: dict[str, Method] = METHODS | {
-    "hash prototype": lambda **more: HashPromptConfig(
-        pool_size=6,
-        top_k=2,
-        layers=[0, 2],
-        history_top=2,
-        router_inference="prototype",
-        task_statistics="covariance",
-        **more,
-    )
-}
+EVERY: dict[str, Method] = (
+    METHODS
+    | VARIANTS
+    | {
+        "hash prototype": lambda **more: HashPromptConfig(
+            pool_size=6,
+            top_k=2,
+            layers=[0, 2],
+            history_top=2,
+            router_inference="prototype",
+            task_statistics="covariance",
+            **more,
+        )
+    }
+)
 every_method = pytest.mark.parametrize("method", EVERY)
 TASKS = [[4, 1], [0, 7], [3, 5]]
 
@@ -153,7 +157,11 @@ def projected(prefix: Any, attention: Any) -> Any:
     return prefix
 
 
-TWO_SPACES = [name for name, make in EVERY.items() if hasattr(make(), "prefix_space") and name != "norga"]
+TWO_SPACES = [
+    name
+    for name, make in EVERY.items()
+    if hasattr(make(), "prefix_space") and name != "norga" and not name.endswith("tokens")
+]
 
 
 @pytest.mark.parametrize("method", TWO_SPACES)
@@ -248,6 +256,35 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"task_statistics": "covariance"},
         "'covariance' is for task_inference='prototype': set that, or leave it",
     ),
+    ("dualprompt", {"e_layers": [], "g_layers": []}, "leave no prompt: name blocks for one of them"),
+    ("dualprompt", {"e_layers": [], "ensemble": 2}, "ensemble=2 needs E-prompts, .* leave it at 1"),
+    ("dualprompt", {"e_layers": [], "entropy_weight": 0.1}, "dualprompt selects nothing; leave it at 0"),
+    ("dualprompt", {"e_layers": [], "alignment_weight": 0.1}, "dualprompt has no keys to align; leave it at 0"),
+    ("dualprompt", {"g_layers": [], "freeze_g": True}, "leaves no G-prompt to freeze: set freeze_g=False"),
+    ("dualprompt", {"g_layers": [], "separation_weight": 0.1}, "separation_weight=0.1 separates .* leave it at 0"),
+    ("dualprompt", {"prompt_form": "rows"}, "prompt_form='rows': choose one of"),
+    ("dualprompt", {"prompt_form": "tokens", "g_layers": [1]}, r"g_layers=\[1\]: .* give \[0\], or \[\] for none"),
+    ("dualprompt", {"prompt_form": "tokens", "split": True, "g_length": 6, "e_length": 6}, "split=True is for prefixes"),
+    ("dualprompt", {"prompt_form": "tokens", "prefix_space": "input"}, 'leave it at "projected" with tokens'),
+    ("coda", {"adaptive_orthogonality": True}, "which orthogonality_weight=0 leaves out: set that"),
+    (
+        "coda",
+        {"adaptive_orthogonality": True, "orthogonality_weight": 0.1, "one_stage": True},
+        "un-prompted pass, which one_stage=True leaves out",
+    ),
+    ("coda", {"layer_query": "mean"}, "layer_query='mean' is for one-stage queries: set one_stage=True"),
+    ("l2p", {"key_width": 0}, "key_width=0 must be an integer of at least 1"),
+    ("l2p", {"key_width": 8, "key_type": "prompt_mean"}, "key_width=8 is of learned keys"),
+    ("l2p", {"key_width": 8, "alignment_weight": 0.1}, "alignment_weight=0.1 compares keys .* leave one of them out"),
+    ("l2p", {"key_loss": "distance"}, "key_loss='distance': choose one of"),
+    ("l2p", {"ensemble": 3}, "ensemble=3 passes of top_k=5 prompts need more than pool_size=10: choose fewer passes"),
+    ("l2p", {"num_pools": 2, "key_type": "none", "top_k": 10}, "num_pools=2: .* leave it at 1"),
+    ("l2p", {"pool_average": "prompts"}, "pool_average='prompts' is for several pools: set num_pools"),
+    ("l2p", {"max_size": 20}, "max_size=20 limits a pool that grows: set grow_by"),
+    ("l2p", {"grow_by": 2.5}, "grow_by=2.5 must be a whole number"),
+    ("l2p", {"grow_by": 2, "num_pools": 2}, "grow_by=2 is for one pool that selects: set num_pools=1"),
+    ("l2p", {"grow_by": 2, "max_size": 9}, "max_size=9 is smaller than pool_size=10"),
+    ("l2p_prefix", {"as_tokens": True, "prefix_space": "input"}, 'leave it at "projected" with as_tokens=True'),
     ("hash", {"task_statistics": "covariance"}, "'covariance' is for router_inference='prototype': set that, or leave it"),
     ("hash", {"alignment_weight": 0.1}, "alignment_weight=0.1: hash has no keys to align; leave it at 0"),
     ("hide", {"prompt_momentum": 1.5}, r"prompt_momentum=1.5 must lie in \[0, 1\]"),

@@ -11,11 +11,9 @@ import pytest
 import yaml
 from support.example_runs import few_digits
 
-from cl_prompts import PromptPoolConfig
 from cl_prompts.continual import AccuracyMatrix
 from cl_prompts.continual.arguments import key_values
-from cl_prompts.methods import METHODS
-from cl_prompts.runs import RECIPES, comparison
+from cl_prompts.runs import comparison
 from cl_prompts.runs.arguments import pairs, read_arguments
 from cl_prompts.runs.run_folder import described
 from cl_prompts.runs.train import main as train
@@ -37,18 +35,6 @@ def called(monkeypatch: pytest.MonkeyPatch, *line: str) -> None:
     monkeypatch.setattr(sys, "argv", ["comparison.py", *line])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     comparison.main(line)
-
-
-@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("compare_*.yaml")))
-def test_every_comparison_is_readable(name: str, tmp_path: Path) -> None:
-    rows = comparison.read_rows(name)
-    runs = comparison.plan(rows, [0, 1], tmp_path, [])
-    assert [run.row for run in runs] == [*rows, *rows]
-    for run in runs:
-        assert run.folder.parent == tmp_path
-        if run.arguments.method in METHODS:
-            task_free: dict[str, Any] = {"num_labels": 9} if run.arguments.scenario == "gaussian" else {}
-            PromptPoolConfig(method=run.arguments.method, **task_free, **pairs(run.arguments.config))
 
 
 def test_a_line_from_settings() -> None:

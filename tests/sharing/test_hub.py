@@ -137,6 +137,7 @@ def test_what_lies_on_the_hub(hub: Hub, bases: dict[str, Path], tmp_path: Path) 
         "arxiv.org/abs/2112.08654",
         "python train.py --dataset birds",
         "![selection]",
+        "that of this adapter; the data (birds",
         "me/birds",
     ):
         assert said in card.text

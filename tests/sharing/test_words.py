@@ -90,6 +90,7 @@ def test_words_on_a_card(name: str, tmp_path: Path) -> None:
         "## Use it",
         "## What it reaches",
         "## Tasks, in order",
+        "## Limits",
         "## Training",
     ]
     for wrong in INTERPRETED:

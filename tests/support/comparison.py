@@ -20,6 +20,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ewc_online": {"strength": 10.0, "decay": 0.7},
     "si": {"strength": 1.0},
     "bic": {"held_out": 0.5},
+    "co2l": {"projection_size": 8},
+    "dualnet": {"bottleneck": 4},
+    "hat": {"annealing_steps": 3},
 }
 
 

@@ -62,6 +62,25 @@ METHODS: dict[str, Callable[..., PromptPoolConfig]] = {
     "norga": lambda **more: NoRGaConfig(layers=[0, 1], ensemble=2, task_statistics="covariance", **more),
 }
 
+# Fields of a method that change what its pool computes or keeps.
+VARIANTS: dict[str, Callable[..., PromptPoolConfig]] = {
+    "l2p variants": lambda **more: L2PConfig(
+        top_k=2, pool_size=4, key_width=6, key_loss="squared_distance", grow_by=2, max_size=7, **more
+    ),
+    "l2p pools": lambda **more: L2PConfig(top_k=2, pool_size=4, num_pools=2, **more),
+    "dualprompt tokens": lambda **more: DualPromptConfig(
+        prompt_form="tokens", freeze_g=True, separation_weight=0.1, ensemble=2, **more
+    ),
+    "dualprompt only G": lambda **more: DualPromptConfig(g_layers=[0, 1], e_layers=[], **more),
+    "dualprompt only E": lambda **more: DualPromptConfig(g_layers=[], e_layers=[1, 2], **more),
+    "coda adaptive": lambda **more: CodaPromptConfig(
+        components_per_task=2, layers=[1], orthogonality_weight=0.1, adaptive_orthogonality=True, **more
+    ),
+    "l2p_prefix tokens": lambda **more: L2PPrefixConfig(
+        pool_size=5, prompt_length=3, top_k=2, layers=[0, 1], one_stage=True, layer_query="mean", as_tokens=True, **more
+    ),
+}
+
 # What answers instead of the trained head, on any method.
 WITH_CLASSIFIER: dict[str, Callable[..., PromptPoolConfig]] = {
     "hash discriminant": lambda **more: HashPromptConfig(
@@ -85,7 +104,8 @@ EVERYWHERE = ("l2p", "hash", "coda")  # tokens, routed prefixes, attended prefix
 def cells(families: Sequence[str]) -> list[ParameterSet]:
     """Methods x families, for `parametrize`.
 
-    In every run: each method on the first family and on one of the others by turns, the methods of `EVERYWHERE` on each.
+    In every run: each method on the first family and on one of the others by turns, the methods of `EVERYWHERE` on each,
+    the variants on the first.
     The remaining cells are `slow`. One worker has all tests of a cell, so that a model they only read is trained once.
     """
     first, *others = families
@@ -95,4 +115,5 @@ def cells(families: Sequence[str]) -> list[ParameterSet]:
             often = family in (first, others[number % len(others)]) or method in EVERYWHERE
             marks = [pytest.mark.xdist_group(f"{method}-{family}"), *([] if often else [pytest.mark.slow])]
             found.append(pytest.param(method, family, marks=marks, id=f"{method}-{family}"))
+    found += [pytest.param(name, first, marks=pytest.mark.xdist_group(name), id=f"{name}-{first}") for name in VARIANTS]
     return found

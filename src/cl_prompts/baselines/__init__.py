@@ -8,17 +8,24 @@ from typing import Any
 from torch import nn
 
 from cl_prompts.backbones.input_checks import check_is_model
+from cl_prompts.baselines.a_gem import AGEM
 from cl_prompts.baselines.base import Baseline
 from cl_prompts.baselines.bic import BiC
 from cl_prompts.baselines.class_mean import NearestClassMean
+from cl_prompts.baselines.co2l import Co2L
+from cl_prompts.baselines.dualnet import DualNet
 from cl_prompts.baselines.ewc import EWC, OnlineEWC
 from cl_prompts.baselines.files import read_files
+from cl_prompts.baselines.gem import GEM
+from cl_prompts.baselines.hat import HAT
 from cl_prompts.baselines.icarl import ICaRL
 from cl_prompts.baselines.lwf import LwF
+from cl_prompts.baselines.packnet import PackNet
 from cl_prompts.baselines.replay import ER, DERPlusPlus
 from cl_prompts.baselines.retrain import GDumb, JointTraining
 from cl_prompts.baselines.sequential import FrozenBackbone, SequentialFineTuning
 from cl_prompts.baselines.si import SI
+from cl_prompts.baselines.supsup import SupSup
 
 
 _CLASSES: tuple[type[Baseline], ...] = (
@@ -35,6 +42,13 @@ _CLASSES: tuple[type[Baseline], ...] = (
     GDumb,
     BiC,
     ICaRL,
+    GEM,
+    AGEM,
+    Co2L,
+    DualNet,
+    PackNet,
+    SupSup,
+    HAT,
 )
 BASELINES: dict[str, type[Baseline]] = {baseline.name: baseline for baseline in _CLASSES}
 
@@ -76,13 +90,18 @@ def load_baseline(folder: str | os.PathLike[str], backbone: nn.Module) -> Baseli
 
 
 __all__ = [
+    "AGEM",
     "BASELINES",
     "ER",
     "EWC",
+    "GEM",
+    "HAT",
     "SI",
     "Baseline",
     "BiC",
+    "Co2L",
     "DERPlusPlus",
+    "DualNet",
     "FrozenBackbone",
     "GDumb",
     "ICaRL",
@@ -90,7 +109,9 @@ __all__ = [
     "LwF",
     "NearestClassMean",
     "OnlineEWC",
+    "PackNet",
     "SequentialFineTuning",
+    "SupSup",
     "get_baseline",
     "load_baseline",
 ]

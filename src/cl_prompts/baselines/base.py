@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,18 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cl_prompts.backbones.cache_key import backbone_cache_key
 from cl_prompts.backbones.feature_extractor import FeatureExtractor
 from cl_prompts.backbones.input_checks import check_arguments, check_images, check_query
 from cl_prompts.baselines.batch import Batch, cross_entropy
-from cl_prompts.baselines.files import write_files
 from cl_prompts.baselines.measures import BaselineMeasures
+from cl_prompts.baselines.state import BaselineState
+from cl_prompts.baselines.steps import StepHooks
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.interfaces import LossPart
-from cl_prompts.learner.checks import check_finite, check_labels, check_wrapper
+from cl_prompts.learner.checks import check_labels, check_wrapper
 from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
 from cl_prompts.learner.losses import add_up
-from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.learner.optimizer_hook import UpdateScaler
 from cl_prompts.learner.protocol import Images, Replay
 from cl_prompts.learner.task_state import TaskState
@@ -33,7 +29,7 @@ from cl_prompts.runtime.distributed import world_size
 from cl_prompts.storage.adapter_state import AdapterState, check_base_arguments
 
 
-class Baseline(BaselineMeasures, nn.Module):
+class Baseline(BaselineMeasures, BaselineState):
     """A backbone and a linear head that learn task after task; subclasses say how they avoid forgetting.
 
     Args:
@@ -46,7 +42,7 @@ class Baseline(BaselineMeasures, nn.Module):
 
     Attributes:
         name: of the baseline in `BASELINES`.
-        replay, needs_memory, needs_consolidation, calibrates, default_rates: see `Learner`.
+        replay, needs_memory, needs_consolidation, needs_task, calibrates, default_rates: see `Learner`.
         learns_without_tasks: whether it can learn a stream without tasks.
         options, features, head: its settings by name, backbone and classifier.
 
@@ -59,6 +55,7 @@ class Baseline(BaselineMeasures, nn.Module):
     replay: ClassVar[Replay] = "none"
     needs_memory: ClassVar[bool] = False
     needs_consolidation: ClassVar[bool] = False
+    needs_task: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     default_rates: ClassVar[Mapping[str, float]] = {"base": 1e-4}  # 0.005, the prompts' rate, destroys pretrained weights
     needs_features_before: ClassVar[bool] = False
@@ -92,7 +89,7 @@ class Baseline(BaselineMeasures, nn.Module):
         self.features = FeatureExtractor(backbone, pooling, frozen=freeze_backbone, arguments=base_arguments)
         self.tasks.state.base_fingerprint = self.features.fingerprint
         self.head = IncrementalHead(self.features.width)
-        self.update_scaler = UpdateScaler()
+        self.update_scaler, self.step_hooks = UpdateScaler(), StepHooks()
         self.grown = False  # since the last training forward
         if num_labels is not None:
             self.head.expand(self.classes, self.classes)
@@ -128,6 +125,32 @@ class Baseline(BaselineMeasures, nn.Module):
         """Logits at test [B, C] from `features` [B, D] and the head's `logits` [B, C]."""
         return logits
 
+    def answer(self, pixel_values: Tensor, features: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
+        """Logits at test [B, C], here those of `predict`.
+
+        Args:
+            pixel_values: images [B, 3, H, W].
+            features: the learner's of them [B, D].
+            logits: the head's of these [B, C].
+            kwargs: further inputs of the backbone.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            return self.predict(features, logits)
+
+    def update_factors(self) -> dict[str, Tensor]:
+        """Factors in [0, 1] by which optimizer steps on parameters are multiplied, by name; 0 freezes exactly."""
+        return {}
+
+    def before_step(self) -> None:
+        """Called before each step of the attached optimizer, without gradient."""
+
+    def after_step(self) -> None:
+        """Called after each step of the attached optimizer, without gradient."""
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """Modules of each optimizer group, by its name."""
+        return {"base": [self.features], "head": [self.head]}
+
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
         """See the task's `images` and the stored ones, `memory`, after training, in eval mode and before `end_task`."""
 
@@ -138,13 +161,6 @@ class Baseline(BaselineMeasures, nn.Module):
     def rank_images(self, rows: Sequence[int] | NDArray[np.int64], images: Images) -> NDArray[np.float64] | None:
         """Ranks [n] of the `images` with numbers `rows` [n]: the smallest are kept longest. None: no preference."""
         return None
-
-    def extra_tensors(self) -> dict[str, Tensor]:
-        """What the baseline keeps besides its parameters, by name."""
-        return {}
-
-    def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore `tensors` that `extra_tensors` returned. Parameters and classes are restored already."""
 
     def check_one_class(self) -> None:
         """Check that a task of one class can be learned.
@@ -179,13 +195,13 @@ class Baseline(BaselineMeasures, nn.Module):
         self.head.expand(task.known, task.classes)
         self.tasks.begin(task)
         self.grown = True
-        self.update_scaler.detach()
+        self.detach_optimizer()
 
     def end_task(self) -> None:
         """Close the current task. Errors as `TaskAPI.end_task`."""
         self.check_finite()
         self.tasks.end()
-        self.update_scaler.detach()
+        self.detach_optimizer()
 
     def record_features(self, images: Images) -> None:
         """See the next task's `images` before `begin_task`: nothing to do, no baseline compensates drift."""
@@ -194,27 +210,19 @@ class Baseline(BaselineMeasures, nn.Module):
         """Raise ValueError if wrong labels were seen on a device since the last call."""
         self.tasks.check_labels()
 
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if anything that training has changed holds NaN or Inf."""
-        self.training_state_dict()
-
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters that training changes, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
     def parameter_groups(self, learning_rate: float, **learning_rates: float) -> list[dict[str, Any]]:
-        """Optimizer groups "base" and "head"; `learning_rates` gives one of them another rate than `learning_rate`.
+        """Optimizer groups by the names of `groups`; `learning_rates` gives one of them another rate than `learning_rate`.
 
         Raises:
             ValueError: `learning_rates` names no group.
         """
-        parts = {"base": self.features, "head": self.head}
+        parts = self.groups()
         unknown = sorted(set(learning_rates) - set(parts))
         if unknown:
-            raise ValueError(f"no parameter group is called {unknown}: there are base and head")
-        groups = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+            raise ValueError(f"no parameter group is called {unknown}: there are {' and '.join(parts)}")
+        groups = {name: [p for m in part for p in m.parameters() if p.requires_grad] for name, part in parts.items()}
         rates = dict.fromkeys(parts, learning_rate) | learning_rates
         return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups.items() if params]
 
@@ -224,8 +232,14 @@ class Baseline(BaselineMeasures, nn.Module):
         Raises:
             ValueError: it lacks a trainable parameter.
         """
-        self.update_scaler.attach(optimizer, self, {}, {})
+        self.update_scaler.attach(optimizer, self, self.update_factors(), {})
         self.update_scaler.check_trains(self.named_parameters())
+        self.step_hooks.attach(optimizer, self.before_step, self.after_step)
+
+    def detach_optimizer(self) -> None:
+        """Take the hooks off the attached optimizer."""
+        self.update_scaler.detach()
+        self.step_hooks.detach()
 
     def train(self, mode: bool = True) -> Baseline:
         """Training (`mode`) or eval mode; a frozen backbone stays in eval mode."""
@@ -269,13 +283,13 @@ class Baseline(BaselineMeasures, nn.Module):
             self._check_ready()
         features = self.compute_features(pixel_values, query, **kwargs)
         taught = self.teacher_logits(pixel_values, features, **kwargs) if learning and targets is not None else None
+        logits = self.logits_of(features)
+        answer = self.masked(logits) if learning else self.answer(pixel_values, features, logits, **kwargs)
+        if targets is None:
+            return PromptPoolOutput(logits=answer, features=features)
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.head(features)
-            answer = self.masked(logits) if learning else self.predict(features, logits)
-            if targets is None:
-                return PromptPoolOutput(logits=answer, features=features)
             valid = targets >= 0
-            batch = Batch(features, logits, targets, valid, sample_ids, taught)
+            batch = Batch(features, logits, targets, valid, sample_ids, taught, pixel_values, kwargs)
             parts = self.loss_parts(batch) if learning else {"cross_entropy": cross_entropy(answer, targets)}
             loss, losses = add_up(parts, valid, num_items_in_batch, over_processes=learning)
         return PromptPoolOutput(loss=loss, logits=answer, losses=losses, features=features)
@@ -316,6 +330,18 @@ class Baseline(BaselineMeasures, nn.Module):
         with torch.no_grad():
             return self.features(pixel_values, **kwargs)
 
+    def refuse_checkpointing(self) -> None:
+        """Check that blocks are not recomputed in the backward pass, where what this learner does to them is not in force.
+
+        Raises:
+            ValueError: gradient checkpointing is on in training.
+        """
+        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.features.base.modules()):
+            raise ValueError(
+                f"{self.name!r} changes what blocks compute, and gradient checkpointing would recompute them unchanged: "
+                "call gradient_checkpointing_disable() of the base"
+            )
+
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
         """Features [B, D] of a `batch` with `pixel_values` and, if known, `query`."""
         return self.compute_features(batch["pixel_values"], batch.get("query"))
@@ -345,53 +371,3 @@ class Baseline(BaselineMeasures, nn.Module):
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Features [B, D] float32 of `pixel_values` [B, 3, H, W], without gradient; `kwargs` are for the base."""
         return self.features(pixel_values, **kwargs)
-
-    # ---- identity, state and files -----------------------------------------------------------------------------------
-
-    def cache_key(self) -> dict[str, Any]:
-        """What `extract_features` depends on, JSON-able: equal keys mean equal features.
-
-        Raises:
-            cl_prompts.interfaces.NotCacheableError: the backbone has code or hooks of others, or is compiled.
-        """
-        reader = {"reader": "FeatureExtractor", "arguments": self.features.arguments}
-        return backbone_cache_key(self.features.base, self.query_pooling) | reader
-
-    def fingerprint(self) -> str:
-        """Sha256 of what defines the learner before it has learned: its name and options, and the backbone's weights."""
-        identity = [self.name, self.options, self.features.fingerprint]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def training_state_dict(self) -> dict[str, Any]:
-        """All that training has changed, also in the middle of a task: `tensors` by name, and JSON-able `values`."""
-        tensors = prefixed("parameters.", self.trained()) | prefixed("extra.", self.extra_tensors())
-        check_finite(tensors, self.tasks.state.tasks)
-        return {"tensors": tensors, "values": {"state": self.tasks.state.to_dict()}}
-
-    def load_training_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state` of a learner with the same options on the same backbone.
-
-        Raises:
-            ValueError: the state is of another backbone or other options. Nothing has changed then.
-        """
-        tasks = TaskState(AdapterState.from_dict(state["values"]["state"]), self.tasks.num_labels)
-        if tasks.state.base_fingerprint != self.features.fingerprint:
-            raise ValueError("the state was taken from a learner on a backbone with other weights: load that one")
-        tensors, device = state["tensors"], self.head.weight.device
-        head = IncrementalHead(self.features.width).requires_grad_(self.head.weight.requires_grad).to(device)
-        if tasks.classes:
-            head.expand(tasks.classes, tasks.current_classes)
-        target = {name: p for name, p in self.trained().items() if not name.startswith("head.")}
-        target |= {f"head.{name}": p for name, p in head.named_parameters() if p.requires_grad}
-        copy_tensors(below("parameters.", tensors), target)
-        self.head, self.tasks = head, tasks.to(device)
-        self.update_scaler.detach()
-        self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
-        """Save as `learner.json` and `learner.safetensors`, for `load_baseline`.
-
-        The folder `save_directory` is replaced as a whole, by the process with `is_main_process`.
-        """
-        if is_main_process:
-            write_files(save_directory, self.name, self.options, self.training_state_dict())

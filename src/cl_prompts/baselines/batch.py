@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Batch:
         valid: True for real images, False for padding [B].
         sample_ids: a number per image [B], or None.
         teacher_logits: an earlier model's logits [B, earlier classes]; None without one.
+        pixel_values: the images [B, 3, H, W].
+        inputs: further inputs of the backbone.
     """
 
     features: Tensor
@@ -31,6 +34,8 @@ class Batch:
     valid: Tensor
     sample_ids: Sequence[int] | Tensor | None
     teacher_logits: Tensor | None
+    pixel_values: Tensor
+    inputs: Mapping[str, Any]
 
     @property
     def numbers(self) -> Tensor:

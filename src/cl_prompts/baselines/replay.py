@@ -69,11 +69,15 @@ class DERPlusPlus(Baseline):
         stored, known = self.stored_logits[rows], self.stored_classes[rows]
         num_classes = stored.shape[1]
         bound = torch.arange(num_classes, device=known.device) < known[:, None]
-        distance = ((batch.logits[:, :num_classes] - stored).square() * bound).sum(1) / known
+        distance = self.distance(batch.logits[:, :num_classes], stored, bound)
         return {
             "cross_entropy": LossPart(torch.where(remembered, self.beta * each, each), "mean"),
             "logits": LossPart(torch.where(remembered, self.alpha * distance, 0.0), "mean"),
         }
+
+    def distance(self, logits: Tensor, stored: Tensor, bound: Tensor) -> Tensor:
+        """Mean squared distance [B] of `logits` and `stored` ones [B, C] over the classes that are `bound` [B, C]."""
+        return ((logits - stored).square() * bound).sum(1) / bound.sum(1)
 
     def _look_up(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of images in the store [B], and which are there [B]."""
@@ -89,7 +93,7 @@ class DERPlusPlus(Baseline):
             ValueError: no images are stored.
         """
         if memory is None:
-            raise ValueError('"der++" needs remembered images: set memory_size or memory_per_class')
+            raise ValueError(f'"{self.name}" needs remembered images: set memory_size or memory_per_class')
         seen = record(lambda batch: self.logits_of(self.features_of(batch)), memory)
         logits, new = seen.features, seen.ids
         num_classes = torch.full_like(new, logits.shape[1])

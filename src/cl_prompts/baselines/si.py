@@ -12,7 +12,6 @@ from cl_prompts.baselines.batch import Batch
 from cl_prompts.baselines.penalty import QuadraticPenalty, grown_like
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.nested_tensors import below, prefixed
-from cl_prompts.learner.optimizer_hook import inner_optimizer
 
 
 class SI(Baseline):
@@ -43,41 +42,26 @@ class SI(Baseline):
             )
         self.path: dict[str, Tensor] = {}  # omega of the current task
         self.start: dict[str, Tensor] = {}  # parameters at its start
-        self._hooks: list[Any] = []
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # parameter and gradient before a step
 
     def begin_task(self, *args: Any, **kwargs: Any) -> None:
         """Open the next task; `args` and `kwargs` as in `Baseline`. The path integrals start at zero."""
         super().begin_task(*args, **kwargs)
         self.start = {name: p.detach().clone() for name, p in self.trained().items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.start.items()}
-        self._unhook()
 
-    def attach_optimizer(self, optimizer: Any) -> None:
-        """Record the steps of this `optimizer`, by hooks on it."""
-        super().attach_optimizer(optimizer)
-        self._unhook()
+    def before_step(self) -> None:
+        """Note parameters and gradients."""
+        for name, p in self.trained().items():
+            if p.grad is not None:
+                self._before[name] = p.detach().clone(), p.grad - self.penalty.gradient(name, p)
+
+    def after_step(self) -> None:
+        """Add -gradient * step to the path integrals."""
         parameters = self.trained()
-        before: dict[str, tuple[Tensor, Tensor]] = {}
-
-        @torch.no_grad()
-        def remember(*_: Any) -> None:
-            for name, p in parameters.items():
-                if p.grad is not None:
-                    before[name] = p.detach().clone(), p.grad - self.penalty.gradient(name, p)
-
-        @torch.no_grad()
-        def follow(*_: Any) -> None:
-            for name, (place, gradient) in before.items():
-                self.path[name] -= gradient * (parameters[name] - place)
-            before.clear()
-
-        inner = inner_optimizer(optimizer)
-        self._hooks = [inner.register_step_pre_hook(remember), inner.register_step_post_hook(follow)]
-
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for name, (place, gradient) in self._before.items():
+            self.path[name] -= gradient * (parameters[name] - place)
+        self._before.clear()
 
     def loss_parts(self, batch: Batch) -> dict[str, LossPart]:
         """Cross entropy and, from the second task on, the penalty."""
@@ -89,7 +73,6 @@ class SI(Baseline):
     def end_task(self) -> None:
         """Close the task; its importance joins that of earlier tasks."""
         super().end_task()
-        self._unhook()
         penalty = self.penalty
         for name, parameter in self.trained().items():
             theta = parameter.detach()

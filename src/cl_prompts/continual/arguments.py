@@ -23,6 +23,7 @@ class ContinualArguments:
     Args:
         output_dir: results folder; None: nothing is written, and the run cannot be resumed.
         num_train_epochs: epochs per task; 1 for a stream without task boundaries.
+        max_steps: optimizer steps of each task at most, for a dry run; 0: those of all epochs, by which schedules go.
         batch_size: images of an optimizer step, over all processes.
         gradient_accumulation_steps: number of micro-batches that a batch is split into, with one forward and backward each.
             A step takes less memory and gives the same result, except for terms that compare or count the images of a
@@ -32,7 +33,8 @@ class ContinualArguments:
         optim: "adam", "adamw" or "sgd".
         learning_rate: learning rate. The backbone of a baseline has 0.0001, or this rate if it is smaller, unless
             `learning_rates` gives one for "base".
-        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base"): a dict, or
+        learning_rates: learning rates of single parameter groups ("prompts", "keys", "routers", "head", "base"; HAT's
+            "embeddings", SupSup's "scores"): a dict, or
             text for `key_values`, like "head=1e-3,prompts=1e-2". The attribute is a dict.
         optim_args: further options of the torch optimizer: a dict like {"weight_decay": 0.01}, or text like
             "weight_decay=0.01". The attribute is a dict.
@@ -63,6 +65,7 @@ class ContinualArguments:
 
     output_dir: str | None = None
     num_train_epochs: int = 5
+    max_steps: int = 0
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
     optim: Optimizer = "adam"
@@ -103,7 +106,15 @@ class ContinualArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
         if self.memory_batch_size is not None and (type(self.memory_batch_size) is not int or self.memory_batch_size < 1):
             raise ValueError(f"memory_batch_size={self.memory_batch_size!r} must be a positive integer, or None")
-        for name in ("warmup_steps", "seed", "dataloader_num_workers", "memory_size", "memory_per_class", "save_steps"):
+        for name in (
+            "warmup_steps",
+            "seed",
+            "dataloader_num_workers",
+            "memory_size",
+            "memory_per_class",
+            "save_steps",
+            "max_steps",
+        ):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a non-negative integer")
         for name, rate in {

@@ -97,9 +97,9 @@ class ProgressBar(TrainerCallback):
             self.bar = None
         if not self.accuracies:
             return
-        row = " ".join(f"{e.accuracy:5.1f}" for e in evaluations)
-        average = state.matrix.curve()[-1]
-        PartialState().print(f"after task {len(evaluations)}: average {average:5.1f} %   by task: {row}")
+        matrix = state.matrix.shown()
+        row, told = " ".join(f"{a:5.1f}" for a in matrix.columns[-1]), " with the task known" * state.matrix.needs_task
+        PartialState().print(f"after task {len(evaluations)}: average {matrix.curve()[-1]:5.1f} %{told}   by task: {row}")
 
 
 class JsonlTracker(GeneralTracker):

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 Optimizer = Literal["adam", "adamw", "sgd"]
@@ -63,6 +65,29 @@ def build_optimizer(name: Optimizer, groups: list[dict[str, Any]], **options: An
         options: arguments of the torch class (`weight_decay`, `betas`, `momentum`, `nesterov`).
     """
     return OPTIMIZERS[name]([{**group, "base_lr": group["lr"]} for group in groups], **options)
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model and the optimizer of a task, wrapped by Accelerate.
+
+    `DistributedDataParallel` makes all processes' buffers equal when it wraps. It would send them again before every step:
+    earlier prompts, class statistics, matrices. They stay equal without, since counts are sums over processes.
+    """
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.broadcast_buffers = False
+    return wrapped, prepared
+
+
+def release(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> None:
+    """Undo `prepare` after a task, so that the model, which grows, can be wrapped again."""
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    for attribute in ("forward", "_is_accelerate_prepared"):
+        # With these attributes Accelerate would not prepare the model again: the next task would lack mixed precision.
+        vars(model).pop(attribute, None)
+    accelerator.free_memory()
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -44,7 +44,8 @@ class TrainerState:
     @property
     def task_steps(self) -> int:
         """Number of optimizer steps of the current task; 0 outside training."""
-        return self.args.num_train_epochs * self.steps_per_epoch
+        steps = self.args.num_train_epochs * self.steps_per_epoch
+        return min(steps, self.args.max_steps or steps)
 
     @property
     def task_steps_done(self) -> int:

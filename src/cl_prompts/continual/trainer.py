@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cl_prompts.continual.checkpointing.snapshot import capture, restore, run_id
 from cl_prompts.continual.evaluator import Evaluator
 from cl_prompts.continual.extra_classifiers import ExtraClassifiers
 from cl_prompts.continual.feature_cache.provider import FeatureProvider
-from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor, set_rates
+from cl_prompts.continual.optimization import build_optimizer, keep_state, prepare, rate_factor, release, set_rates
 from cl_prompts.continual.progress import Progress
 from cl_prompts.continual.rehearsal import RehearsalMemory
 from cl_prompts.continual.replay import Replay
@@ -83,7 +84,8 @@ class ContinualTrainer:
         warn_of_slow_bf16(self.accelerator)
         self.accelerator.log_with = [*trackers, *([self.log] if self.log else [])]
         self.checkpoints = Checkpoints(self.folder / "checkpoints") if self.folder else None
-        self.callbacks, self.matrix, self.progress = list(callbacks), AccuracyMatrix(), Progress()
+        self.callbacks, self.progress = list(callbacks), Progress()
+        self.matrix = AccuracyMatrix(needs_task=model.needs_task)
         self.evaluations: list[Evaluation] = []
         self.memory: RehearsalMemory | None = None
         if args.rehearses:
@@ -224,16 +226,17 @@ class ContinualTrainer:
         args, progress, model, accelerator = self.args, self.progress, self.model, self.accelerator
         self.optimizer = optimizer
         model.attach_optimizer(optimizer)
-        wrapped, prepared = accelerator.prepare(model, optimizer)
+        wrapped, prepared = prepare(accelerator, model, optimizer)
         wrapped.train()
         # Computed before the loop, so that progress bar and throughput do not include these passes.
+        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
         epochs = args.num_train_epochs
-        for epoch in range(epochs):
+        begun = min(epochs, -(-args.max_steps // max(per_epoch, 1))) if args.max_steps else epochs
+        for epoch in range(begun):
             self.feature_provider.training_queries(epoch)
         self.feature_provider.queries(train=False)
         self._throughput = Throughput()
-        per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)
-        while progress.epoch < epochs:
+        while progress.epoch < begun:
             self._call("on_epoch_begin", task, progress.epoch)
             for batch in self._batches(task):
                 self._call("on_step_begin", task)
@@ -256,11 +259,7 @@ class ContinualTrainer:
         if args.save_steps:
             self._save()
         self._steps_per_epoch = 0
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        for attribute in ("forward", "_is_accelerate_prepared"):
-            # With these attributes Accelerate would not prepare the model again: the next task would lack mixed precision.
-            vars(model).pop(attribute, None)
-        accelerator.free_memory()
+        release(accelerator, model, wrapped)
 
     def _step(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, Tensor]:
         args, accelerator = self.args, self.accelerator
@@ -292,7 +291,9 @@ class ContinualTrainer:
                 "memory_rows": self.replay.mixed_rows,
                 "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
             }
-        return iter(self.stream.train_batches(task, args.batch_size, **options))
+        batches = iter(self.stream.train_batches(task, args.batch_size, **options))
+        done = progress.epoch * self._steps_per_epoch + progress.step
+        return islice(batches, max(args.max_steps - done, 0)) if args.max_steps else batches
 
     def _log(self, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, task: Task) -> None:
         self.model.check_labels()
@@ -308,7 +309,8 @@ class ContinualTrainer:
         self.evaluations = self.evaluator.on_seen(task)
         accuracies = [e.accuracy for e in self.evaluations]
         known = [e.task_incremental for e in self.evaluations if e.task_incremental is not None]
-        self.matrix.add(accuracies, [e.images for e in self.evaluations], known, reliability_of(self.evaluations))
+        reliability = None if self.model.needs_task else reliability_of(self.evaluations)
+        self.matrix.add(accuracies, [e.images for e in self.evaluations], known, reliability)
         self.extra_classifiers.add(self.evaluations)
         found = self.evaluator.against_later(task, self.evaluations)
         if found is not None:

@@ -68,6 +68,15 @@ def weight_entropy(weights: Tensor) -> Tensor:
     return entropy / math.log(max(weights.shape[-1], 2))
 
 
+def are_shares(weights: Tensor) -> bool:
+    """Whether each image's weights are shares: not negative, with the sum 1. Cosines and other scores are not.
+
+    Args:
+        weights: `prompt_weights` of outputs [images, ..., k].
+    """
+    return bool((weights >= 0).all() and ((weights.float().sum(-1) - 1).abs() < 1e-3).all())
+
+
 @torch.no_grad()
 def prompt_similarity(table: Tensor) -> Tensor:
     """Cosine similarity of all pairs of prompts in each group (layer, or head of a layer).
@@ -82,13 +91,16 @@ def prompt_similarity(table: Tensor) -> Tensor:
     return unit @ unit.mT
 
 
-def selection_summary(counts: Tensor, similarity: Tensor | None = None, sets: Tensor | None = None) -> str:
+def selection_summary(
+    counts: Tensor, similarity: Tensor | None = None, sets: Tensor | None = None, mixing: Tensor | None = None
+) -> str:
     """Summary of the selection in a few lines of Markdown.
 
     Args:
         counts: from `selection_counts` [T, ..., M].
         similarity: from `prompt_similarity` [groups, M, M]; None: left out.
         sets: from `selected_sets` [...]; None: left out.
+        mixing: from `weight_entropy` [images, ...]; None: left out.
     """
     by_task = routing_entropy(counts).view(len(counts), -1).mean(1).tolist()
     total = counts.sum(0)
@@ -102,6 +114,9 @@ def selection_summary(counts: Tensor, similarity: Tensor | None = None, sets: Te
     if sets is not None:
         numbers = " ".join(map(str, sets.flatten().tolist()))
         lines.append(f"- different sets of prompts that images use, by layer: {numbers}")
+    if mixing is not None:
+        numbers = " ".join(f"{e:.2f}" for e in mixing.mean(0).flatten())
+        lines.append(f"- entropy of an image's weights, by layer: {numbers} (1: its prompts weigh alike, 0: one has all)")
     if similarity is not None and similarity.shape[-1] > 1:
         other = similarity[:, ~torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)]
         lines.append(f"- cosine of two prompts: mean {other.mean():.2f}, largest {other.max():.2f}")

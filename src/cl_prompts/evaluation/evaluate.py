@@ -37,6 +37,7 @@ class Evaluation:
         by_classifier: accuracy of extra classifiers on the same features, by name.
         reliability: confidence and accuracy of the answers; None if it is unknown.
         novelty: novelty of each image [images], on the CPU, in the order of `prompt_ids`; None if it was not asked for.
+        prompt_weights: scores or mixing weights of `prompt_ids`, of the same shape; None if the method gives none.
     """
 
     accuracy: float
@@ -48,6 +49,7 @@ class Evaluation:
     by_classifier: dict[str, float] = field(default_factory=dict)
     reliability: Reliability | None = None
     novelty: Tensor | None = None
+    prompt_weights: Tensor | None = None
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def evaluate(
     classifiers = dict(classifiers or {})
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
     bins = torch.zeros(3 * BINS + 1, dtype=torch.float64)  # images, hits, confidences; the loss
-    chosen, scores = [], []
+    chosen, weights, scores = [], [], []
     for given in batches:
         batch = as_batch(given)
         values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
@@ -115,6 +117,8 @@ def evaluate(
             counts["no numbers"] += (own_logits.isnan().any(1) & real).sum()
         if output.prompt_ids is not None:
             chosen.append(output.prompt_ids[real])
+        if output.prompt_weights is not None:
+            weights.append(output.prompt_weights[real])
         if novelty:
             scores.append(model.novelty(output)[real])
     total = sum_over_processes(torch.stack([*counts.values(), *further.values()])).tolist()
@@ -128,8 +132,9 @@ def evaluate(
         )
     *sums, loss = sum_over_processes(bins.to(device) if world_size() > 1 else bins).tolist()
     per_bin = [sums[start : start + BINS] for start in range(0, 3 * BINS, BINS)]
-    prompt_ids = torch.cat(gather_over_processes(torch.cat(chosen))).cpu() if chosen else None
-    novelties = torch.cat(gather_over_processes(torch.cat(scores))).cpu() if scores else None
+    prompt_ids, prompt_weights, novelties = (
+        torch.cat(gather_over_processes(torch.cat(parts))).cpu() if parts else None for parts in (chosen, weights, scores)
+    )
     return Evaluation(
         accuracy=100 * totals["hits"] / images,
         images=images,
@@ -140,6 +145,7 @@ def evaluate(
         by_classifier={name: 100 * hits / images for name, hits in zip(further, total[len(counts) :], strict=True)},
         reliability=Reliability([round(n) for n in per_bin[0]], [round(n) for n in per_bin[1]], per_bin[2], loss),
         novelty=novelties,
+        prompt_weights=prompt_weights,
     )
 
 

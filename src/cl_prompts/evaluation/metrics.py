@@ -41,6 +41,8 @@ class AccuracyMatrix:
         reliability: after each task, confidence and accuracy of the answers on all tasks seen; or empty.
         novelty: after a task, by its number: how well the novelty tells seen classes from those of tasks to come.
         drift: R^2 of the drift map on held-out images of a task, by its number; only where statistics were moved.
+        needs_task: whether the learner needs the task of an image at test, so that only `task_incremental` accuracies and
+            their measures have a meaning.
     """
 
     columns: list[list[float]] = field(default_factory=list)
@@ -51,6 +53,7 @@ class AccuracyMatrix:
     reliability: list[Reliability] = field(default_factory=list)
     novelty: dict[int, NoveltyMeasures] = field(default_factory=dict)
     drift: dict[int, float] = field(default_factory=dict)
+    needs_task: bool = False
 
     def add(
         self,
@@ -102,6 +105,10 @@ class AccuracyMatrix:
             self.task_incremental.append([float(a) for a in task_incremental])
         if reliability is not None:
             self.reliability.append(reliability)
+
+    def shown(self) -> AccuracyMatrix:
+        """The accuracies to show: the task-incremental ones of a learner that needs the task, else all as they are."""
+        return AccuracyMatrix(self.task_incremental, self.sizes) if self.needs_task and self.task_incremental else self
 
     def table(self) -> NDArray[np.float64]:
         """The matrix a[i, j] as an array [tasks, tasks]; NaN for j < i, before task i was trained."""
@@ -199,6 +206,8 @@ class AccuracyMatrix:
             copy["novelty"] = {str(task): asdict(found) for task, found in self.novelty.items()}
         if self.drift:
             copy["drift"] = {str(task): explained for task, explained in self.drift.items()}
+        if self.needs_task:
+            copy["needs_task"] = True
         return copy | (self.summary() if self.columns else {})
 
     @classmethod
@@ -218,7 +227,7 @@ class AccuracyMatrix:
                     f"{len(columns)} columns, {len(known)} task-incremental ones, "
                     f"{len(sizes)} sizes, {len(reliability)} of reliability"
                 )
-            matrix = cls()
+            matrix = cls(needs_task=values.get("needs_task", False) is True)
             for j, column in enumerate(columns):
                 matrix.add(column, sizes[: j + 1], known[j] if known else None, reliability[j] if reliability else None)
             for name, by_task in aside.items():

@@ -30,7 +30,8 @@ def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
     """
     name, matrix = next(iter(results.items()))
     curves = {learner: [learner_matrix] for learner, learner_matrix in results.items()}
-    files = [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=name)]
+    title = name + ", task known" * matrix.needs_task
+    files = [draw_curves(curves, folder / "curves.png"), draw_matrix(matrix, folder / "matrix.png", title=title)]
     if matrix.reliability:
         files.append(draw_reliability(matrix.reliability[-1], folder / "reliability.png", title=name))
     return files
@@ -43,7 +44,10 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     is outside the axes, ordered by final accuracy. A curve that coincides with an earlier one is dashed, with rings around
     the points, so that both are seen. The axis fits the data.
     """
-    curves = {name: np.array([matrix.curve() for matrix in runs]) for name, runs in results.items()}
+    curves = {
+        name + ", task known" * runs[0].needs_task: np.array([matrix.shown().curve() for matrix in runs])
+        for name, runs in results.items()
+    }
     many = len(curves) > CURVES_NAMED_INSIDE
     if many:
         curves = dict(sorted(curves.items(), key=lambda item: -item[1][:, -1].mean()))
@@ -77,9 +81,38 @@ def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> 
     return _save(figure, file)
 
 
+def draw_sweep(names: Sequence[str], points: Sequence[tuple[Sequence[Any], Sequence[float]]], file: Path) -> Path:
+    """Draw the final average accuracy over the first of some settings, with a curve for each choice of the others.
+
+    Args:
+        names: of the settings.
+        points: the values of the settings at a point, and the accuracies in percent of its runs.
+        file: the plot, which is returned.
+    """
+    firsts = [values[0] for values, _ in points]
+    numbers = all(type(value) in (int, float) for value in firsts)
+    known: list[Any] = sorted(set(firsts)) if numbers else list(dict.fromkeys(map(str, firsts)))
+    curves: dict[str, list[tuple[float, Sequence[float]]]] = {}
+    for (first, *others), runs in points:
+        label = ", ".join(f"{name} {value}" for name, value in zip(names[1:], others, strict=True))
+        curves.setdefault(label, []).append((first if numbers else known.index(str(first)), runs))
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        places, of_place = zip(*sorted(curve, key=lambda point: point[0]), strict=True)
+        stds = [np.std(runs, ddof=1) if len(runs) > 1 else 0.0 for runs in of_place]
+        axes.errorbar(places, [np.mean(runs) for runs in of_place], stds, marker="o", capsize=3, label=label)
+    axes.set(xlabel=names[0], ylabel="final average accuracy, %")
+    axes.set_xticks(known if numbers else range(len(known)), [str(value) for value in known])
+    axes.grid(alpha=0.3)
+    if len(names) > 1:
+        axes.legend(fontsize="small")
+    return _save(figure, file)
+
+
 def draw_matrix(matrix: AccuracyMatrix, file: Path, *, title: str = "") -> Path:
     """Draw the accuracy `matrix` with a `title` and write it to `file`, which is returned."""
-    table = matrix.table()
+    table = matrix.shown().table()
     figure = _figure(5, 4)
     axes = figure.subplots()
     image = axes.imshow(table, vmin=0, vmax=100, cmap="viridis")

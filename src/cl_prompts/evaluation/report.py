@@ -34,6 +34,7 @@ WHERE_KNOWN = {
     "fpr95": "FPR95, unknown",
     "drift_r2": "drift R²",
 }
+NEEDS_TASK = "needs the task"  # in place of measures over all classes
 # Classifiers without prompts on the same frozen features, which prompts should beat.
 FLOORS = ("sequential linear probe", "sequential cosine probe", "nearest class mean", "discriminant analysis")
 PAGE = "results.md"
@@ -93,6 +94,8 @@ def comparison_table(results: Sequence[Result]) -> str:
             values = [summary[key] for summary in summaries[name] if key in summary]
             digits = 2 if key in ("nll", "drift_r2") else 1
             row[heading] = mean_and_deviation(values, digits) if len(values) == len(runs) else ""
+            if runs[0].matrix.needs_task and key in ALWAYS:
+                row[heading] = NEEDS_TASK
         sizes = sorted({run.trainable for run in runs if run.trainable is not None})
         row["trainable"] = " to ".join(f"{size:,}" for size in sizes[:: max(len(sizes) - 1, 1)])
         seconds = [run.seconds for run in runs if run.seconds is not None]
@@ -110,8 +113,8 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def matrix_table(matrix: AccuracyMatrix) -> str:
-    """A Markdown table of the accuracy `matrix`, tasks counted from 1."""
-    table = matrix.table()
+    """A Markdown table of the accuracy `matrix`, tasks counted from 1; with the task known, if the learner needs it."""
+    table = matrix.shown().table()
     rows = []
     for i, accuracies in enumerate(table):
         cells = {f"after {j + 1}": "" if math.isnan(a) else f"{a:.1f}" for j, a in enumerate(accuracies)}
@@ -136,18 +139,19 @@ def measures_by_task(matrix: AccuracyMatrix) -> str:
     return _table([{heading: cell for heading, cell in row.items() if heading not in empty} for row in rows])
 
 
-def task_table(evaluations: Sequence[Evaluation]) -> str:
+def task_table(evaluations: Sequence[Evaluation], *, needs_task: bool = False) -> str:
     """A Markdown table of the last evaluation with a row per task: accuracies, and shares of right tasks.
 
     Args:
         evaluations: one per task, from `evaluate` with `task`.
+        needs_task: leave out what was measured over all classes.
     """
     rows = []
     for number, evaluation in enumerate(evaluations, start=1):
         shares = {
-            "accuracy": evaluation.accuracy,
+            "accuracy": None if needs_task else evaluation.accuracy,
             "task known": evaluation.task_incremental,
-            "class of the right task": evaluation.task_of_class,
+            "class of the right task": None if needs_task else evaluation.task_of_class,
             "prompts of the right task": evaluation.task_identity,
             **evaluation.by_classifier,
         }
@@ -169,7 +173,7 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
         ValueError: no results.
     """
     learners = _by_learner(results)
-    faa = {name: mean(run.matrix.summary()["faa"] for run in runs) for name, runs in learners.items()}
+    faa = {name: mean(run.matrix.shown().summary()["faa"] for run in runs) for name, runs in learners.items()}
     first, runs = next(iter(learners.items()))
     name = markdown_text(first)
     images = sum(runs[0].matrix.sizes)
@@ -178,7 +182,12 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
         f"- {images:,} test images: an accuracy of {faa[first]:.1f} is known to about ± {interval:.1f} points (95 %); "
         "smaller differences say little."
     ]
-    for floor in floors:
+    if runs[0].matrix.needs_task:
+        lines.append(
+            f"- {name} needs the task of an image and answers over its classes only: compare it with the column "
+            '"FAA, task known" of other learners, not with their FAA.'
+        )
+    for floor in floors if not runs[0].matrix.needs_task else ():
         if floor in faa and floor != first:
             lead = faa[first] - faa[floor]
             numbers = f"{faa[first]:.1f} against {faa[floor]:.1f}"
@@ -204,7 +213,7 @@ def headline(results: Sequence[Result], classes: int | None = None) -> str:
         ValueError: no results.
     """
     learners = _by_learner(results)
-    faa = {name: mean(run.matrix.summary()["faa"] for run in runs) for name, runs in learners.items()}
+    faa = {name: mean(run.matrix.shown().summary()["faa"] for run in runs) for name, runs in learners.items()}
     first, runs = next(iter(learners.items()))
     tasks = len(runs[0].matrix.columns)
     of_all = "" if classes is None else f" of all {classes:,} classes"
@@ -212,6 +221,8 @@ def headline(results: Sequence[Result], classes: int | None = None) -> str:
         f"After {tasks} task{'s' * (tasks != 1)}, {markdown_text(first)} recognizes {faa[first]:.1f} % of the test images"
         f"{of_all}"
     )
+    if runs[0].matrix.needs_task:
+        return f"{text}, if it is told which task each is from."
     naive = next((name for name in NAIVE if name in faa and name != first), None)
     return f"{text}; a classifier trained naively, task after task: {faa[naive]:.1f} %." if naive else f"{text}."
 
@@ -287,8 +298,8 @@ def run_page(
         LEGEND,
         comparison_table(results),
         remarks(results, floors),
-        f"## Accuracy on each task{of_seed}\n\n{matrix_table(matrix)}",
-        f"## After the last task{of_seed}\n\n{task_table(evaluations)}" if evaluations else "",
+        f"## Accuracy on each task{', task known' * matrix.needs_task}{of_seed}\n\n{matrix_table(matrix)}",
+        f"## After the last task{of_seed}\n\n{task_table(evaluations, needs_task=matrix.needs_task)}" * bool(evaluations),
         f"## Unknown classes and drift{of_seed}\n\n{measures_by_task(matrix)}" if matrix.novelty or matrix.drift else "",
         f"## What was selected{of_seed}\n\n{selection}" if selection else "",
         "\n".join(links),

@@ -87,6 +87,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def needs_task(self) -> bool:
+        """Whether its answers are to be read over the classes of the image's task, which the user must know."""
+        ...
+
+    @property
     def calibrates(self) -> bool:
         """Whether `consolidate` chooses the temperature of the scores, also where it is not needed."""
         ...

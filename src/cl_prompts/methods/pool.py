@@ -62,6 +62,8 @@ class PromptPool(nn.Module, ABC):
     roles: ClassVar[dict[str, str]] = {}
     # Parameters of the group "prompts" whose rows are not prompt tokens.
     no_rows: ClassVar[tuple[str, ...]] = ()
+    # Buffers that hold prompts, besides those of earlier tasks beside a `PerTask` parameter.
+    prompt_buffers: ClassVar[tuple[str, ...]] = ()
     # Whether the task's images are read once more at its end (`new_statistics`).
     collects: ClassVar[bool] = False
 
@@ -88,6 +90,13 @@ class PromptPool(nn.Module, ABC):
     def heads(self) -> int | None:
         """Number of heads that prefix rows are split into; None keeps them in the input space (`prefix_space`)."""
         return self.shape.num_heads if self.config.prefix_space == "projected" else None
+
+    @property
+    def prompt_names(self) -> set[str]:
+        """Names of the tensors that hold prompts, those of earlier tasks included."""
+        trained = {name for name, role in self.roles.items() if role == "prompts" and name not in self.no_rows}
+        earlier = {name.removesuffix("current") + "earlier" for name in trained if name.endswith(".current")}
+        return trained | earlier | set(self.prompt_buffers)
 
     # ---- forward -------------------------------------------------------------------------------------------------------
 

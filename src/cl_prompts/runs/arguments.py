@@ -25,6 +25,7 @@ from cl_prompts.runs.images import InputRange, OnBadImage, Resample, Scenario
 from cl_prompts.runtime.images import MAX_PIXELS
 
 
+FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is installed
 OPTIONS = ("config", "learning_rates", "optim_args")  # mappings in recipes
 T = TypeVar("T")
 Attention = Literal["sdpa", "eager"]
@@ -79,7 +80,13 @@ class Arguments:
         default_factory=lambda: [5],
         metadata={"help": "number of tasks, or the number of classes of each; for scenario class"},
     )
-    shuffle_classes: bool = setting(False, "class order by seed instead of ascending; for scenarios class and gaussian")
+    class_order: list[str] = field(
+        default_factory=lambda: ["natural"],
+        metadata={
+            "help": "natural (ascending), seed, pilot or coda (as these releases draw it), all classes, or a file that "
+            "lists them; for scenarios class and gaussian"
+        },
+    )
     domain_column: str | None = setting(None, "column of the domain, where one data set holds all of them")
     order: list[str] = field(
         default_factory=list, metadata={"help": "domains or data sets in order; default: the order of the data"}
@@ -171,7 +178,7 @@ def recipe_file(arguments: Arguments) -> Path:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a recipe. Exits with a message if the file is no mapping in YAML."""
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.load(path.read_text(), FAST_LOADER) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(f"{path} cannot be read as YAML: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):

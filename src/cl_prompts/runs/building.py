@@ -48,7 +48,7 @@ def build_stream(args: Arguments, processor: Any, seed: int) -> Stream:
         args.dataset,
         ToTensor(processor, args.input_range, args.resample),
         tasks=args.tasks[0] if len(args.tasks) == 1 else args.tasks,
-        shuffle_classes=args.shuffle_classes,
+        class_order=args.class_order,
         seed=seed,
         image_column=args.image_column,
         label_column=args.label_column,

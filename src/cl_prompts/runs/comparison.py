@@ -4,7 +4,9 @@
     cl-prompts compare rows.yaml --seeds 0 --rows L2P EWC --model FOLDER --dataset FOLDER
 
 The YAML file (a comparison of the package, or a path) has `settings`, the arguments of all runs, and `rows`, those of
-each row by name, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. Arguments that this command does not know are
+each row by name, like `L2P: {recipe: l2p_cifar100_mini, max_grad_norm: 1.0}`. `sweep` adds a row for each combination of
+values, like `{config: {prompt_length: [1, 5, 10], top_k: [1, 5]}}`, and a plot of the accuracy over the first of these
+settings, with a curve for each value of the others. Arguments that this command does not know are
 passed to every run and override those of the file. Each run has its own process and folder. Failed runs are listed below
 the table and do not stop the others. When the script is called again, complete runs are read and killed ones are resumed.
 Rows with another number of tasks than most are in separate tables.
@@ -30,11 +32,12 @@ from typing import Any
 import yaml
 
 from cl_prompts.continual import ContinualArguments
-from cl_prompts.evaluation.plots import draw_curves
+from cl_prompts.evaluation.plots import draw_curves, draw_sweep
 from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, machine
 from cl_prompts.runs import RECIPES
 from cl_prompts.runs.arguments import OPTIONS, Arguments, as_dict, as_word, read_arguments
 from cl_prompts.runs.run_folder import described, differences, folder_of, is_complete, read_results
+from cl_prompts.runs.sweep import Sweep, read_sweep
 from cl_prompts.runtime.files import write_atomically
 
 
@@ -72,22 +75,39 @@ class Run:
 
 def read_rows(name: str) -> dict[str, dict[str, Any]]:
     """The arguments of each row, with those of all runs. Exits if the file does not exist or is invalid."""
+    return read_comparison(name)[0]
+
+
+def read_comparison(name: str) -> tuple[dict[str, dict[str, Any]], Sweep | None]:
+    """`read_rows`, and the sweep whose rows are among them."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("compare_*.yaml"))
         sys.exit(f"no comparison {name!r}: choose one of {known} or name a YAML file")
     content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or set(content) - {"rows", "settings"}:
-        sys.exit(f"{path} must have `rows`, a mapping of names to arguments, and may have `settings`; nothing else")
-    settings = content.get("settings") or {}
-    for row, own in [("settings", settings), *content["rows"].items()]:
+    parts = {"rows", "settings", "sweep"}
+    if not isinstance(content, dict) or set(content) - parts or not isinstance(content.get("rows") or {}, dict):
+        content = {}
+    if not {"rows", "sweep"} & set(content):
+        sys.exit(
+            f"{path} must have `rows`, a mapping of names to arguments, or a `sweep`, and may have `settings`; nothing else"
+        )
+    settings, rows = content.get("settings") or {}, content.get("rows") or {}
+    for row, own in [("settings", settings), *rows.items()]:
         if not isinstance(row, str):
             sys.exit(f"{path}: {row!r} is not a text, as names of rows must be: put it in quotes")
         if not isinstance(own or {}, dict):
             sys.exit(f"{path}: {row!r} must have a mapping of arguments, not {own!r}")
-    if not content["rows"]:
+    sweep = None
+    if "sweep" in content:
+        try:
+            sweep = read_sweep(content["sweep"], settings)
+        except ValueError as error:
+            sys.exit(f"{path}: {error}")
+    read = {row: {**settings, **(own or {})} for row, own in rows.items()} | (sweep.rows if sweep else {})
+    if not read:
         sys.exit(f"{path} has no rows")
-    return {row: {**settings, **(own or {})} for row, own in content["rows"].items()}
+    return read, sweep
 
 
 def as_line(settings: Mapping[str, Any]) -> list[str]:
@@ -199,8 +219,8 @@ def collect(runs: list[Run]) -> tuple[list[Result], list[Result]]:
     return [result for result in own if len(result.matrix.columns) == tasks] + shared, others
 
 
-def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None = None) -> None:
-    """Write the table, the plot (of the learners in `drawn`; None: all), and the accuracies of all runs."""
+def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None = None, sweep: Sweep | None = None) -> None:
+    """Write the table, the plots (curves of the learners in `drawn`; None: all), and the accuracies of all runs."""
     results, others = collect(runs)
     by_learner: dict[str, list[Result]] = {}
     for result in results:
@@ -225,6 +245,12 @@ def write(runs: list[Run], output: Path, command: str, drawn: list[str] | None =
         names = [name for name in drawn or by_learner if name in by_learner]
         draw_curves({name: [r.matrix for r in by_learner[name]] for name in names or by_learner}, output / "curves.png")
         sections.append("![curves](curves.png)")
+    if sweep is not None:
+        swept = {name: own for name, own in by_learner.items() if name in sweep.points}
+        final = [(sweep.points[name], [run.matrix.summary()["faa"] for run in own]) for name, own in swept.items()]
+        if final:
+            draw_sweep(list(sweep.values), final, output / "sweep.png")
+            sections.append("![final average accuracy over the sweep](sweep.png)")
     sections.append(f"## Repeat it\n\n```sh\n{command}\n```\n\nA run of each row:")
     sections.append("```sh\n" + "\n".join(list(commands.values())[::-1]) + "\n```")
     write_atomically(output / PAGE, "\n\n".join(filter(None, sections)) + "\n")
@@ -259,7 +285,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--launcher", default=sys.executable, help='like "accelerate launch --num_processes 2"')
     options, further = parser.parse_known_args(words)
-    rows = read_rows(options.comparison)
+    rows, sweep = read_comparison(options.comparison)
     absent = sorted(set(options.rows or []) - set(rows))
     if absent or options.jobs < 1:
         sys.exit(f"--rows {absent} are none of {list(rows)}" if absent else f"--jobs {options.jobs} must be positive")
@@ -274,7 +300,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(complete, runs):
-            write(runs, output, command, options.draw)  # with the runs that are complete so far
+            write(runs, output, command, options.draw, sweep)  # with the runs that are complete so far
     print((output / PAGE).read_text())
     learners = list(dict.fromkeys(result.learner for result in collect(runs)[0]))
     unknown = [name for name in options.draw or () if name not in learners]

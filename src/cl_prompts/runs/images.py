@@ -24,10 +24,9 @@ from cl_prompts.continual import (
     IterableClassIncrementalStream,
     IterableDomainIncrementalStream,
     Stream,
-    split_classes,
 )
-from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.data_sets import holds_files, is_missing
+from cl_prompts.runs.class_order import ordered_classes, tasks_in_order
 from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
 from cl_prompts.runtime.images import pil_to_rgb
 
@@ -116,7 +115,7 @@ def load_stream(
     transform: Callable[[Any], torch.Tensor],
     *,
     tasks: int | Sequence[int] = 10,
-    shuffle_classes: bool = False,
+    class_order: Sequence[str] = ("natural",),
     seed: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -140,7 +139,7 @@ def load_stream(
             a domain or data set is the last part of its path.
         transform: image -> float tensor [3, H, W].
         tasks: number of tasks, or number of classes of each task; for "class".
-        shuffle_classes: order classes by `seed` instead of ascending; for "class" and "gaussian".
+        class_order: see `ordered_classes`; for "class" and "gaussian".
         seed: seed of the class order, the Gaussian schedule and the held-out images.
         image_column, label_column: column names; None: found by type.
         domain_column: name of the domain column, if one data set has all domains.
@@ -194,9 +193,9 @@ def load_stream(
             return IterableDomainIncrementalStream(one.train, one.test, one.classes, transform, **shared)
         return DomainIncrementalStream(one.train, one.test, transform, common_test=common_test, **shared)
     if scenario == "gaussian":
-        (classes,) = split_classes(one.classes, 1, seed if shuffle_classes else None)
+        classes = ordered_classes(one.classes, class_order, seed)
         return GaussianStream(one.train, one.test, transform, classes=classes, width=width, seed=seed, **shared)
-    parts = split_classes(one.classes, tasks, seed if shuffle_classes else None)
+    parts = tasks_in_order(one.classes, tasks, class_order, seed)
     if streaming:
         shared["train_images"] = train_images
         return IterableClassIncrementalStream(one.train, one.test, parts, transform, **shared)
@@ -247,7 +246,6 @@ def load_image_data(
     label_column = label_column or only_column(
         features, "label", holds_ids if any(map(holds_ids, features.values())) else holds_names
     )
-    check_columns(train, [image_column, label_column], "training")
     if held_out:
         train, test = split_by_class(train, [label_column, *others], held_out, seed)
     else:
@@ -255,6 +253,14 @@ def load_image_data(
         if name is None:
             raise ValueError(f"{source} has only the splits {sorted(splits)}: add a test split, or use --held_out 0.2")
         test = splits[name]
+    named = (("image", image_column), ("label", label_column), *(("domain", name) for name in others))
+    for split, rows in (("training", train), ("test", test)):
+        for kind, name in named:
+            if rows.column_names is not None and name not in rows.column_names:
+                raise ValueError(
+                    f"{source}: the {split} set has no column {name!r}, its columns are {sorted(rows.column_names)}: pass "
+                    f"--{kind}_column"
+                )
     return ImageData(train, test, image_column, label_column)
 
 

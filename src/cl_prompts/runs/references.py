@@ -37,7 +37,7 @@ def references(
         [(test[task.test_rows], torch.as_tensor(stream.test_labels[task.test_rows])) for task in stream],
     )
     settings: dict[str, Any] = {
-        "num_train_epochs": training.num_train_epochs,
+        "num_train_epochs": 1 if training.max_steps else training.num_train_epochs,  # a dry run is short
         "batch_size": training.batch_size,
         "learning_rate": training.to_dict()["learning_rates"].get("head", training.learning_rate),
         "seed": training.seed,

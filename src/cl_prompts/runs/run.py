@@ -26,7 +26,14 @@ from cl_prompts.continual import (
     Stream,
 )
 from cl_prompts.continual.run_lock import FolderInUseError, run_lock
-from cl_prompts.evaluation.diagnostics import prompt_similarity, selected_sets, selection_counts, selection_summary
+from cl_prompts.evaluation.diagnostics import (
+    are_shares,
+    prompt_similarity,
+    selected_sets,
+    selection_counts,
+    selection_summary,
+    weight_entropy,
+)
 from cl_prompts.evaluation.plots import draw, draw_selection
 from cl_prompts.evaluation.report import SHORT_LEGEND, Result, comparison_table, headline, remarks, run_page
 from cl_prompts.runs.arguments import Arguments, as_dict
@@ -226,4 +233,7 @@ def report_selection(evaluations: Sequence[Evaluation], learner: Any, folder: Pa
     ids = torch.cat(chosen)
     counts = selection_counts(ids, tasks, size)
     similarity = prompt_similarity(prompts) if size <= 1000 else None  # its size is quadratic in the number of prompts
-    return selection_summary(counts, similarity, selected_sets(ids)), [draw_selection(counts, similarity, folder)]
+    weights = [e.prompt_weights for e in evaluations if e.prompt_weights is not None]
+    mixing = weight_entropy(torch.cat(weights)) if weights and all(map(are_shares, weights)) else None
+    summary = selection_summary(counts, similarity, selected_sets(ids), mixing)
+    return summary, [draw_selection(counts, similarity, folder)]

@@ -26,7 +26,7 @@ from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
-from cl_prompts.storage.integrity import WEIGHTS_FILE, Declared
+from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared
 
 
 CARD_FILE = "README.md"
@@ -42,6 +42,7 @@ FIGURES = {
     "caa": "mean of the average accuracy over the stages",
     "forgetting": "forgetting",
 }
+HALVES = {"F16": "float16", "BF16": "bfloat16"}  # by their names in a safetensors header
 # Tensors of a classifier that are no statistics of features.
 NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
@@ -208,6 +209,7 @@ def card_text(config: PromptPoolConfig, record: RunRecord | None, files: Adapter
         _use(name),
         _figures(record, files.folder) if record is not None else "",
         _tasks(config),
+        _limits(config, record),
         _training(record) if record is not None else "",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -230,6 +232,11 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         "Adapter": f"{numbers:,} numbers, {size}: "
         + ", ".join(f"{markdown_text(part)} {sizes['numbers']:,}" for part, sizes in parts.items()),
     }
+    halves = {tensor.dtype for name, tensor in declared.items() if name.startswith(SAVED_PREFIX)} & set(HALVES)
+    if halves:
+        facts["Prompts are stored in"] = (
+            f"{' and '.join(HALVES[kind] for kind in sorted(halves))}; loading makes them float32, rounded"
+        )
     calibrated = f"calibrated: logits are divided by {state.temperature:.3g}" if state.temperature else "not calibrated"
     if state.novelty_threshold is not None:
         facts["Unknown images"] = (
@@ -320,6 +327,20 @@ def _tasks(config: PromptPoolConfig) -> str:
     ]
     more = [f"\nand {len(tasks) - TASKS_SHOWN:,} more tasks."] if len(tasks) > TASKS_SHOWN else []
     return "## Tasks, in order\n\n" + "\n".join(lines + more)
+
+
+def _limits(config: PromptPoolConfig, record: RunRecord | None) -> str:
+    """What was not measured, and whose terms apply."""
+    data = f"the data ({markdown_text(record.data, 300)})" if record is not None and record.data else "the training images"
+    refuses = " unless it is asked to refuse unknown images" if config.state.novelty_threshold is not None else ""
+    facts = {
+        "Bias": "what the base model prefers is not changed by prompts; groups within a class were not compared",
+        "Robustness": "test images come from the source of the training images; shifted, corrupted or adversarial images "
+        "were not tested",
+        "Unknown classes": f"it answers with one of its classes{refuses}",
+        "Licenses": f"the license above is that of this adapter; {data} and the base model have terms of their own",
+    }
+    return "## Limits\n\n" + "\n".join(f"- **{heading}**: {text}." for heading, text in facts.items())
 
 
 def _names(task: Sequence[int], names: dict[str, str]) -> str:

@@ -13,6 +13,11 @@ class MeasuresAPI:
     """Novelty of images and R^2 of the drift map, of the active adapter."""
 
     @property
+    def needs_task(self) -> bool:
+        """False: a prompt learner answers over all known classes."""
+        return False
+
+    @property
     def novelty_threshold(self) -> float | None:
         """Novelty beyond which an image is taken for none of the known classes; None if it is unknown.
 

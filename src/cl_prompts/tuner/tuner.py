@@ -377,6 +377,8 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
         known = {classes: expected[classes]} | state_dict  # files of earlier versions do not have the classes
         # A tensor of a file may begin at any address, where kernels round differently; with `low_cpu_mem_usage` it becomes
         # the adapter's own, and training would differ in the last bit.
+        # Prompts may be saved in half precision.
+        known = {name: t.to(expected[name].dtype) if name.startswith(SAVED_PREFIX) else t for name, t in known.items()}
         renamed = {
             name.replace(".prompt_pool.", infix): tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
             for name, tensor in known.items()

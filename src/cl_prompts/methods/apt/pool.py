@@ -34,6 +34,7 @@ class APTPool(PromptPool):
     """
 
     roles: ClassVar[dict[str, str]] = {"prompts": "prompts"}
+    prompt_buffers: ClassVar[tuple[str, ...]] = ("average",)
     average: Tensor
     pending: Tensor
 

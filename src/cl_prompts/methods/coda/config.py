@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cl_prompts.methods.shared.field_checks import check_layers, not_negative, positive, splits_in_two
+from cl_prompts.methods.shared.field_checks import check_layers, flag, not_negative, positive, splits_in_two
 from cl_prompts.methods.shared.prefix_config import QueriedPrefixConfig
 
 
@@ -21,6 +21,9 @@ class CodaPromptConfig(QueriedPrefixConfig):
         prompt_length: rows of a component; the first half is keys, the second half is values.
         layers: blocks that get prefixes, from 0.
         orthogonality_weight: mu (paper 0.1; 0 in the released scripts, which start new components by Gram-Schmidt).
+        adaptive_orthogonality: the penalty between components of two tasks is multiplied by 1 - s, where s in [0, 1] is the
+            cosine of the tasks' mean queries (0 if negative), so that components of similar tasks may resemble each other.
+            The means are saved, D numbers a task. Ours.
     """
 
     method: str = "coda"
@@ -28,6 +31,7 @@ class CodaPromptConfig(QueriedPrefixConfig):
     prompt_length: int = 8
     layers: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     orthogonality_weight: float = 0.0
+    adaptive_orthogonality: bool = False
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2211.13218",)
 
@@ -37,6 +41,16 @@ class CodaPromptConfig(QueriedPrefixConfig):
         splits_in_two(self, "prompt_length")
         check_layers(self)
         not_negative(self, "orthogonality_weight")
+        flag(self, "adaptive_orthogonality")
+        if self.adaptive_orthogonality and not self.orthogonality_weight:
+            raise ValueError(
+                "adaptive_orthogonality=True weights the penalty, which orthogonality_weight=0 leaves out: set that, for "
+                "example to 0.1"
+            )
+        if self.adaptive_orthogonality and self.one_stage:
+            raise ValueError(
+                "adaptive_orthogonality=True reads the un-prompted pass, which one_stage=True leaves out: choose one"
+            )
 
 
 @dataclass

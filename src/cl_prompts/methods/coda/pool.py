@@ -6,6 +6,8 @@ Per layer, components P_m [Lp, D] with keys K_m and attention vectors A_m [D]. F
     p    = sum_m w_m P_m;  first half of its rows -> keys, second half -> values                (eq. 3)
     loss = CE + mu * sum over layers and X in {K, A, P} of mean((X X^T - I)^2)                  (eq. 7)
 
+With `adaptive_orthogonality` (ours) a pair of components of different tasks counts with 1 - the tasks' similarity.
+
 Each task adds components that start orthogonal to the earlier ones (Gram-Schmidt). Those of earlier tasks are frozen, but
 keep contributing. The number of tasks need not be known in advance.
 """
@@ -20,18 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, PrefixKV, Prompts
+from cl_prompts.methods.pool import Observation
 from cl_prompts.methods.shared.initialization import gram_schmidt
 from cl_prompts.methods.shared.per_task import PerTask
 from cl_prompts.methods.shared.prefixes import split_prefix
 from cl_prompts.methods.shared.queried import QueriedPool
 from cl_prompts.methods.shared.regularizers import orthogonality
+from cl_prompts.methods.shared.task_means import TaskMeans
 
 
 class CodaPool(QueriedPool):
     """The CODA-Prompt pool; c is `components_per_task`.
 
     Tensors, each as `.current` (trained) and `.earlier` [tasks - 1, ...] (frozen): `components` [layers, c, Lp, D],
-    `keys` and `attention` [layers, c, D].
+    `keys` and `attention` [layers, c, D]. With `adaptive_orthogonality` the mean queries, `task_means`.
     """
 
     roles: ClassVar[dict[str, str]] = {
@@ -48,6 +52,8 @@ class CodaPool(QueriedPool):
         self.attention = PerTask(nn.Parameter(torch.zeros(depth, count, width)))
         for tensor in (self.components, self.keys, self.attention):
             tensor.current = nn.Parameter(new_rows(tensor.earlier))
+        if config.adaptive_orthogonality:
+            self.task_means = TaskMeans(width)
 
     @property
     def layers(self) -> Sequence[int]:
@@ -60,6 +66,13 @@ class CodaPool(QueriedPool):
             for tensor in (self.components, self.keys, self.attention):
                 tensor.next(room_for_rows if self.rebuilding else new_rows)
         super().begin_task(class_indices)
+        if self.config.adaptive_orthogonality:
+            self.task_means.begin_task()
+
+    def observe(self, seen: Observation) -> None:
+        """For adaptive orthogonality, add the queries of new images to the task's mean."""
+        if self.config.adaptive_orthogonality and self.num_tasks and seen.query is not None:
+            self.task_means.add(seen.query, seen.first_seen)
 
     def prompt_table(self) -> Tensor:
         """Components in use [layers, tasks * c, Lp, D]."""
@@ -87,7 +100,12 @@ class CodaPool(QueriedPool):
         )
         weight = self.config.orthogonality_weight
         if weight and batch.task is not None:
-            penalty = sum(orthogonality(in_use(x).flatten(2)) for x in (self.keys, self.attention, self.components))
+            pairs = None
+            if self.config.adaptive_orthogonality and self.num_tasks:
+                count = self.config.components_per_task
+                pairs = (1 - self.task_means.similarity()).repeat_interleave(count, 0).repeat_interleave(count, 1)
+            tables = (self.keys, self.attention, self.components)
+            penalty = sum(orthogonality(in_use(x).flatten(2), pairs) for x in tables)
             answer.losses["orthogonality"] = LossPart(weight * penalty, "batch")
         return answer
 

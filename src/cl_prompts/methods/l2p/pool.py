@@ -11,31 +11,40 @@ The query carries no gradient. Keys learn from the second term of the loss only,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cl_prompts.interfaces import BackboneShape, LossPart, PoolInput, Prompts
-from cl_prompts.methods.l2p.majority_vote import majority_vote
+from cl_prompts.interfaces import BackboneShape, PoolInput, Prompts
+from cl_prompts.methods.l2p.choice import by_pass, choose, passes, pull, tokens_of
+from cl_prompts.methods.l2p.growth import grow
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory
 from cl_prompts.methods.shared.initialization import initial
-from cl_prompts.methods.shared.selection import CHUNK, cosine_of, cosine_scores, diversified_top_k, nearest, top_k
+from cl_prompts.methods.shared.selection import CHUNK, cosine_of, cosine_scores
 
 
 class L2PPool(PromptPool):
-    """The L2P pool. Tensors: `prompts` [M, Lp, D], `keys` [M, D] (learned keys only), `history.counts` [tasks, M]."""
+    """The L2P pool. Tensors: `prompts` [M, Lp, D], `keys` [M, W] (learned keys only), `history.counts` [tasks, M].
 
-    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys"}
+    M counts the prompts of all pools. With `key_width` W there is `query_projection` [D, W]; without it W = D.
+    """
+
+    roles: ClassVar[dict[str, str]] = {"prompts": "prompts", "keys": "keys", "query_projection": "keys"}
     keys: nn.Parameter | None
 
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__(config, shape)
-        self.prompts = initial(config.prompt_init, config.pool_size, config.prompt_length, shape.width)
-        self.keys = initial(config.key_init, config.pool_size, shape.width) if config.key_type == "learned" else None
-        self.history = ActivationHistory((), config.pool_size)
+        size, width = config.num_pools * config.pool_size, config.key_width or shape.width
+        self.prompts = initial(config.prompt_init, size, config.prompt_length, shape.width)
+        self.keys = initial(config.key_init, size, width) if config.key_type == "learned" else None
+        if config.key_width:  # keeps the length of queries on average
+            self.query_projection = nn.Parameter(torch.randn(shape.width, width) / math.sqrt(width))
+        self.history = ActivationHistory((), size)
 
     @property
     def needs_query(self) -> bool:
@@ -46,36 +55,20 @@ class L2PPool(PromptPool):
         """Tokens [B, K * Lp, D], the selected prompts, and the key loss."""
         if batch.query is None:
             return self._as_tokens(self.prompts.flatten(0, 1).expand(batch.batch_size, -1, -1))
-        keys = self.keys if self.keys is not None else self.prompts.mean(1)
-        scores = cosine_scores(batch.query, keys) if self._scores_all(batch) else None
-        ids = self._select(scores, keys.detach(), batch)
-        cosines = scores.gather(1, ids) if scores is not None else cosine_of(batch.query, F.embedding(ids, keys))
-        tokens = F.embedding(ids, self.prompts.flatten(1)).view(ids.shape[0], -1, self.shape.width)
-        prompts = self._as_tokens(tokens)
-        prompts.ids, prompts.weights, prompts.scores = ids, cosines.detach(), scores
-        prompts.losses["pull"] = LossPart(-self.config.pull_coefficient * cosines.sum(1), "mean")
+        config, keys = self.config, self.keys if self.keys is not None else self.prompts.mean(1)
+        query = batch.query @ self.query_projection if config.key_width else batch.query
+        # The scores [B, M] of the whole pool are computed at once for small pools, or if a loss needs them.
+        at_once = len(keys) <= CHUNK or (config.entropy_weight and batch.task is not None)
+        scores = cosine_scores(query, keys) if at_once else None
+        chosen = choose(config, batch, query, keys.detach(), scores, self.history)
+        ids = chosen.flatten(1)
+        cosines = scores.gather(1, ids) if scores is not None else cosine_of(query, F.embedding(ids, keys))
+        prompts = self._as_tokens(tokens_of(config, chosen, self.prompts))
+        prompts.ids, prompts.scores = by_pass(config, chosen), scores
+        prompts.weights = by_pass(config, cosines.detach().view_as(chosen))
+        prompts.candidates, prompts.combine = passes(config, chosen), "mean"
+        prompts.losses["pull"] = pull(config, query, keys, ids, cosines)
         return prompts
-
-    def _scores_all(self, batch: PoolInput) -> bool:
-        """Whether the scores [B, M] of the whole pool are computed at once: for small pools, or if a loss needs them."""
-        return bool(self.config.pool_size <= CHUNK or (self.config.entropy_weight and batch.task is not None))
-
-    def _select(self, scores: Tensor | None, keys: Tensor, batch: PoolInput) -> Tensor:
-        """Selected prompts [B, K], from `scores` [B, M] or, if None, by a search of `keys` [M, D] in chunks."""
-        k, query, frequency = self.config.top_k, batch.query, None
-        assert query is not None
-        if self.config.diversified_selection and batch.task:  # the first task has no history
-            history = self.history.before(batch.task)
-            frequency = (history / history.sum().clamp_min(1)).to(query.dtype)
-        if scores is None:
-            ids = nearest(query, keys, k, frequency=frequency)[0]
-        elif frequency is None:
-            ids = top_k(scores.detach(), k)
-        else:
-            ids = diversified_top_k(scores.detach(), frequency, k)
-        if self.config.batchwise_selection:
-            ids = majority_vote(ids, self.config.pool_size, batch.valid, over_processes=batch.task is not None)
-        return ids
 
     def _as_tokens(self, tokens: Tensor) -> Prompts:
         return Prompts(
@@ -93,9 +86,15 @@ class L2PPool(PromptPool):
         return None if self.keys is None else self.keys[None]
 
     def begin_task(self, class_indices: Sequence[int]) -> None:
-        """Add a row of counts."""
+        """Add a row of counts and, after the first task, the prompts of `grow_by`."""
+        grow(self, int(self.num_tasks > 0))
         super().begin_task(class_indices)
         self.history.begin_task()
+
+    def make_room(self, tasks: Sequence[Sequence[int]]) -> None:
+        """See `PromptPool`."""
+        grow(self, len(tasks))
+        super().make_room(tasks)
 
     def observe(self, seen: Observation) -> None:
         """Count the prompts that the images of this task use."""

@@ -1,7 +1,8 @@
 """L2P with key/value prefixes, "L2P++" of CODA-Prompt's tables (Smith et al., CVPR 2023).
 
 Each prefix layer has its own pool of M prompts [Lp, D] and keys. The rows of the K nearest prompts are concatenated in
-front of the block's keys (first half of each prompt) and values (second half). The classifier reads the CLS token.
+front of the block's keys (first half of each prompt) and values (second half), or with `as_tokens` (ours) enter the block
+as tokens. The classifier reads the CLS token.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class L2PPrefixPool(KeyedLayers, QueriedPool):
                 scores, ids = None, nearest(query, keys.detach(), k)[0]
                 best = cosine_of(query, F.embedding(ids, keys))
             rows = F.embedding(ids, self.prompts[row].flatten(1)).unflatten(2, self.prompts.shape[2:])
-            prefix = replace(split_prefix(rows, self.heads), ids=ids, weights=best.detach(), scores=scores)
+            if self.config.as_tokens:  # a block's prompt tokens act on the others by their keys and values only
+                prefix = PrefixKV(rows.flatten(1, 2), rows.flatten(1, 2), normed=True)
+            else:
+                prefix = split_prefix(rows, self.heads)
+            prefix = replace(prefix, ids=ids, weights=best.detach(), scores=scores)
             if batch.task is not None:
                 if self.config.key_loss == "coupled" and scores is not None:
                     prefix.losses["pull"] = self._coupled(scores, ids, batch)

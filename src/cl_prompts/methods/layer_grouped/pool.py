@@ -97,9 +97,20 @@ class LayerGroupedPool(PromptPool):
 
     def _made(self, root: Tensor, down: Tensor, bias: Tensor, up: Tensor, positions: Tensor) -> Tensor:
         """Prompts [tasks, layers, 2, L, D] from tensors with a leading axis of tasks."""
-        hidden = F.gelu(torch.einsum("tpld,tgdr->tgplr", root, down) + bias[:, :, None, None])
-        grouped = root[:, None] + torch.einsum("tgplr,tgrd->tgpld", hidden, up)
+        grouped = self._of_groups(root, down, bias, up)
         return torch.stack([grouped[:, group] for group in self.groups], 1) + positions
+
+    def _of_groups(self, root: Tensor, down: Tensor, bias: Tensor, up: Tensor) -> Tensor:
+        """Prompts of the groups of layers, without positions [tasks, groups, 2, L, D]."""
+        hidden = F.gelu(torch.einsum("tpld,tgdr->tgplr", root, down) + bias[:, :, None, None])
+        return root[:, None] + torch.einsum("tgplr,tgrd->tgpld", hidden, up)
+
+    def _mixed(self, weights: Tensor) -> Tensor:
+        """Prompts of all tasks, weighted by [B, tasks]: [B, layers, 2, L, D]. Groups are mixed before layers part."""
+        *makers, positions = (tensor.all() for tensor in self._makers())
+        grouped = torch.einsum("bt,tgpld->bgpld", weights, self._of_groups(*makers))
+        places = torch.einsum("bt,tspld->bspld", weights, positions)
+        return torch.stack([grouped[:, group] for group in self.groups], 1) + places
 
     def prompt_table(self) -> Tensor:
         """All tasks' prompts, keys and values as rows: [layers, tasks, 2 * L, D]."""
@@ -120,7 +131,7 @@ class LayerGroupedPool(PromptPool):
             scores = cosine_scores(batch.query, self.keys.all())
             weights = (scores / self.config.temperature).softmax(1)
             ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
-            rows = torch.einsum("bt,tspld->bspld", weights, self.all_prompts())
+            rows = self._mixed(weights)
             answer = Prompts(ids=ids, weights=weights.detach(), scores=scores)
         else:
             rows = self.current_prompts().expand(batch.batch_size, -1, -1, -1, -1)

@@ -77,11 +77,12 @@ def check_top_k(config: Any) -> None:
         raise ValueError(f"top_k={config.top_k} is larger than pool_size={config.pool_size}: choose at most all prompts")
 
 
-def check_layers(config: Any, *names: str) -> None:
-    """The fields are lists of different block numbers. They are sorted in place."""
+def check_layers(config: Any, *names: str, empty: bool = False) -> None:
+    """The fields are lists of different block numbers; they may be `empty`. They are sorted in place."""
     for name in names or ("layers",):
         layers = getattr(config, name)
-        if not isinstance(layers, (list, tuple)) or not layers or not all(type(i) is int and i >= 0 for i in layers):
+        numbers = isinstance(layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in layers)
+        if not numbers or not (layers or empty):
             raise ValueError(f"{name}={short_repr(layers)} must be a list of block numbers, counted from 0")
         if len(set(layers)) != len(layers):
             raise ValueError(f"{name}={short_repr(layers)} names a block twice")

@@ -44,6 +44,10 @@ class ActivationHistory(TaskTensors):
     def _add_rows(self, count: int) -> None:
         self.counts = torch.cat([self.counts, self.counts.new_zeros(count, *self.counts.shape[1:])])
 
+    def widen(self, count: int) -> None:
+        """Add `count` prompts, which no task has used so far."""
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(*self.counts.shape[:-1], count)], -1)
+
     def add(self, ids: Tensor, first_seen: Tensor) -> None:
         """Count the selections `ids` [B, *rows, k] of the images where `first_seen` [B] is True, over all processes."""
         self.counts[-1] += sum_over_processes(histogram(ids, self.counts.shape[-1], first_seen))

@@ -45,14 +45,14 @@ def gram_schmidt(rows: Tensor, earlier: Tensor) -> Tensor:
     Returns:
         [n, F].
     """
-    basis = earlier
-    done = []
-    for row in rows:
-        coefficients = (basis @ row) / basis.square().sum(1).clamp_min(1e-12)
-        rest = row - coefficients @ basis
+    lengths = earlier.square().sum(1)
+    used = (lengths > 0).sum()
+    rests = rows - (rows @ earlier.T / lengths.clamp_min(1e-12)) @ earlier
+    done: list[Tensor] = []
+    for row, rest in zip(rows, rests, strict=True):
+        rest = rest - sum((other @ row) * other for other in done)
         # Rows that span the space leave rounding noise or, if some of them are not orthogonal, a copy of one of them.
-        room = (basis.square().sum(1) > 0).sum() < row.numel()
+        room = used + len(done) < row.numel()
         rest = torch.where(room & (rest.norm() > 1e-4 * row.norm()), rest, row)
         done.append(rest / rest.norm().clamp_min(1e-12))
-        basis = torch.cat([basis, done[-1][None]])
     return torch.stack(done)

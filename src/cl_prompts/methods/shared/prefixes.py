@@ -30,19 +30,19 @@ def split_prefix(rows: Tensor, heads: int | None) -> PrefixKV:
 
 
 class LayerQuery:
-    """A prefix whose query is the CLS token of its layer's input, or the mean of the tokens without one (OS-Prompt).
+    """A prefix whose query is the CLS token of its layer's input (OS-Prompt), or the mean of its tokens.
 
     Args:
         answer: function query [B, D] -> the layer's prefix.
-        has_cls: whether token 0 is a CLS token.
+        by_cls: whether the query is token 0, a CLS token.
     """
 
-    def __init__(self, answer: Callable[[Tensor], PrefixKV], has_cls: bool) -> None:
+    def __init__(self, answer: Callable[[Tensor], PrefixKV], by_cls: bool) -> None:
         self.answer = answer
-        self.has_cls = has_cls
+        self.by_cls = by_cls
 
     def __call__(self, block_input: Tensor, queries: Tensor) -> PrefixKV:
         """The prefix for a block input [B, N, D]. No gradient flows to the layers below."""
         with torch.autocast(block_input.device.type, enabled=False):
             tokens = block_input.detach().float()
-            return self.answer(tokens[:, 0] if self.has_cls else tokens.mean(1))
+            return self.answer(tokens[:, 0] if self.by_cls else tokens.mean(1))

@@ -55,7 +55,7 @@ class QueriedPool(PromptPool):
                 value = self.config.query_regularization * apart.square().sum(1)
                 return replace(prefix, losses={**prefix.losses, "query": LossPart(value, "mean")})
 
-            return LayerQuery(of_query, self.shape.has_cls)
+            return LayerQuery(of_query, self.shape.has_cls and self.config.layer_query == "cls")
 
         return {layer: inside(row) for row, layer in enumerate(layers)}
 

@@ -14,10 +14,20 @@ from cl_prompts.methods.shared.selection import normalized
 from cl_prompts.runtime.distributed import gather_with_gradient
 
 
-def orthogonality(vectors: Tensor) -> Tensor:
-    """CODA-Prompt's penalty mean((X X^T - I)^2), summed over groups, for X = `vectors` [L, M, n]: a scalar."""
+def orthogonality(vectors: Tensor, weights: Tensor | None = None) -> Tensor:
+    """CODA-Prompt's penalty mean(W * (X X^T - I)^2), summed over groups, for X = `vectors` [L, M, n]: a scalar.
+
+    W are `weights` of the pairs of vectors [M, M]; None: 1.
+    """
     identity = torch.eye(vectors.shape[1], device=vectors.device, dtype=vectors.dtype)
-    return (vectors @ vectors.mT - identity).square().mean((1, 2)).sum()
+    squares = (vectors @ vectors.mT - identity).square()
+    return (squares if weights is None else weights * squares).mean((1, 2)).sum()
+
+
+def separation(first: Tensor, second: Tensor) -> Tensor:
+    """Mean squared covariance between each row of `first` [n, D] and each of `second` [m, D], over their D numbers."""
+    first, second = (rows - rows.mean(1, keepdim=True) for rows in (first, second))
+    return (first @ second.T / first.shape[1]).square().mean()
 
 
 def diversity(prompts: Tensor) -> Tensor:

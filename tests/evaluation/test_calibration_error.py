@@ -34,6 +34,16 @@ def test_the_error_is_that_of_its_definition() -> None:
     assert expected_calibration_error(np.eye(3), [1, 2, 0]) == 100
 
 
+def test_the_error_by_chance_is_that_of_answers_drawn_from_the_confidences() -> None:
+    table, _ = drawn(90)
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(400):
+        labels = [int(rng.choice(4, p=row)) for row in table]
+        errors.append(expected_calibration_error(table, labels))
+    assert Reliability.of(table, labels).calibration_error_by_chance == pytest.approx(np.mean(errors), rel=0.04)
+    assert Reliability.of(np.eye(3), [0, 1, 2]).calibration_error_by_chance == 0
+
+
 def test_parts_add_up() -> None:
     table, labels = drawn()
     whole = Reliability.of(table, labels)

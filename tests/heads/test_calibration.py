@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from cl_prompts import PromptPoolModel, PromptPoolPipeline
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
-from cl_prompts.heads.calibration import carried_on, fit_temperature, folds
+from cl_prompts.heads.calibration import carried_on, fit_temperature, folds, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.heads.refit import held_out_logits
+from cl_prompts.heads.refit import held_out_logits, trained_as_far
 from cl_prompts.storage.adapter_state import AdapterState
 
 
@@ -112,7 +112,8 @@ def test_held_out_logits_are_of_classifiers_that_did_not_see_the_images(name: st
             given = images(earlier)
             alone.fit(*given, given[0] + 0.1, head)
         alone.begin_task(task)
-        alone.fit(features[~held], targets[~held], None if before is None else before[~held], head)
+        without = trained_as_far(head, features[~held], targets[~held], True) if name == "aligned" else head
+        alone.fit(features[~held], targets[~held], None if before is None else before[~held], without)
         torch.testing.assert_close(logits[: int(held.sum())], alone(features[held]).detach(), rtol=1e-4, atol=1e-4)
         classifier.fit(features, targets, features + 0.1, head)
 
@@ -144,16 +145,18 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
         if model.adapter.classifier is None:  # with images of the newest task, also after it
             model.consolidate([task_images(task)])
     state = model.adapter.config.state
-    temperature = state.temperature
+    temperature, width = state.temperature, state.score_width
     assert temperature is not None
     assert temperature != 1.0
     calibrated = answers(model)
-    state.temperature = None
+    state.temperature, state.score_width = None, None
     assert not PromptPoolPipeline(model, processor()).calibrated
     plain = answers(model)
-    torch.testing.assert_close(calibrated, plain / temperature)
+    assert (width is not None) == (name == "ridge")  # whose scores are estimates of probabilities
+    scores = plain if width is None else F.softplus(plain.double() / width).log().float()
+    torch.testing.assert_close(calibrated, scores / temperature)
     assert torch.equal(calibrated.argmax(1), plain.argmax(1))
-    state.temperature = temperature
+    state.temperature, state.score_width = temperature, width
     model.save_pretrained(tmp_path)
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path)
     assert torch.equal(answers(loaded), calibrated)
@@ -167,10 +170,38 @@ def processor() -> Any:
     return lambda images, return_tensors: {"pixel_values": SEEN[:1]}
 
 
+def test_logarithms_of_any_scores_are_finite_and_keep_the_order() -> None:
+    scores = torch.cat([torch.linspace(-1e4, 1e4, 101), torch.linspace(-3, 3, 101)]).sort().values.requires_grad_()
+    found = log_scores(scores, 0.1)
+    assert (found.diff() >= 0).all()
+    torch.testing.assert_close(found[51:-51], F.softplus(scores[51:-51].double() / 0.1).log().float())
+    found.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+    assert log_scores(torch.tensor([-float("inf")]), 0.1) == -float("inf")
+
+
+def test_a_temperature_of_other_scores_is_not_carried_on() -> None:
+    """A file of an earlier version has a temperature for the scores of its ridge head, and no width."""
+    old = new_model("l2p", **HEADS["ridge"])
+    learn_task(old, CLASSES[0])
+    state = old.adapter.config.state
+    before, new = answers(old), old.adapter.temperature
+    state.temperature, state.score_width, state.novelty_threshold = 0.04, None, 100.0
+    torch.testing.assert_close(log_scores(0.04 * answers(old), 0.1) / new, before)
+    learn_task(old, CLASSES[1])
+    state = old.adapter.config.state
+    assert state.score_width == 0.1
+    assert state.temperature is not None
+    assert state.temperature > 0.1
+    assert state.novelty_threshold is None  # there are fewer than five held-out images
+
+
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), "3", True, 1e9])
 def test_a_foreign_temperature_is_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"`state.temperature` must be from 1e-6 to 1e6 or null"):
-        AdapterState.from_dict({"temperature": wrong})
+    for name in ("temperature", "score_width"):
+        with pytest.raises(ValueError, match=rf"`state.{name}` must be from 1e-6 to 1e6 or null"):
+            AdapterState.from_dict({name: wrong})
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])

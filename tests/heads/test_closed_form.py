@@ -158,7 +158,7 @@ def test_confident_routers_are_chosen_alike_for_the_statistics_and_at_test() -> 
     with torch.no_grad():
         output = model(pixel_values=SEEN)
     assert torch.equal(output.features, features(model))
-    assert_close(output.logits, model.adapter.classifier(output.features) / model.adapter.temperature)
+    assert_close(output.logits, model.adapter.calibrated(model.adapter.classifier(output.features)))
 
 
 # ---- the head in closed form -------------------------------------------------------------------------------------------
@@ -177,7 +177,9 @@ def test_a_model_answers_as_ridge_regression_on_all_images_at_once(method: str) 
         model = learnt_model(
             method, tasks, head="analytic", projection_size=60, ridge=3.0, trained_tasks="first", readout="auto"
         )
-        logits.append(model.adapter.temperature * answers(model)[:, [model.classes.index(c) for c in range(6)]])
+        state = model.adapter.config.state
+        state.temperature, state.score_width = None, None
+        logits.append(answers(model)[:, [model.classes.index(c) for c in range(6)]])
         pixels, labels = all_images()
         projection = model.adapter.classifier.projection.double().numpy()
         hidden, seen = (np.maximum(features(model, x).double().numpy() @ projection, 0) for x in (pixels, SEEN))

@@ -143,7 +143,7 @@ def test_a_ridge_too_small_says_so() -> None:
     name=st.sampled_from(sorted(CLASSIFIERS)),
     drift=st.sampled_from(["none", "shift", "affine"]),
     sizes=st.lists(st.integers(1, 4), min_size=2, max_size=6),
-    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 1e3]),
     seed=st.integers(0, 10_000),
 )
 def test_whatever_was_seen_answers_are_numbers(name: str, drift: str, sizes: list[int], scale: float, seed: int) -> None:

@@ -91,6 +91,15 @@ class Reliability:
         return 100 * sum(gaps) / sum(self.images)
 
     @property
+    def calibration_error_by_chance(self) -> float:
+        """Expected `expected_calibration_error` of a calibrated model on as many images of the same confidence, in percent.
+
+        Of few images: the hits in a bin are then binomial, with the bin's mean confidence as their probability.
+        """
+        pairs = zip(self.images, self.confidence, strict=True)
+        return 100 * sum(_mean_deviation(n, min(1.0, confidence / n)) for n, confidence in pairs if n) / sum(self.images)
+
+    @property
     def negative_log_likelihood(self) -> float:
         """Mean over images of -log of the probability of the right class, in nats."""
         return self.loss / sum(self.images)
@@ -108,6 +117,17 @@ class Reliability:
         """
         images, hits = ([_whole(value) for value in values[name]] for name in ("images", "hits"))
         return cls(images, hits, [float(value) for value in values["confidence"]], float(values["loss"]))
+
+
+def _mean_deviation(n: int, p: float) -> float:
+    """E|X - np| of a binomial X (De Moivre): 2 (1 - p) k P(X = k) for the smallest whole k > np."""
+    k = math.floor(n * p) + 1
+    if not p or k > n:
+        return 0.0
+    log_share = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
+    )
+    return 2 * (1 - p) * k * math.exp(log_share)
 
 
 def _whole(value: Any) -> int:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class FeatureClassifier(nn.Module, ABC):
     statistics = "class means and covariances"
     # Largest number of fits for `held_out_answers`.
     folds = FOLDS
+    # Of `log_scores`, for a classifier whose scores are those of a regression.
+    score_width: ClassVar[float | None] = None
 
     def __init__(self, *, save_statistics: bool, drift: str) -> None:
         super().__init__()
@@ -176,7 +178,13 @@ class FeatureClassifier(nn.Module, ABC):
 
     @torch.no_grad()
     def held_out_answers(
-        self, features: Tensor, targets: Tensor, before: Tensor | None = None, head: IncrementalHead | None = None
+        self,
+        features: Tensor,
+        targets: Tensor,
+        before: Tensor | None = None,
+        head: IncrementalHead | None = None,
+        *,
+        only_current: bool = True,
     ) -> HeldOut:
         """Answers for images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
 
@@ -187,6 +195,7 @@ class FeatureClassifier(nn.Module, ABC):
             targets: as for `fit` [n].
             before: as for `fit` [n, D], or None.
             head: the trained head.
+            only_current: whether its loss compares classes of the current task only (`class_mask="task"`).
 
         Raises:
             ValueError: as `fit`, also if the images of a fold are too few.
@@ -198,7 +207,8 @@ class FeatureClassifier(nn.Module, ABC):
             rest = ~held
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)
-                self._fit(features[rest].to(work), targets[rest].to(work), earlier, head)
+                known = features[rest].to(work), targets[rest].to(work)
+                self._fit(*known, earlier, head and self._head_without(head, *known, only_current))
                 self.fitted = self.fitted + 1
                 inputs = features[held].to(work)
                 logits.append(self(inputs).to(features.device))
@@ -206,6 +216,12 @@ class FeatureClassifier(nn.Module, ABC):
                 novelty += [] if score is None else [score.to(features.device)]
             held_targets.append(targets[held])
         return HeldOut(torch.cat(logits), torch.cat(held_targets), torch.cat(novelty) if novelty else None)
+
+    def _head_without(
+        self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool
+    ) -> IncrementalHead:
+        """The trained head as if the task had only these images; the same head for a classifier that does not read it."""
+        return head
 
     def novelty(self, features: Tensor) -> Tensor | None:
         """How unlike the known classes `features` [B, D] are: [B]; None for a classifier that can tell by logits only."""

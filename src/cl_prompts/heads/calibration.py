@@ -3,6 +3,9 @@
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The temperature is chosen on scores of images that the
 classifier was not fitted to. In continual learning these can only be images of the newest task, scored against all classes;
 the temperature of earlier tasks is carried on where the newest task has few images (ours).
+
+The scores of a regression on class indicators are no logarithms but estimates of probabilities, some below 0. No
+temperature calibrates them; their logarithms, after a softplus, one does (`log_scores`; ours).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 FOLDS = 5
@@ -41,6 +45,20 @@ def folds(targets: Tensor, largest: int = FOLDS) -> Iterator[Tensor]:
         held = ((position % FOLDS) == (size.clamp_max(FOLDS) - 1 - fold)) & (size > 1)
         if held.any():
             yield held
+
+
+def log_scores(scores: Tensor, width: float | None) -> Tensor:
+    """What the temperature divides: log softplus(s / width) of the scores of a regression. Their order stays.
+
+    Args:
+        scores: [B, C]; -inf for classes without images.
+        width: of the softplus, in units of the scores; None: the scores are logits, which are returned.
+    """
+    if width is None:
+        return scores
+    scaled = scores / width
+    # Below -20, where float32 would round softplus to 0, log softplus(x) = x.
+    return torch.where(scaled < -20, scaled, F.softplus(scaled.clamp_min(-20)).log())
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 TINY = 1e-30
+AT_ONCE = 32  # Gaussians whose factors are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,14 @@ class LowRankDensities:
         whiten = torch.linalg.inv(root).T.contiguous()
         scaled = ((means - center) @ whiten).float()
         directions, volumes = torch.empty_like(factors), torch.empty_like(shares)
-        for row, factor in enumerate(factors):  # one after another: all of them in float64 would take twice their memory
-            share = float(shares[row])
-            relative = factor.double() @ whiten
-            values, vectors = torch.linalg.eigh(relative @ relative.T)
+        for rows in torch.arange(len(factors)).split(AT_ONCE):  # all of them in float64 would take twice their memory
+            share = shares[rows, None]
+            relative = factors[rows].double() @ whiten
+            values, vectors = torch.linalg.eigh(relative @ relative.mT)
             stretched = 1 + own * values.clamp_min(0) / share
             weights = (own / stretched).sqrt() / share
-            directions[row] = (weights[:, None] * (vectors.T @ relative)).float()
-            volumes[row] = 0.5 * stretched.log().sum()
+            directions[rows] = (weights[:, :, None] * (vectors.mT @ relative)).float()
+            volumes[rows] = 0.5 * stretched.log().sum(1)
         volumes += 0.5 * means.shape[1] * shares.log()
         short = shares.float()
         lengths = scaled.square().sum(1)

@@ -33,16 +33,23 @@ def held_out_logits(head: IncrementalHead, features: Tensor, targets: Tensor, on
         logits [held, C] and their targets [held].
     """
     logits, held_targets = [features.new_zeros(0, len(head.weight))], [targets[:0]]
-    others = ~head.current if only_current else torch.zeros_like(head.current)
     for held in folds(targets):
-        again = _trained_as_far(head, features[~held], targets[~held], others)
+        again = trained_as_far(head, features[~held], targets[~held], only_current)
         logits.append(again(features[held]).detach())
         held_targets.append(targets[held])
     return torch.cat(logits), torch.cat(held_targets)
 
 
-def _trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, others: Tensor) -> IncrementalHead:
-    """A copy of `head` with the current task's rows trained from zero until their loss is that of `head`."""
+def trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool) -> IncrementalHead:
+    """A copy of `head` with the current task's rows trained from zero until their loss is that of `head`.
+
+    Args:
+        head: the trained head; it is not changed.
+        features: of some of the task's images [n, D].
+        targets: class index of each image [n].
+        only_current: as for `held_out_logits`.
+    """
+    others = ~head.current if only_current else torch.zeros_like(head.current)
 
     def loss_of(one: IncrementalHead) -> Tensor:
         return F.cross_entropy(one(features).masked_fill(others, float("-inf")), targets)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cl_prompts.heads.base import FeatureClassifier, HeldOut
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.refit import trained_as_far
 
 
 class RetrainedHead(FeatureClassifier):
@@ -48,6 +49,11 @@ class RetrainedHead(FeatureClassifier):
             return super().held_out_answers(*args, **kwargs)
         finally:
             self.head = trained
+
+    def _head_without(
+        self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool
+    ) -> IncrementalHead:
+        return trained_as_far(copy.deepcopy(head).to(features.device), features, targets, only_current)
 
     @torch.no_grad()
     def hand_over(self, head: IncrementalHead) -> None:

@@ -60,6 +60,7 @@ class RidgeClassifier(FeatureClassifier):
     """
 
     folds = 1  # a fit takes M^3 steps
+    score_width = 0.1  # chosen on held-out images of CIFAR-100 mini
 
     projection: Tensor
     solution: Tensor
@@ -196,7 +197,7 @@ class RidgeClassifier(FeatureClassifier):
             self.sums.index_add_(1, targets, hidden.T)
 
     def _scale(self) -> float:
-        return float(self.gram.diagonal().mean())
+        return float(self.gram.diagonal().mean()) or 1.0  # 0 where all features are
 
     def _choose(self, parts: Parts) -> float:
         """The candidate with the smallest squared error on held-out features, given in `parts`."""
@@ -225,8 +226,9 @@ class RidgeClassifier(FeatureClassifier):
     def forward(self, features: Tensor) -> Tensor:
         """h W for `features` [B, D]: [B, C]."""
         self.check_fitted()
-        # A class without images has zero weights.
-        return (self._hidden(features.float()) @ self.solution).masked_fill((self.solution == 0).all(0), float("-inf"))
+        # A class without images has zero weights; so have all classes where all features are 0.
+        empty = (self.solution == 0).all(0)
+        return (self._hidden(features.float()) @ self.solution).masked_fill(empty & ~empty.all(), float("-inf"))
 
 
 def _in_parts(features: Tensor, targets: Tensor) -> Parts:

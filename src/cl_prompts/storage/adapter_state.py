@@ -78,6 +78,8 @@ class AdapterState:
         several_sizes: whether there were.
         image_mean, image_std: normalization of the input, one number per channel.
         temperature: divides the logits at test, so that their softmax is calibrated; None: it was not chosen.
+        score_width: of `log_scores`, for a head whose scores are those of a regression; None: the temperature divides the
+            scores themselves.
         novelty_threshold: novelty beyond which an image is of none of the classes; None: it was not chosen.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
@@ -100,6 +102,7 @@ class AdapterState:
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     temperature: float | None = None
+    score_width: float | None = None
     novelty_threshold: float | None = None
     weights_sha256: str | None = None
 
@@ -175,10 +178,10 @@ class AdapterState:
         threshold = state.novelty_threshold
         if threshold is not None and not (type(threshold) in (int, float) and abs(threshold) <= 1e12):
             raise ValueError(f"`state.novelty_threshold` must be a number or null, got {short_repr(threshold)}")
-        if state.temperature is not None and not (
-            type(state.temperature) in (int, float) and 1e-6 <= state.temperature <= 1e6
-        ):
-            raise ValueError(f"`state.temperature` must be from 1e-6 to 1e6 or null, got {short_repr(state.temperature)}")
+        for name in ("temperature", "score_width"):
+            value = getattr(state, name)
+            if value is not None and not (type(value) in (int, float) and 1e-6 <= value <= 1e6):
+                raise ValueError(f"`state.{name}` must be from 1e-6 to 1e6 or null, got {short_repr(value)}")
         return state
 
     @property

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.heads import FeatureClassifier, RetrainedHead, build_classifier
-from cl_prompts.heads.calibration import carried_on, fit_temperature
+from cl_prompts.heads.calibration import carried_on, fit_temperature, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
 from cl_prompts.heads.refit import held_out_logits
@@ -97,6 +97,10 @@ class PoolAdapter(nn.Module):
     def temperature(self) -> float:
         """What divides the logits at test: the config's `logit_temperature`, times the calibrated one if there is one."""
         return self.config.logit_temperature * (self.config.state.temperature or 1.0)
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Logits at test [B, C] from those of `classify`."""
+        return log_scores(logits, self.config.state.score_width) / self.temperature
 
     @property
     def frozen(self) -> bool:
@@ -232,31 +236,44 @@ class PoolAdapter(nn.Module):
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
                 "the current task only"
             )
-        temperature, threshold = self._calibrated(seen.features, targets, before)
+        calibrated = self._calibration(seen.features, targets, before)
         if classifier is not None:
             classifier.fit(seen.features, targets, before, self.head)
-        self.config.state.temperature, self.config.state.novelty_threshold = temperature, threshold
+        state = self.config.state
+        state.temperature, state.score_width, state.novelty_threshold = calibrated
         self.recorded = None
         if isinstance(classifier, RetrainedHead):
             classifier.hand_over(self.head)
 
-    def _calibrated(self, features: Tensor, targets: Tensor, before: Tensor | None) -> tuple[float | None, float | None]:
-        """Temperature and novelty threshold after the newest task, chosen on its images while they are held out."""
-        state = self.config.state
-        novelty = None
+    def _calibration(
+        self, features: Tensor, targets: Tensor, before: Tensor | None
+    ) -> tuple[float | None, float | None, float | None]:
+        """Temperature, score width and novelty threshold after the newest task, from its images while they are held out."""
+        state, novelty, width = self.config.state, None, None
+        only_current = self.config.class_mask == "task"
         if self.classifier is None:
-            logits, held = held_out_logits(self.head, features, targets, self.config.class_mask == "task")
+            logits, held = held_out_logits(self.head, features, targets, only_current)
         else:
             try:
-                logits, held, novelty = self.classifier.held_out_answers(features, targets, before, self.head)
+                logits, held, novelty = self.classifier.held_out_answers(
+                    features, targets, before, self.head, only_current=only_current
+                )
             except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
-                return state.temperature, state.novelty_threshold
-        temperature = carried_on(state.temperature, fit_temperature(logits, held), len(held))
+                return state.temperature, state.score_width, state.novelty_threshold
+            width = self.classifier.score_width
+        logits = log_scores(logits, width)
+        newest_temperature = fit_temperature(logits, held)
+        if newest_temperature is None:
+            width = state.score_width
+        # A temperature of other scores, as of a file of an earlier version, is not carried on.
+        comparable = state.score_width == width
+        temperature = carried_on(state.temperature if comparable else None, newest_temperature, len(held))
         if novelty is None:
             divisor = self.config.logit_temperature * (temperature or 1.0)
             novelty = energy(logits / divisor, divisor)
         newest = threshold_of(novelty, self.config.false_alarm_rate) if logits.shape[1] > 1 else None
-        return temperature, threshold_carried_on(state.novelty_threshold, newest, len(held))
+        threshold = threshold_carried_on(state.novelty_threshold if comparable else None, newest, len(held))
+        return temperature, width, threshold
 
     def novelty(self, features: Tensor, logits: Tensor) -> Tensor:
         """Novelty of images [B] from what the classifier reads, [B, D], and the logits at test [B, C]."""

@@ -1,0 +1,88 @@
+"""Calibration error of the heads along runs, with temperature 1 and with the chosen one, beside what chance alone gives.
+
+    python benchmarks/calibration.py results/features/*-coda-0.pt
+
+The files are those of `benchmarks/run_features.py`. Images are the held-out training images and the test images of the
+tasks seen, none of which were trained on. For each head: after the last task, mean over the tasks, and largest.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from cl_prompts.evaluation.calibration import Reliability
+from cl_prompts.evaluation.report import machine
+from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
+from cl_prompts.heads.calibration import carried_on, fit_temperature, log_scores
+from cl_prompts.heads.incremental import IncrementalHead
+
+
+HEADS: dict[str, Callable[..., FeatureClassifier]] = {
+    "discriminant": DiscriminantClassifier,
+    "aligned": AlignedClassifier,
+    "ridge (M = 2,000)": lambda width, drift: RidgeClassifier(width, drift=drift, projection_size=2000),
+}
+
+
+def measure(
+    found: dict[str, Any], make: Callable[..., FeatureClassifier], *, only_current: bool
+) -> list[list[Reliability]]:
+    """Reliability with temperature 1 and with the chosen one, after each task."""
+    tasks = found["tasks"]
+    width = tasks[0]["features"].shape[1]
+    moves = any(task["before"] is not None and not task["before"].equal(task["features"]) for task in tasks)
+    classifier, head = make(width, drift="affine" if moves else "none"), IncrementalHead(width)
+    parts = [part for part in ("held", "test") if tasks[-1][part] is not None]
+    numbers = torch.cat([found[f"{part}_tasks"] for part in parts])
+    targets = torch.cat([found[f"{part}_targets"] for part in parts])
+    temperature, known, reliability = None, [], []
+    for number, task in enumerate(tasks):
+        own = sorted(set(task["targets"].tolist()))
+        known += [index for index in own if index not in known]
+        head.expand(known, own)
+        head.weight.data = task["weight"].clone()
+        if task["bias"] is not None and head.bias is not None:
+            head.bias.data = task["bias"].clone()
+        given = (task["features"], task["targets"], task["before"] if moves else None, head)
+        classifier.begin_task(own)
+        logits, held, _ = classifier.held_out_answers(*given, only_current=only_current)
+        chosen = fit_temperature(log_scores(logits, classifier.score_width), held)
+        temperature = carried_on(temperature, chosen, len(held))
+        assert temperature is not None
+        classifier.fit(*given)
+        seen = numbers <= number
+        raw = classifier(torch.cat([task[part] for part in parts])[seen]).detach()
+        scaled = log_scores(raw, classifier.score_width) / temperature
+        reliability.append([Reliability.of(z.double().softmax(1).numpy(), targets[seen].numpy()) for z in (raw, scaled)])
+    return reliability
+
+
+def main() -> None:
+    """Print a row for each file and head."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{machine()}\n")
+    print("| run, head; before > after (by chance) | last task | mean | largest | NLL after the last task |")
+    print("|---|---:|---:|---:|---:|")
+    for file in args.files:
+        found = torch.load(file)
+        for name in args.heads:
+            rows = measure(found, HEADS[name], only_current="pacs" not in file.stem)
+            before, after = ([one[i].expected_calibration_error for one in rows] for i in (0, 1))
+            chance = [one[1].calibration_error_by_chance for one in rows]
+            cells = [
+                f"{of(before):.1f} > {of(after):.1f} ({of(chance):.1f})" for of in (lambda values: values[-1], mean, max)
+            ]
+            loss = " > ".join(f"{one.negative_log_likelihood:.2f}" for one in rows[-1])
+            print(f"| {file.stem}, {name} | {' | '.join(cells)} | {loss} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -142,9 +142,13 @@ def learn(case: Case) -> dict[str, Any]:
             found["accuracies"].append((measured.accuracy, measured.images))
             ids = measured.prompt_ids
             chosen = None if ids is None else sorted(ids.flatten(1).tolist())
-            known = measured.reliability
-            found["reliability"].append([] if known is None else [sum(known.images), sum(known.confidence), known.loss])
-            found["measured"].append({**vars(measured), "prompt_ids": chosen, "reliability": None})
+            known, weights = measured.reliability, measured.prompt_weights
+            sums = [] if weights is None else [len(weights), weights.double().sum().item()]
+            found["reliability"].append(
+                sums + ([] if known is None else [sum(known.images), sum(known.confidence), known.loss])
+            )
+            aside = {"prompt_ids": chosen, "prompt_weights": None, "reliability": None}
+            found["measured"].append(vars(measured) | aside)
     state = {k: v for k, v in model.state_dict().items() if "prompt_pool" in k}
     found["counts"] = {k: v for k, v in state.items() if not v.is_floating_point()}
     found["tensors"] = {k: v for k, v in state.items() if v.is_floating_point()}

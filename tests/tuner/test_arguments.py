@@ -110,7 +110,6 @@ def test_unknown_arguments_are_refused(tmp_path: Path) -> None:
         lambda: L2PConfig().save_pretrained(tmp_path / "new", push_to_hub=True),
         lambda: find_adapter(pool, nonsense=3),
         lambda: describe_adapter(pool, nonsense=3),
-        lambda: model.save_pretrained(tmp_path / "new", dtype=torch.float16),
         lambda: model.save_pretrained(tmp_path / "new", nonsense=3),
         lambda: get_prompt_pool_model(build("vit"), L2PConfig(), nonsense=3),
         lambda: PromptPoolModel.from_pretrained(base, pool, nonsense=3),

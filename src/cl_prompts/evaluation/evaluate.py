@@ -37,7 +37,7 @@ class Evaluation:
         by_classifier: accuracy of extra classifiers on the same features, by name.
         reliability: confidence and accuracy of the answers; None if it is unknown.
         novelty: novelty of each image [images], on the CPU, in the order of `prompt_ids`; None if it was not asked for.
-        prompt_weights: scores or mixing weights of `prompt_ids`, of the same shape; None if the method gives none.
+        prompt_weights: scores or mixing weights of `prompt_ids` [images, ..., k]; None if the method gives none.
     """
 
     accuracy: float
@@ -117,8 +117,8 @@ def evaluate(
             counts["no numbers"] += (own_logits.isnan().any(1) & real).sum()
         if output.prompt_ids is not None:
             chosen.append(output.prompt_ids[real])
-        if output.prompt_weights is not None:
-            weights.append(output.prompt_weights[real])
+            if output.prompt_weights is not None:
+                weights.append(output.prompt_weights[real])
         if novelty:
             scores.append(model.novelty(output)[real])
     total = sum_over_processes(torch.stack([*counts.values(), *further.values()])).tolist()

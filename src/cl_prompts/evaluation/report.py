@@ -156,7 +156,8 @@ def task_table(evaluations: Sequence[Evaluation], *, needs_task: bool = False) -
             **evaluation.by_classifier,
         }
         rows.append({"task": str(number), **{name: "" if s is None else f"{s:.1f}" for name, s in shares.items()}})
-    average = {heading: [float(row[heading]) for row in rows if row[heading]] for heading in list(rows[0])[1:]}
+    headings = list(rows[0])[1:] if rows else []
+    average = {heading: [float(row[heading]) for row in rows if row[heading]] for heading in headings}
     rows.append({"task": "mean", **{name: f"{mean(shares):.1f}" if shares else "" for name, shares in average.items()}})
     empty = {heading for heading, shares in average.items() if not shares}
     return _table([{heading: cell for heading, cell in row.items() if heading not in empty} for row in rows])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from support.methods import METHODS, WITH_CLASSIFIER
+from support.methods import EVERYWHERE, METHODS, WITH_CLASSIFIER, in_turns
 from support.query_images import Scaled, Unsaid, picture_stream
 from support.small_runs import Stop, StopAt, small_model, small_trainer, tensors
 
@@ -39,7 +39,13 @@ def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: 
     return trainer
 
 
-@pytest.mark.parametrize("method", [*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")])
+# State of every kind: counts, matrices of a pass at the end of a task, an average, class statistics, a classifier.
+RESUMED = (*EVERYWHERE, *WITH_CLASSIFIER, "vpt_nsp2", "apt", "hide", "dualprompt prototype")
+
+
+@pytest.mark.parametrize(
+    "method", in_turns([*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")], RESUMED)
+)
 def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
     """Inside the last of three tasks."""
     whole = small_trainer(method, num_train_epochs=1)

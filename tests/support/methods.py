@@ -1,6 +1,6 @@
 """Every method, small enough for the tiny models of families.py (three blocks). A new method adds one line."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -99,6 +99,11 @@ WITH_CLASSIFIER: dict[str, Callable[..., PromptPoolConfig]] = {
 }
 
 EVERYWHERE = ("l2p", "hash", "coda")  # tokens, routed prefixes, attended prefixes
+
+
+def in_turns(names: Iterable[str], often: Collection[str]) -> list[ParameterSet]:
+    """Names for `parametrize`, for a test of seconds: those in `often` in every run, the others `slow`."""
+    return [pytest.param(name, marks=[] if name in often else [pytest.mark.slow], id=name) for name in names]
 
 
 def cells(families: Sequence[str]) -> list[ParameterSet]:

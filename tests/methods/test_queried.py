@@ -5,31 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import build, inputs
+from support.drawn_models import model_of
+from support.families import inputs
 from support.methods import METHODS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from cl_prompts import CodaPromptConfig, DualPromptConfig, L2PPrefixConfig, PromptPoolConfig, get_prompt_pool_model
+from cl_prompts import CodaPromptConfig, DualPromptConfig, L2PPrefixConfig, PromptPoolConfig
 from cl_prompts.methods.l2p_prefix import pool as l2p_prefix
 
 
 IMAGES = inputs("vit", 4, seed=7)["pixel_values"]
-
-
-def model_of(config: PromptPoolConfig, tasks: int = 3, family: str = "vit") -> Any:
-    """A model that has begun some tasks, with prompts and keys of every task drawn anew."""
-    torch.manual_seed(4)
-    model = get_prompt_pool_model(build(family), config)
-    for task in range(tasks):
-        if task:
-            model.end_task()
-        model.begin_task([2 * task, 2 * task + 1])
-        with torch.no_grad():
-            for parameter in model.adapter.pool.parameters():
-                parameter.normal_(std=0.5)
-    return model.eval()
 
 
 def attend(block: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -84,7 +71,7 @@ ONE_STAGE: dict[str, tuple[Callable[[], Any], Callable[..., Tensor], list[int]]]
 @pytest.mark.parametrize("name", ONE_STAGE)
 def test_one_stage_asks_with_the_layers_own_cls(name: str) -> None:
     config, rows_of, layers = ONE_STAGE[name]
-    model = model_of(config())
+    model = model_of(config(), tasks=3)
     base, pool = model.get_base_model(), model.adapter.pool
     with torch.no_grad():
         x = base.embeddings(IMAGES)
@@ -119,7 +106,7 @@ def test_one_stage_costs_one_pass(method: str) -> None:
     labels = torch.tensor([4, 5, 4, 5])
     for one_stage, weight, training, testing in ((False, 0.0, 2, 2), (True, 0.0, 1, 1), (True, 0.1, 2, 1)):
         more = {"one_stage": one_stage, "query_regularization": weight}
-        model = model_of(METHODS[method](**more))
+        model = model_of(METHODS[method](**more), tasks=3)
         assert passes(model.train(), labels=labels) == training, more
         assert passes(model.eval()) == testing, more
 
@@ -127,7 +114,9 @@ def test_one_stage_costs_one_pass(method: str) -> None:
 @pytest.mark.parametrize("method", ["dualprompt one-stage", "coda one-stage", "l2p_prefix one-stage"])
 def test_query_regularisation(method: str) -> None:
     """lambda * sum over layers of the squared distance between the selections of q_l and of the un-prompted CLS."""
-    model = model_of(METHODS[method](**({} if "coda" in method or "dual" in method else {"query_regularization": 1e-2})))
+    model = model_of(
+        METHODS[method](**({} if "coda" in method or "dual" in method else {"query_regularization": 1e-2})), tasks=3
+    )
     model.train()
     pool, base, seen = model.adapter.pool, model.get_base_model(), {}
     layers = pool.config.e_layers if "dual" in method else pool.config.layers
@@ -147,7 +136,7 @@ def test_query_regularisation(method: str) -> None:
 
 def test_a_layers_query_carries_no_gradient_below() -> None:
     """Keys of layer 1 learn from layer 1's query; prompts of layer 0 do not learn through it."""
-    model = model_of(L2PPrefixConfig(pool_size=3, prompt_length=2, top_k=3, layers=[0, 1], one_stage=True)).train()
+    model = model_of(L2PPrefixConfig(pool_size=3, prompt_length=2, top_k=3, layers=[0, 1], one_stage=True), tasks=3).train()
     model(IMAGES, labels=torch.tensor([4, 5, 4, 5])).losses["pull"].backward()
     pool = model.adapter.pool
     assert pool.keys.grad.abs().sum() > 0
@@ -160,7 +149,7 @@ def test_a_large_pool_of_prefixes(one_stage: bool, monkeypatch: pytest.MonkeyPat
     found = []
     for chunk in (10**6, 7):
         monkeypatch.setattr(l2p_prefix, "CHUNK", chunk)
-        model = model_of(forty(one_stage)).train()
+        model = model_of(forty(one_stage), tasks=3).train()
         output = model(IMAGES, labels=torch.tensor([4, 5, 4, 5]))
         output.loss.backward()
         found.append((output, model.adapter.pool))
@@ -193,7 +182,7 @@ def test_dualprompt_grows_and_copies() -> None:
 
 
 def test_dualprompt_trains_the_tasks_prompt_and_tests_the_nearest() -> None:
-    model = model_of(METHODS["dualprompt"]())
+    model = model_of(METHODS["dualprompt"](), tasks=3)
     ids = model.train()(IMAGES, labels=torch.tensor([4, 5, 4, 5])).prompt_ids
     assert ids.flatten().tolist() == [2, 2, 2, 2]
     with torch.no_grad():
@@ -209,7 +198,7 @@ def test_dualprompt_trains_the_tasks_prompt_and_tests_the_nearest() -> None:
 def test_an_ensemble_is_the_mean_of_its_members(one_stage: bool, keys_per_layer: bool) -> None:
     """With every task in the ensemble, each member is the answer of a model that knows no other prompt."""
     config = DualPromptConfig(g_layers=[0], e_layers=[1], ensemble=5, one_stage=one_stage, keys_per_layer=keys_per_layer)
-    model = model_of(config)
+    model = model_of(config, tasks=3)
     prompts = model.adapter.pool.e_prompts
     with torch.no_grad():
         output = model(IMAGES)

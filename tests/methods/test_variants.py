@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from support.drawn_models import model_of
 from support.families import build, inputs
 from support.methods import METHODS, VARIANTS
 from torch import Tensor
@@ -18,7 +19,6 @@ from cl_prompts import (
     DualPromptConfig,
     L2PConfig,
     L2PPrefixConfig,
-    PromptPoolConfig,
     PromptPoolModel,
     get_prompt_pool_model,
 )
@@ -27,19 +27,6 @@ from cl_prompts.sharing.inspect import describe_adapter
 
 IMAGES = inputs("vit", 4, seed=7)["pixel_values"]
 LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def model_of(config: PromptPoolConfig, tasks: int = 1) -> Any:
-    torch.manual_seed(4)
-    model = get_prompt_pool_model(build("vit"), config)
-    for task in range(tasks):
-        if task:
-            model.end_task()
-        model.begin_task([2 * task, 2 * task + 1])
-        with torch.no_grad():
-            for parameter in model.adapter.pool.parameters():
-                parameter.normal_(std=0.5)
-    return model.eval()
 
 
 def prompted(model: Any, tokens: Tensor, at: int = 1, feature: slice | None = None) -> Tensor:

@@ -63,7 +63,8 @@ def test_every_comparison_is_read_and_builds(name: str, base: Path, tmp_path: Pa
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_builds(name: str, base: Path) -> None:
-    build(read_arguments(["--recipe", name])[0], base)
+    arguments = read_arguments(["--recipe", name])[0]
+    assert build(arguments, base).adapter.config.method == arguments.method
 
 
 def dry_run(line: list[str], base: Path, data: dict[str, str], output: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import kept_offloaded
-from cl_prompts.backbones.input_checks import check_is_model
+from cl_prompts.backbones.input_checks import checked_base
 from cl_prompts.backbones.restore import left_as_it_was
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
@@ -268,7 +268,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses the request.
         """
         refuse_unknown("from_pretrained", kwargs, LOAD_KEYWORDS)
-        check_is_model(model)
+        model = checked_base(model)
         hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         limit = max_adapter_bytes or PromptPoolConfig.max_adapter_bytes
 
@@ -377,7 +377,7 @@ def get_prompt_pool_model(
         ValueError: the config does not fit the model.
     """
     refuse_unknown("get_prompt_pool_model", kwargs, ("revision", "autocast_adapter_dtype", "low_cpu_mem_usage"))
-    check_is_model(model)
+    model = checked_base(model)
     check_config(config)
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision

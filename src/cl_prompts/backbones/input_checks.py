@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.structure import Structure, check_not_compiled, check_not_wrapped, expected_image
+from cl_prompts.backbones.timm_models import wrapped_if_bare
 from cl_prompts.runtime.arguments import refuse_unknown
 
 
@@ -54,14 +55,19 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name != "self")
 
 
-def check_is_model(model: Any) -> None:
-    """Raise TypeError if a base is no model, but for example the name of one, or a model inside a wrapper."""
+def checked_base(model: Any) -> nn.Module:
+    """A base as it is used: a bare model of timm in transformers' wrapper, any other as it is.
+
+    Raises:
+        TypeError: it is no model, but for example the name of one, or a model inside a wrapper that hides its calls.
+    """
     if isinstance(model, str):
         raise TypeError(f"the base is {model!r}, a name: load it first, transformers.AutoModel.from_pretrained({model!r})")
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"the base is {what}: pass a model first, as transformers.AutoModel.from_pretrained(name) gives it")
     check_not_wrapped(model)
+    return wrapped_if_bare(model)
 
 
 def check_images(model: nn.Module, structure: Structure, images: Any, kwargs: dict[str, Any]) -> None:

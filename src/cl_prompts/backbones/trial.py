@@ -97,11 +97,6 @@ def try_once(backbone: PromptedBackbone, arguments: dict[str, Any], device: torc
 
 def check_takes_images(model: nn.Module, arguments: dict[str, Any]) -> None:
     """Raise TypeError if the forward of a base names its inputs, and `pixel_values` is none of them or not all."""
-    if type(model).__module__.split(".")[0] == "timm":
-        raise TypeError(
-            f"this {type(model).__name__} is a model of timm without transformers' wrapper: load it with "
-            "transformers.AutoModel.from_pretrained('timm/...')"
-        )
     named = [p for p in signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [p.name for p in named]
     if named and "pixel_values" not in names:

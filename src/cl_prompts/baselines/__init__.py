@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cl_prompts.backbones.input_checks import check_is_model
+from cl_prompts.backbones.input_checks import checked_base
 from cl_prompts.baselines.a_gem import AGEM
 from cl_prompts.baselines.base import Baseline
 from cl_prompts.baselines.bic import BiC
@@ -68,8 +68,7 @@ def get_baseline(name: str, backbone: nn.Module, **options: Any) -> Baseline:
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline is called {name!r}: choose one of {sorted(BASELINES)}")
-    check_is_model(backbone)
-    return BASELINES[name](backbone, **options)
+    return BASELINES[name](checked_base(backbone), **options)
 
 
 def load_baseline(folder: str | os.PathLike[str], backbone: nn.Module) -> Baseline:

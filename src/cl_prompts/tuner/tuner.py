@@ -20,13 +20,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from cl_prompts.backbones.frozen_tensors import execution_device
-from cl_prompts.backbones.input_checks import check_arguments, check_is_model
+from cl_prompts.backbones.input_checks import check_arguments, checked_base
 from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import PassPlan, PassRecord
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.quantized import with_quantized_entries
 from cl_prompts.backbones.readout import resolve_pooling
 from cl_prompts.backbones.structure import Structure
+from cl_prompts.backbones.timm_models import given_base
 from cl_prompts.backbones.trial import check_runs, check_weights
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.methods import PromptPoolConfig
@@ -74,7 +75,7 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
     active_adapter: str | list[str]
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        check_is_model(model)
+        model = checked_base(model)
         if not isinstance(peft_config, dict):  # `inject_adapter_in_model` of PEFT before 0.21, which drops the tuner
             raise ValueError("a prompt pool cannot be injected into the base alone: use `get_peft_model` instead")
         if isinstance(model, PeftModel):
@@ -251,11 +252,10 @@ class PromptPoolTuner(TaskAPI, BaseTuner):
 
     def unload(self) -> nn.Module:
         """Remove this model from the base and return the base, frozen. Its hooks are removed with its last model."""
-        if self.released:
-            return self.model
-        self._restore_modules()
-        self._release()
-        return self.model
+        if not self.released:
+            self._restore_modules()
+            self._release()
+        return given_base(self.model)
 
     def _restore_modules(self) -> None:
         """Replace the wrappers of `modules_to_save` by the base's own modules."""

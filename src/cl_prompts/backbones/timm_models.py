@@ -1,0 +1,117 @@
+"""Bare models of timm as bases: in transformers' wrapper for them, which runs the same module.
+
+A bare model's forward takes `x`, and it has no config to save. The wrapper has both.
+"""
+
+from __future__ import annotations
+
+import weakref
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from cl_prompts.backbones.structure import find_structure
+
+
+# One wrapper for each bare model, as long as it is used: the hooks on a base belong to one model.
+_WRAPPERS: WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = WeakKeyDictionary()
+_LOCK = Lock()
+_MADE_HERE = "_cl_made_of_bare"
+
+
+def wrapped_if_bare(model: nn.Module) -> nn.Module:
+    """A bare vision transformer of timm in transformers' wrapper, without a copy; any other model as it is.
+
+    With a classifier, the wrapper is a `TimmWrapperForImageClassification`, whose logits are what the bare model returns.
+
+    Raises:
+        TypeError: it is no vision transformer.
+    """
+    if isinstance(model, PreTrainedModel) or not _has_methods_of_timm(model):
+        return model
+    with _LOCK:
+        known = _WRAPPERS.get(model)
+        wrapper = known() if known is not None else None
+        if wrapper is None:
+            find_structure(model)  # its error names the model, not the wrapper
+            wrapper = _wrap(model)
+            _WRAPPERS[model] = weakref.ref(wrapper)
+        return wrapper
+
+
+def given_base(model: nn.Module) -> nn.Module:
+    """The model that `wrapped_if_bare` was given."""
+    bare: nn.Module = model.timm_model if vars(model).get(_MADE_HERE) else model  # type: ignore[assignment]
+    return bare
+
+
+def _has_methods_of_timm(model: nn.Module) -> bool:
+    return all(callable(getattr(type(model), name, None)) for name in ("forward_features", "forward_head", "forward"))
+
+
+def _wrap(model: Any) -> PreTrainedModel:
+    from transformers import TimmWrapperForImageClassification, TimmWrapperModel  # deferred: imports timm and torchvision
+
+    labels = getattr(model, "num_classes", 0)
+    kind: Any = TimmWrapperForImageClassification if labels else TimmWrapperModel
+    wrapper = kind.__new__(kind)  # its __init__ would make a new model of timm
+    PreTrainedModel.__init__(wrapper, _config_of(model, labels))
+    wrapper.timm_model = nn.Identity()
+    wrapper.features_only, wrapper.num_labels = False, labels
+    wrapper.post_init()  # would initialize the weights of the model
+    wrapper.timm_model = model
+    wrapper.supports_gradient_checkpointing = hasattr(model, "set_grad_checkpointing")
+    setattr(wrapper, _MADE_HERE, True)
+    wrapper.training = model.training
+    return wrapper
+
+
+def _config_of(model: Any, labels: int) -> PreTrainedConfig:
+    """The config with which transformers makes such a model.
+
+    The Hub id of timm's weights is its name if they have its shapes. It has none if the weights are those of a new model, and
+    no architecture if timm makes it only from arguments that it does not tell.
+    """
+    from transformers import TimmWrapperConfig  # deferred: imports timm
+
+    declared = dict(getattr(model, "pretrained_cfg", None) or {})
+    architecture = declared.get("architecture")
+    config = TimmWrapperConfig(num_labels=labels, architecture=architecture or type(model).__name__, pretrained_cfg=declared)
+    if architecture and not _has_shapes(model, architecture, {}):
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        arguments = {"img_size": list(size)} if size else {}
+        config.model_args = arguments if arguments and _has_shapes(model, architecture, arguments) else None
+        return config
+    hub_id = declared.get("hf_hub_id")
+    if architecture and isinstance(hub_id, str) and not declared.get("hf_hub_filename") and _was_trained(model):
+        config.name_or_path = hub_id
+    return config
+
+
+def _has_shapes(model: nn.Module, architecture: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm makes a model of these shapes; layers of PEFT inside `model` do not count."""
+    import timm  # deferred: a model with an architecture was made by it
+
+    if not timm.is_model(architecture):
+        return False
+    try:
+        with torch.device("meta"):
+            made = timm.create_model(architecture, num_classes=getattr(model, "num_classes", 0), **arguments)
+    except Exception:  # the code of any model may fail in any way
+        return False
+    depth = find_structure(model).shape.num_layers
+    return depth == find_structure(made).shape.num_layers and _shapes(made).items() <= _shapes(model).items()
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name.replace(".base_layer.", "."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _was_trained(model: nn.Module) -> bool:
+    """Whether a norm has other weights than those of a new model."""
+    scales = (getattr(module, "weight", None) for module in model.modules() if "Norm" in type(module).__name__)
+    return any(not scale.is_meta and bool((scale != 1).any()) for scale in scales if isinstance(scale, torch.Tensor))

@@ -76,12 +76,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             TypeError: the base has no argument of that name.
             ValueError: wrong image size or channels, a label of no declared class, or no class is known yet.
         """
-        own = {
-            "labels": labels,
-            "query": query,
-            "sample_ids": sample_ids,
-            "num_items_in_batch": num_items_in_batch,
-        }
+        own = {"labels": labels, "query": query, "sample_ids": sample_ids, "num_items_in_batch": num_items_in_batch}
         passed = {name: value for name, value in own.items() if value is not None}
         pools = self.base_model.pools
         if pools.disable_adapters:
@@ -130,6 +125,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             OSError: the disk is full. The files of the last save are kept.
         """
         from cl_prompts.sharing.card import add_pictures, card_inputs, write_card  # deferred: imports evaluation
+        from cl_prompts.sharing.image_processor import save_processor
 
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
@@ -159,7 +155,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
                 )
             for name, place in places.items():
                 if image_processor is not None:
-                    image_processor.save_pretrained(folder / place)
+                    save_processor(image_processor, folder / place)
                 if record is not None and name in self.active_adapters:
                     record.save(folder / place, digest_file(folder / place))
                     add_pictures(folder / place, record, pictures)
@@ -367,7 +363,8 @@ def get_prompt_pool_model(
     """Add a new prompt pool to a vision transformer, whose parameters are frozen in place.
 
     Args:
-        model: a supported Hugging Face vision transformer, bare or with an image classification head (which is not used).
+        model: a supported Hugging Face vision transformer, bare or with an image classification head (which is not used), or
+            one of timm.
         config: a method's config.
         adapter_name: name of the adapter.
         kwargs: `revision`, `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in PEFT.

@@ -8,13 +8,14 @@ import torch
 import transformers as T
 from support.families import inputs, randomized, tensors_of
 from support.oracles import explicit_attention, random_prefixes, run
-from support.timm_layout import KINDS, VisionTransformer, build_layout, converted
+from support.timm_layout import KINDS, build_bare, build_layout, converted
 from torch import Tensor
 from torch.testing import assert_close
 
-from cl_prompts import HashPromptConfig, L2PConfig, get_prompt_pool_model
+from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import cls_position_embedding, expected_image, find_structure
+from cl_prompts.backbones.timm_models import wrapped_if_bare
 from cl_prompts.interfaces import PrefixKV
 
 
@@ -34,13 +35,26 @@ TIMM = {
 }
 
 
+NO_TIMM = "timm cannot be imported, for example without torchvision"
+
+
 def wrapped(name: str, kind: str) -> Any:
-    pytest.importorskip("timm", reason="timm cannot be imported, for example without torchvision", exc_type=ImportError)
+    pytest.importorskip("timm", reason=NO_TIMM, exc_type=ImportError)
     torch.manual_seed(0)
     return randomized(getattr(T, kind)(T.TimmWrapperConfig(architecture=TIMM[name], model_args=SMALL, num_labels=5)))
 
 
+def bare(name: str, num_classes: int = 0) -> Any:
+    """A model of timm or, for the name of a layout, ours."""
+    if name in KINDS:
+        return build_bare(name, num_classes)
+    timm = pytest.importorskip("timm", reason=NO_TIMM, exc_type=ImportError)
+    torch.manual_seed(0)
+    return randomized(timm.create_model(TIMM[name], num_classes=num_classes, **SMALL))
+
+
 BASES: dict[str, Callable[[], Any]] = {f"layout: {kind}": lambda kind=kind: build_layout(kind) for kind in KINDS}
+BASES |= {f"bare: {name}": lambda name=name: wrapped_if_bare(bare(name)) for name in (*KINDS[:3], *TIMM)}
 for kind in ("TimmWrapperModel", "TimmWrapperForImageClassification"):
     BASES |= {f"{kind}: {name}": lambda name=name, kind=kind: wrapped(name, kind) for name in TIMM}
 
@@ -84,8 +98,9 @@ def test_models_of_timm_train_and_are_given_back(name: str) -> None:
         assert all(p.grad is not None for n, p in model.adapter.named_parameters() if n.endswith("prompts"))
         with torch.no_grad(), model.eval().disable_adapter():
             off = tensors_of(model(**values))
+        model.unload()
         with torch.no_grad():
-            given_back = tensors_of(model.unload()(**values))
+            given_back = tensors_of(base(**values))
         for found in (off, given_back):
             assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
 
@@ -144,13 +159,3 @@ def test_checkpointing_of_timm_is_refused_by_name() -> None:
     model.get_base_model().timm_model.grad_checkpointing = True
     with pytest.raises(ValueError, match=r"timm's gradient checkpointing .* gradient_checkpointing_disable"):
         model.train()(**inputs("vit", 2), labels=torch.tensor([0, 1]))
-
-
-def test_a_bare_model_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match="takes 'x', not 'pixel_values'"):
-        get_prompt_pool_model(Bare("plain"), L2PConfig())
-
-
-class Bare(VisionTransformer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))

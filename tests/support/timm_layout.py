@@ -76,8 +76,9 @@ class AttentionPool(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, num_classes: int = 0) -> None:
         super().__init__()
+        self.num_classes = num_classes
         has_cls = kind not in ("gap", "attention pooling")
         registers = 4 if kind == "registers" else 0
         self.special = has_cls + registers
@@ -90,6 +91,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.Identity() if kind == "gap" else nn.LayerNorm(SIZE, eps=1e-12)
         self.attn_pool = AttentionPool() if kind == "attention pooling" else None
         self.fc_norm = nn.LayerNorm(SIZE) if kind == "gap" else nn.Identity()
+        self.head = nn.Linear(SIZE, num_classes) if num_classes else nn.Identity()
         self.kind, self.grad_checkpointing = kind, False
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -106,8 +108,11 @@ class VisionTransformer(nn.Module):
 
     def forward_head(self, x: Tensor) -> Tensor:
         if self.attn_pool is not None:
-            return self.fc_norm(self.attn_pool(x))
-        return self.fc_norm(x[:, 0] if self.cls_token is not None else x.mean(1))
+            return self.head(self.fc_norm(self.attn_pool(x)))
+        return self.head(self.fc_norm(x[:, 0] if self.cls_token is not None else x.mean(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 
 class Wrapper(T.PreTrainedModel):
@@ -129,6 +134,12 @@ def build_layout(kind: str, seed: int = 0) -> Any:
     """A model with random weights so large that attention is far from uniform."""
     torch.manual_seed(seed)
     return randomized(Wrapper(T.PreTrainedConfig(), kind))
+
+
+def build_bare(kind: str, num_classes: int = 0) -> Any:
+    """The model inside, as `timm.create_model` makes it."""
+    torch.manual_seed(0)
+    return randomized(VisionTransformer(kind, num_classes))
 
 
 def converted(model: Wrapper) -> Any:

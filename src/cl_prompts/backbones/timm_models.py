@@ -80,11 +80,14 @@ def _config_of(model: Any, labels: int) -> PreTrainedConfig:
 
     declared = dict(getattr(model, "pretrained_cfg", None) or {})
     architecture = declared.get("architecture")
-    config = TimmWrapperConfig(num_labels=labels, architecture=architecture or type(model).__name__, pretrained_cfg=declared)
+    config = TimmWrapperConfig(
+        num_labels=labels, architecture=architecture or type(model).__name__, pretrained_cfg=declared
+    )
     if architecture and not _has_shapes(model, architecture, {}):
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        arguments = {"img_size": list(size)} if size else {}
-        config.model_args = arguments if arguments and _has_shapes(model, architecture, arguments) else None
+        if size and _has_shapes(model, architecture, {"img_size": size}):
+            config.model_args = {"img_size": list(size)}
+            declared["input_size"] = (3, *size)  # for timm's image processor
         return config
     hub_id = declared.get("hf_hub_id")
     if architecture and isinstance(hub_id, str) and not declared.get("hf_hub_filename") and _was_trained(model):

@@ -57,6 +57,11 @@ class ToTensor:
             raise ValueError(f"input_range={input_range!r}: choose processor or unit")
         if resample != "processor":
             self.options["resample"] = PILImage.Resampling[resample.upper()]
+        if fixed := [name for name in self.options if getattr(processor, name, None) is None]:
+            raise ValueError(
+                f"the image processor of the model, a {type(processor).__name__}, has no {fixed[0]} to change: leave "
+                "input_range and resample at their defaults, processor"
+            )
 
     def settings(self) -> dict[str, Any]:
         """All settings of the transform, JSON-able, for the query cache."""

@@ -49,6 +49,7 @@ from cl_prompts.runs.run_folder import (
     refuse_another_run,
 )
 from cl_prompts.runtime.disk_full import NO_ROOM
+from cl_prompts.sharing.image_processor import save_processor
 from cl_prompts.sharing.run_record import RunRecord
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.sharding import shard_frozen_blocks
@@ -182,7 +183,7 @@ class Run:
         if method in BASELINES:
             with staging_folder(folder / "adapter") as staging:
                 learner.save_pretrained(staging)
-                processor.save_pretrained(staging)
+                save_processor(processor, staging)
         else:
             learner.save_pretrained(folder / "adapter", record=record, pictures=pictures, image_processor=processor)
         record.save(folder, None)  # last, because a folder with results.json counts as complete

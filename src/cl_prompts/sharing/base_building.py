@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrained
 
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.sharing.base_files import BaseFiles
+from cl_prompts.sharing.image_processor import TIMM_MARK
 from cl_prompts.storage.integrity import Declared
 
 
@@ -59,6 +60,8 @@ def build_base(kind: Any, files: BaseFiles, name: str, /, **kwargs: Any) -> PreT
 def _config_of(kind: Any, content: Mapping[str, Any], kwargs: Mapping[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config of `kind`, a part of a larger one where its class is that of a part; arguments that are none of it."""
     content, model_type = dict(content), content.get("model_type")
+    if model_type is None and TIMM_MARK in content:
+        model_type = "timm_wrapper"
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"transformers has no model type `{short_repr(model_type)[1:-1]}`; custom code is never run")
     made_for = CONFIG_MAPPING[model_type]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
+from support.automodel_families import NEEDS  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from support.family_tables import HEADER, refused, works  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 
@@ -28,7 +29,12 @@ def main() -> None:
     """Replace what stands behind the two marks."""
     working = works()
     text = PAGE.read_text()
-    others = refused({row[1].strip("`") for row in working})
+    written = dict(re.findall(r"^\| (`\w+`) \| (.+) \|$", text.split("<!-- refused families -->")[1], re.MULTILINE))
+    others = [
+        # Reasons that were found where further libraries are installed are kept.
+        (name, written.get(name, reason) if reason.startswith(NEEDS) else reason)
+        for name, reason in refused({row[1].strip("`") for row in working})
+    ]
     for mark, rows in (("families", [HEADER, *working]), ("refused families", [("class", "why"), *others])):
         before, behind = text.split(f"<!-- {mark} -->\n")
         text = f"{before}<!-- {mark} -->\n" + table(rows) + re.sub(r"^(\|.*\n)*", "", behind)

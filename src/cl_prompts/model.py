@@ -363,8 +363,8 @@ def get_prompt_pool_model(
     """Add a new prompt pool to a vision transformer, whose parameters are frozen in place.
 
     Args:
-        model: a supported Hugging Face vision transformer, bare or with an image classification head (which is not used), or
-            one of timm.
+        model: a supported Hugging Face vision transformer, bare or with an image classification head (which is not used),
+            or one of timm.
         config: a method's config.
         adapter_name: name of the adapter.
         kwargs: `revision`, `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in PEFT.

@@ -9,10 +9,10 @@ import transformers as T
 from support.families import inputs, randomized, tensors_of
 from support.oracles import explicit_attention, random_prefixes, run
 from support.timm_layout import KINDS, build_bare, build_layout, converted
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts import HashPromptConfig, L2PConfig, get_prompt_pool_model
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.structure import cls_position_embedding, expected_image, find_structure
 from cl_prompts.backbones.timm_models import wrapped_if_bare
@@ -57,6 +57,15 @@ BASES: dict[str, Callable[[], Any]] = {f"layout: {kind}": lambda kind=kind: buil
 BASES |= {f"bare: {name}": lambda name=name: wrapped_if_bare(bare(name)) for name in (*KINDS[:3], *TIMM)}
 for kind in ("TimmWrapperModel", "TimmWrapperForImageClassification"):
     BASES |= {f"{kind}: {name}": lambda name=name, kind=kind: wrapped(name, kind) for name in TIMM}
+
+
+def backbone_of_timm() -> Any:
+    pytest.importorskip("timm", reason=NO_TIMM, exc_type=ImportError)
+    torch.manual_seed(0)
+    return randomized(T.TimmBackbone(T.TimmBackboneConfig(backbone=TIMM["vit"], out_indices=[-1]), **SMALL))
+
+
+BASES["TimmBackbone: vit"] = backbone_of_timm
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -151,6 +160,20 @@ def test_rows_in_the_input_space_pass_biases_that_are_apart() -> None:
     values = inputs("vit", 2)
     through = run(backbone, values, prefixes={1: PrefixKV(rows, rows)})
     assert_close(through, run(backbone, values, prefixes={1: heads}), atol=1e-5, rtol=0)
+
+
+def test_blocks_behind_the_list_are_refused() -> None:
+    """CaiT has a list of blocks with a class token behind its list of blocks without one."""
+    model = build_layout("plain")
+    inner = model.timm_model
+    for name in ("norm", "fc_norm", "head"):
+        part = getattr(inner, name)
+        delattr(inner, name)
+        if name == "norm":
+            inner.blocks_token_only = nn.ModuleList([nn.Linear(32, 32)])
+        setattr(inner, name, part)
+    with pytest.raises(TypeError, match="`blocks_token_only` come between its blocks and its norm"):
+        get_prompt_pool_model(model, L2PConfig())
 
 
 def test_checkpointing_of_timm_is_refused_by_name() -> None:

@@ -19,6 +19,7 @@ from cl_prompts.backbones.trial import check_takes_images, try_once
 
 MODELS = Path(transformers.__file__).parent / "models"
 IMAGES = ("pixel_values", "pixel_values_videos", "flattened_patches")
+NEEDS = "not tried: needs "  # a library that is not there
 # Their structure is that of a vision transformer, but the trial when they are wrapped fails.
 BY_TRIAL = {
     "MiniCPMOcrVisionModel": "its forward needs `target_sizes`: it packs the patches of several images",
@@ -63,7 +64,7 @@ def attribute(source: str, name: str, wanted: str) -> Any:
 
 def why_refused(name: str, folder: str) -> str | None:
     """Why a model of a family's default size is no base, tried without weights; None: nothing speaks against it."""
-    if name.startswith("TimmWrapper"):
+    if name.startswith("TimmWrapper") or name == "TimmBackbone":
         return "a vision transformer inside it works: see timm"
     module = next(path for path in (MODELS / folder).glob("modeling_*.py") if f"\nclass {name}(" in path.read_text())
     try:
@@ -73,7 +74,7 @@ def why_refused(name: str, folder: str) -> str | None:
             model = kind(kind.config_class())
     except ImportError as error:
         library = re.search(r"requires the (\w+) library|named '(\w+)'", str(error))
-        return "not tried: needs " + (library[1] or library[2] if library else str(error))
+        return NEEDS + (library[1] or library[2] if library else str(error))
     except (TypeError, ValueError, AttributeError):
         return "not tried: its default config builds no model"
     try:

@@ -73,8 +73,8 @@ def _wrap(model: Any) -> PreTrainedModel:
 def _config_of(model: Any, labels: int) -> PreTrainedConfig:
     """The config with which transformers makes such a model.
 
-    The Hub id of timm's weights is its name if they have its shapes. It has none if the weights are those of a new model, and
-    no architecture if timm makes it only from arguments that it does not tell.
+    It is named by the Hub id of timm's weights if the model has their shapes and is not new. Arguments other than the size
+    of images cannot be read off a model: its config then does not describe it.
     """
     from transformers import TimmWrapperConfig  # deferred: imports timm
 
@@ -115,6 +115,10 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _was_trained(model: nn.Module) -> bool:
-    """Whether a norm has other weights than those of a new model."""
-    scales = (getattr(module, "weight", None) for module in model.modules() if "Norm" in type(module).__name__)
-    return any(not scale.is_meta and bool((scale != 1).any()) for scale in scales if isinstance(scale, torch.Tensor))
+    """Whether a norm has another bias or, without biases, another weight than that of a new model."""
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    for name, new in (("bias", 0), ("weight", 1)):
+        found = [t for t in (getattr(norm, name, None) for norm in norms) if isinstance(t, torch.Tensor) and not t.is_meta]
+        if found:
+            return any(bool((tensor != new).any()) for tensor in found)
+    return False

@@ -172,7 +172,7 @@ def test_blocks_behind_the_list_are_refused() -> None:
         if name == "norm":
             inner.blocks_token_only = nn.ModuleList([nn.Linear(32, 32)])
         setattr(inner, name, part)
-    with pytest.raises(TypeError, match="`blocks_token_only` come between its blocks and its norm"):
+    with pytest.raises(TypeError, match="`blocks_token_only` comes between its blocks and its norm"):
         get_prompt_pool_model(model, L2PConfig())
 
 

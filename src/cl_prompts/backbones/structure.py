@@ -253,7 +253,7 @@ def _find_norm(backbone: nn.Module, inner: str, block: str) -> tuple[str | None,
         if "Norm" in type(original).__name__ or isinstance(original, nn.Identity):
             further = next((n for n, between in behind[:i] if any(True for _ in between.parameters())), None)
             if further is not None:
-                raise _unsupported(backbone, f"`{further}` come between its blocks and its norm")
+                raise _unsupported(backbone, f"`{further}` comes between its blocks and its norm")
             return _join(inner, name), behind[i + 1 :]
     if any("Norm" in type(module).__name__ for _, module in children):
         raise _unsupported(backbone, "no norm follows its blocks")

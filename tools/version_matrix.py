@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, str]] = {
     "transformers 5.10": {"transformers": "5.10.4", "huggingface_hub": "1.31.0"},
     "peft 0.20": {"peft": "0.20.0"},
     "peft 0.18": {"peft": "0.18.1"},
+    "torch 2.14": {"torch": "2.14.1"},  # 5.5 GB where only a build for CUDA is at hand
     "accelerate 1.10": {"accelerate": "1.10.1"},
     "huggingface_hub 1.31": {"huggingface_hub": "1.31.0"},
     "datasets 4.4": {"datasets": "4.4.2", "huggingface_hub": "1.31.0", "transformers": "5.17.0"},

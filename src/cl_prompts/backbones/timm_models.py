@@ -26,7 +26,8 @@ _MADE_HERE = "_cl_made_of_bare"
 def wrapped_if_bare(model: nn.Module) -> nn.Module:
     """A bare vision transformer of timm in transformers' wrapper, without a copy; any other model as it is.
 
-    With a classifier, the wrapper is a `TimmWrapperForImageClassification`, whose logits are what the bare model returns.
+    With a classifier, the wrapper is a `TimmWrapperForImageClassification`, whose logits are what the bare model returns;
+    otherwise a `TimmWrapperModel`, whose `pooler_output` is.
 
     Raises:
         TypeError: it is no vision transformer.
@@ -57,7 +58,9 @@ def _wrap(model: Any) -> PreTrainedModel:
     from transformers import TimmWrapperForImageClassification, TimmWrapperModel  # deferred: imports timm and torchvision
 
     labels = getattr(model, "num_classes", 0)
-    kind: Any = TimmWrapperForImageClassification if labels else TimmWrapperModel
+    # From a checkpoint without a classifier, transformers makes no classifier.
+    has_head = bool(labels) and (getattr(model, "pretrained_cfg", None) or {}).get("num_classes") != 0
+    kind: Any = TimmWrapperForImageClassification if has_head else TimmWrapperModel
     wrapper = kind.__new__(kind)  # its __init__ would make a new model of timm
     PreTrainedModel.__init__(wrapper, _config_of(model, labels))
     wrapper.timm_model = nn.Identity()
@@ -106,8 +109,8 @@ def _has_shapes(model: nn.Module, architecture: str, arguments: dict[str, Any]) 
             made = timm.create_model(architecture, num_classes=getattr(model, "num_classes", 0), **arguments)
     except Exception:  # the code of any model may fail in any way
         return False
-    depth = find_structure(model).shape.num_layers
-    return depth == find_structure(made).shape.num_layers and _shapes(made).items() <= _shapes(model).items()
+    same = find_structure(model).shape == find_structure(made).shape
+    return same and _shapes(made).items() <= _shapes(model).items()
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

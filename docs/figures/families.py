@@ -30,7 +30,7 @@ def main() -> None:
     working = works()
     text = PAGE.read_text()
     written = dict(re.findall(r"^\| (`\w+`) \| (.+) \|$", text.split("<!-- refused families -->")[1], re.MULTILINE))
-    others = [
+    others: list[tuple[str, ...]] = [
         # Reasons that were found where further libraries are installed are kept.
         (name, written.get(name, reason) if reason.startswith(NEEDS) else reason)
         for name, reason in refused({row[1].strip("`") for row in working})

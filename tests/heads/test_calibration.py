@@ -196,7 +196,8 @@ def test_a_temperature_of_other_scores_is_not_carried_on() -> None:
     assert state.score_width == 0.1
     assert state.temperature is not None
     assert state.temperature > 0.1
-    assert state.novelty_threshold is None  # there are fewer than five held-out images
+    assert state.novelty_threshold is not None
+    assert state.novelty_threshold < 50  # without the earlier 100
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), "3", True, 1e9])
@@ -215,7 +216,7 @@ def test_tasks_of_different_spread_are_calibrated_alike(kind: str) -> None:
     for number, width in enumerate((1.0, 4.0)):
         means = width * torch.randn(5, 20, generator=generator)
         targets = torch.arange(5).repeat(60)
-        x = 20 * number + means[targets] + 2 * width * torch.randn(300, 20, generator=generator)
+        x = means[targets] + 2 * width * torch.randn(300, 20, generator=generator)
         classifier.begin_task(range(5 * number, 5 * number + 5))
         x, targets = x.split(200), (targets + 5 * number).split(200)
         answers = classifier.held_out_answers(x[0], targets[0])
@@ -228,7 +229,7 @@ def test_tasks_of_different_spread_are_calibrated_alike(kind: str) -> None:
     for x, targets in seen:
         scores = (classifier(x) / classifier.scale(x)[:, None] / temperature).softmax(1)
         accuracy = (scores.argmax(1) == targets).float().mean()
-        assert abs(float(scores.amax(1).mean() - accuracy)) < 0.12, (float(scores.amax(1).mean()), float(accuracy))
+        assert abs(float(scores.amax(1).mean() - accuracy)) < 0.15, (float(scores.amax(1).mean()), float(accuracy))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])

@@ -248,9 +248,7 @@ class PoolAdapter(nn.Module):
         if isinstance(classifier, RetrainedHead):
             classifier.hand_over(self.head)
 
-    def _calibration(
-        self, features: Tensor, targets: Tensor, before: Tensor | None
-    ) -> dict[str, float | bool | None]:
+    def _calibration(self, features: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, float | bool | None]:
         """What the state holds of the scores after the newest task, from its images while they are held out."""
         state, novelty, scale, width = self.config.state, None, None, None
         only_current = self.config.class_mask == "task"

@@ -66,9 +66,8 @@ def measure(
         features = torch.cat([task[part] for part in parts])[seen]
         raw = classifier(features).detach()
         calibrated = scaled(log_scores(raw, classifier.score_width), classifier.scale(features)) / temperature
-        reliability.append(
-            [Reliability.of(z.double().softmax(1).numpy(), targets[seen].numpy()) for z in (raw, calibrated)]
-        )
+        both = [z.double().softmax(1).numpy() for z in (raw, calibrated)]
+        reliability.append([Reliability.of(probabilities, targets[seen].numpy()) for probabilities in both])
     return reliability
 
 

@@ -22,6 +22,9 @@ from cl_prompts.heads.refit import held_out_logits, trained_as_far
 from cl_prompts.storage.adapter_state import AdapterState
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 NEW = {
     "discriminant": lambda drift: DiscriminantClassifier(6, drift=drift),
     "ridge": lambda drift: RidgeClassifier(6, projection_size=30, drift=drift),
@@ -219,10 +222,10 @@ def test_tasks_of_different_spread_are_calibrated_alike(kind: str) -> None:
         x = means[targets] + 2 * width * torch.randn(300, 20, generator=generator)
         classifier.begin_task(range(5 * number, 5 * number + 5))
         x, targets = x.split(200), (targets + 5 * number).split(200)
-        answers = classifier.held_out_answers(x[0], targets[0])
-        assert answers.scale is not None
-        chosen = fit_temperature(answers.logits / answers.scale[:, None], answers.targets)
-        temperature = carried_on(temperature, chosen, len(answers.targets))
+        held = classifier.held_out_held(x[0], targets[0])
+        assert held.scale is not None
+        chosen = fit_temperature(held.logits / held.scale[:, None], held.targets)
+        temperature = carried_on(temperature, chosen, len(held.targets))
         classifier.fit(x[0], targets[0])
         seen.append((x[1], targets[1]))
     assert temperature is not None
@@ -232,6 +235,7 @@ def test_tasks_of_different_spread_are_calibrated_alike(kind: str) -> None:
         assert abs(float(scores.amax(1).mean() - accuracy)) < 0.15, (float(scores.amax(1).mean()), float(accuracy))
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_method_is_calibrated_after_a_task(method: str) -> None:
     model = new_model(method)

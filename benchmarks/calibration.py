@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cl_prompts.evaluation.calibration import Reliability
 from cl_prompts.evaluation.report import machine
@@ -26,6 +27,11 @@ HEADS: dict[str, Callable[..., FeatureClassifier]] = {
     "aligned": AlignedClassifier,
     "ridge (M = 2,000)": lambda width, drift: RidgeClassifier(width, drift=drift, projection_size=2000),
 }
+
+
+def scaled(logits: Tensor, scale: Tensor | None) -> Tensor:
+    """Logits [B, C], divided by the scale of each image [B] if there is one."""
+    return logits if scale is None else logits / scale[:, None]
 
 
 def measure(
@@ -42,6 +48,7 @@ def measure(
     temperature, known, reliability = None, [], []
     for number, task in enumerate(tasks):
         own = sorted(set(task["targets"].tolist()))
+        new = len(set(own) - set(known))
         known += [index for index in own if index not in known]
         head.expand(known, own)
         head.weight.data = task["weight"].clone()
@@ -49,15 +56,18 @@ def measure(
             head.bias.data = task["bias"].clone()
         given = (task["features"], task["targets"], task["before"] if moves else None, head)
         classifier.begin_task(own)
-        logits, held, _ = classifier.held_out_answers(*given, only_current=only_current)
-        chosen = fit_temperature(log_scores(logits, classifier.score_width), held)
-        temperature = carried_on(temperature, chosen, len(held))
+        logits, held, _, scale = classifier.held_out_answers(*given, only_current=only_current)
+        chosen = fit_temperature(scaled(log_scores(logits, classifier.score_width), scale), held)
+        growth = (len(known) / (len(known) - new)) ** classifier.temperature_power if number else 1.0
+        temperature = carried_on(temperature, chosen, len(held), growth)
         assert temperature is not None
         classifier.fit(*given)
         seen = numbers <= number
-        raw = classifier(torch.cat([task[part] for part in parts])[seen]).detach()
-        scaled = log_scores(raw, classifier.score_width) / temperature
-        reliability.append([Reliability.of(z.double().softmax(1).numpy(), targets[seen].numpy()) for z in (raw, scaled)])
+        features = torch.cat([task[part] for part in parts])[seen]
+        raw = classifier(features).detach()
+        calibrated = scaled(log_scores(raw, classifier.score_width), classifier.scale(features)) / temperature
+        both = [z.double().softmax(1).numpy() for z in (raw, calibrated)]
+        reliability.append([Reliability.of(probabilities, targets[seen].numpy()) for probabilities in both])
     return reliability
 
 

@@ -103,7 +103,7 @@ def main() -> None:
         head.expand(range(current.stop), current)
         trained(head, features, targets, current)
         classifier.begin_task(current)
-        logits, held, novelty = classifier.held_out_answers(features, targets)
+        logits, held, novelty, _ = classifier.held_out_answers(features, targets)
         classifier.fit(features, targets)
         temperature = carried_on(temperature, fit_temperature(logits, held), len(held))
         assert novelty is not None

@@ -251,6 +251,30 @@ def test_a_damaged_checkpoint_is_skipped(damage: str, tmp_path: Path) -> None:
     assert_same_run(whole, resumed)
 
 
+def test_large_tensors_that_did_not_change_are_not_written_again(tmp_path: Path) -> None:
+    checkpoints, kept, new = Checkpoints(tmp_path), torch.randn(2, 2**18), torch.randn(2**18)
+    state = {"statistics": kept, "moments": new, "step": 1}
+    before = {file.name: file for file in checkpoints.save(1, state).iterdir()}
+    after = {file.name: file for file in checkpoints.save(2, {**state, "moments": new + 1, "step": 2}).iterdir()}
+    shared = {name for name in after if name in before and after[name].samefile(before[name]) and len(name) > 60}
+    assert len(shared) == 1
+    assert sum(after[name].stat().st_size for name in after.keys() - shared) < kept.nbytes
+    found = checkpoints.latest()
+    assert found is not None
+    assert torch.equal(found["statistics"], kept)
+    assert torch.equal(found["moments"], new + 1)
+    (name,) = shared
+    before[name].write_bytes(b"damaged")
+    checkpoints.save(3, state)  # what is damaged is not taken over
+    found = checkpoints.latest()
+    assert found is not None
+    assert torch.equal(found["statistics"], kept)
+    after[name].unlink()  # of both earlier ones
+    shutil.rmtree(tmp_path / "000000003")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert checkpoints.latest() is None
+
+
 def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         small_trainer("l2p", tmp_path, callbacks=[StopAt(4)]).train()

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.heads.calibration import FOLDS, folds
+from cl_prompts.heads.calibration import folds
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.drift import KINDS as DRIFTS
 from cl_prompts.heads.drift import FeatureMap, fit_map
@@ -27,11 +27,13 @@ class HeldOut(NamedTuple):
         logits: [held, C].
         targets: class index of each image [held].
         novelty: of each image [held]; None for a classifier without such a score.
+        scale: of each image [held], as of `FeatureClassifier.scale`; None for a classifier without it.
     """
 
     logits: Tensor
     targets: Tensor
     novelty: Tensor | None
+    scale: Tensor | None
 
 
 class FeatureClassifier(nn.Module, ABC):
@@ -60,10 +62,10 @@ class FeatureClassifier(nn.Module, ABC):
 
     # Name, in messages, of what `save_statistics` saves.
     statistics = "class means and covariances"
-    # Largest number of fits for `held_out_answers`.
-    folds = FOLDS
     # Of `log_scores`, for a classifier whose scores are those of a regression.
     score_width: ClassVar[float | None] = None
+    # The temperature of held-out images goes with this power of the number of classes.
+    temperature_power: ClassVar[float] = 0.0
 
     def __init__(self, *, save_statistics: bool, drift: str) -> None:
         super().__init__()
@@ -202,8 +204,8 @@ class FeatureClassifier(nn.Module, ABC):
         """
         self._check(features, targets, before)
         logits, held_targets = [features.new_zeros(0, self.num_classes)], [targets[:0]]
-        novelty = []
-        for held in folds(targets, self.folds):
+        found: dict[str, list[Tensor]] = {"novelty": [], "scale": []}
+        for held in folds(targets):
             rest = ~held
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)
@@ -212,16 +214,21 @@ class FeatureClassifier(nn.Module, ABC):
                 self.fitted = self.fitted + 1
                 inputs = features[held].to(work)
                 logits.append(self(inputs).to(features.device))
-                score = self.novelty(inputs)
-                novelty += [] if score is None else [score.to(features.device)]
+                for name, values in (("novelty", self.novelty(inputs)), ("scale", self.scale(inputs))):
+                    found[name] += [] if values is None else [values.to(features.device)]
             held_targets.append(targets[held])
-        return HeldOut(torch.cat(logits), torch.cat(held_targets), torch.cat(novelty) if novelty else None)
+        of_images = {name: torch.cat(values) if values else None for name, values in found.items()}
+        return HeldOut(torch.cat(logits), torch.cat(held_targets), of_images["novelty"], of_images["scale"])
 
     def _head_without(
         self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool
     ) -> IncrementalHead:
         """The trained head as if the task had only these images; the same head for a classifier that does not read it."""
         return head
+
+    def scale(self, features: Tensor) -> Tensor | None:
+        """What divides the logits of each image beside the temperature, for `features` [B, D]: [B]; None: nothing does."""
+        return None
 
     def novelty(self, features: Tensor) -> Tensor | None:
         """How unlike the known classes `features` [B, D] are: [B]; None for a classifier that can tell by logits only."""

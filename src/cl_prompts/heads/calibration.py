@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-FOLDS = 5
+# With more images held out of a fit, the temperature would be that of a classifier of fewer images, which is surer of
+# itself than the one that answers.
+FOLDS = 10
 # A task's held-out images; folds are fitted until there are as many.
 HELD_OUT_IMAGES = 200
 # The temperature so far counts as that of this many held-out images.
@@ -26,22 +28,22 @@ EARLIER_IMAGES = 100
 LOWEST, HIGHEST = 1e-4, 1e4
 
 
-def folds(targets: Tensor, largest: int = FOLDS) -> Iterator[Tensor]:
-    """Masks of images to hold out, [n] each: every fifth image of each class, another one for each mask.
+def folds(targets: Tensor) -> Iterator[Tensor]:
+    """Masks of images to hold out, [n] each: every tenth image of each class, another one for each mask.
 
-    A class of fewer than five images has none in some masks, and its last one in the first. A class of one image is never
-    held out.
+    A class of fewer images has none in some masks, and its last one in the first. A class of one image is never held out.
+
+    There are no more masks than needed for `HELD_OUT_IMAGES` images.
 
     Args:
         targets: class index of each image [n].
-        largest: largest number of masks. There are no more than needed for `HELD_OUT_IMAGES` images.
     """
     position, size = torch.zeros_like(targets), torch.zeros_like(targets)
     for target in targets.unique():
         rows = (targets == target).nonzero().flatten()
         position[rows] = torch.arange(len(rows), device=targets.device)
         size[rows] = len(rows)
-    for fold in range(min(largest, max(1, -(-FOLDS * HELD_OUT_IMAGES // len(targets))))):
+    for fold in range(min(FOLDS, max(1, -(-FOLDS * HELD_OUT_IMAGES // len(targets))))):
         held = ((position % FOLDS) == (size.clamp_max(FOLDS) - 1 - fold)) & (size > 1)
         if held.any():
             yield held
@@ -93,14 +95,17 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
     return math.exp((low + high) / 2)
 
 
-def carried_on(earlier: float | None, newest: float | None, images: int) -> float | None:
+def carried_on(earlier: float | None, newest: float | None, images: int, growth: float = 1.0) -> float | None:
     """The temperature after a task: a geometric mean, in which the earlier one counts as 100 held-out images.
 
     Args:
         earlier: temperature before the task; None if there was none.
         newest: temperature of the task's `images` held-out images; None if it is unknown.
         images: their number.
+        growth: what the earlier one is multiplied by, because there are more classes now.
     """
+    if earlier is not None:
+        earlier *= growth
     if earlier is None or newest is None:
         return earlier if newest is None else newest
     share = images / (images + EARLIER_IMAGES)

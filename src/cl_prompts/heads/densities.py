@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 TINY = 1e-30
+SHORTEST = 1e-3  # squared length per dimension, of features at the center
 AT_ONCE = 32  # Gaussians whose factors are in float64 at a time
 
 
@@ -26,6 +27,7 @@ class FullDensities:
         linear: [R, D].
         constant: [R].
         lengths: m'Pm for the mean m and the precision P of each Gaussian [R].
+        metric: mean of the precisions [D, D].
     """
 
     center: Tensor
@@ -33,6 +35,7 @@ class FullDensities:
     linear: Tensor
     constant: Tensor
     lengths: Tensor
+    metric: Tensor
 
     @classmethod
     def of(cls, means: Tensor, covariances: Iterable[Tensor]) -> FullDensities:
@@ -57,7 +60,8 @@ class FullDensities:
         own = means @ precision if len(precisions) == 1 else torch.stack(linear)
         lengths = (own * means).sum(1)
         constant = -0.5 * lengths - torch.stack(volumes)
-        return cls(center.float(), torch.stack(precisions), own.float(), constant.float(), lengths.float())
+        stacked = torch.stack(precisions)
+        return cls(center.float(), stacked, own.float(), constant.float(), lengths.float(), stacked.mean(0))
 
     def scores(self, features: Tensor) -> Tensor:
         """Log densities [B, R] of features [B, D]."""
@@ -73,6 +77,11 @@ class FullDensities:
         x = features - self.center
         squares = torch.einsum("bd,rde,be->br", x, self.precisions, x)
         return x @ self.linear.T * (squares * self.lengths).clamp_min(TINY).rsqrt()
+
+    def squared_lengths(self, features: Tensor) -> Tensor:
+        """Squared length of features [B, D] per dimension, from the mean of the means and by the mean precision: [B]."""
+        x = features - self.center
+        return ((x @ self.metric) * x).mean(1).clamp_min(SHORTEST)
 
 
 @dataclass(frozen=True)
@@ -151,3 +160,7 @@ class LowRankDensities:
         z = (features - self.center) @ self.whiten
         squares = z.square().sum(1, keepdim=True) * self.lengths
         return z @ self.means.T * self.shares * squares.clamp_min(TINY).rsqrt()
+
+    def squared_lengths(self, features: Tensor) -> Tensor:
+        """Squared length of features [B, D] per dimension, where the pooled covariance is the identity: [B]."""
+        return ((features - self.center) @ self.whiten).square().mean(1).clamp_min(SHORTEST)

@@ -141,6 +141,19 @@ class DiscriminantClassifier(FeatureClassifier):
         self.check_fitted()
         return 1 - self._densities().rows.cosines(features.float()).amax(1)
 
+    def scale(self, features: Tensor) -> Tensor:
+        """Squared length of each of `features` [B, D] where the covariance is the identity, divided by D: [B].
+
+        Differences of log densities grow with it, whether an image's features vary more than those of others, or the
+        covariance is of few images and too small in some directions: the logits divided by it are as sure as they should be
+        for both kinds of images.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self.check_fitted()
+        return self._densities().rows.squared_lengths(features.float())
+
     def _densities(self) -> Densities:
         """The result of `_compute`, which is computed again only after the Gaussians have changed."""
         cached = self._cached

@@ -143,37 +143,48 @@ class ClassGaussians(nn.Module):
             targets: class index of each image [n].
             seed: of the initial clusters.
         """
-        rows = range(self._newest.start, self._newest.stop)
-        parts = [self._clusters(features[targets == self.class_indices[row]].double(), seed + row) for row in rows]
-        counts = [[len(cluster) for cluster in clusters] for clusters in parts]
-        means = [[_mean(cluster) for cluster in clusters] for clusters in parts]
-        parts = [[x - m for x, m in zip(xs, ms, strict=True)] for xs, ms in zip(parts, means, strict=True)]
-        self._replace("count", [torch.tensor(counts, device=self.count.device).view(len(rows), -1)], self._newest)
-        self._replace("mean", [torch.stack([torch.stack(row) for row in means]).to(self.mean)], self._newest)
-        if self.pools:
-            self._pool([centered for (centered,) in parts])
-        else:
-            of = _covariance if self.kind == "full" else _variances
-            spreads = [torch.stack([of(cluster) for cluster in clusters]).to(self.spread)[None] for clusters in parts]
+        # One class after another: float64 copies of all features would take four times their memory.
+        counts, means, spreads = [], [], []
+        scatter = self.spread.double() * self._pooled_images(self._newest.start) if self.pools else None
+        for row in range(self._newest.start, self._newest.stop):
+            clusters = self._clusters(features[targets == self.class_indices[row]].double(), seed + row)
+            counts.append([len(cluster) for cluster in clusters])
+            means.append(torch.stack([_mean(cluster) for cluster in clusters]))
+            centered = [cluster - mean for cluster, mean in zip(clusters, means[-1], strict=True)]
+            if scatter is not None:
+                scatter.addmm_(centered[0].T, centered[0])
+            else:
+                of = _covariance if self.kind == "full" else _variances
+                spreads.append(torch.stack([of(cluster) for cluster in centered]).to(self.spread)[None])
+        self._replace("count", [torch.tensor(counts, device=self.count.device).view(len(counts), -1)], self._newest)
+        self._replace("mean", [torch.stack(means).to(self.mean)], self._newest)
+        if scatter is None:
             self._replace("spread", spreads, self._newest)
             if self.kind != "centroids":
                 self._fill_single_images()
-
-    def _pool(self, parts: Sequence[Tensor]) -> None:
-        """Update the pooled covariance, and the factors of the newest task, whose centered features are `parts`."""
-        # The covariance of "shared" divides by the number of images, that of "low_rank" is unbiased.
-        weights = (self.count[:, 0] - int(self.kind == "low_rank")).clamp_min(0)
-        before, total = int(weights[: self._newest.start].sum()), int(weights.sum())
-        if total > before:
-            pooled = self.spread.double().mul_(before)
-            for centered in parts:
-                pooled.addmm_(centered.T, centered)
-            self.spread = pooled.div_(total).to(self.spread)
+            return
+        total = self._pooled_images(self._newest.stop)
+        if total > self._pooled_images(self._newest.start):
+            self.spread = scatter.div_(total).to(self.spread)
         if self.kind == "low_rank":
-            root = torch.linalg.cholesky(regularize(self.spread.double(), 0.1, self.floor()))
-            factors = [leading_factor(centered, root, self.factor.shape[1]) for centered in parts]
-            self._replace("factor", [factor.to(self.factor)[None] for factor, _ in factors], self._newest)
-            self._replace("rest", [self.rest.new_tensor([rest for _, rest in factors])], self._newest)
+            self._add_factors(features, targets, [mean[0] for mean in means])
+
+    def _pooled_images(self, rows: int) -> int:
+        """What the pooled covariance of the first `rows` is divided by."""
+        # The covariance of "shared" divides by the number of images, that of "low_rank" is unbiased.
+        return int((self.count[:rows, 0] - int(self.kind == "low_rank")).clamp_min(0).sum())
+
+    def _add_factors(self, features: Tensor, targets: Tensor, means: Sequence[Tensor]) -> None:
+        """Compute the factors of the newest task, whose classes have these `means`."""
+        root = torch.linalg.cholesky(regularize(self.spread.double(), 0.1, self.floor()))
+        factors, rests = [], []
+        for row, mean in zip(range(self._newest.start, self._newest.stop), means, strict=True):
+            centered = features[targets == self.class_indices[row]].double() - mean
+            factor, rest = leading_factor(centered, root, self.factor.shape[1])
+            factors.append(factor.to(self.factor)[None])
+            rests.append(rest)
+        self._replace("factor", factors, self._newest)
+        self._replace("rest", [self.rest.new_tensor(rests)], self._newest)
 
     def _fill_single_images(self) -> None:
         weights = (self.count[:, 0] - 1).clamp_min(0)

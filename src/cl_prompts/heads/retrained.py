@@ -22,8 +22,6 @@ class RetrainedHead(FeatureClassifier):
         drift: how the statistics of old classes follow the features: "none", "shift" or "affine" (`fit_map`).
     """
 
-    folds = 1  # a fit is a training
-
     def __init__(self, *, save_statistics: bool, drift: str) -> None:
         super().__init__(save_statistics=save_statistics, drift=drift)
         self.head: IncrementalHead | None = None

@@ -59,8 +59,9 @@ class RidgeClassifier(FeatureClassifier):
         chosen_ridge: the ridge of the solution.
     """
 
-    folds = 1  # a fit takes M^3 steps
-    score_width = 0.1  # chosen on held-out images of CIFAR-100 mini
+    # Both chosen on held-out training images: the second of CIFAR-100 mini and of four data sets in a row.
+    score_width = 0.1
+    temperature_power = -0.22
 
     projection: Tensor
     solution: Tensor

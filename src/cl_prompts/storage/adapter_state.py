@@ -80,6 +80,7 @@ class AdapterState:
         temperature: divides the logits at test, so that their softmax is calibrated; None: it was not chosen.
         score_width: of `log_scores`, for a head whose scores are those of a regression; None: the temperature divides the
             scores themselves.
+        image_scale: whether the classifier's scale of each image (`FeatureClassifier.scale`) divides its logits, too.
         novelty_threshold: novelty beyond which an image is of none of the classes; None: it was not chosen.
         weights_sha256: `cl_prompts.storage.integrity.digest` of the saved tensors.
     """
@@ -103,6 +104,7 @@ class AdapterState:
     image_std: list[float] | None = None
     temperature: float | None = None
     score_width: float | None = None
+    image_scale: bool = False
     novelty_threshold: float | None = None
     weights_sha256: str | None = None
 
@@ -147,8 +149,9 @@ class AdapterState:
         if not isinstance(names, dict) or not all(type(x) is str for pair in names.items() for x in pair):
             raise ValueError(f"`state.class_names` must map str(class id) to a name, got {short_repr(state.class_names)}")
         check_base_arguments("state.base_arguments", state.base_arguments)
-        if not isinstance(state.several_sizes, bool):
-            raise ValueError(f"`state.several_sizes` must be true or false, got {short_repr(state.several_sizes)}")
+        for name in ("several_sizes", "image_scale"):
+            if not isinstance(getattr(state, name), bool):
+                raise ValueError(f"`state.{name}` must be true or false, got {short_repr(getattr(state, name))}")
         if not isinstance(state.task_open, bool) or (state.task_open and not tasks):
             raise ValueError(
                 f"`state.task_open` must be true or false, false without tasks, got {short_repr(state.task_open)}"

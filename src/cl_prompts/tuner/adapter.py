@@ -98,9 +98,12 @@ class PoolAdapter(nn.Module):
         """What divides the logits at test: the config's `logit_temperature`, times the calibrated one if there is one."""
         return self.config.logit_temperature * (self.config.state.temperature or 1.0)
 
-    def calibrated(self, logits: Tensor) -> Tensor:
-        """Logits at test [B, C] from those of `classify`."""
-        return log_scores(logits, self.config.state.score_width) / self.temperature
+    def calibrated(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Logits at test [B, C] from those of `classify` for `features` [B, D]."""
+        state = self.config.state
+        scale = self.classifier.scale(features) if state.image_scale and self.classifier is not None else None
+        scores = log_scores(logits, state.score_width) / self.temperature
+        return scores if scale is None else scores / scale[:, None]
 
     @property
     def frozen(self) -> bool:
@@ -239,41 +242,50 @@ class PoolAdapter(nn.Module):
         calibrated = self._calibration(seen.features, targets, before)
         if classifier is not None:
             classifier.fit(seen.features, targets, before, self.head)
-        state = self.config.state
-        state.temperature, state.score_width, state.novelty_threshold = calibrated
+        for name, value in calibrated.items():
+            setattr(self.config.state, name, value)
         self.recorded = None
         if isinstance(classifier, RetrainedHead):
             classifier.hand_over(self.head)
 
-    def _calibration(
-        self, features: Tensor, targets: Tensor, before: Tensor | None
-    ) -> tuple[float | None, float | None, float | None]:
-        """Temperature, score width and novelty threshold after the newest task, from its images while they are held out."""
-        state, novelty, width = self.config.state, None, None
+    def _calibration(self, features: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, float | bool | None]:
+        """What the state holds of the scores after the newest task, from its images while they are held out."""
+        state, novelty, scale, width = self.config.state, None, None, None
         only_current = self.config.class_mask == "task"
         if self.classifier is None:
             logits, held = held_out_logits(self.head, features, targets, only_current)
         else:
             try:
-                logits, held, novelty = self.classifier.held_out_answers(
+                logits, held, novelty, scale = self.classifier.held_out_answers(
                     features, targets, before, self.head, only_current=only_current
                 )
             except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
-                return state.temperature, state.score_width, state.novelty_threshold
+                return {}
             width = self.classifier.score_width
         logits = log_scores(logits, width)
+        if scale is not None:
+            logits = logits / scale[:, None]
+        kind, earlier = (width, scale is not None), (state.score_width, state.image_scale)
         newest_temperature = fit_temperature(logits, held)
         if newest_temperature is None:
-            width = state.score_width
+            kind = earlier
         # A temperature of other scores, as of a file of an earlier version, is not carried on.
-        comparable = state.score_width == width
-        temperature = carried_on(state.temperature if comparable else None, newest_temperature, len(held))
-        if novelty is None:
+        comparable = kind == earlier
+        classes, earlier_classes = len(self.classes), len(self.tasks.earlier_classes)
+        power = self.classifier.temperature_power if self.classifier is not None else 0.0
+        growth = (classes / earlier_classes) ** power if earlier_classes else 1.0
+        temperature = carried_on(state.temperature if comparable else None, newest_temperature, len(held), growth)
+        if novelty is None:  # it depends on the scores
             divisor = self.config.logit_temperature * (temperature or 1.0)
             novelty = energy(logits / divisor, divisor)
         newest = threshold_of(novelty, self.config.false_alarm_rate) if logits.shape[1] > 1 else None
         threshold = threshold_carried_on(state.novelty_threshold if comparable else None, newest, len(held))
-        return temperature, width, threshold
+        return {
+            "temperature": temperature,
+            "score_width": kind[0],
+            "image_scale": kind[1],
+            "novelty_threshold": threshold,
+        }
 
     def novelty(self, features: Tensor, logits: Tensor) -> Tensor:
         """Novelty of images [B] from what the classifier reads, [B, D], and the logits at test [B, C]."""

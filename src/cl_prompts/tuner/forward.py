@@ -203,7 +203,7 @@ def answer(
         chosen = selection_of(prompts, record.prefixes)
         if prompts.candidates > 1:
             logits, features, chosen = combine_candidates(adapter, prompts, logits, features, chosen)
-        logits = mask_logits(adapter, logits, inputs.targets) if inputs.training else adapter.calibrated(logits)
+        logits = mask_logits(adapter, logits, inputs.targets) if inputs.training else adapter.calibrated(logits, features)
         loss, losses = None, None
         if inputs.targets is not None:
             parts = head_losses(adapter, features, inputs.targets) if inputs.training else {}

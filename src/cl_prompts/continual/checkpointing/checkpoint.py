@@ -1,7 +1,8 @@
 """Checkpoints of a run: tensors in safetensors, the rest in JSON, no pickle, no copy of the backbone.
 
 A checkpoint is a folder `<number>`. It is written under a temporary name and then renamed. `manifest.json` holds the sha256
-of each file, to detect damage.
+of each file, to detect damage. A large tensor has a file of its own, named by its sha256. One that is as in the checkpoint
+before, like statistics of old classes, is not written again: both checkpoints have the same file (a hard link).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from cl_prompts.storage.staging import finish_interrupted_save, staging_folder
 
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
+SUFFIX = ".safetensors"
+LARGE = 2**20  # bytes of a tensor with a file of its own
 CONTINUE = "free some and resume the run"  # what to do when the disk of a run is full
 REFERENCE = "$tensor"  # key of the JSON object that stands for a tensor; its value is the tensor's name
 
@@ -55,11 +58,16 @@ class Checkpoints:
         tensors, values = split_tensors(state)
         # safetensors refuses views and shared storage, so every tensor is copied.
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        large = {name: own.pop(name) for name in list(own) if own[name].nbytes >= LARGE}
         files = {TENSORS: save(own), VALUES: json.dumps(values).encode()}
+        contents = [save({name: tensor}) for name, tensor in large.items()]
+        files |= {_sha256(content) + SUFFIX: content for content in contents}
+        before = self._folders()[:1]
         files[MANIFEST] = json.dumps({name: _sha256(content) for name, content in files.items()}).encode()
         with explain_disk_full(target, CONTINUE), staging_folder(target) as staging:
             for name, content in files.items():
-                (staging / name).write_bytes(content)
+                if not any(_link(folder / name, staging / name, content) for folder in before):
+                    (staging / name).write_bytes(content)
         for old in self._folders()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return target
@@ -70,11 +78,15 @@ class Checkpoints:
             finish_interrupted_save(folder)
             try:
                 manifest = json.loads((folder / MANIFEST).read_text())
-                contents = {name: (folder / name).read_bytes() for name in (TENSORS, VALUES)}
-                damaged = [name for name, content in contents.items() if manifest.get(name) != _sha256(content)]
+                names = {TENSORS, VALUES, *manifest.keys(), *(file.name for file in folder.glob("*" + SUFFIX))}
+                contents = {name: (folder / Path(name).name).read_bytes() for name in names}
+                damaged = sorted(name for name, content in contents.items() if manifest.get(name) != _sha256(content))
                 if damaged:
                     raise ValueError(f"{damaged} do not match {MANIFEST}")
-                state: dict[str, Any] = join_tensors(load(contents[TENSORS]), json.loads(contents[VALUES]))
+                tensors: dict[str, Tensor] = {}
+                for name, content in contents.items():
+                    tensors |= load(content) if name.endswith(SUFFIX) else {}
+                state: dict[str, Any] = join_tensors(tensors, json.loads(contents[VALUES]))
                 return state
             except (OSError, ValueError, AttributeError) as error:
                 warnings.warn(f"checkpoint {folder} is damaged ({error}): trying the one before", stacklevel=2)
@@ -124,6 +136,17 @@ def join_tensors(tensors: Mapping[str, Tensor], values: Any) -> Any:
     if isinstance(values, list):
         return [join_tensors(tensors, entry) for entry in values]
     return values
+
+
+def _link(old: Path, new: Path, content: bytes) -> bool:
+    """Make `new` another name of the file `old` if this has the `content`. Returns whether it did."""
+    try:
+        if old.stat().st_size != len(content) or old.read_bytes() != content:
+            return False
+        os.link(old, new)
+    except OSError:  # there is none, or the file system has no hard links
+        return False
+    return True
 
 
 def _sha256(content: bytes) -> str:

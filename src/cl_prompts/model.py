@@ -22,8 +22,9 @@ from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.arguments import refuse_unknown
 from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
+from cl_prompts.storage.declared import WEIGHTS_FILE
 from cl_prompts.storage.file_source import HUB_KEYWORDS
-from cl_prompts.storage.integrity import WEIGHTS_FILE, digest_file
+from cl_prompts.storage.integrity import digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter
 from cl_prompts.tuner.mixed_batch import check_disabled_forward

@@ -1,7 +1,5 @@
 """What is known of an adapter without the classes of configs."""
 
-from pathlib import Path
-
 import pytest
 from support.make_method_table import text
 from support.paths import ROOT

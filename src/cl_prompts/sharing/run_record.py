@@ -114,7 +114,8 @@ class RunRecord:
             wrong = [name for name, value in known.items() if not _is_of_its_kind(name, value)]
             if wrong:
                 raise ValueError(f"{wrong} have values of another kind or size")
-            return cls(results, **known)
+            # A file that names no machine and no time is not of this machine and of now.
+            return cls(results, **{"machine": "", "written": ""} | known)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} holds no results ({first_line(error)}): remove it, or write it again") from error
 

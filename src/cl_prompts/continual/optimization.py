@@ -61,11 +61,16 @@ def rate_factor(schedule: Schedule, step: int, steps: int, warmup: int, epoch: i
 def build_optimizer(name: Optimizer, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """Build an optimizer. Each group keeps its initial learning rate as `base_lr`.
 
+    On CUDA one kernel updates all parameters (`fused`), unless `options` choose another implementation.
+
     Args:
         name: "adam", "adamw" or "sgd".
         groups: from `model.parameter_groups(learning_rate)`.
         options: arguments of the torch class (`weight_decay`, `betas`, `momentum`, `nesterov`).
     """
+    on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    if on_cuda and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+        options["fused"] = True
     return OPTIMIZERS[name]([{**group, "base_lr": group["lr"]} for group in groups], **options)
 
 

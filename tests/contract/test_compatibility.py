@@ -23,6 +23,9 @@ from cl_prompts.storage.declared import WEIGHTS_FILE
 from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 VERSIONS = sorted(TESTS.glob("adapters_v*"))
 FIXTURES = [
     pytest.param(folder, id=f"{version.name}-{folder.name}")

@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 from cl_prompts import CodaPromptConfig, DualPromptConfig, HiDePromptConfig, PromptPoolConfig, get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for a device: numbers and sizes that are read back."""
 

@@ -5,7 +5,8 @@
     python benchmarks/speed.py --device cuda --batch 64 --attention sdpa
 
 For every method: the step with a given query and without, and inference. They are measured in turns with the plain forward,
-several times; the smallest time is used. Writes speed.json and speed.md. The model is a random ViT.
+several times; the smallest time is used. Beside them images per second and, on CUDA, the peak of the memory of the device.
+Writes speed.json and speed.md. The model is a random ViT.
 """
 
 import argparse
@@ -65,11 +66,11 @@ def build(size: str, attention: str, device: str) -> ViTModel:
 
 def timed(call: Callable[[], Any], device: str) -> float:
     """Duration of a call in seconds."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
     start = time.perf_counter()
     call()
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -88,11 +89,14 @@ def by_turns(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> 
 
 def measure(
     method: str, vit: ViTModel, images: torch.Tensor, options: argparse.Namespace, tasks: int, pool_size: int
-) -> dict[str, float]:
-    """Seconds of the plain forward, the training steps and inference, for a model with `tasks` tasks of ten classes."""
+) -> tuple[dict[str, float], int | None]:
+    """Seconds of the plain forward, the training steps and inference, for a model with `tasks` tasks of ten classes.
+
+    Also the most bytes that were in use on a CUDA device; None on others.
+    """
 
     def precision() -> AbstractContextManager[Any]:
-        return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+        return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.precision == "bf16")
 
     fields = METHODS[method] | ({"pool_size": pool_size} if pool_size else {})
     model = get_prompt_pool_model(vit, PromptPoolConfig(method=method.split()[0], **fields))
@@ -125,16 +129,22 @@ def measure(
     calls: dict[str, Callable[[], Any]] = {"plain forward": plain, "step": step, "inference": inference}
     if query is not None:
         calls["step, query at hand"] = lambda: step(query)
+    on_cuda = options.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
     times = by_turns(calls, options.repeats, options.device)
+    peak = torch.cuda.max_memory_allocated() if on_cuda else None
     model.end_task()
     model.unload()
-    return times
+    return times, peak
 
 
-def as_row(method: str, times: dict[str, float], batch: int) -> str:
+def as_row(method: str, times: dict[str, float], peak: int | None, batch: int) -> str:
     """A row of the table."""
     unit = times["plain forward"]
     cells = [f"{times[name] / unit:.2f}" if name in times else "" for name in ("step, query at hand", "step", "inference")]
+    cells += [f"{batch / times[name]:,.0f}" for name in ("step", "inference")]
+    cells += ["" if peak is None else f"{peak / 1e6:,.0f}"]
     return f"| {method} | {batch} | {1e3 * unit / batch:.2f} | " + " | ".join(cells) + " |"
 
 
@@ -159,19 +169,20 @@ def main() -> None:
     head = [
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}; {torch.get_num_threads()} threads. {json.dumps(settings)}",
         "",
-        "| method | batch | plain forward, ms an image | step, query at hand | step | inference |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| method | batch | plain forward, ms an image | step, query at hand | step | inference "
+        "| images/s, step | inference | peak MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     print("\n".join(head), flush=True)
     rows, numbers = [], []
     for batch in options.batch:
         images = torch.randn(batch, 3, 224, 224, device=options.device)
         for method, tasks, pool_size in product(options.methods, options.tasks, options.pool_size):
-            times = measure(method, vit, images, options, tasks, pool_size)
+            times, peak = measure(method, vit, images, options, tasks, pool_size)
             name = method + (f", {tasks} tasks" if options.tasks != [1] else "")
             name += f", pool of {pool_size:,}" if pool_size else ""
-            rows.append(as_row(name, times, batch))
-            numbers.append({"method": name, "batch": batch, "seconds": times})
+            rows.append(as_row(name, times, peak, batch))
+            numbers.append({"method": name, "batch": batch, "seconds": times, "peak": peak})
             print(rows[-1], flush=True)
     if options.output:
         write_atomically(options.output / "speed.md", "\n".join([*head, *rows]) + "\n")

@@ -9,16 +9,21 @@ import argparse
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 from cl_prompts.evaluation.report import machine
 
 
+ADAPTER = str(Path(__file__).parents[1] / "tests" / "adapters_v1" / "hash")
 LINES = {
+    "pass": ["-c", "pass"],
     "import torch": ["-c", "import torch"],
     "import peft": ["-c", "import peft"],
     "import cl_prompts": ["-c", "import cl_prompts"],
     "from cl_prompts import PromptPoolModel": ["-c", "from cl_prompts import PromptPoolModel"],
     "cl-prompts --help": ["-m", "cl_prompts", "--help"],
+    "cl-prompts --version": ["-m", "cl_prompts", "--version"],
+    "cl-prompts inspect FOLDER": ["-m", "cl_prompts", "inspect", ADAPTER],
     "cl-prompts train --help": ["-m", "cl_prompts", "train", "--help"],
 }
 

@@ -388,13 +388,30 @@ def test_the_help_of_a_run_names_its_command(command: str, capsys: Output) -> No
     assert capsys.readouterr().out.startswith(f"usage: cl-prompts {command} [-h]")
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["predict", "--help"], ["predict"], ["unknown"]], ids=" ".join
-)
-def test_help_and_mistakes_import_no_library(words: list[str]) -> None:
-    script = (
-        "import sys\nfrom cl_prompts.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        "assert not {'torch', 'transformers', 'peft', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)\n"
+LIGHT = """
+import sys
+from contextlib import suppress
+from cl_prompts.cli import main
+
+def imported():
+    return {"torch", "transformers", "peft", "numpy", "PIL", "huggingface_hub", "datasets"} & set(sys.modules)
+
+for words in (["--help"], ["--version"], ["predict", "--help"], ["predict"], ["unknown"], ["inspect", "--help"]):
+    with suppress(SystemExit):
+        main(words)
+    assert not imported(), words
+for options in ([], ["--json"]):
+    assert main(["inspect", sys.argv[1], *options]) == 0
+assert imported() <= {"numpy"}, imported()
+assert main(["inspect", "nobody/nothing"]) == 1
+assert imported() <= {"numpy", "huggingface_hub"}, imported()
+"""
+
+
+def test_help_mistakes_and_inspect_import_no_torch(adapter: Path) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, str(adapter)], capture_output=True, text=True, check=False, env=environment
     )
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "figures   Hash: FAA 75.0" in done.stdout

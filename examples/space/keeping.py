@@ -12,7 +12,7 @@ from cl_prompts.runtime.text import markdown_text
 from cl_prompts.sharing.base_models import BASE_FOLDER
 from cl_prompts.sharing.card import CARD_FILE, write_card
 from cl_prompts.sharing.inspect import describe_adapter
-from cl_prompts.storage.integrity import CONFIG_FILE
+from cl_prompts.storage.declared import CONFIG_FILE
 
 
 FOLDER, PREFIX = "taught-pool", "lesson-"

@@ -13,7 +13,7 @@ from cl_prompts.runtime.text import first_line
 from cl_prompts.sharing.image_processor import PROCESSOR_FILE
 from cl_prompts.sharing.run_record import RESULTS_FILE
 from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, MAX_PROCESSOR_BYTES, MAX_RESULTS_BYTES, check_bounded
-from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
+from cl_prompts.storage.declared import CONFIG_FILE, WEIGHTS_FILE
 
 
 MAX_IMAGES = 20

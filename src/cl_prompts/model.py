@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -21,19 +21,17 @@ from cl_prompts.backbones.restore import left_as_it_was
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.arguments import refuse_unknown
+from cl_prompts.sharing.run_record import RunRecord
 from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterFiles, AdapterSource, find_adapter, load_with_retry
+from cl_prompts.storage.declared import WEIGHTS_FILE
 from cl_prompts.storage.file_source import HUB_KEYWORDS
-from cl_prompts.storage.integrity import WEIGHTS_FILE, digest_file
+from cl_prompts.storage.integrity import digest_file
 from cl_prompts.storage.staging import staging_folder
 from cl_prompts.tuner.argument_checks import check_adapter_name, check_config, chosen_adapter
 from cl_prompts.tuner.mixed_batch import check_disabled_forward
 from cl_prompts.tuner.prompt_dtype import with_prompts_in
 from cl_prompts.tuner.registration import register_peft_type
 from cl_prompts.tuner.task_api import TaskAPI
-
-
-if TYPE_CHECKING:
-    from cl_prompts.sharing.run_record import RunRecord
 
 
 register_peft_type()

@@ -12,13 +12,14 @@ import torch
 from support.families import build
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import HfArgumentParser
 
 from cl_prompts import L2PConfig, get_prompt_pool_model
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback, TrainerState
 from cl_prompts.continual.batches import micro_batches
-from cl_prompts.continual.optimization import build_optimizer, keep_state, rate_factor
+from cl_prompts.continual.optimization import OPTIMIZERS, build_optimizer, keep_state, rate_factor
 from cl_prompts.continual.training_step import Throughput
 from cl_prompts.heads import DiscriminantClassifier
 
@@ -221,6 +222,16 @@ def test_a_kept_optimizer_keeps_what_is_still_there() -> None:
 
 
 # ---- bad settings --------------------------------------------------------------------------------------------------------
+
+
+def test_one_kernel_updates_all_parameters_on_cuda() -> None:
+    with FakeTensorMode():
+        on_cuda = torch.empty(2, device="cuda")
+    groups = [{"params": [on_cuda], "lr": 0.1}]
+    for name in OPTIMIZERS:
+        assert build_optimizer(name, groups).defaults["fused"]
+        assert not build_optimizer(name, groups, foreach=True).defaults["fused"]
+        assert not build_optimizer(name, [{"params": [torch.zeros(2)], "lr": 0.1}]).defaults["fused"]
 
 
 @pytest.mark.parametrize(

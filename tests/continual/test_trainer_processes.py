@@ -39,15 +39,24 @@ def results(run: str, folder: Path) -> dict[str, Any]:
     logs = Logs()
     trainer = small_trainer(settings.pop("method"), folder, callbacks=[logs], logging_steps=1, **settings)
     broadcasts: list[bool] = []
+    left_out: list[int] = []
 
     def look(*_: Any) -> None:
         wrapper = DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None:
             broadcasts.append(wrapper.will_sync_module_buffers())
+            left_out.append(len(wrapper.parameters_to_ignore))
 
     trainer.model.register_forward_pre_hook(look)
     trainer.train()
-    return {"tensors": tensors(trainer), "matrix": trainer.matrix.to_dict(), "logs": logs.found, "broadcasts": broadcasts}
+    return {
+        "tensors": tensors(trainer),
+        "matrix": trainer.matrix.to_dict(),
+        "logs": logs.found,
+        "broadcasts": broadcasts,
+        "left out": left_out,
+        "frozen": sum(not p.requires_grad for p in trainer.model.parameters()),
+    }
 
 
 def wrong_label_on(one: int, rank: int) -> str:
@@ -120,6 +129,14 @@ def test_steps_send_gradients_and_no_buffers(runs: tuple[dict[str, Any], list[di
     sent = [found["hash"]["broadcasts"] for found in runs[1]]
     assert all(sent)
     assert not any(map(any, sent))
+
+
+@pytest.mark.xdist_group("trainer-processes")
+def test_the_frozen_backbone_is_sent_once(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+    for found in runs[1]:
+        left_out = found["hash"]["left out"]
+        assert left_out[0] == 0, "by the first task"
+        assert left_out[-1] == found["hash"]["frozen"] > 0, "by later ones"
 
 
 @pytest.mark.xdist_group("trainer-processes")

@@ -19,7 +19,8 @@ from torch.testing import assert_close
 
 from cl_prompts import PromptPoolConfig, PromptPoolModel
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
-from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX, WEIGHTS_FILE
+from cl_prompts.storage.declared import WEIGHTS_FILE
+from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX
 
 
 pytestmark = pytest.mark.by_turns(5)

@@ -20,6 +20,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
 }
 
 
@@ -88,9 +89,13 @@ def test_accumulation_is_one_step() -> None:
     twin.check(steps, factor)
 
 
-def test_a_skipped_step_changes_nothing() -> None:
-    """A gradient scaler skips a step whose gradients overflow; the next one starts from where the parameters are."""
-    model, optimizer, twin, factor = second_task(OPTIMIZERS["adamw"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused"])
+def test_a_skipped_step_changes_nothing(name: str) -> None:
+    """A gradient scaler skips a step whose gradients overflow; the next one starts from where the parameters are.
+
+    A fused optimizer is called all the same, and its kernel leaves the parameters.
+    """
+    model, optimizer, twin, factor = second_task(OPTIMIZERS[name])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for overflow in (True, False):
         before = [p.detach().clone() for p in twin.own]

@@ -8,7 +8,7 @@ import pytest
 
 from cl_prompts import L2PConfig, PromptPoolConfig, VPTConfig
 from cl_prompts.methods import METHODS, L2PPool, VPTPool, register_prompt_method
-from cl_prompts.storage.integrity import PEFT_TYPE
+from cl_prompts.runtime.peft_type import PEFT_TYPE
 
 
 def test_a_name_stands_for_a_config_and_a_pool() -> None:

@@ -17,7 +17,7 @@ from transformers import ViTImageProcessorPil, ViTModel
 from cl_prompts import AutoPromptPoolModel, L2PConfig, PromptPoolConfig, PromptPoolModel, PromptPoolPipeline
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.storage.adapter_files import find_adapter
-from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
+from cl_prompts.storage.declared import CONFIG_FILE, WEIGHTS_FILE
 
 
 PROCESSOR = "preprocessor_config.json"

@@ -29,7 +29,7 @@ from support.saving import (
 from torch import Tensor
 
 from cl_prompts import L2PConfig, PromptPoolModel
-from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
+from cl_prompts.storage.declared import CONFIG_FILE, WEIGHTS_FILE
 from cl_prompts.storage.staging import COMPLETE, PREFIX, finish_interrupted_save
 
 

@@ -30,11 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         args = new_parser().parse_args(words)
     try:
-        from cl_prompts.cli import commands  # takes seconds, which --help does not need
-        from cl_prompts.runs.screen import quiet_libraries
-
-        with quiet_libraries(), warnings_on_stderr():
-            code: int = getattr(commands, args.command)(args)
+        code = _inspect(args) if args.command == "inspect" else _call(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has closed the pipe, as in `cl-prompts ... | head`
@@ -50,3 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _inspect(args: Namespace) -> int:
+    from cl_prompts.cli.inspect import inspect
+
+    with warnings_on_stderr():
+        return inspect(args)
+
+
+def _call(args: Namespace) -> int:
+    from cl_prompts.cli import commands  # imports torch and more, which --help and `inspect` do not need
+    from cl_prompts.runs.screen import quiet_libraries
+
+    with quiet_libraries(), warnings_on_stderr():
+        code: int = getattr(commands, args.command)(args)
+    return code

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cl_prompts.learner.protocol import Learner
+from cl_prompts.runtime.distributed import world_size
 
 
 Optimizer = Literal["adam", "adamw", "sgd"]
@@ -61,25 +63,44 @@ def rate_factor(schedule: Schedule, step: int, steps: int, warmup: int, epoch: i
 def build_optimizer(name: Optimizer, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """Build an optimizer. Each group keeps its initial learning rate as `base_lr`.
 
+    On CUDA one kernel updates all parameters (`fused`), unless `options` choose another implementation.
+
     Args:
         name: "adam", "adamw" or "sgd".
         groups: from `model.parameter_groups(learning_rate)`.
         options: arguments of the torch class (`weight_decay`, `betas`, `momentum`, `nesterov`).
     """
+    on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    if on_cuda and not options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+        options["fused"] = True
     return OPTIMIZERS[name]([{**group, "base_lr": group["lr"]} for group in groups], **options)
 
 
 def prepare(
-    accelerator: Accelerator, model: Learner, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: Learner, optimizer: torch.optim.Optimizer, equal: dict[str, tuple[int, int]]
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model and the optimizer of a task, wrapped by Accelerate.
 
-    `DistributedDataParallel` makes all processes' buffers equal when it wraps. It would send them again before every step:
-    earlier prompts, class statistics, matrices. They stay equal without, since counts are sums over processes.
+    `DistributedDataParallel` makes all processes' parameters and buffers equal when it wraps. It would send the buffers
+    again before every step: earlier prompts, class statistics, matrices. They stay equal without, since counts are sums
+    over processes. Frozen parameters that have not changed since an earlier task, as the backbone's, are not sent again.
+
+    Args:
+        accelerator: the run's accelerator.
+        model: the learner.
+        optimizer: of the task.
+        equal: identity and version of the frozen parameters that are equal on all processes, by name; it is updated.
     """
+    versions = {name: (id(p), p._version) for name, p in model.named_parameters() if not p.requires_grad}
+    if world_size() > 1:
+        unchanged = [name for name, version in versions.items() if equal.get(name) == version]
+        sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]  # see `tuner.sharding`
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*unchanged, *sharded})
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.broadcast_buffers = False
+        equal.clear()
+        equal.update({name: (id(p), p._version) for name, p in model.named_parameters() if name in versions})
     return wrapped, prepared
 
 

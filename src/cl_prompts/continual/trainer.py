@@ -99,6 +99,7 @@ class ContinualTrainer:
         self.evaluator = Evaluator(model, stream, self.feature_provider, self.accelerator.device, *learned)
         self.replay = Replay(self.memory, model, stream, self.feature_provider)
         self._steps_per_epoch = 0  # of the current task; 0 outside training
+        self._equal_parameters: dict[str, tuple[int, int]] = {}  # see `prepare`
         check_run(model, stream, args, self.extra_classifiers.classifiers)
 
     # ---- the run -----------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class ContinualTrainer:
         args, progress, model, accelerator = self.args, self.progress, self.model, self.accelerator
         self.optimizer = optimizer
         model.attach_optimizer(optimizer)
-        wrapped, prepared = prepare(accelerator, model, optimizer)
+        wrapped, prepared = prepare(accelerator, model, optimizer, self._equal_parameters)
         wrapped.train()
         # Computed before the loop, so that progress bar and throughput do not include these passes.
         per_epoch = self._steps_per_epoch = self.replay.steps_per_epoch(task, args.batch_size)

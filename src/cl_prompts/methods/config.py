@@ -21,8 +21,10 @@ from cl_prompts.runtime.peft_type import PEFT_TYPE
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_files import LOAD_KEYWORDS, AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState, check_base_arguments
+from cl_prompts.storage.bounded_read import MAX_ADAPTER_BYTES
+from cl_prompts.storage.declared import CONFIG_FILE, Declared, check_config_size
 from cl_prompts.storage.file_source import HUB_KEYWORDS
-from cl_prompts.storage.integrity import CONFIG_FILE, Declared, check_config_size, digest_file
+from cl_prompts.storage.integrity import digest_file
 from cl_prompts.version import __version__
 
 
@@ -114,7 +116,7 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     state: AdapterState = field(default_factory=AdapterState, metadata={"help": "set by the model"})
     # Fields of the running process, which are neither saved nor loaded. Written out, so that the API pages show defaults.
     max_adapter_bytes: int = field(
-        default=8 * 2**30, compare=False, metadata={"help": "largest size of an adapter in bytes", "runtime": True}
+        default=MAX_ADAPTER_BYTES, compare=False, metadata={"help": "largest size of an adapter in bytes", "runtime": True}
     )
     strict_base: bool = field(
         default=False, compare=False, metadata={"help": "raise an error on a base with other weights", "runtime": True}

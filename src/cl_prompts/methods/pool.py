@@ -124,8 +124,7 @@ class PromptPool(nn.Module, ABC):
         config, parts = self.config, {}
         if config.diversity_weight:
             parts["diversity"] = config.diversity_weight * diversity(self.prompt_table().flatten(2))
-        keys = self.key_table()
-        if config.alignment_weight and keys is not None:
+        if config.alignment_weight and (keys := self.key_table()) is not None:
             parts["alignment"] = config.alignment_weight * alignment(self.prompt_table(), keys)
         if config.entropy_weight and scores is not None:
             parts["collapse"] = config.entropy_weight * collapse(scores, valid)

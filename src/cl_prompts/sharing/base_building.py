@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrained
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.sharing.base_files import BaseFiles
 from cl_prompts.sharing.image_processor import TIMM_MARK
-from cl_prompts.storage.integrity import Declared
+from cl_prompts.storage.declared import Declared
 
 
 CALLS = 20_000  # of torch, for a model without tensors; a block of a vision transformer needs about 100

@@ -18,9 +18,9 @@ import torch
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.sharing.image_processor import BASE_CONFIG, PROCESSOR_FILE
 from cl_prompts.storage.bounded_read import MAX_BASE_CONFIG_BYTES, read_json_object
+from cl_prompts.storage.declared import Declared, declared_tensors
 from cl_prompts.storage.file_source import FileSource
 from cl_prompts.storage.hub_errors import HubError
-from cl_prompts.storage.integrity import Declared, declared_tensors
 
 
 BASE_WEIGHTS, BASE_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -26,7 +26,8 @@ from cl_prompts.sharing.inspect import sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
-from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared
+from cl_prompts.storage.declared import WEIGHTS_FILE, Declared
+from cl_prompts.storage.integrity import SAVED_PREFIX
 
 
 CARD_FILE = "README.md"

@@ -1,19 +1,21 @@
-"""Facts about an adapter from its files: no tensor is read, no base model is loaded, no code of the adapter is run."""
+"""Facts about an adapter from its files: no tensor is read, no base model is loaded, no code of the adapter is run.
+
+Imports neither torch nor PEFT for adapters of our methods.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.sharing.config_facts import config_facts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterSource, find_adapter
 from cl_prompts.storage.adapter_state import AdapterState
-from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES
-from cl_prompts.storage.integrity import Declared
+from cl_prompts.storage.bounded_read import MAX_ADAPTER_BYTES, MAX_RESULTS_BYTES
+from cl_prompts.storage.declared import Declared
 
 
 # Bytes of a number by its type in a safetensors header.
@@ -40,40 +42,38 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         ValueError: files are missing, damaged or foreign.
         cl_prompts.storage.hub_errors.HubError: the Hub cannot be reached or refuses.
     """
-    files = find_adapter(source, subfolder, max_bytes=PromptPoolConfig.max_adapter_bytes, **hub)
-    config = PromptPoolConfig.from_pretrained(files)
-    state = config.state
-    shared = {f.name for f in fields(PromptPoolConfig)}
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
+    files = find_adapter(source, subfolder, max_bytes=MAX_ADAPTER_BYTES, **hub)
+    config = config_facts(files)
+    state, values = config.state, config.values
     parts = sizes_of_parts(files.tensors)
     results = files.further_file(RESULTS_FILE, MAX_RESULTS_BYTES)
     return {
         "adapter": files.source,
-        "method": config.method,
-        "title": (type(config).__doc__ or "").splitlines()[0],
-        "papers": list(config.papers),
+        "method": values["method"],
+        "title": config.title,
+        "papers": config.papers,
         "base_model": {
-            "name": config.base_model_name_or_path,
-            "revision": config.revision,
-            "class": (config.auto_mapping or {}).get("base_model_class"),
+            "name": values["base_model_name_or_path"],
+            "revision": values["revision"],
+            "class": (values["auto_mapping"] or {}).get("base_model_class"),
             "width": state.base_width,
             "blocks": state.base_layers,
             "heads": state.base_heads,
             "fingerprint": state.base_fingerprint,
             "image_size": state.image_size,
             "precision": state.base_precision,
-            "arguments": {**(config.base_arguments or {}), **state.base_arguments},
+            "arguments": {**(values["base_arguments"] or {}), **state.base_arguments},
         },
         "format_version": state.format_version,
         "written_by": state.written_by,
         "tasks": [[{"id": c, "name": state.class_names.get(str(c))} for c in task] for task in state.tasks],
         "task_open": state.task_open,
-        "num_labels": config.num_labels,
-        "head": config.head,
-        "readout": config.readout if config.readout != "auto" else state.pooling or "auto",
+        "num_labels": values["num_labels"],
+        "head": values["head"],
+        "readout": values["readout"] if values["readout"] != "auto" else state.pooling or "auto",
         "temperature": state.temperature,
         "novelty_threshold": state.novelty_threshold,
-        "settings": settings,
+        "settings": config.settings,
         "parts": parts,
         "numbers": sum(part["numbers"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),

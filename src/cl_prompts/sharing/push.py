@@ -19,9 +19,9 @@ from cl_prompts.sharing.image_processor import PROCESSOR_FILE
 from cl_prompts.sharing.run_record import RESULTS_FILE
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES, read_json_object
+from cl_prompts.storage.declared import CONFIG_FILE, WEIGHTS_FILE
 from cl_prompts.storage.file_source import FileSource
 from cl_prompts.storage.hub_errors import HubError, explain_hub_errors
-from cl_prompts.storage.integrity import CONFIG_FILE, WEIGHTS_FILE
 
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PROCESSOR_FILE)

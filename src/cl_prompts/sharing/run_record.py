@@ -9,17 +9,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_prompts.evaluation.metrics import AccuracyMatrix
-from cl_prompts.evaluation.report import machine
-from cl_prompts.evaluation.results import TrainingResult
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line
 from cl_prompts.storage.bounded_read import MAX_RESULTS_BYTES, read_json_object
 
 
+if TYPE_CHECKING:
+    from cl_prompts.evaluation.results import TrainingResult
+
+
 RESULTS_FILE = "results.json"
+
+
+def _machine() -> str:
+    from cl_prompts.evaluation.report import machine  # imports torch, which a record that is read does not need
+
+    return machine()
 
 
 @dataclass
@@ -51,7 +59,7 @@ class RunRecord:
     trainable: dict[str, int] = field(default_factory=dict)
     seed: int | None = None
     seconds: float | None = None
-    machine: str = field(default_factory=machine)
+    machine: str = field(default_factory=_machine)
     written: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
     weights_sha256: str | None = None
 
@@ -106,7 +114,8 @@ class RunRecord:
             wrong = [name for name, value in known.items() if not _is_of_its_kind(name, value)]
             if wrong:
                 raise ValueError(f"{wrong} have values of another kind or size")
-            return cls(results, **known)
+            # A file that names no machine and no time is not of this machine and of now.
+            return cls(results, **{"machine": "", "written": ""} | known)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} holds no results ({first_line(error)}): remove it, or write it again") from error
 

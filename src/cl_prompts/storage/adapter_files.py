@@ -14,14 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from cl_prompts.runtime.arguments import refuse_unknown
 from cl_prompts.storage.bounded_read import MAX_CONFIG_BYTES
+from cl_prompts.storage.declared import CONFIG_FILE, WEIGHTS_FILE, Declared, declared_tensors, read_config_file
 from cl_prompts.storage.file_source import HUB_KEYWORDS, FileSource
-from cl_prompts.storage.integrity import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Declared,
-    declared_tensors,
-    read_config_file,
-)
 from cl_prompts.storage.staging import ATTEMPTS, finish_interrupted_save, versions
 
 

@@ -15,6 +15,7 @@ from cl_prompts.runtime.text import first_line
 
 
 MIB = 2**20
+MAX_ADAPTER_BYTES = 8192 * MIB  # adapter_model.safetensors, unless a config says otherwise
 MAX_CONFIG_BYTES = 8 * MIB  # adapter_config.json: a hundred thousand classes with their names
 MAX_BASE_CONFIG_BYTES = 4 * MIB  # config.json and the index of the weights of a base
 MAX_PROCESSOR_BYTES = MIB

@@ -1,4 +1,7 @@
-"""Files fetched by name from where an adapter or a base lies: a local folder, or one revision of a Hub repository."""
+"""Files fetched by name from where an adapter or a base lies: a local folder, or one revision of a Hub repository.
+
+The Hub's client is imported where the Hub is asked: a local folder needs none.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import DryRunFileInfo, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-
 from cl_prompts.storage.bounded_read import check_bounded, too_large
-from cl_prompts.storage.hub_errors import explain_hub_errors
 
 
 # Arguments of `hf_hub_download` that users pass to our `from_pretrained`.
@@ -50,6 +49,11 @@ class FileSource:
         if self.folder is not None:
             path = self.folder / name
             return check_bounded(path, None) if path.exists() else None
+        from huggingface_hub import DryRunFileInfo, hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        from cl_prompts.storage.hub_errors import explain_hub_errors
+
         with explain_hub_errors(self.name, self.revision):
             try:
                 file: DryRunFileInfo = hf_hub_download(**self._arguments(name), dry_run=True)
@@ -73,6 +77,10 @@ class FileSource:
             raise too_large(self.path(name), size, max_bytes)
         if self.folder is not None:
             return self.folder / name
+        from huggingface_hub import hf_hub_download
+
+        from cl_prompts.storage.hub_errors import explain_hub_errors
+
         with explain_hub_errors(self.name, self.revision):
             # Asked for by the name of its branch, so that the cache knows the commit of that branch when offline.
             return Path(hf_hub_download(**self._arguments(name)))

@@ -26,7 +26,7 @@ from uuid import uuid4
 from cl_prompts.runtime.disk_full import explain_disk_full
 from cl_prompts.runtime.files import sync_to_disk
 from cl_prompts.runtime.locks import hold_leftover, locked, release
-from cl_prompts.storage.integrity import CONFIG_FILE
+from cl_prompts.storage.declared import CONFIG_FILE
 
 
 T = TypeVar("T")

@@ -17,7 +17,8 @@ from cl_prompts.learner.checks import check_wrapper
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.distributed import world_size
 from cl_prompts.runtime.text import first_line, plain_text, short_repr
-from cl_prompts.storage.integrity import SAVED_PREFIX, WEIGHTS_FILE, Declared, check_shapes
+from cl_prompts.storage.declared import WEIGHTS_FILE, Declared
+from cl_prompts.storage.integrity import SAVED_PREFIX, check_shapes
 from cl_prompts.tuner.adapter import PoolAdapter
 
 

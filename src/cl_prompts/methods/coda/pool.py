@@ -47,9 +47,9 @@ class CodaPool(QueriedPool):
     def __init__(self, config: Any, shape: BackboneShape) -> None:
         super().__init__(config, shape)
         depth, count, width = len(config.layers), config.components_per_task, shape.width
-        self.components = PerTask(nn.Parameter(torch.zeros(depth, count, config.prompt_length, width)))
-        self.keys = PerTask(nn.Parameter(torch.zeros(depth, count, width)))
-        self.attention = PerTask(nn.Parameter(torch.zeros(depth, count, width)))
+        self.components = PerTask(nn.Parameter(torch.zeros(depth, count, config.prompt_length, width)), by_row=True)
+        self.keys = PerTask(nn.Parameter(torch.zeros(depth, count, width)), by_row=True)
+        self.attention = PerTask(nn.Parameter(torch.zeros(depth, count, width)), by_row=True)
         for tensor in (self.components, self.keys, self.attention):
             tensor.current = nn.Parameter(new_rows(tensor.earlier))
         if config.adaptive_orthogonality:
@@ -84,17 +84,25 @@ class CodaPool(QueriedPool):
 
     def score(self, row: int, query: Tensor) -> Tensor:
         """w_m = cosine(q * A_m, K_m) for queries [B, D]: [B, tasks * c]."""
-        attention, keys = in_layer(self.attention, row), in_layer(self.keys, row)
-        # |q * A|^2 = q^2 . A^2 needs no tensor [B, M, D].
-        length = (query.square() @ attention.square().T).clamp_min(1e-12).sqrt()
-        return query @ (attention * keys).T / length / keys.norm(dim=1).clamp_min(1e-12)
+        return torch.cat(self.scores_of_parts(row, query), 1)
+
+    def scores_of_parts(self, row: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the components of earlier tasks, whose keys are frozen, and of those of the current task.
+
+        Joined keys would be copied in each step, and gradients computed for all of them.
+        """
+        earlier, current = (
+            cosines(query, attention, keys)
+            for attention, keys in zip(in_layer(self.attention, row), in_layer(self.keys, row), strict=True)
+        )
+        return earlier, current
 
     def forward(self, batch: PoolInput) -> Prompts:
         """One mixed prefix per layer."""
         answer = Prompts(
             prefixes=self.per_layer(
                 list(self.layers),
-                lambda row, query: self.mix(row, self.score(row, query), learning=batch.task is not None),
+                lambda row, query: self.mix(row, *self.scores_of_parts(row, query), learning=batch.task is not None),
                 batch,
             )
         )
@@ -109,13 +117,18 @@ class CodaPool(QueriedPool):
             answer.losses["orthogonality"] = LossPart(weight * penalty, "batch")
         return answer
 
-    def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """The sum of the components of layer number `row`, weighted by `scores` [B, M]; subclasses use `learning`."""
-        # Components of earlier tasks are not concatenated with the current ones: that would copy them and compute
-        # gradients.
-        earlier, current = self.components.earlier[:, row].flatten(0, 1), self.components.current[row]
-        old, new = scores.split([earlier.shape[0], current.shape[0]], dim=1)
+    def mix(self, row: int, old: Tensor, new: Tensor, *, learning: bool) -> PrefixKV:
+        """The sum of the components of layer number `row`, weighted by scores; subclasses use `learning`.
+
+        Args:
+            row: number of the layer in `layers`.
+            old: scores of the components of earlier tasks [B, (tasks - 1) * c].
+            new: scores of those of the current task [B, c].
+            learning: whether the image is a training image.
+        """
+        earlier, current = in_layer(self.components, row)
         mixed = (old @ earlier.flatten(1) + new @ current.flatten(1)).unflatten(1, current.shape[1:])
+        scores = torch.cat([old, new], 1)
         ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape[0], -1)
         return replace(split_prefix(mixed, self.heads), ids=ids, weights=scores.detach(), scores=scores)
 
@@ -133,14 +146,15 @@ class CodaLayerArgmaxPool(CodaPool):
         """The task that added each layer's component."""
         return ids[..., 0] // self.config.components_per_task if self.num_tasks else None
 
-    def mix(self, row: int, scores: Tensor, *, learning: bool) -> PrefixKV:
-        """The component of layer `row` with the largest of `scores` [B, M]; if `learning`, of the current task's only."""
-        components = in_layer(self.components, row)
-        first = scores.shape[1] - self.config.components_per_task if learning else 0
-        scores = scores[:, first:]
+    def mix(self, row: int, old: Tensor, new: Tensor, *, learning: bool) -> PrefixKV:
+        """The component of layer `row` with the best score; if `learning`, of the current task's only."""
+        scores = new if learning else torch.cat([old, new], 1)
         best, ids = scores.max(1, keepdim=True)
-        ids = ids + first
-        rows = components[ids[:, 0]] * (1 + best - best.detach())[:, :, None]
+        ids = ids + (old.shape[1] if learning else 0)
+        count = self.config.components_per_task
+        of_task = self.components.of_tasks(ids[:, 0] // count, row)  # [B, c, Lp, D]
+        chosen = of_task[torch.arange(len(ids), device=ids.device), ids[:, 0] % count]
+        rows = chosen * (1 + best - best.detach())[:, :, None]
         return replace(split_prefix(rows, self.heads), ids=ids, weights=best.detach(), scores=scores)
 
 
@@ -149,9 +163,16 @@ def in_use(tensor: PerTask) -> Tensor:
     return tensor.all().transpose(0, 1).flatten(1, 2)
 
 
-def in_layer(tensor: PerTask, row: int) -> Tensor:
-    """All tasks' rows of one layer: [tasks * c, ...]."""
-    return torch.cat([tensor.earlier[:, row].flatten(0, 1), tensor.current[row]])
+def in_layer(tensor: PerTask, row: int) -> tuple[Tensor, Tensor]:
+    """The rows of one layer: those of earlier tasks [(tasks - 1) * c, ...], not copied, and the current task's [c, ...]."""
+    return tensor.earlier[:, row].flatten(0, 1), tensor.current[row]
+
+
+def cosines(query: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
+    """cosine(q * A_m, K_m) for queries [B, D], `attention` [M, D] and `keys` [M, D]: [B, M]."""
+    # |q * A|^2 = q^2 . A^2 needs no tensor [B, M, D].
+    length = (query.square() @ attention.square().T).clamp_min(1e-12).sqrt()
+    return query @ (attention * keys).T / length / keys.norm(dim=1).clamp_min(1e-12)
 
 
 def room_for_rows(earlier: Tensor) -> Tensor:

@@ -131,19 +131,19 @@ class DualPromptPool(QueriedPool):
     def _e_prompts(self, batch: PoolInput) -> Prompts:
         """Prefixes of the E-layers, or tokens, and the key loss."""
         config = self.config
-        candidates = min(config.ensemble, self.keys.earlier.shape[0] + 1) if batch.task is None else 1
-        e_prompts = self.e_prompts.all()
+        newest = self.keys.earlier.shape[0]
+        candidates = min(config.ensemble, newest + 1) if batch.task is None else 1
         answer = Prompts(candidates=candidates, combine="mean")
 
         def of_task(row: int, ids: Tensor) -> PrefixKV:
-            rows = e_prompts[:, row][ids[:, 0]]
+            rows = self.e_prompts.of_tasks(ids[:, 0], row)
             return PrefixKV(rows, rows) if config.prompt_form == "tokens" else split_prefix(rows, self.heads)
 
         def by_key(row: int, query: Tensor) -> PrefixKV:
             """The prefix that the keys select, for queries [B, D], or [candidates * B, D] in one stage."""
             scores = self.score(row, query)
             if batch.task is not None:
-                ids = torch.full_like(scores[:, :1], e_prompts.shape[0] - 1, dtype=torch.int64)
+                ids = torch.full_like(scores[:, :1], newest, dtype=torch.int64)
             else:
                 ids = top_k(scores.detach(), candidates)
                 if config.one_stage:  # candidate number n of an image gets the prompt of rank n

@@ -32,7 +32,7 @@ from cl_prompts.heads.class_means import class_means, class_sums
 from cl_prompts.interfaces import IGNORE_INDEX, BackboneShape, LossPart, PoolInput, Prefix, Prompts
 from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.initialization import initial
-from cl_prompts.methods.shared.per_task import PerTask
+from cl_prompts.methods.shared.per_task import PerTask, chosen
 from cl_prompts.methods.shared.prefixes import prefix_of
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
 from cl_prompts.runtime.distributed import gather_with_gradient, sum_over_processes
@@ -143,7 +143,7 @@ class HidePool(PromptPool):
         else:
             assert batch.query is not None
             ids, scores = self._tasks_of(batch.query)
-            rows = torch.cat([self.prompts.earlier, current[None]])[ids.flatten()]
+            rows = chosen(ids.flatten(), self.prompts.earlier, current)
         candidates = ids.shape[1]
         return Prompts(
             prefixes={layer: self.prefix(row, *rows[:, row].unbind(1)) for row, layer in enumerate(self.layers)},

@@ -221,8 +221,10 @@ def main() -> None:
     total = time.process_time(), time.perf_counter() - STARTED
     cpu, wall = unit.seconds()
     print(machine())
-    print(f"{options.method}, {options.fraction:g} of the images; a plain forward of one image takes {1e3 * cpu:.2f} ms of CPU,")
-    print(f"{1e3 * wall:.2f} ms on the wall clock (CPU, in turn: {', '.join(f'{1e3 * c:.2f}' for c, _ in unit.found)})")
+    print(f"{options.method}, {options.fraction:g} of the images; a plain forward of one image takes {1e3 * cpu:.2f} ms of")
+    print(
+        f"CPU (in turn: {', '.join(f'{1e3 * each:.2f}' for each, _ in unit.found)}), {1e3 * wall:.2f} ms on the wall clock"
+    )
     if options.method in GOALS:
         print(f"goal {GOALS[options.method]:,} units; the published code took {PUBLISHED[options.method]:,}")
     print("\n".join(table(clock, (cpu, wall), total, options)))

@@ -106,5 +106,21 @@ def reuse_of(plan: PassPlan, *, embeddings: bool) -> Reuse:
     return Reuse(plan.keep_below, record.embeddings if embeddings else None, record.lower_blocks)
 
 
+def reuse_of_states(hidden: Any, below: int, images: int) -> Reuse | None:
+    """What a pass over some `images` reuses of the hidden states behind block `below - 1` that a caller has kept.
+
+    Raises:
+        ValueError: there is no block to leave out, or the states are not those of as many images.
+    """
+    if hidden is None:
+        return None
+    if not below:
+        raise ValueError("lower_blocks: prompts enter this model at its first block, so that all blocks run: leave it out")
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != images:
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"lower_blocks is {shape}, expected [{images}, tokens, width] from extract_lower_blocks")
+    return Reuse(below, None, hidden.detach())
+
+
 def _embeddings(model: nn.Module, structure: Structure) -> nn.Module:
     return model.get_submodule(structure.embeddings)

@@ -50,6 +50,12 @@ class ContinualArguments:
         query_cache: folder for these features, shared by runs and methods on the same images and base; "": in memory only;
             None: `$CL_PROMPTS_CACHE/queries` if that variable is set, else in memory only.
         query_cache_bytes: limit on the size of the files in that folder; the least recently used ones are removed.
+        pixel_cache_bytes: limit on the size of a private file in `output_dir` with the resized images in 8 bits, so that each
+            is decoded and resized once in a run; 0, or more images than fit: they are read again whenever they are needed.
+        hidden_cache_bytes: limit on the size of private files in `output_dir` with the hidden states of images that are not
+            augmented, in 16 bits, behind the blocks below the lowest prompt: steps and evaluations then begin above these
+            blocks. Training images are kept if they fit, and test images if both do. 0: none. For one process. Their
+            rounding changes results slightly (docs/training.md).
         memory_size: number of images kept for rehearsal, split evenly over the classes; 0: none.
         memory_per_class: number of images kept for rehearsal per class; 0: see `memory_size`.
         memory_batch_size: number of rehearsed images added to each batch; None: `batch_size`.
@@ -83,6 +89,8 @@ class ContinualArguments:
     cache_queries: bool = True
     query_cache: str | None = None
     query_cache_bytes: int = 8 * 2**30
+    pixel_cache_bytes: int = 2 * 2**30
+    hidden_cache_bytes: int = 0
     memory_size: int = 0
     memory_per_class: int = 0
     memory_batch_size: int | None = None
@@ -114,6 +122,8 @@ class ContinualArguments:
             "memory_per_class",
             "save_steps",
             "max_steps",
+            "pixel_cache_bytes",
+            "hidden_cache_bytes",
         ):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a non-negative integer")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.indexed_images import IndexedImages
 from cl_prompts.continual.streams.loading import Batches, Rows, build_loader, collate, process_shards
+from cl_prompts.continual.streams.pixels import EightBitTransform
 from cl_prompts.continual.streams.rehearsed_batches import RehearsedBatches
 from cl_prompts.continual.streams.stream import Stream, Task
 
@@ -193,6 +196,25 @@ class IndexedStream(Stream):
     def _order(self, task: Task, rows: Rows, seed: int, epoch: int, *, all_rows: bool) -> Rows:
         """Rows in the order of an epoch; `all_rows`: they are those of the task."""
         return np.random.default_rng([seed, task.number, epoch]).permutation(rows)
+
+    def keep_pixels(self, max_bytes: int, folder: Path | None = None) -> None:
+        """Decode and resize each image once from now on, and keep it in 8 bits where that loses nothing.
+
+        The files belong to this process and its forked loader processes, and are gone with them. Images that are augmented
+        before the transform, and transforms without a method `resized` (image processors have it), are not kept.
+
+        Args:
+            max_bytes: limit on the size of the files of both splits; if the images are larger, they are not kept.
+            folder: folder on the disk to use; None: that of temporary files.
+        """
+        self.kept_pixels = {}
+        if not max_bytes or not isinstance(self.transform, EightBitTransform):
+            return
+        rows = {split: len(self.all_rows(train=split == "train")) for split in ("train", "test")}
+        for split, number in rows.items():
+            share = max_bytes * number // max(sum(rows.values()), 1)
+            with suppress(OSError):  # no room or no right to write there only costs time
+                self.kept_pixels[split] = KeptPixels(self.transform, number, share, folder)
 
     # ---- images by row number ----------------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@
     python benchmarks/latency.py --model VIT_TINY --methods l2p hash --clock wall --attention eager
 
 For every method, with ten tasks of ten classes learned, in turns: as many plain forwards of a copy of the base without
-hooks as the method has passes; the model's answer; the pipeline's answer to a prepared image; preparing the image, a JPEG file of
-640x480 pixels; and a call of the pipeline with the file. Given are the median milliseconds of the plain forwards, and the
-medians of the other times divided by them in the same turn. Without `--model`, a random ViT-Tiny/16.
+hooks as the method has passes; the model's answer; the pipeline's answer to a prepared image; preparing the image, a JPEG
+file of 640x480 pixels; and a call of the pipeline with the file. Given are the median milliseconds of the plain forwards,
+and the medians of the other times divided by them in the same turn. Without `--model`, a random ViT-Tiny/16.
 """
 
 import argparse

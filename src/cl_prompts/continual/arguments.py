@@ -50,8 +50,8 @@ class ContinualArguments:
         query_cache: folder for these features, shared by runs and methods on the same images and base; "": in memory only;
             None: `$CL_PROMPTS_CACHE/queries` if that variable is set, else in memory only.
         query_cache_bytes: limit on the size of the files in that folder; the least recently used ones are removed.
-        pixel_cache_bytes: limit on the size of a private file in `output_dir` with the resized images in 8 bits, so that each
-            is decoded and resized once in a run; 0, or more images than fit: they are read again whenever they are needed.
+        pixel_cache_bytes: limit on the size of private files in `output_dir` with the resized images in 8 bits, so that
+            each is decoded and resized once in a run. 0, or more images than fit: they are read again in every epoch.
         hidden_cache_bytes: limit on the size of private files in `output_dir` with the hidden states of images that are not
             augmented, in 16 bits, behind the blocks below the lowest prompt: steps and evaluations then begin above these
             blocks. Training images are kept if they fit, and test images if both do. 0: none. For one process. Their

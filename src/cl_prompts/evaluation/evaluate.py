@@ -68,7 +68,8 @@ def evaluate(
     """Evaluate a model on images.
 
     Args:
-        model: the model, in eval mode. It gets `pixel_values`, and `query` and `lower_blocks` if a batch has them, but no labels and no tasks.
+        model: the model, in eval mode. It gets `pixel_values`, and `query` and `lower_blocks` if a batch has them, but no
+            labels and no tasks.
         batches: this process's share of the batches, with `pixel_values` and `labels`, or pairs (images, labels).
         classes: class id of each column of the logits.
         device: the model's device.

@@ -31,9 +31,9 @@ class LowerBlocks:
             kwargs: further inputs of the base.
 
         Returns:
-            The features of `extract_features`, [B, D] float32; and the hidden states behind the lower blocks, [B, N, D], which
-            the forward takes as `lower_blocks` in place of running them; None if there are no such blocks, or their output
-            is not one tensor. Both without gradient.
+            The features of `extract_features`, [B, D] float32; and the hidden states behind the lower blocks [B, N, D],
+            which the forward takes as `lower_blocks` in place of running them. None if there are no such blocks, or their
+            output is not one tensor. Both are without gradient.
 
         Raises:
             ValueError: the images do not fit the base.

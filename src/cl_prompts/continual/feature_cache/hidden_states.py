@@ -1,6 +1,6 @@
 """Hidden states behind the lower blocks, kept in 16 bits, so that steps and evaluations begin above these blocks.
 
-They lie in a private file without a name (`cl_prompts.continual.streams.kept_rows`): no other run sees them, and a resumed run
+They lie in private files without a name (`cl_prompts.continual.streams.kept_rows`): no other run sees them. A resumed run
 computes them again, in the same batches and so with the same bits.
 """
 

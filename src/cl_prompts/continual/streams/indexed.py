@@ -18,7 +18,7 @@ from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.indexed_images import IndexedImages
 from cl_prompts.continual.streams.loading import Batches, Rows, build_loader, collate, process_shards
-from cl_prompts.continual.streams.pixels import EightBitTransform
+from cl_prompts.continual.streams.pixels import EightBitTransform, KeptPixels
 from cl_prompts.continual.streams.rehearsed_batches import RehearsedBatches
 from cl_prompts.continual.streams.stream import Stream, Task
 

@@ -24,14 +24,15 @@ def private_file(folder: Path | None) -> Any:
     """A new file without a name, open for reading and writing.
 
     Args:
-        folder: where its content lies; if it does not exist, the nearest folder above it. None: the folder of temporary files.
+        folder: where its content lies, or if it does not exist the nearest folder above it; None: the folder of temporary
+            files.
 
     Raises:
         OSError: no file can be made there.
     """
     if folder is not None:
         folder = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    return tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with its last user
+    return tempfile.TemporaryFile(dir=folder)
 
 
 class KeptRows:

@@ -46,8 +46,7 @@ class Inputs:
         features_only: use the trained head instead of a classifier computed from features; only the features are read.
         targets: index of the logit of each image's class [B], -100 for padding; None without labels.
         valid: True for real images, False for padding [B].
-        query: un-prompted features [B, D] passed by the caller, or None.
-        lower_blocks: hidden states behind the blocks below the lowest prompt [B, N, D] passed by the caller, or None.
+        query, lower_blocks: un-prompted features [B, D] and hidden states [B, N, D] passed by the caller, or None.
         sample_ids: a number per image, or None.
         num_items: number of images of the whole accumulated batch, or None.
     """

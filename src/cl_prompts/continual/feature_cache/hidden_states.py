@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_prompts.continual.streams.kept_rows import KeptRows, private_file, record_size
+from cl_prompts.continual.streams.kept_rows import KeptRows, PrivateFile, record_size
 
 
 class HiddenStates:
@@ -51,7 +51,7 @@ class HiddenStates:
         if rows * record_size(shape, np.float16) > self.max_bytes:
             return False
         self._dtype = hidden.dtype
-        self._tables[key] = KeptRows(private_file(self.folder), shape, np.float16)
+        self._tables[key] = KeptRows(PrivateFile(self.folder), shape, np.float16)
         return True
 
     def add(self, key: Hashable, rows: Sequence[int], hidden: Tensor) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.indexed_images import IndexedImages
-from cl_prompts.continual.streams.loading import Batches, Rows, build_loader, collate, process_shards
+from cl_prompts.continual.streams.loading import (
+    Batches,
+    Rows,
+    build_loader,
+    collate,
+    has_a_core_to_read,
+    process_shards,
+)
 from cl_prompts.continual.streams.pixels import EightBitTransform, KeptPixels
 from cl_prompts.continual.streams.rehearsed_batches import RehearsedBatches
 from cl_prompts.continual.streams.stream import Stream, Task
@@ -169,7 +176,8 @@ class IndexedStream(Stream):
             replacements=np.sort(used),
             owner=f"task {task.number}" + (f" ({task.name})" if task.name else ""),
         )
-        return self._batches(images, sampler, num_workers)
+        changes = callable(memory_rows) and isinstance(sampler, RehearsedBatches)
+        return self._batches(images, sampler, num_workers, ahead=not changes)
 
     def steps_per_epoch(self, task: Task, batch_size: int, rows: Sequence[int] | Rows | None = None) -> int:
         """Number of batches of `train_batches` with `start=0` and the same `task`, `batch_size` and `rows`.
@@ -281,9 +289,17 @@ class IndexedStream(Stream):
             raise ValueError(f"rows are of classes {unknown}, which no task of this stream has")
         return numbers
 
-    def _batches(self, images: IndexedImages, sampler: Sequence[list[int]] | RehearsedBatches, num_workers: int) -> Batches:
+    def _batches(
+        self,
+        images: IndexedImages,
+        sampler: Sequence[list[int]] | RehearsedBatches,
+        num_workers: int,
+        ahead: bool = True,
+    ) -> Batches:
+        """Batches in this process, or by loader processes; `ahead`: the sampler may be asked before a batch is used."""
+        ahead = ahead and not num_workers and has_a_core_to_read()
         loader = build_loader(images, num_workers, batch_sampler=sampler, collate_fn=collate)
-        return Batches(loader, partial(self._record_skipped, images.split))
+        return Batches(loader, partial(self._record_skipped, images.split), ahead)
 
 
 def require_indexed(stream: Stream, purpose: str) -> IndexedStream:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from numpy.typing import DTypeLike, NDArray
 CHECKSUM = 8  # bytes
 
 
-def private_file(folder: Path | None) -> Any:
-    """A new file without a name, open for reading and writing.
+class PrivateFile:
+    """A new file without a name, open for reading and writing until this object is gone.
 
     Args:
         folder: where its content lies, or if it does not exist the nearest folder above it; None: the folder of temporary
@@ -30,21 +31,29 @@ def private_file(folder: Path | None) -> Any:
     Raises:
         OSError: no file can be made there.
     """
-    if folder is not None:
-        folder = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    return tempfile.TemporaryFile(dir=folder)
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is not None:
+            folder = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def fileno(self) -> int:
+        """The file descriptor."""
+        return self._descriptor
 
 
 class KeptRows:
     """An array [rows, *shape] in a file, of which rows may be missing.
 
     Args:
-        file: from `private_file`.
+        file: holds the rows.
         shape: shape of a row.
         dtype: of the numbers.
     """
 
-    def __init__(self, file: Any, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    def __init__(self, file: PrivateFile, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.size = record_size(shape, dtype)
         self._file = file

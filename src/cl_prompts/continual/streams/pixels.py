@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cl_prompts.continual.streams.kept_rows import KeptRows, private_file, record_size
+from cl_prompts.continual.streams.kept_rows import KeptRows, PrivateFile, record_size
 
 
 @runtime_checkable
@@ -48,7 +48,7 @@ class KeptPixels:
     def __init__(self, transform: EightBitTransform, rows: int, max_bytes: int, folder: Path | None = None) -> None:
         self.transform, self.rows, self.max_bytes = transform, rows, max_bytes
         self.numbers: NDArray[np.float32] | None = None  # of each value of each channel [channels, 256]; NaN if unknown
-        self._file = private_file(folder)
+        self._file: PrivateFile | None = PrivateFile(folder)
         self._kept: KeptRows | None = None  # made when the size of the images is known
 
     def __getstate__(self) -> dict[str, Any]:

@@ -210,7 +210,8 @@ def main() -> None:
     parser.add_argument("--method", default="l2p")
     parser.add_argument("--fraction", type=float, default=1.0, help="part of the images of each class")
     parser.add_argument("--attention", default="eager")
-    options, options.further = parser.parse_known_args()
+    options, further = parser.parse_known_args()
+    options.further = further
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     clock = Clock()

@@ -76,19 +76,23 @@ class KeptPixels:
         try:
             resized = self.transform.resized(image)
         except Exception:  # whatever is wrong with the image, the transform itself tells it
-            return self._give_up()
+            self._give_up()
+            return None
         if resized.dtype != torch.uint8 or resized.dim() != 3:
-            return self._give_up()
+            self._give_up()
+            return None
         codes = resized.numpy()
         if self._kept is None and self.rows * record_size(codes.shape, np.uint8) <= self.max_bytes:
             self._kept = KeptRows(self._file, codes.shape, np.uint8)
         if self._kept is None or self._kept.shape != codes.shape:
-            return self._give_up()
+            self._give_up()
+            return None
         pixels = self._finished(codes)
         if pixels is None:
             pixels = transform(image)
             if not self._learn(codes, pixels):
-                return self._give_up()
+                self._give_up()
+                return None
         try:
             self._kept.write(row, codes)
         except OSError:  # the disk is full: images are read again
@@ -119,4 +123,5 @@ class KeptPixels:
         return again is not None and torch.equal(again, pixels)
 
     def _give_up(self) -> None:
+        """Keep nothing from now on."""
         self._file = self._kept = None

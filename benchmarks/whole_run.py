@@ -10,8 +10,8 @@ float32, with one thread. The run is everything from the imports to the saved ad
 process and in seconds on the wall clock. The plain forward is timed on both clocks in the same process, in batches of 64:
 before the run, after its fifth task and behind it. The median is the unit; these forwards are not counted.
 
-With `--fraction` each class has that part of its images. Steps, un-prompted features, evaluation and reading grow with the
-images; the rest is the same for any number. The last line of the table is the run with all images: the former divided by
+With `--fraction` each class has that part of its images. Steps, un-prompted features, evaluation, reading, and the pass at
+the end of a task, by which scores are calibrated, grow with the images; the rest is the same for any number. The last line of the table is the run with all images: the former divided by
 the fraction, and the latter.
 """
 
@@ -56,11 +56,12 @@ PARTS: list[tuple[Any, str, str]] = [
     (FeatureProvider, "_features_of", "un-prompted features"),
     (Evaluator, "on_task", "evaluation"),
     (IndexedImages, "__getitem__", "reading and resizing"),
+    (ContinualTrainer, "_finish", "pass at the end of a task"),
     (ContinualTrainer, "_save", "checkpoints"),
     (runs, "references", "references"),
     (runs.Run, "report", "report and adapter"),
 ]
-PER_IMAGE = ("steps", "un-prompted features", "evaluation", "reading and resizing")
+PER_IMAGE = ("steps", "un-prompted features", "evaluation", "reading and resizing", "pass at the end of a task")
 BATCH = 64
 
 Seconds = tuple[float, float]  # CPU, wall clock

@@ -11,8 +11,8 @@ process and in seconds on the wall clock. The plain forward is timed on both clo
 before the run, after its fifth task and behind it. The median is the unit; these forwards are not counted.
 
 With `--fraction` each class has that part of its images. Steps, un-prompted features, evaluation, reading, and the pass at
-the end of a task, by which scores are calibrated, grow with the images; the rest is the same for any number. The last line of the table is the run with all images: the former divided by
-the fraction, and the latter.
+the end of a task, by which scores are calibrated, grow with the images; the rest is the same for any number. The last line
+of the table is the run with all images: the former divided by the fraction, and the latter.
 """
 
 # ruff: noqa: E402

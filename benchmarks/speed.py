@@ -4,9 +4,10 @@
     python benchmarks/speed.py --model base --batch 16 --precision fp32
     python benchmarks/speed.py --device cuda --batch 64 --attention sdpa
 
-For every method: the step with a given query and without, and inference. They are measured in turns with the plain forward,
-several times; the smallest time is used. Beside them images per second and, on CUDA, the peak of the memory of the device.
-Writes speed.json and speed.md. The model is a random ViT.
+For every method: the step with a given query and without, and inference; for prompts from block 4 on also the step with a
+given query and given hidden states behind the blocks below, kept in 16 bits. They are measured in turns with the plain
+forward, several times; the smallest time is used. Beside them images per second and, on CUDA, the peak of the memory of the
+device. Writes speed.json and speed.md. The model is a random ViT.
 """
 
 import argparse
@@ -34,6 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
     "small": dict(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
     "base": {},
 }
+GIVEN = ("step, query at hand", "step, lower blocks too")
 METHODS: dict[str, dict[str, Any]] = {
     "l2p": {},
     "l2p_prefix": {},
@@ -42,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dualprompt one-stage": {"one_stage": True},
     "coda": {},
     "coda one-stage": {"one_stage": True},
+    "coda from block 4": {"layers": [4, 5, 6, 7, 8]},
     "hash": {},
     "layer_grouped": {},
     "vq_prompt": {},
@@ -113,10 +116,11 @@ def measure(
         with torch.no_grad(), precision(), model.disable_adapter():
             model(pixel_values=images)
 
-    def step(query: torch.Tensor | None = None) -> None:
+    def step(query: torch.Tensor | None = None, hidden: torch.Tensor | None = None) -> None:
         model.train()
         with precision():
-            loss = model(pixel_values=images, labels=labels, query=query).loss
+            kept = {} if hidden is None else {"lower_blocks": hidden.float()}
+            loss = model(pixel_values=images, labels=labels, query=query, **kept).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -128,7 +132,10 @@ def measure(
 
     calls: dict[str, Callable[[], Any]] = {"plain forward": plain, "step": step, "inference": inference}
     if query is not None:
-        calls["step, query at hand"] = lambda: step(query)
+        calls[GIVEN[0]] = lambda: step(query)
+    hidden = model.extract_lower_blocks(images)[1] if model.num_lower_blocks else None
+    if hidden is not None:
+        calls[GIVEN[1]] = lambda: step(query, hidden.half())
     on_cuda = options.device.startswith("cuda")
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +149,7 @@ def measure(
 def as_row(method: str, times: dict[str, float], peak: int | None, batch: int) -> str:
     """A row of the table."""
     unit = times["plain forward"]
-    cells = [f"{times[name] / unit:.2f}" if name in times else "" for name in ("step, query at hand", "step", "inference")]
+    cells = [f"{times[name] / unit:.2f}" if name in times else "" for name in (*GIVEN, "step", "inference")]
     cells += [f"{batch / times[name]:,.0f}" for name in ("step", "inference")]
     cells += ["" if peak is None else f"{peak / 1e6:,.0f}"]
     return f"| {method} | {batch} | {1e3 * unit / batch:.2f} | " + " | ".join(cells) + " |"
@@ -169,9 +176,9 @@ def main() -> None:
     head = [
         f"{datetime.now(UTC):%Y-%m-%d}, {machine()}; {torch.get_num_threads()} threads. {json.dumps(settings)}",
         "",
-        "| method | batch | plain forward, ms an image | step, query at hand | step | inference "
+        f"| method | batch | plain forward, ms an image | {' | '.join(GIVEN)} | step | inference "
         "| images/s, step | inference | peak MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     print("\n".join(head), flush=True)
     rows, numbers = [], []

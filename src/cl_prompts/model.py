@@ -68,7 +68,7 @@ class PromptPoolModel(TaskAPI, PeftModel):
             num_items_in_batch: number of images of the accumulated global batch, a scalar, from `transformers.Trainer`.
             adapter_names: the adapter that answers for each image [B], outside of training; None: the active one for all.
                 The logits of an image follow the classes of its adapter and end in -inf if others have more.
-            kwargs: passed to the base model.
+            kwargs: `lower_blocks` of `extract_lower_blocks`, which saves these blocks; others are passed to the base model.
 
         Raises:
             TypeError: the base has no argument of that name.

@@ -77,6 +77,39 @@ def test_the_numbers_are_bit_equal(method: str, name: str) -> None:
     assert all(torch.equal(tensor, plain[name]) for name, tensor in own.items())
 
 
+@pytest.mark.parametrize("name", BARE)
+def test_lower_blocks_that_the_caller_has_kept(name: str) -> None:
+    """With the query too, a step runs the blocks from the lowest prompt on, and gives the same numbers."""
+    model, values = new_model(name, HIGH["dualprompt"]()).train(), with_noise(name, inputs(name))
+    query, hidden = model.extract_lower_blocks(**values)
+    assert torch.equal(query, model.extract_features(**values))
+    if hidden is None:  # blocks with another output than one tensor
+        return
+    found = []
+    for kept in ({"lower_blocks": hidden}, {}):
+        counts, output = blocks_run(model, values, labels=LABELS, query=query, **kept)
+        output.loss.backward()
+        found.append([counts, output.logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert found[0].pop(0) == [0, 1, 1]
+    assert found[1].pop(0) == [1, 1, 1]
+    assert len(found[0]) == len(found[1]) > 2
+    assert all(map(torch.equal, *found))
+
+
+def test_lower_blocks_that_do_not_fit() -> None:
+    values = inputs("vit")
+    model = new_model("vit", HIGH["dualprompt"]()).eval()
+    query, hidden = model.extract_lower_blocks(**values)
+    assert hidden is not None
+    with pytest.raises(ValueError, match=r"lower_blocks is \[2, 5, 16\], expected \[3, tokens, width\]"):
+        model(**values, query=query, lower_blocks=hidden[:2, :5, :16])
+    low = new_model("vit", CodaPromptConfig(components_per_task=3, layers=[0])).eval()
+    assert low.extract_lower_blocks(**values)[1] is None
+    with pytest.raises(ValueError, match="prompts enter this model at its first block"):
+        low(**values, query=query, lower_blocks=hidden)
+
+
 def test_where_both_passes_need_them() -> None:
     """A query that the caller brings, prompts in block 0, tokens, or a lower block that is trained along."""
     values = inputs("vit")

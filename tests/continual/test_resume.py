@@ -85,6 +85,13 @@ def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
     assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
 
 
+def test_hidden_states_are_computed_again(tmp_path: Path) -> None:
+    """From the same batches, whatever they were used for before the run ended."""
+    whole = small_trainer("cpg", hidden_cache_bytes=2**30)
+    whole.train()
+    assert_same_run(whole, killed_and_resumed("cpg", tmp_path, [2, 8], hidden_cache_bytes=2**30))
+
+
 @pytest.mark.slow
 def test_random_numbers_go_on(tmp_path: Path) -> None:
     class Draws(TrainerCallback):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 
-OWN_ARGUMENTS = ("labels", "query", "sample_ids", "num_items_in_batch")
+OWN_ARGUMENTS = ("labels", "query", "lower_blocks", "sample_ids", "num_items_in_batch")
 
 
 class OwnSignature:

@@ -106,5 +106,29 @@ def reuse_of(plan: PassPlan, *, embeddings: bool) -> Reuse:
     return Reuse(plan.keep_below, record.embeddings if embeddings else None, record.lower_blocks)
 
 
+def reuse_of_states(hidden: Any, model: nn.Module, structure: Structure, lowest: int, images: int) -> Reuse | None:
+    """What a prompted pass reuses of hidden states that a caller has kept.
+
+    Args:
+        hidden: hidden states [B, N, D] behind the blocks below the lowest prompted one; None: nothing is reused.
+        model: the base model.
+        structure: where its parts are.
+        lowest: number of the lowest prompted block.
+        images: number of images of the pass.
+
+    Raises:
+        ValueError: there is no block to leave out, or the states are not those of as many images.
+    """
+    if hidden is None:
+        return None
+    below = unprompted_blocks(model, structure, lowest) if lowest else 0
+    if not below:
+        raise ValueError("lower_blocks: prompts enter this model at its first block, so that all blocks run: leave it out")
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != images:
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"lower_blocks is {shape}, expected [{images}, tokens, width] from extract_lower_blocks")
+    return Reuse(below, None, hidden.detach())
+
+
 def _embeddings(model: nn.Module, structure: Structure) -> nn.Module:
     return model.get_submodule(structure.embeddings)

@@ -42,7 +42,7 @@ class Baseline(BaselineMeasures, BaselineState):
 
     Attributes:
         name: of the baseline in `BASELINES`.
-        replay, needs_memory, needs_consolidation, needs_task, calibrates, default_rates: see `Learner`.
+        replay, needs_memory, needs_consolidation, needs_task, calibrates, num_lower_blocks, default_rates: see `Learner`.
         learns_without_tasks: whether it can learn a stream without tasks.
         options, features, head: its settings by name, backbone and classifier.
 
@@ -57,6 +57,7 @@ class Baseline(BaselineMeasures, BaselineState):
     needs_consolidation: ClassVar[bool] = False
     needs_task: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    num_lower_blocks: ClassVar[int] = 0
     default_rates: ClassVar[Mapping[str, float]] = {"base": 1e-4}  # 0.005, the prompts' rate, destroys pretrained weights
     needs_features_before: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
@@ -368,6 +369,10 @@ class Baseline(BaselineMeasures, BaselineState):
         return self.features.base
 
     @torch.no_grad()
+    def extract_lower_blocks(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        """The features of `extract_features`: a baseline has no prompts, and no blocks below them."""
+        return self.extract_features(pixel_values, **kwargs), None
+
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Features [B, D] float32 of `pixel_values` [B, 3, H, W], without gradient; `kwargs` are for the base."""
         return self.features(pixel_values, **kwargs)

@@ -44,12 +44,19 @@ class ContinualArguments:
         warmup_steps: steps of the linear warm-up at the start of every task.
         mixed_precision: "no", "bf16" or "fp16".
         seed: seed of orders, augmentations and initial values.
-        dataloader_num_workers: number of data loader processes.
+        dataloader_num_workers: number of data loader processes. 0: images are read in this process, one batch ahead in a
+            thread if torch computes on a GPU or leaves a core free.
         cache_queries: compute the un-prompted features of all images once instead of in every step, if the method uses them
             and images are not augmented. Takes 4 * D bytes per image.
         query_cache: folder for these features, shared by runs and methods on the same images and base; "": in memory only;
             None: `$CL_PROMPTS_CACHE/queries` if that variable is set, else in memory only.
         query_cache_bytes: limit on the size of the files in that folder; the least recently used ones are removed.
+        pixel_cache_bytes: limit on the size of private files in `output_dir` with the resized images in 8 bits, so that
+            each is decoded and resized once in a run. 0, or more images than fit: they are read again in every epoch.
+        hidden_cache_bytes: limit on the size of private files in `output_dir` with the hidden states of images that are not
+            augmented, in 16 bits, behind the blocks below the lowest prompt: steps and evaluations then begin above these
+            blocks. Training images are kept if they fit, and test images if both do. 0: none. For one process. Their
+            rounding changes results slightly (docs/training.md).
         memory_size: number of images kept for rehearsal, split evenly over the classes; 0: none.
         memory_per_class: number of images kept for rehearsal per class; 0: see `memory_size`.
         memory_batch_size: number of rehearsed images added to each batch; None: `batch_size`.
@@ -83,6 +90,8 @@ class ContinualArguments:
     cache_queries: bool = True
     query_cache: str | None = None
     query_cache_bytes: int = 8 * 2**30
+    pixel_cache_bytes: int = 2 * 2**30
+    hidden_cache_bytes: int = 0
     memory_size: int = 0
     memory_per_class: int = 0
     memory_batch_size: int | None = None
@@ -114,6 +123,8 @@ class ContinualArguments:
             "memory_per_class",
             "save_steps",
             "max_steps",
+            "pixel_cache_bytes",
+            "hidden_cache_bytes",
         ):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a non-negative integer")

@@ -292,7 +292,8 @@ class ContinualTrainer:
                 "memory_rows": self.replay.mixed_rows,
                 "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
             }
-        batches = iter(self.stream.train_batches(task, args.batch_size, **options))
+        read = self.stream.train_batches(task, args.batch_size, **options)
+        batches = iter(self.feature_provider.with_hidden(read, train=True, augmented=bool(self.stream.augmentation)))
         done = progress.epoch * self._steps_per_epoch + progress.step
         return islice(batches, max(args.max_steps - done, 0)) if args.max_steps else batches
 

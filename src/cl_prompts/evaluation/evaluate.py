@@ -68,7 +68,8 @@ def evaluate(
     """Evaluate a model on images.
 
     Args:
-        model: the model, in eval mode. It gets `pixel_values` and `query`, if a batch has it, but no labels and no tasks.
+        model: the model, in eval mode. It gets `pixel_values`, and `query` and `lower_blocks` if a batch has them, but no
+            labels and no tasks.
         batches: this process's share of the batches, with `pixel_values` and `labels`, or pairs (images, labels).
         classes: class id of each column of the logits.
         device: the model's device.
@@ -93,7 +94,7 @@ def evaluate(
     chosen, weights, scores = [], [], []
     for given in batches:
         batch = as_batch(given)
-        values = {name: batch[name].to(device) for name in ("pixel_values", "query") if name in batch}
+        values = {name: batch[name].to(device) for name in ("pixel_values", "query", "lower_blocks") if name in batch}
         labels = batch["labels"].to(device)
         output = model(**values)
         real = labels.ne(IGNORE_INDEX)
@@ -226,7 +227,13 @@ def accuracy(
 
 
 @torch.no_grad()
-def stream_features(model: Learner, batches: Iterable[dict[str, Any]], rows: int, device: torch.device | str) -> Tensor:
+def stream_features(
+    model: Learner,
+    batches: Iterable[dict[str, Any]],
+    rows: int,
+    device: torch.device | str,
+    keep: Callable[[Sequence[int], Tensor | None], None] | None = None,
+) -> Tensor:
     """Un-prompted features of images of a stream by row number: [rows, D] on the CPU; rows without an image are zeros.
 
     Args:
@@ -234,10 +241,17 @@ def stream_features(model: Learner, batches: Iterable[dict[str, Any]], rows: int
         batches: this process's share of the batches (`ClassIncrementalStream.all_images`).
         rows: number of rows of the data set.
         device: the model's device.
+        keep: called with row numbers and hidden states (`Learner.extract_lower_blocks`) of each batch; None: not called.
     """
     parts, numbers = [], []
     for batch in batches:
-        features = model.extract_features(batch["pixel_values"].to(device)).cpu()
+        images = batch["pixel_values"].to(device)
+        if keep is None:
+            features = model.extract_features(images)
+        else:
+            features, hidden = model.extract_lower_blocks(images)
+            keep(batch["sample_ids"], hidden)
+        features = features.cpu()
         sample_ids = torch.tensor(batch["sample_ids"])
         parts.append(features[sample_ids >= 0])
         numbers.append(sample_ids[sample_ids >= 0])

@@ -97,6 +97,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def num_lower_blocks(self) -> int:
+        """Number of blocks below the lowest prompt, whose output depends on the image only."""
+        ...
+
+    @property
     def default_rates(self) -> Mapping[str, float]:
         """Learning rates of parameter groups, by name, that a trainer uses unless it is told others."""
         ...
@@ -181,6 +186,15 @@ class Learner(Protocol):
 
     def chosen_tasks(self, output: PromptPoolOutput) -> Tensor | None:
         """Tasks whose prompts gave an answer in eval mode: [B] or [B, layers]; None where none is chosen."""
+        ...
+
+    def extract_lower_blocks(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The features of `extract_features`, and what the forward takes as `lower_blocks`, or None; both without gradient.
+
+        Args:
+            pixel_values: images [B, 3, H, W].
+            kwargs: further inputs of the base.
+        """
         ...
 
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:

@@ -26,9 +26,9 @@ from cl_prompts.continual import (
     Stream,
 )
 from cl_prompts.continual.streams.data_sets import holds_files, is_missing
+from cl_prompts.continual.streams.transforms import ProcessorTransform
 from cl_prompts.runs.class_order import ordered_classes, tasks_in_order
 from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
-from cl_prompts.runtime.images import pil_to_rgb
 
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in the order of choice
@@ -39,7 +39,7 @@ Resample = Literal["processor", "bilinear", "bicubic"]
 OnBadImage = Literal["stop", "skip"]
 
 
-class ToTensor:
+class ToTensor(ProcessorTransform):
     """Transform: PIL image -> [3, H, W], with the model's image processor. Images are made 8-bit RGB first.
 
     Args:
@@ -49,29 +49,19 @@ class ToTensor:
     """
 
     def __init__(self, processor: Any, input_range: str = "processor", resample: str = "processor") -> None:
-        self.processor = processor
-        self.options: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if input_range == "unit":
-            self.options["do_normalize"] = False
+            options["do_normalize"] = False
         elif input_range != "processor":
             raise ValueError(f"input_range={input_range!r}: choose processor or unit")
         if resample != "processor":
-            self.options["resample"] = PILImage.Resampling[resample.upper()]
-        if fixed := [name for name in self.options if getattr(processor, name, None) is None]:
+            options["resample"] = PILImage.Resampling[resample.upper()]
+        if fixed := [name for name in options if getattr(processor, name, None) is None]:
             raise ValueError(
                 f"the image processor of the model, a {type(processor).__name__}, has no {fixed[0]} to change: leave "
                 "input_range and resample at their defaults, processor"
             )
-
-    def settings(self) -> dict[str, Any]:
-        """All settings of the transform, JSON-able, for the query cache."""
-        kind = type(self.processor)
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", **self.processor.to_dict(), "options": self.options}
-
-    def __call__(self, image: Any) -> torch.Tensor:
-        """The tensor [3, H, W] of an image."""
-        pixels: torch.Tensor = self.processor(pil_to_rgb(image), return_tensors="pt", **self.options)["pixel_values"][0]
-        return pixels
+        super().__init__(processor, **options)
 
 
 @dataclass

@@ -35,7 +35,7 @@ FILES = (
 # Arguments that do not change the results.
 NOT_OF_THE_RUN = (
     *("output_dir", "recipe", "benchmark", "resume", "trackers", "dataloader_num_workers", "logging_steps", "save_steps"),
-    *("query_cache", "query_cache_bytes", "shard_backbone"),
+    *("query_cache", "query_cache_bytes", "pixel_cache_bytes", "shard_backbone"),
 )
 LIBRARIES = ("cl-prompts", "torch", "transformers", "peft", "accelerate", "datasets")
 

@@ -1,9 +1,16 @@
-"""The name of the CPU."""
+"""The name of the CPU, and its cores."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def processor() -> str:

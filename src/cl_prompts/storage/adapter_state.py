@@ -12,7 +12,7 @@ from cl_prompts.version import __version__
 
 
 FORMAT_VERSION = 1
-_OF_A_CALL = ("pixel_values", "labels", "query", "sample_ids", "num_items_in_batch")
+_OF_A_CALL = ("pixel_values", "labels", "query", "lower_blocks", "sample_ids", "num_items_in_batch")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PRECISION = re.compile(r"[\w.+]{1,100}", re.ASCII)
 POOLINGS = ("cls", "mean", "pooler")

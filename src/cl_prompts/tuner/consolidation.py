@@ -30,7 +30,7 @@ def features_of(
         batch: with `pixel_values` and, if known, `query`.
         probe: called with the attention of each block that has a prefix; None: not called.
     """
-    own = {name: batch[name] for name in ("pixel_values", "query") if name in batch}
+    own = {name: batch[name] for name in ("pixel_values", "query", "lower_blocks") if name in batch}
     with prompted_forward(backbone, adapter, (), own, training=False, features_only=True, probe=probe):
         features: Tensor = backbone.model(**own).features
     return features

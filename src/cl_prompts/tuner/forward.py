@@ -22,6 +22,7 @@ from cl_prompts.backbones.own_arguments import OWN_ARGUMENTS
 from cl_prompts.backbones.plan import PassPlan, PassRecord, Reuse
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.backbones.readout import read_feature
+from cl_prompts.backbones.reuse import reuse_of_states
 from cl_prompts.backbones.structure import cls_position_embedding
 from cl_prompts.interfaces import PoolInput, Probe, Prompts
 from cl_prompts.learner.checks import check_labels
@@ -45,7 +46,7 @@ class Inputs:
         features_only: use the trained head instead of a classifier computed from features; only the features are read.
         targets: index of the logit of each image's class [B], -100 for padding; None without labels.
         valid: True for real images, False for padding [B].
-        query: un-prompted features [B, D] passed by the caller, or None.
+        query, lower_blocks: un-prompted features [B, D] and hidden states [B, N, D] passed by the caller, or None.
         sample_ids: a number per image, or None.
         num_items: number of images of the whole accumulated batch, or None.
     """
@@ -59,6 +60,7 @@ class Inputs:
     targets: Tensor | None
     valid: Tensor
     query: Tensor | None
+    lower_blocks: Tensor | None
     sample_ids: Any
     num_items: Tensor | int | None
 
@@ -130,6 +132,7 @@ def validate(
         targets=targets,
         valid=valid,
         query=query,
+        lower_blocks=kwargs.get("lower_blocks"),
         sample_ids=kwargs.get("sample_ids"),
         num_items=kwargs.get("num_items_in_batch"),
     )
@@ -137,14 +140,13 @@ def validate(
 
 def query_features(backbone: PromptedBackbone, inputs: Inputs) -> tuple[Tensor | None, Reuse | None]:
     """Un-prompted features [B, D], or None if the pool needs none, and what the prompted pass can reuse of that pass."""
-    pool = inputs.adapter.pool
-    if inputs.query is not None:
-        return inputs.query.detach().float(), None
-    if not pool.needs_query:
-        return None, None
+    pool, lowest = inputs.adapter.pool, min(inputs.adapter.pool.layers, default=0)
+    if inputs.query is not None or not pool.needs_query:
+        kept = reuse_of_states(inputs.lower_blocks, backbone.model, backbone.structure, lowest, len(inputs.images))
+        return None if inputs.query is None else inputs.query.detach().float(), kept
     # No reuse if a gradient to the images must go through both passes, or the whole model is compiled into one graph.
     reusable = not inputs.images.requires_grad and not torch.compiler.is_compiling()
-    below = backbone.unprompted_blocks(min(pool.layers, default=0)) if reusable else None
+    below = backbone.unprompted_blocks(lowest) if reusable else None
     query, reuse = backbone.features(inputs.args, inputs.kwargs, inputs.adapter.query_pooling, keep_below=below)
     return query.detach(), reuse
 

@@ -24,6 +24,7 @@ from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter, PromptPoolLayer
 from cl_prompts.tuner.class_api import ClassAPI
 from cl_prompts.tuner.consolidation import consolidate, features_of
+from cl_prompts.tuner.lower_blocks import LowerBlocks
 from cl_prompts.tuner.measures_api import MeasuresAPI
 from cl_prompts.tuner.parameter_groups import parameter_groups
 from cl_prompts.tuner.resize import grow_pool
@@ -31,7 +32,7 @@ from cl_prompts.tuner.training_state import restored_adapter, training_state_dic
 from cl_prompts.tuner.validation import record_base
 
 
-class TaskAPI(ClassAPI, MeasuresAPI):
+class TaskAPI(ClassAPI, MeasuresAPI, LowerBlocks):
     """The methods that `PromptPoolTuner` and `PromptPoolModel` share. All act on the active adapter.
 
     The tuner holds the attributes below; `PromptPoolModel` looks them up on its tuner, as `PeftModel` does.

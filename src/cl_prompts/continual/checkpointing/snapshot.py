@@ -19,7 +19,15 @@ from cl_prompts.runtime.distributed import world_size
 FORMAT = 4  # version of the checkpoint format
 
 # Settings that do not change the result of a run.
-NOT_OF_THE_RUN = ("output_dir", "dataloader_num_workers", "logging_steps", "save_steps", "query_cache", "query_cache_bytes")
+NOT_OF_THE_RUN = (
+    "output_dir",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_steps",
+    "query_cache",
+    "query_cache_bytes",
+    "pixel_cache_bytes",
+)
 
 
 def run_identity(

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 import cl_prompts
-from cl_prompts.continual.streams.image_column import ImageColumn
 from cl_prompts.continual.streams.indexed import IndexedStream
 from cl_prompts.continual.streams.loading import Rows, rank_and_processes
 from cl_prompts.interfaces import NotCacheableError
@@ -160,7 +159,7 @@ def _transform(transform: Any) -> list[Any]:
 
 def _images(stream: IndexedStream, rows: Rows, *, train: bool) -> Iterator[bytes]:
     """Row numbers and contents of this process's share of the images, as bytes."""
-    column = ImageColumn(stream.train if train else stream.test, stream.image_column)
+    column = stream.column_of("train" if train else "test", stream.train if train else stream.test)
     own = np.array_split(rows, world_size())[rank_and_processes()[0]]
     yield np.ascontiguousarray(own, dtype="<i8").tobytes()
     yield str(len(stream.train_labels if train else stream.test_labels)).encode()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from cl_prompts.continual.arguments import ContinualArguments
 from cl_prompts.continual.batches import DeviceBatches, to_device
 from cl_prompts.continual.feature_cache.cache import QueryCache, folder_of_queries
+from cl_prompts.continual.feature_cache.hidden_states import HiddenStates
 from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
 from cl_prompts.continual.streams.indexed import IndexedStream, require_indexed
 from cl_prompts.continual.streams.stream import Stream, Task
@@ -57,7 +59,11 @@ class FeatureProvider:
     def __init__(self, model: Learner, stream: Stream, args: ContinualArguments, accelerator: Accelerator) -> None:
         self.model, self.stream, self.args, self.accelerator = model, stream, args, accelerator
         self._features: dict[ImageView, Tensor] = {}
+        own_folder = Path(args.output_dir) if args.output_dir else None
+        self._hidden = HiddenStates(args.hidden_cache_bytes, own_folder)
         folder = folder_of_queries(args.query_cache)
+        if isinstance(stream, IndexedStream):
+            stream.keep_pixels(args.pixel_cache_bytes, own_folder)
         self._cache = QueryCache(folder, args.query_cache_bytes, accelerator.print) if folder else None
 
     @property
@@ -121,7 +127,7 @@ class FeatureProvider:
         if key is None or self._cache is None:
             self.accelerator.print(f"{images} computed once, in memory{why}")
             return self._computed(view)
-        table = self._cache.read(key)
+        table = None if self._keeps_hidden else self._cache.read(key)
         hit = torch.tensor(int(table is not None), device=device)
         if int(sum_over_processes(hit)) == world_size() and table is not None:
             self.accelerator.print(f"{images} read from {self._cache.path(key)}")
@@ -144,7 +150,49 @@ class FeatureProvider:
         )
         batches_on_device = (stream.augment_on_device(to_device(batch, device), augmented_by) for batch in batches)
         rows = len(stream.train_labels if view.train else stream.test_labels)
-        return stream_features(self.model, batches_on_device, rows, device)
+        keep = self._keep_hidden(view) if self._keeps_hidden and augmented_by is None else None
+        return stream_features(self.model, batches_on_device, rows, device, keep)
+
+    # ---- hidden states -----------------------------------------------------------------------------------------------
+
+    @property
+    def _keeps_hidden(self) -> bool:
+        """Whether hidden states may be kept: one process reads images by row number, and prompts begin above block 0."""
+        asked = self.args.hidden_cache_bytes > 0 and world_size() == 1 and isinstance(self.stream, IndexedStream)
+        return asked and self.base_is_frozen and self.model.num_lower_blocks > 0
+
+    def _keep_hidden(self, view: ImageView) -> Callable[[Sequence[int], Tensor | None], None]:
+        """What keeps the hidden states of a pass over a view: training images first, test images if there is room."""
+        number = sum(len(self._indexed.all_rows(train=train)) for train in {True, view.train})
+        begun = False
+
+        def keep(rows: Sequence[int], hidden: Tensor | None) -> None:
+            nonlocal begun
+            if hidden is not None and not begun:
+                self._hidden.begin(view, hidden, number)
+            begun = True
+            if hidden is not None and view in self._hidden:
+                self._hidden.add(view, rows, hidden)
+
+        return keep
+
+    def with_hidden(self, batches: Iterable[dict[str, Any]], *, train: bool, augmented: bool = False) -> Any:
+        """Batches with `lower_blocks`, where these hidden states of their images are kept; else `batches` as they are.
+
+        Args:
+            batches: of this stream, with `sample_ids`.
+            train: whether they are training images.
+            augmented: whether the images are augmented.
+        """
+        if augmented or not self._keeps_hidden:
+            return batches
+        view = ImageView(train)
+        self._features_of(view)
+        if view not in self._hidden:
+            return batches
+        return (batch | {"lower_blocks": self._hidden.of(view, batch["sample_ids"])} for batch in batches)
+
+    # ---- queries and batches -----------------------------------------------------------------------------------------
 
     def queries(self, *, train: bool) -> Tensor | None:
         """Queries of all images by row number [rows, D]; None if the method needs none or the backbone is trained."""
@@ -173,9 +221,10 @@ class FeatureProvider:
 
         def batches() -> Any:
             queries = self.queries(train=True)
-            return self._indexed.images(
+            images = self._indexed.images(
                 rows, self.args.batch_size, queries=queries, num_workers=self.args.dataloader_num_workers
             )
+            return self.with_hidden(images, train=True)
 
         return DeviceBatches(batches, self.accelerator.device)
 
@@ -183,5 +232,7 @@ class FeatureProvider:
         """Batches of a task's test images."""
         size, num_workers = self.args.batch_size, self.args.dataloader_num_workers
         if isinstance(self.stream, IndexedStream):
-            return self.stream.test_batches(task, size, num_workers=num_workers, queries=self.queries(train=False))
+            queries = self.queries(train=False)
+            batches = self.stream.test_batches(task, size, num_workers=num_workers, queries=queries)
+            return self.with_hidden(batches, train=False)
         return self.stream.test_batches(task, size, num_workers=num_workers)

@@ -34,11 +34,12 @@ class ImageColumn:
         name: name of the column.
 
     Attributes:
+        source: `data` as given.
         files: data set whose column `name` has the files of the images; None: the rows have other values than files.
     """
 
     def __init__(self, data: Any, name: str) -> None:
-        self.name = name
+        self.source, self.name = data, name
         self.mode: str | None = None
         self.format: str | None = None
         self.files: Dataset | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,15 @@ from torch import Tensor
 from cl_prompts.continual.streams.augmentation import CropAndFlip
 from cl_prompts.continual.streams.columns import check_columns
 from cl_prompts.continual.streams.indexed_images import IndexedImages
-from cl_prompts.continual.streams.loading import Batches, Rows, build_loader, collate, process_shards
+from cl_prompts.continual.streams.loading import (
+    Batches,
+    Rows,
+    build_loader,
+    collate,
+    has_a_core_to_read,
+    process_shards,
+)
+from cl_prompts.continual.streams.pixels import EightBitTransform, KeptPixels
 from cl_prompts.continual.streams.rehearsed_batches import RehearsedBatches
 from cl_prompts.continual.streams.stream import Stream, Task
 
@@ -166,7 +176,8 @@ class IndexedStream(Stream):
             replacements=np.sort(used),
             owner=f"task {task.number}" + (f" ({task.name})" if task.name else ""),
         )
-        return self._batches(images, sampler, num_workers)
+        changes = callable(memory_rows) and isinstance(sampler, RehearsedBatches)
+        return self._batches(images, sampler, num_workers, ahead=not changes)
 
     def steps_per_epoch(self, task: Task, batch_size: int, rows: Sequence[int] | Rows | None = None) -> int:
         """Number of batches of `train_batches` with `start=0` and the same `task`, `batch_size` and `rows`.
@@ -193,6 +204,25 @@ class IndexedStream(Stream):
     def _order(self, task: Task, rows: Rows, seed: int, epoch: int, *, all_rows: bool) -> Rows:
         """Rows in the order of an epoch; `all_rows`: they are those of the task."""
         return np.random.default_rng([seed, task.number, epoch]).permutation(rows)
+
+    def keep_pixels(self, max_bytes: int, folder: Path | None = None) -> None:
+        """Decode and resize each image once from now on, and keep it in 8 bits where that loses nothing.
+
+        The files belong to this process and its forked loader processes, and are gone with them. Images that are augmented
+        before the transform, and transforms without a method `resized` (image processors have it), are not kept.
+
+        Args:
+            max_bytes: limit on the size of the files of both splits; if the images are larger, they are not kept.
+            folder: folder on the disk to use; None: that of temporary files.
+        """
+        self.kept_pixels = {}
+        if not max_bytes or not isinstance(self.transform, EightBitTransform):
+            return
+        rows = {split: len(self.all_rows(train=split == "train")) for split in ("train", "test")}
+        for split, number in rows.items():
+            share = max_bytes * number // max(sum(rows.values()), 1)
+            with suppress(OSError):  # no room or no right to write there only costs time
+                self.kept_pixels[split] = KeptPixels(self.transform, number, share, folder)
 
     # ---- images by row number ----------------------------------------------------------------------------------------
 
@@ -259,9 +289,17 @@ class IndexedStream(Stream):
             raise ValueError(f"rows are of classes {unknown}, which no task of this stream has")
         return numbers
 
-    def _batches(self, images: IndexedImages, sampler: Sequence[list[int]] | RehearsedBatches, num_workers: int) -> Batches:
+    def _batches(
+        self,
+        images: IndexedImages,
+        sampler: Sequence[list[int]] | RehearsedBatches,
+        num_workers: int,
+        ahead: bool = True,
+    ) -> Batches:
+        """Batches in this process, or by loader processes; `ahead`: the sampler may be asked before a batch is used."""
+        ahead = ahead and not num_workers and has_a_core_to_read()
         loader = build_loader(images, num_workers, batch_sampler=sampler, collate_fn=collate)
-        return Batches(loader, partial(self._record_skipped, images.split))
+        return Batches(loader, partial(self._record_skipped, images.split), ahead)
 
 
 def require_indexed(stream: Stream, purpose: str) -> IndexedStream:

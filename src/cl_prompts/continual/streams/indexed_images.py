@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_prompts.continual.streams.data_sets import is_own_error
-from cl_prompts.continual.streams.image_column import ImageColumn
 from cl_prompts.continual.streams.loading import PADDING_ID, Rows, padding_index, unreadable_error
 from cl_prompts.continual.streams.stream import Stream
 from cl_prompts.interfaces import IGNORE_INDEX
@@ -51,7 +50,7 @@ class IndexedImages(Dataset[dict[str, Any]]):
         owner: str = "",
     ) -> None:
         self.stream, self.split = stream, split
-        self.column, self.labels = ImageColumn(data, stream.image_column), labels
+        self.column, self.labels = stream.column_of(split, data), labels
         self.queries, self.augmented_by = queries, augmented_by
         self.replacements = np.arange(len(labels)) if replacements is None else replacements
         self.owner = owner
@@ -61,10 +60,10 @@ class IndexedImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = index if index >= 0 else padding_index(index)
-        source, image = self._read(row)
+        source, pixels = self._pixels(row)
         real = index >= 0 and source == row
         item = {
-            "pixel_values": self.stream.pixels(self.stream.augment(image, self.augmented_by, row)),
+            "pixel_values": pixels,
             "labels": int(self.labels[row]) if real else IGNORE_INDEX,
             "sample_ids": row if real else PADDING_ID,
             "unreadable": None if source == row else row,
@@ -72,6 +71,17 @@ class IndexedImages(Dataset[dict[str, Any]]):
         if self.queries is not None:
             item["query"] = self.queries[source]
         return item
+
+    def _pixels(self, row: int) -> tuple[int, Tensor]:
+        """The row that is read for `row`, and the tensor [3, H, W] of its image."""
+        stream = self.stream
+        kept = stream.kept_pixels.get(self.split) if stream.transforms_plainly(self.augmented_by) else None
+        pixels = None if kept is None else kept.read(row)
+        if pixels is not None:
+            return row, pixels
+        source, image = self._read(row)
+        pixels = None if kept is None else kept.keep(source, image, stream.pixels)
+        return source, stream.pixels(stream.augment(image, self.augmented_by, row)) if pixels is None else pixels
 
     def _read(self, row: int) -> tuple[int, Any]:
         """The row that is read for `row`, and its image. The two rows differ if the image of `row` is skipped."""

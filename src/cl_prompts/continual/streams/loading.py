@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from cl_prompts.runtime.cpu import cores
 from cl_prompts.runtime.images import UnreadableImage
 
 
@@ -60,6 +62,21 @@ def build_loader(images: Dataset[dict[str, Any]], num_workers: int, **options: A
     return DataLoader(images, num_workers=num_workers, pin_memory=pinned, generator=torch.Generator(), **options)
 
 
+def read_ahead(batches: Iterable[T]) -> Iterator[T]:
+    """The same batches. A thread reads the next one while one is used."""
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, source, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, source, None)
+            yield batch
+
+
+def has_a_core_to_read() -> bool:
+    """Whether a thread that reads images has a core: torch computes on a GPU, or with fewer threads than cores."""
+    return torch.cuda.is_available() or torch.get_num_threads() < cores()
+
+
 class Batches:
     """Batches of a data loader; can be iterated several times.
 
@@ -68,16 +85,19 @@ class Batches:
     Args:
         loader: gives batches that have `unreadable` besides the model's arguments.
         on_unreadable: called with `unreadable` of each batch.
+        ahead: read in a thread, one batch ahead.
     """
 
-    def __init__(self, loader: DataLoader[dict[str, Any]], on_unreadable: Callable[[list[int]], None]) -> None:
-        self.loader, self._on_unreadable = loader, on_unreadable
+    def __init__(
+        self, loader: DataLoader[dict[str, Any]], on_unreadable: Callable[[list[int]], None], ahead: bool = False
+    ) -> None:
+        self.loader, self._on_unreadable, self._ahead = loader, on_unreadable, ahead
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
+        for batch in read_ahead(self.loader) if self._ahead else self.loader:
             self._on_unreadable(batch.pop("unreadable"))
             yield batch
 

@@ -20,20 +20,29 @@ class ProcessorTransform:
 
     Args:
         processor: the image processor, or a processor that has one as `image_processor`.
+        options: arguments of its call.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, **options: Any) -> None:
         self.processor = getattr(processor, "image_processor", processor)
+        self.options = options
 
     def settings(self) -> dict[str, Any]:
         """All settings, JSON-able, for the query cache."""
         kind = type(self.processor)
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", **self.processor.to_dict()}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", **self.processor.to_dict(), "options": self.options}
 
     def __call__(self, image: Any) -> Tensor:
         """The tensor [3, H, W] of an image."""
+        return self._processed(image, **self.options)
+
+    def resized(self, image: Any) -> Tensor:
+        """The image as it is before its values are scaled: [3, H, W], 8 bits with most processors."""
+        return self._processed(image, **self.options | {"do_rescale": False, "do_normalize": False})
+
+    def _processed(self, image: Any, **options: Any) -> Tensor:
         rgb = pil_to_rgb(image) if isinstance(image, PIL.Image.Image) else image
-        pixels: Tensor = self.processor(rgb, return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = self.processor(rgb, return_tensors="pt", **options)["pixel_values"][0]
         return pixels
 
 

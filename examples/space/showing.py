@@ -61,7 +61,7 @@ def _names(task: Sequence[dict[str, Any]]) -> str:
 
 
 def facts(pool: OpenPool) -> str:
-    """Method, base, head, size and tasks of the pool."""
+    """Tasks of the pool; method, base, head and size folded away."""
     found = pool.facts
     base = found["base_model"]
     shape = f"{text(base['class'])}, {base['blocks']} blocks, width {base['width']}"
@@ -81,9 +81,10 @@ def facts(pool: OpenPool) -> str:
         f'<li><i style="background:{color(number)}"></i>{number + 1}: {_names(task)}</li>'
         for number, task in enumerate(found["tasks"])
     )
-    head = f'<h3>{text(pool.name)}</h3><dl class="facts">{listed}</dl>'
+    head = f"<h3>{text(pool.name)}</h3>"
+    folded = f'<details><summary>Method, base and size</summary><dl class="facts">{listed}</dl></details>'
     known = f'<p class="label">Tasks, in the order of learning</p><ul class="tasks">{tasks}</ul>' if tasks else ""
-    return f'<div class="card">{head}{known}</div>{messages(pool.notes)}'
+    return f'<div class="card">{head}{known}{folded}</div>{messages(pool.notes)}'
 
 
 def record(pool: OpenPool) -> str:
@@ -179,12 +180,36 @@ def choice_rule(pool: OpenPool) -> str:
     return "All tasks share the prompts. Colors show for which task's pictures a prompt was chosen in training."
 
 
+def score_rule(pool: OpenPool) -> str:
+    """One sentence on what a score says."""
+    if pool.pipe.calibrated:
+        return "Scores are calibrated: on pictures like those of training, about eight of ten answers with 80 % are right."
+    return "Scores are not calibrated: this adapter was saved without a temperature, so 80 % does not mean eight of ten."
+
+
+def counts(found: dict[str, tuple[list[str], list[str]]]) -> str:
+    """How many pictures were taken for which class before a lesson, and how many are now.
+
+    Args:
+        found: the labels before and after, by a title for the pictures.
+    """
+    tables = []
+    for title, (before, after) in found.items():
+        rows = "".join(
+            f'<tr><th scope="row">{text(label)}</th><td>{before.count(label)}</td><td>{after.count(label)}</td></tr>'
+            for label in sorted({*before, *after})
+        )
+        head = f'<tr><th scope="col">of {len(after)}, taken for</th><th scope="col">before</th><th scope="col">now</th></tr>'
+        tables.append(f'<figure><figcaption>{title}</figcaption><table class="matrix">{head}{rows}</table></figure>')
+    return f'<div class="counts">{"".join(tables)}</div>'
+
+
 def answers(pool: OpenPool, found: Sequence[tuple[str, Image.Image, Answer]]) -> str:
     """Pictures with labels, scores, chosen prompts and their tasks."""
     if not found:
         return ""
     cards = "".join(_answer(pool, name, image, given) for name, image, given in found)
-    return f'<p class="hint">{choice_rule(pool)}</p><div class="answers">{cards}</div>'
+    return f'<p class="hint">{score_rule(pool)} {choice_rule(pool)}</p><div class="answers">{cards}</div>'
 
 
 def _answer(pool: OpenPool, name: str, image: Image.Image, given: Answer) -> str:

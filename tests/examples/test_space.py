@@ -37,7 +37,7 @@ def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.Op
     assert not digits.notes
     assert digits.record is not None
     right = 0
-    for digit, image in enumerate(samples("try").values()):
+    for digit, image in enumerate(samples("digits").values()):
         found = answering.answer(digits, image)
         expected = digits.pipe(image, top_k=answering.TOP)
         assert [label for label, _ in found.labels] == [e["label"] for e in expected]
@@ -47,14 +47,14 @@ def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.Op
         right += found.labels[0][0] == str(digit)
     assert right == 7  # of the eight that it knows
     page = showing.facts(digits) + showing.record(digits)
-    for said in ("Hash", "micro ViT of the examples", "1: 0, 1", "task 4 (6, 7)", "After the last task 98.3"):
+    for said in ("Hash", "micro ViT of the examples", "1: 0, 1", "task 4 (6, 7)", "After the last task 98.6"):
         assert said in page
     assert page.count("<figure>") == 4
 
 
 def test_what_every_method_says_of_its_choices_and_that_it_learns_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teaching, "EPOCHS", 1)
-    image, lesson = next(iter(samples("try").values())), list(samples("teach-8").values())[:3]
+    image, lesson = next(iter(samples("digits").values())), list(samples("teach-8").values())[:3]
     for name, make in METHODS.items():
         pool = tiny(make())
         found, said = answering.answer(pool, image), showing.choice_rule(pool)
@@ -105,7 +105,7 @@ def test_a_class_is_taught_and_taken_home(way: str, tmp_path: Path) -> None:
     assert ticks[-1] == 1
     assert torch.equal(logits(other), before)  # another visitor's
     assert torch.equal(pool.model.head.weight[:8], rows)
-    answers = [answering.answer(pool, image).labels[0][0] for image in samples("try").values()]
+    answers = [answering.answer(pool, image).labels[0][0] for image in samples("digits").values()]
     assert answers[8] == "eight"
     assert sum(a == str(d) for d, a in enumerate(answers[:8])) == 7
     assert pool.model.adapter.config.class_mask == "task"

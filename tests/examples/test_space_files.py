@@ -252,7 +252,7 @@ def test_names_are_shown_as_text() -> None:
     pool.record.data = HOSTILE
     pool.record.results = {HOSTILE: next(iter(pool.record.results.values()))}
     pool.notes = [HOSTILE]
-    image = samples("try")["digit-9.png"]
+    image = samples("digits")["digit-9.png"]
     shown = [
         showing.facts(pool),
         showing.record(pool),

@@ -45,7 +45,7 @@ old pictures. Here you can classify pictures with such a pool, see which prompts
 own.</p>
 """
 STEPS = """
-<nav aria-label="steps"><a href="#the-pool">1 · The pool</a><a href="#ask-it">2 · Ask it</a><a href="#teach-it">3 · Teach it</a></nav>
+<nav aria-label="steps"><a href="#the-pool">1 · Pool</a><a href="#ask-it">2 · Ask</a><a href="#teach-it">3 · Teach</a></nav>
 """
 FOOT = f"""
 <p>Your pictures stay in memory until {MINUTES} minutes after the last use of this visit; uploaded files are removed
@@ -92,10 +92,10 @@ def page(visits: Visits) -> gr.Blocks:
                         f"Drop pictures of it: {teaching.MIN_IMAGES} to {uploads.MAX_IMAGES}", "lesson-files"
                     )
                     with gr.Row():
-                        eights = gr.Button("Ten eights", size="sm", min_width=60, elem_id="use-8")
-                        nines = gr.Button("Ten nines", size="sm", min_width=60, elem_id="use-9")
-                        balls = gr.Button("Ten balls", size="sm", min_width=60, elem_id="use-ball")
-                        cleared = gr.Button("Clear", size="sm", min_width=60, elem_id="clear-lesson")
+                        eights = gr.Button("Ten eights", size="sm", min_width=80, elem_id="use-8")
+                        nines = gr.Button("Ten nines", size="sm", min_width=80, elem_id="use-9")
+                        photographs = gr.Button("Ten photographs", size="sm", min_width=120, elem_id="use-photograph")
+                        cleared = gr.Button("Clear", size="sm", min_width=80, elem_id="clear-lesson")
                     lesson = fragment("lesson")
                     way = gr.Radio(label="How", choices=[], elem_id="way")
                     go = gr.Button("Teach", variant="primary", elem_id="teach")
@@ -152,7 +152,7 @@ def page(visits: Visits) -> gr.Blocks:
         scanned.click(event("ask_samples", "digits"), visit, **asks)
         photographed.click(event("ask_samples", "photographs"), visit, **asks)
         handful.upload(upload("lay_out", handful), [visit, handful], **lays)
-        for button, taught_as in ((eights, "8"), (nines, "9"), (balls, "ball")):
+        for button, taught_as in ((eights, "8"), (nines, "9"), (photographs, "photograph")):
             button.click(event("lay_out_samples", taught_as), visit, **lays)
         cleared.click(event("clear"), visit, **lays)
         go.click(teach, [visit, name, way], **teaches)

@@ -3,11 +3,12 @@
     python examples/space/make_photographs.py
 
 Nobody photographed them, so they are free of rights. Each has its own camera, light, colors and noise. `samples/photographs`
-has two of each thing to classify, `samples/teach-ball` ten balls to teach.
+has six to classify, `samples/teach-photograph` ten others to teach.
 """
 
 import shutil
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 SAMPLES = Path(__file__).resolve().parent / "samples"
 SIZE = 112  # pixels
 STEPS, NEAR, FAR = 60, 1e-3, 12.0  # of a ray
-TO_TRY, TO_TEACH = 2, 10
+FOLDERS = {"photographs": 6, "teach-photograph": 10}  # of the samples, with the number of pictures
 
 Array = np.ndarray
 Distance = Callable[[Array], Array]  # of points [..., 3] to a surface
@@ -98,12 +99,11 @@ def slope(scene: Distance, points: Array) -> Array:
 def main() -> None:
     """Write the photographs."""
     random = np.random.default_rng(0)
-    for folder, names, count in (("photographs", THINGS, TO_TRY), ("teach-ball", ["ball"], TO_TEACH)):
+    for folder, count in FOLDERS.items():
         shutil.rmtree(SAMPLES / folder, ignore_errors=True)
         (SAMPLES / folder).mkdir(parents=True)
-        for name in names:
-            for number in range(count):
-                photograph(THINGS[name], random).save(SAMPLES / folder / f"{name}-{number}.jpg", quality=85)
+        for number, name in zip(range(count), cycle(THINGS)):
+            photograph(THINGS[name], random).save(SAMPLES / folder / f"{name}-{number}.jpg", quality=85)
 
 
 if __name__ == "__main__":

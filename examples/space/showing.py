@@ -42,6 +42,11 @@ def messages(lines: Sequence[str]) -> str:
     return "".join(message(line, "bad") for line in lines)
 
 
+def folded(title: str, said: str) -> str:
+    """A longer message that the visitor opens."""
+    return f"<details><summary>{title}</summary>{message(said, 'hint')}</details>"
+
+
 def color(task: int) -> str:
     """The color of a task, for any number of tasks; consecutive tasks have different colors."""
     return f"hsl({(205 + 137.5 * task) % 360:.0f} 62% {50 if task % 2 else 42}%)"

@@ -51,7 +51,7 @@ class Visitor:
             "opened": "",
             "lesson": showing.waiting(self.lesson),
             "way": offered,
-            "why": showing.message(why, "hint"),
+            "why": showing.message(why, "hint") if not offered else showing.folded("What the lesson does", why),
             "download": None,
             "samples": self.pool.on_micro_vit,
         }

@@ -2,8 +2,8 @@
 
     python examples/space/make_photographs.py
 
-Nobody photographed them, so they are free of rights. Each has its own camera, light, colors and noise. `samples/photographs`
-has six to classify, `samples/teach-photograph` ten others to teach.
+Nobody photographed them, so they are free of rights. Each has its own camera, light, colors and noise.
+`samples/photographs` has six to classify, `samples/teach-photograph` ten others to teach.
 """
 
 import shutil

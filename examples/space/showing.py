@@ -204,8 +204,10 @@ def counts(found: dict[str, tuple[list[str], list[str]]]) -> str:
             f'<tr><th scope="row">{text(label)}</th><td>{before.count(label)}</td><td>{after.count(label)}</td></tr>'
             for label in sorted({*before, *after})
         )
-        head = f'<tr><th scope="col">of {len(after)}, taken for</th><th scope="col">before</th><th scope="col">now</th></tr>'
-        tables.append(f'<figure><figcaption>{title}</figcaption><table class="matrix">{head}{rows}</table></figure>')
+        titles = (f"of {len(after)}, taken for", "before", "now")
+        head = "".join(f'<th scope="col">{column}</th>' for column in titles)
+        table = f'<table class="matrix"><tr>{head}</tr>{rows}</table>'
+        tables.append(f"<figure><figcaption>{title}</figcaption>{table}</figure>")
     return f'<div class="counts">{"".join(tables)}</div>'
 
 

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.browser
 SHOWN = ("index", "quickstart", "choosing", "results", "methods/index", "families", "api/models")  # with a screenshot
 LEGIBLE = 8.5  # pixels, of the smallest text in a drawing
 BROKEN_NAMES = """() => [...document.querySelectorAll('td code')]
-    .filter(code => !/[\\s.,/-]/.test(code.textContent) && code.getClientRects().length > 1).map(code => code.textContent)"""
+    .filter(code => !/[\\s.,/-]/.test(code.textContent) && code.getClientRects().length > 1)
+    .map(code => code.textContent)"""
 UNSCROLLED = """() => [...document.querySelectorAll('.md-typeset table')]
     .filter(table => table.scrollWidth > table.closest('.md-content').clientWidth)
     .filter(table => !['auto', 'scroll'].includes(getComputedStyle(table.closest('.md-typeset__scrollwrap')).overflowX))

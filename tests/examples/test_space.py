@@ -11,6 +11,7 @@ import pytest
 import showing
 import teaching
 import torch
+import visitor
 from support.methods import METHODS
 from support.paths import ROOT
 from support.space_pools import logits, samples, tiny
@@ -35,6 +36,7 @@ def digits() -> opening.OpenPool:
 
 def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.OpenPool) -> None:
     assert not digits.notes
+    assert digits.pipe.calibrated
     assert digits.record is not None
     right = 0
     for digit, image in enumerate(samples("digits").values()):
@@ -93,6 +95,20 @@ def test_prompts_that_tasks_made_and_prompts_that_they_share() -> None:
 
 
 # ---- teaching
+
+
+def test_photographs_are_unknown_until_they_are_taught_and_the_counts_say_so(tmp_path: Path) -> None:
+    guest = visitor.Visitor(opening.open_digits(), tmp_path)
+    asked = guest.ask_samples("photographs")["answers"]
+    assert asked.count("Probably none of these classes") == asked.count("<article") == 6
+    assert "Scores are calibrated" in asked
+    guest.lay_out_samples("photograph")
+    parts = guest.teach("photograph", teaching.CLOSED_FORM)
+    lesson, others = parts["taught"].split("<figure>")[1:]
+    assert '<th scope="row">photograph</th><td>0</td><td>10</td>' in lesson
+    assert '<th scope="row">photograph</th><td>0</td><td>6</td>' in others
+    assert "Probably none" not in parts["answers"]
+    assert "Scores are not calibrated" in showing.score_rule(tiny(NoPromptsConfig()))
 
 
 @pytest.mark.parametrize("way", [teaching.CLOSED_FORM, teaching.TRAINING])

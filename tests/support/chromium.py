@@ -1,4 +1,7 @@
-"""Chromium for the browser tests, and the folder of their screenshots. Needs the extra `browser` and Debian's `chromium`."""
+"""Chromium for the browser tests, and the folder of their screenshots.
+
+Needs the extra `browser` and Debian's package `chromium`.
+"""
 
 from __future__ import annotations
 

@@ -43,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
     }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before `-m` chooses: rows that take turns."""
+    from support.turns import mark_turns  # imports the library, which must not happen before the Hub runs
+
+    mark_turns(items)
+
+
 def pytest_collection_finish() -> None:
     """Spare each garbage collection the libraries' objects: the trainers collect after every task, for half a second."""
     gc.freeze()

@@ -25,6 +25,9 @@ from cl_prompts.evaluation.evaluate import accuracy
 from cl_prompts.hf_trainer import AttachOptimizer, PromptPoolTrainer, accuracy_of
 
 
+pytestmark = pytest.mark.by_turns(3, always=())
+
+
 CLASSES = [2, 0, 3, 1]
 methods = pytest.mark.parametrize("method", ["l2p", "hash", "coda"])
 wraps = pytest.mark.parametrize("wrap", [get_prompt_pool_model, get_peft_model])

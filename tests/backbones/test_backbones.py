@@ -21,6 +21,9 @@ from cl_prompts.backbones.structure import cls_position_embedding, find_structur
 from cl_prompts.interfaces import PrefixKV
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 ALL = [(name, False) for name in BARE] + [(name, True) for name in CLASSIFIERS]
 NAMES = [f"{name}{'-classifier' if c else ''}" for name, c in ALL]
 
@@ -117,15 +120,13 @@ def test_off_is_off(name: str, classifier: bool, config: Callable[[], Any]) -> N
     assert all(torch.equal(a, e) for a, e in zip(unloaded, expected, strict=True))
 
 
-OFTEN = [("l2p", "vit"), ("hash", "vit"), ("hash", "dinov3")]
 COMPILED = [
-    pytest.param(method, name, marks=[] if (method, name) in OFTEN else pytest.mark.slow)
-    for method in ("l2p", "hash")
-    for name in ("vit", "beit_relative", "dinov2", "dinov3", "clip", "siglip")
+    (method, name) for method in ("l2p", "hash") for name in ("vit", "beit_relative", "dinov2", "dinov3", "clip", "siglip")
 ]
 
 
 # dynamo itself looks at the .grad of tensors it traces
+@pytest.mark.by_turns(12, always=())
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(("method", "name"), COMPILED)
 def test_compiled_backbone(method: str, name: str) -> None:

@@ -20,6 +20,7 @@ BATCH = 2
 EXPLICIT = ("data2vec_relative", "sapiens2")  # a bias of fixed size, or a norm of the keys
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("name", FURTHER)
 def test_prompts_in_every_further_family(name: str) -> None:
     model, values = build_further(name).requires_grad_(False), further_inputs(name, BATCH)
@@ -65,6 +66,7 @@ def outputs_with(backbone: PromptedBackbone, values: dict[str, Tensor], tokens: 
     return plan.record.hidden
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("name", FURTHER)
 def test_a_further_family_trains_with_checkpointing_and_is_given_back(name: str) -> None:
     base = build_further(name).requires_grad_(False)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from cl_prompts import HashPromptConfig, L2PConfig, VPTConfig, get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 LABELS = torch.tensor([0, 1, 0])
 # Their blocks take rotary embeddings or position biases, so they run as they are.
 PLAIN = {"beit_relative", "beit_shared", "dinov3"}
@@ -59,6 +62,7 @@ def check_numbers(model: Any, values: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, plain[name], atol=1e-5 * max(1.0, float(plain[name].abs().max())), rtol=0)
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", BARE)
 def test_every_family_gives_the_plain_numbers(name: str, attention: str) -> None:

@@ -52,6 +52,7 @@ def blocks_run(model: Any, values: dict[str, Tensor], **more: Any) -> tuple[list
     return counts, answer
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("name", BARE)
 @pytest.mark.parametrize("method", HIGH)
 def test_the_numbers_are_bit_equal(method: str, name: str) -> None:

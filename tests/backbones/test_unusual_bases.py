@@ -19,6 +19,9 @@ from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.backbones.frozen_tensors import precision
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 class Int8(Tensor):
     """A weight as torchao stores it: int8 numbers and a scale. It has no `view` and no data of its own."""
 

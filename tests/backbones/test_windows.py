@@ -167,6 +167,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("family", WINDOWED)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_windows_train_with_checkpointing_and_the_base_is_given_back(family: str, method: str) -> None:

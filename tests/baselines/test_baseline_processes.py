@@ -9,6 +9,7 @@ import torch.distributed as dist
 from support.comparison import OPTIONS, small_learner
 from support.processes import in_two_processes
 from support.small_runs import small_stream
+from support.turns import in_this_run
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -69,23 +70,26 @@ def learn(name: str) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in learner.training_state_dict()["tensors"].items()} | kept
 
 
-def process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
-        torch.save({name: learn(name) for name in BASELINES}, Path(folder, f"{rank}.pt"))
+        torch.save({name: learn(name) for name in names}, Path(folder, f"{rank}.pt"))
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def two_processes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("baselines")
-    in_two_processes(process, str(folder))
+    in_two_processes(process, str(folder), in_this_run(request, "name"))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("name", BASELINES)
 def test_two_processes_equal_one(name: str, two_processes: list[dict[str, dict[str, Tensor]]]) -> None:
     one = learn(name)

@@ -30,7 +30,7 @@ from cl_prompts.continual import (
 from cl_prompts.heads import AlignedClassifier, RidgeClassifier
 
 
-pytestmark = pytest.mark.xdist_group("baselines")
+pytestmark = [pytest.mark.by_turns(5), pytest.mark.xdist_group("baselines")]
 
 
 class Watch(TrainerCallback):

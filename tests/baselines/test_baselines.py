@@ -15,6 +15,9 @@ from torch.testing import assert_close
 from cl_prompts.baselines import get_baseline
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 # ---- what all share --------------------------------------------------------------------------------------------------
 
 

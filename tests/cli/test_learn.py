@@ -114,6 +114,7 @@ def test_one_class_from_its_own_folder(tmp_path: Path, capsys: Output, monkeypat
     assert {answer[0]["label"] for answer in answers} == {"wren"}
 
 
+@pytest.mark.slow
 def test_the_settings_are_those_of_the_adapters_own_run(tmp_path: Path, capsys: Output) -> None:
     adapter = adapter_of(tmp_path, "l2p")
     matrix = AccuracyMatrix()

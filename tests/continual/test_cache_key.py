@@ -38,6 +38,9 @@ from cl_prompts.runs import MICRO_VIT
 from cl_prompts.runs.images import ToTensor
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 CPU = torch.device("cpu")
 
 
@@ -169,6 +172,7 @@ def test_another_precision_machine_or_version_is_not_found(key: str, monkeypatch
     assert key_of() == key, "all is as it was"
 
 
+@pytest.mark.slow
 def test_the_key_knows_nothing_of_tasks_methods_and_labels(key: str, tmp_path: Path) -> None:
     names = ["a", "b", "c", "d"]
     same: dict[str, Stream] = {

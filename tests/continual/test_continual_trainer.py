@@ -23,6 +23,9 @@ from cl_prompts.continual.training_step import Throughput
 from cl_prompts.heads import DiscriminantClassifier
 
 
+pytestmark = pytest.mark.by_turns(3, always=())
+
+
 # ---- the loop ------------------------------------------------------------------------------------------------------------
 
 
@@ -76,6 +79,7 @@ def test_a_dry_run_ends_each_task_after_its_steps(most: int, steps: int) -> None
     assert trainer.progress.global_step == 2 * steps
 
 
+@pytest.mark.slow
 def test_every_task_trains_in_the_precision_that_was_asked_for() -> None:
     trainer = small_trainer("l2p", mixed_precision="bf16", num_train_epochs=1)
     seen: set[tuple[int, bool, torch.dtype]] = set()
@@ -117,6 +121,7 @@ def test_micro_batches() -> None:
         assert [i for part in parts for i in part["sample_ids"]] == batch["sample_ids"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     alive: list[int] = []
 

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_names_the_file_and_goes_on(case: str, tmp_path: Path) -> None:
     name, settings, size = CASES[case]

@@ -51,6 +51,7 @@ def test_statistics_are_those_of_one_run(tmp_path: Path) -> None:
     assert len(matrix.columns) == 1, "only tasks of this run are evaluated"
 
 
+@pytest.mark.by_turns(3, always=())
 @pytest.mark.parametrize("method", ["coda", "hash", "layer_grouped"])
 def test_drift_is_compensated_and_earlier_prompts_are_kept(method: str, tmp_path: Path) -> None:
     """A head with drift compensation needs the new images before the task, also in the first task of a second run."""
@@ -76,6 +77,7 @@ def test_prompts_of_the_first_task_only_are_not_trained_again(tmp_path: Path) ->
     assert all(torch.equal(p, before[name]) for name, p in model.adapter.pool.named_parameters())
 
 
+@pytest.mark.slow
 def test_choice_of_a_tasks_prompts_counts_from_the_first_run(tmp_path: Path) -> None:
     """`task_identity` compares with the number among all tasks of the learner."""
     first, third = parts()

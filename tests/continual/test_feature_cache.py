@@ -35,6 +35,9 @@ from cl_prompts.continual.feature_cache.cache import VARIABLE, QueryCache, folde
 from cl_prompts.storage.staging import ALIVE, PREFIX, STAGING
 
 
+pytestmark = pytest.mark.by_turns(3, always=())
+
+
 # ---- what is kept, and what is not -------------------------------------------------------------------------------------
 
 
@@ -269,6 +272,7 @@ def test_a_run_is_the_same_with_and_without_kept_queries(
         assert len(read) == STEPS + TESTS + CALIBRATION, "no query pass at all"
 
 
+@pytest.mark.slow
 def test_another_method_order_and_batch_find_the_same(tmp_path: Path) -> None:
     run("l2p", tmp_path, mixed_precision="bf16")
     other: dict[str, Any] = {"mixed_precision": "bf16", "batch_size": 7, "stream": {"tasks": [[3, 0], [1, 2]]}}
@@ -279,6 +283,7 @@ def test_another_method_order_and_batch_find_the_same(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_whatever_became_of_the_files(tmp_path: Path) -> None:
     whole, _ = run("l2p", "")
     cache = tmp_path / "cache"
@@ -292,6 +297,7 @@ def test_a_resumed_run_is_the_same_whatever_became_of_the_files(tmp_path: Path) 
     assert_same(whole, resumed, "resumed")
 
 
+@pytest.mark.by_turns(5, always=())
 def test_it_is_left_alone_where_it_is_not_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("vpt", tmp_path)  # asks for no query
     run("l2p", tmp_path, cache_queries=False)
@@ -302,6 +308,7 @@ def test_it_is_left_alone_where_it_is_not_valid(tmp_path: Path, capsys: pytest.C
     assert len(list(tmp_path.iterdir())) == 2, "test images, and training images as they are for the calibration"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_device", [False, True])
 def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
     """Each view is computed once, whatever the number of epochs; the queries are those of the images as they are shown."""
@@ -322,6 +329,7 @@ def test_queries_of_views_are_kept(on_device: bool, tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == known + 2, "other views"
 
 
+@pytest.mark.slow
 def test_a_run_that_augments_on_the_device_is_resumed(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "stream": {"augmentation": CropAndFlip(on_device=True)},

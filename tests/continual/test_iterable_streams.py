@@ -19,6 +19,9 @@ from cl_prompts.continual.streams.indexed import require_indexed
 from cl_prompts.continual.streams.iterable import StreamedImages, content_id
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 LABELS = [0, 1, 2, 3] * 6
 DOMAIN = [0] * 8 + [2] * 8 + [1] * 8
 TASKS = [[0, 3], [2]]  # class 1 is in no task

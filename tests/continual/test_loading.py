@@ -35,6 +35,9 @@ from cl_prompts.continual.streams.loading import PADDING_ID, padding_index, proc
 from cl_prompts.interfaces import IGNORE_INDEX
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 LABELS = [0, 1, 2, 3] * 6
 
 

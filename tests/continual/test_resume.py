@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from support.methods import EVERYWHERE, METHODS, WITH_CLASSIFIER, in_turns
+from support.methods import METHODS, WITH_CLASSIFIER
 from support.query_images import Scaled, Unsaid, picture_stream
 from support.small_runs import Stop, StopAt, small_model, small_trainer, tensors
 
@@ -19,6 +19,9 @@ from cl_prompts.continual.checkpointing.checkpoint import Checkpoints, join_tens
 from cl_prompts.continual.checkpointing.parts import RandomState
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
 from cl_prompts.storage.staging import PREFIX, STAGING
+
+
+pytestmark = pytest.mark.by_turns(3)
 
 
 def assert_same_run(one: ContinualTrainer, other: ContinualTrainer) -> None:
@@ -39,13 +42,8 @@ def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: 
     return trainer
 
 
-# State of every kind: counts, matrices of a pass at the end of a task, an average, class statistics, a classifier.
-RESUMED = (*EVERYWHERE, *WITH_CLASSIFIER, "vpt_nsp2", "apt", "hide", "dualprompt prototype")
-
-
-@pytest.mark.parametrize(
-    "method", in_turns([*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")], RESUMED)
-)
+@pytest.mark.by_turns(9, always=())
+@pytest.mark.parametrize("method", [*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")])
 def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
     """Inside the last of three tasks."""
     whole = small_trainer(method, num_train_epochs=1)
@@ -69,6 +67,7 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.by_turns(5, always=())
 @pytest.mark.parametrize(
     "settings",
     [
@@ -86,6 +85,7 @@ def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
     assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
 
 
+@pytest.mark.slow
 def test_random_numbers_go_on(tmp_path: Path) -> None:
     class Draws(TrainerCallback):
         def __init__(self) -> None:
@@ -152,6 +152,7 @@ def with_ridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("other", OTHER_CLASSIFIERS)
 def test_other_classifiers_beside_the_learner_are_refused(other: str, with_ridge: Path, tmp_path: Path) -> None:
     classifiers, what = OTHER_CLASSIFIERS[other]
@@ -224,6 +225,7 @@ def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == {".safetensors", ".json"}
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "not json"])
 def test_a_damaged_checkpoint_is_skipped(damage: str, tmp_path: Path) -> None:
     whole = small_trainer("hash")

@@ -24,7 +24,7 @@ from cl_prompts.continual import (
 )
 
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 LABELS = [0, 1, 2, 3] * 6 + [0, 1]
 BAD = (2, 5, 24)

@@ -34,6 +34,9 @@ from cl_prompts.evaluation.probes import _fit
 from cl_prompts.heads.incremental import IncrementalHead
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 TRAIN = [5, 9, 5, 2, 7, 9, 9, 2, 5, 7, 7, 2, 4, 5, 9, 2, 7]
 TEST = [9, 2, 7, 5, 5, 7, 2, 9, 4, 7, 5]
 TASKS = [[9, 5], [2, 7]]  # class 4 is in no task

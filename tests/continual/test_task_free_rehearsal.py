@@ -53,6 +53,7 @@ def test_remembered_images_join_every_batch_after_the_first(tmp_path: Path, size
     assert len(set(kept)) == len(kept) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_ends_with_the_numbers_of_the_whole(tmp_path: Path, step: int, workers: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support.families import build
-from support.methods import EVERYWHERE, METHODS, in_turns
+from support.methods import METHODS
 from support.small_runs import small_model, small_trainer, tensors
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -21,6 +21,9 @@ from transformers import Trainer, TrainingArguments
 
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, get_prompt_pool_model
 from cl_prompts.continual import ContinualArguments
+
+
+pytestmark = pytest.mark.by_turns(5, always=())
 
 
 methods = pytest.mark.parametrize("method", ["l2p", "hash"])
@@ -100,11 +103,8 @@ def test_accumulation_changes_nothing(method: str, tmp_path: Path) -> None:
     assert {"head.weight", "pool.prompts"} < {n.partition(".default.")[2] for n in moved}
 
 
-# Losses that are means of images, of routers or of pairs of prompts, and statistics that parts add to.
-ADDED = (*EVERYWHERE, "dualprompt prototype", "coda one-stage", "smope", "hide", "vq_prompt", "vpt_nsp2", "cpg")
-
-
-@pytest.mark.parametrize("method", in_turns(METHODS, ADDED))
+@pytest.mark.by_turns(9, always=())
+@pytest.mark.parametrize("method", METHODS)
 def test_parts_of_a_batch_make_the_step_of_the_whole(method: str) -> None:
     """Batches of 8 and 2 images in 3 parts. SGD, for Adam would hide a wrong scale.
 

@@ -70,6 +70,7 @@ def one_after_the_other(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
 def test_the_processes_stay_together(tmp_path: Path) -> None:
     in_two_processes(one_after_the_other, str(tmp_path))

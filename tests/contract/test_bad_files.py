@@ -28,6 +28,9 @@ from torch import Tensor
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolConfig, PromptPoolModel
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
@@ -134,6 +137,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_failed_load_leaves_the_base_as_it_was(saved: Path, tmp_path: Path, name: str) -> None:
     damage, message = BAD_FILES[name]
@@ -150,6 +154,7 @@ def test_a_failed_load_leaves_the_base_as_it_was(saved: Path, tmp_path: Path, na
     assert torch.equal(PromptPoolModel.from_pretrained(base, saved)(IMAGES).logits, expected)
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_failed_load_adapter_leaves_the_model_as_it_was(saved: Path, tmp_path: Path, name: str) -> None:
     damage, message = BAD_FILES[name]

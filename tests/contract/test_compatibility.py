@@ -22,6 +22,9 @@ from cl_prompts.storage.adapter_state import FORMAT_VERSION, AdapterState
 from cl_prompts.storage.integrity import CLASSES_SUFFIX, SAVED_PREFIX, WEIGHTS_FILE
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 VERSIONS = sorted(TESTS.glob("adapters_v*"))
 FIXTURES = [
     pytest.param(folder, id=f"{version.name}-{folder.name}")

@@ -17,6 +17,7 @@ from datasets import Dataset
 from support.families import build
 from support.methods import METHODS
 from support.processes import in_two_processes
+from support.turns import in_this_run
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -191,11 +192,11 @@ def report_wrong_label(rank: int) -> str:
     return ""
 
 
-def process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
-        results: dict[str, Any] = {name: learn(case) for name, case in CASES.items()}
+        results: dict[str, Any] = {name: learn(CASES[name]) for name in names}
         results["errors"] = [grow_while_wrapped(late=False), grow_while_wrapped(late=True)]
         results["wrong label"] = report_wrong_label(rank)
         results["shares"] = [list(process_shards(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
@@ -210,13 +211,14 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("distributed")
-    in_two_processes(process, str(folder))
+    in_two_processes(process, str(folder), in_this_run(request, "name"))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
+@pytest.mark.by_turns(9, always=())
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]]) -> None:
     one = learn(CASES[name])

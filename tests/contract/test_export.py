@@ -11,8 +11,6 @@ from cl_prompts import get_prompt_pool_model
 
 
 ALL = METHODS | WITH_CLASSIFIER
-# One of each way of choosing and mixing prompts, and of answering.
-SOME = ("l2p", "hash", "coda one-stage", "smope", "norga", "hash discriminant")
 
 
 @torch.enable_grad()
@@ -33,7 +31,8 @@ def learnt(config: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in ALL])
+@pytest.mark.by_turns(13, always=())
+@pytest.mark.parametrize("method", ALL)
 def test_any_batch_size(method: str) -> None:
     model = learnt(ALL[method]())
     model(**inputs("vit", 4))  # once outside: closed-form heads compute their factors, the last block is tried

@@ -161,6 +161,7 @@ def run_case(entrance: str, seed: Seed, content: bytes, room: Path, random: Rand
         shutil.rmtree(folder)
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_some_hundred_cases(entrance: str, tmp_path: Path) -> None:
     started = time.process_time()

@@ -33,6 +33,9 @@ from cl_prompts.runtime.images import MAX_PIXELS, array_to_rgb, pil_to_rgb, read
 from cl_prompts.sharing.images import rgb_image
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["owl"])})
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
 RGB = PILImage.fromarray(PIXELS)

@@ -36,6 +36,9 @@ from cl_prompts.runtime.after_import import call_after_import
 from cl_prompts.tuner.tuner import PromptPoolTuner
 
 
+pytestmark = pytest.mark.by_turns(3, always=())
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Folders of a saved tiny ViT, bare and with a head: Auto classes load them without a network."""
@@ -168,6 +171,7 @@ for method in ("l2p", "hash"):
 """
 
 
+@pytest.mark.by_turns(4, always=())
 @pytest.mark.parametrize("first", [PEFT_FIRST, OURS_FIRST, THREADS_FIRST], ids=["peft", "cl_prompts", "threads"])
 def test_fresh_process_needs_the_import(first: str, bases: dict[bool, Path], tmp_path: Path) -> None:
     """In either order; `import cl_prompts` itself imports none of the libraries."""

@@ -17,6 +17,9 @@ from cl_prompts import get_prompt_pool_model
 from cl_prompts.baselines import BASELINES
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 ALL = {**METHODS, **WITH_CLASSIFIER}
 BASES: dict[str, Any] = {}
 

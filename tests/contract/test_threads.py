@@ -17,6 +17,9 @@ from transformers import ViTImageProcessor
 from cl_prompts import HashPromptConfig, L2PConfig, PromptPoolModel, PromptPoolPipeline, get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(7)
+
+
 THREADS = 4
 CALLS = 200  # of each method and family in the slow test; the unit suite makes fewer
 FAMILIES = ["vit", "dinov2", "clip", "siglip"]
@@ -92,6 +95,7 @@ def pictures(count: int) -> list[list[Image.Image]]:
     return [[Image.fromarray(p.numpy()) for p in row[: 1 + number % 3]] for number, row in enumerate(pixels)]
 
 
+@pytest.mark.by_turns(3, always=())
 @pytest.mark.parametrize("method", ["l2p", "hash", "coda"])
 def test_threads_share_one_pipeline(method: str) -> None:
     check_answers_from_threads(pipeline_of(method, "vit"), pictures(4))

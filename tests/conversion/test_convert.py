@@ -22,6 +22,9 @@ from cl_prompts.cli import main
 from cl_prompts.conversion import convert_checkpoint
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 HEADS = 2
 State = dict[str, Tensor]
 Write = Callable[[Path], Path]

@@ -252,6 +252,7 @@ def hues(file: Path) -> set[tuple[int, int, int]]:
 FIRST_COLORS = [tuple(round(255 * part) for part in colormaps["tab10"](n)[:3]) for n in range(3)]
 
 
+@pytest.mark.slow
 def test_curves_that_coincide_are_all_seen(tmp_path: Path) -> None:
     """Without the legend, whose lines have the colours in any case."""
     runs = {name: [matrix_of([90.0], [90.0, 90.0 + 1e-3 * n])] for n, name in enumerate("abc")}
@@ -289,6 +290,7 @@ def test_numbers_in_the_matrix_while_there_is_room(tmp_path: Path) -> None:
     assert colours(12) > 1
 
 
+@pytest.mark.slow
 def test_many_curves_leave_room_for_the_picture(tmp_path: Path) -> None:
     """Their names lie beside it: the longest line along the tasks is as long as with few."""
 

@@ -77,6 +77,7 @@ def new_model(method: str) -> PromptPoolModel:
     return model.eval()
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("method", METHODS)
 def test_similarity_and_counts_of_every_method(method: str, tmp_path: Path) -> None:
     model = new_model(method)
@@ -160,6 +161,7 @@ def colored(file: Path) -> Any:
     return (pixels.max(2) - pixels.min(2) > 30).mean()
 
 
+@pytest.mark.slow
 def test_picture(tmp_path: Path) -> None:
     """Bars grow with what they count, and there is a row per layer, up to six."""
     heights = {}

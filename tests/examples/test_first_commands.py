@@ -32,6 +32,7 @@ def readme_runs() -> list[list[str]]:
     return [words[3:] for words in lines if words[:3] == ["accelerate", "launch", "examples/train_cil.py"]]
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_in_order(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both run in one folder; the second one's model and images are replaced by ours."""
     monkeypatch.chdir(tmp_path)

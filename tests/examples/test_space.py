@@ -54,6 +54,7 @@ def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.Op
     assert page.count("<figure>") == 4
 
 
+@pytest.mark.slow
 def test_what_every_method_says_of_its_choices_and_that_it_learns_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teaching, "EPOCHS", 1)
     image, lesson = next(iter(samples("digits").values())), list(samples("teach-8").values())[:3]

@@ -51,6 +51,7 @@ def large_matrix(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
 
 
+@pytest.mark.slow
 def test_a_visit_teaches_and_keeps_the_newest_zip(visit: visits.Visit, all_visits: visits.Visits) -> None:
     ticks: list[float] = []
     assert "Hash" in visit.request("look")["facts"]
@@ -65,6 +66,7 @@ def test_a_visit_teaches_and_keeps_the_newest_zip(visit: visits.Visit, all_visit
     other.end()
 
 
+@pytest.mark.slow
 def test_work_without_end_is_cut_off_and_holds_nobody_up(
     visit: visits.Visit, all_visits: visits.Visits, large_matrix: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +97,7 @@ def test_work_without_end_is_cut_off_and_holds_nobody_up(
         hostile.request("look")
 
 
+@pytest.mark.slow
 def test_memory_without_end_is_refused_and_holds_nobody_up(
     visit: visits.Visit, all_visits: visits.Visits, large_matrix: list[str]
 ) -> None:

@@ -22,6 +22,9 @@ from cl_prompts.heads.refit import held_out_logits, trained_as_far
 from cl_prompts.storage.adapter_state import AdapterState
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 NEW = {
     "discriminant": lambda drift: DiscriminantClassifier(6, drift=drift),
     "ridge": lambda drift: RidgeClassifier(6, projection_size=30, drift=drift),
@@ -204,6 +207,7 @@ def test_a_foreign_temperature_is_refused(wrong: Any) -> None:
             AdapterState.from_dict({name: wrong})
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_method_is_calibrated_after_a_task(method: str) -> None:
     model = new_model(method)

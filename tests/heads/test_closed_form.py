@@ -28,6 +28,9 @@ from torch.testing import assert_close
 from cl_prompts import NoPromptsConfig, PromptPoolModel, get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 every_classifier = pytest.mark.parametrize("method", WITH_CLASSIFIER)
 
 
@@ -203,6 +206,7 @@ def test_un_prompted_features_need_no_training() -> None:
     assert model.adapter.classifier.projection.shape == (64, 40)
 
 
+@pytest.mark.slow
 def test_prompts_of_the_first_task_cost_its_steps_only() -> None:
     trainer = small_trainer("l2p analytic", config={"trained_tasks": "first"}, num_train_epochs=1)
     trainer.train()

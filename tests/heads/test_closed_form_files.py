@@ -25,6 +25,9 @@ from cl_prompts import L2PConfig, NoPromptsConfig, PromptPoolModel, get_prompt_p
 from cl_prompts.heads import build_classifier
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 every_classifier = pytest.mark.parametrize("method", WITH_CLASSIFIER)
 WEIGHTS = "adapter_model.safetensors"
 

@@ -96,6 +96,7 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
             assert torch.equal(found[name], value), name
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.xdist_group("closed-form-processes")
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_equal_one(run: str, two_processes: list[dict[str, Any]]) -> None:
@@ -128,6 +129,7 @@ def test_every_image_is_recorded_once(two_processes: list[dict[str, Any]]) -> No
 # ---- beside a learner --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_classifiers_beside_a_learner_resume(tmp_path: Path) -> None:
     """Killed in the second task, after the features before it were recorded."""
     settings: dict[str, Any] = {"tasks": 2, "num_train_epochs": 1, "classifiers": others()}
@@ -143,6 +145,7 @@ def test_classifiers_beside_a_learner_resume(tmp_path: Path) -> None:
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hash", "none analytic", "hash discriminant"])
 def test_forward_transfer_with_classifiers_that_know_nothing_yet(method: str) -> None:
     """The same classes in every task: the trainer measures before training, when they have no answer."""

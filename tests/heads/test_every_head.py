@@ -19,6 +19,9 @@ from torch.testing import assert_close
 from cl_prompts.heads import CLASSIFIERS, RidgeClassifier
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 SMALL: dict[str, dict[str, Any]] = {"ridge": {"projection_size": 30}, "aligned": {"epochs": 2}, "discriminant": {}}
 
 

@@ -304,6 +304,7 @@ def test_alignment_is_sgd_on_drawn_features() -> None:
     assert_close(head.bias.detach(), bias, atol=1e-5, rtol=0)
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("kind", ["full", "diagonal", "centroids"])
 @pytest.mark.parametrize("scale", [None, 20.0])
 def test_an_aligned_head_knows_all_classes(kind: str, scale: float | None) -> None:

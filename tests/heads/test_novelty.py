@@ -94,6 +94,7 @@ def consolidated(method: str) -> Any:
     return model
 
 
+@pytest.mark.by_turns(3)
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["l2p", "norga", *WITH_CLASSIFIER])
 def test_every_head_has_a_score_and_a_threshold_that_files_keep(method: str, tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def test_bad_values_are_refused() -> None:
         L2PConfig(state={"novelty_threshold": "high"})
 
 
+@pytest.mark.by_turns(2, always=())
 @pytest.mark.parametrize("method", ["hash discriminant", "coda"])
 def test_a_run_measures_novelty_and_drift(method: str, tmp_path: Path) -> None:
     trainer = small_trainer(method, tmp_path, novelty=True)

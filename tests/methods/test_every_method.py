@@ -19,6 +19,9 @@ from cl_prompts.interfaces import PrefixKV
 from cl_prompts.methods.pool import PromptPool
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 Method = Callable[..., PromptPoolConfig]
 # The router of class statistics is not in METHODS.
 EVERY: dict[str, Method] = (
@@ -189,6 +192,7 @@ def test_input_space_prompts_go_through_the_projections(method: str, monkeypatch
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns(9)
 @every_method
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_loaded_pool_goes_on_as_the_saved_one(method: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def oracle(model: PromptPoolModel, images: Tensor, statistics: str) -> Tensor:
     return torch.from_numpy((-best).argsort(1))
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize("statistics", ["mean", "covariance"])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_image_is_answered_as_one_of_its_inferred_task(method: str, statistics: str) -> None:

@@ -17,6 +17,9 @@ from cl_prompts import PromptPoolConfig, PromptPoolModel, VPTConfig, get_prompt_
 from cl_prompts.backbones.structure import attention_norm, find_structure
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 LABELS = torch.tensor([0, 1, 1])
 
 

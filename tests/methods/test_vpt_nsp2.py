@@ -156,6 +156,7 @@ def test_without_the_pass_the_next_task_warns(name: str) -> None:
     assert model.adapter.pool.update_projections() == {}
 
 
+@pytest.mark.by_turns(2, always=())
 @both
 def test_the_trainer_shows_each_tasks_images(name: str) -> None:
     trainer: Any = small_trainer(name)

@@ -119,6 +119,7 @@ def test_bad_rows_are_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_complete_runs_are_read_and_a_failing_row_loses_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
 ) -> None:
@@ -157,6 +158,7 @@ def complete(run: comparison.Run, *columns: list[float], references: tuple[str, 
     RunRecord(matrices, trainable={run.arguments.method: 5}, seconds=7.0).save(run.folder, None)
 
 
+@pytest.mark.slow
 def test_rows_with_another_number_of_tasks_have_a_table_of_their_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -21,11 +21,7 @@ from cl_prompts.runs.train import main as train
 
 
 COMPARISONS = sorted(path.stem for path in RECIPES.glob("compare_*.yaml"))
-# Domains and a trained backbone; names as labels and one split.
-DRY = [
-    ("l2p_core50_unfrozen", ""),
-    ("compare_hash_imagenet_r", "OVOR"),
-]
+DRY = [("compare_hash_imagenet_r", "OVOR")]  # names as labels and one split; the others are slow
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +42,7 @@ def build(arguments: Arguments, base: Path) -> Any:
 BUILT: set[str] = set()  # rows of other comparisons, which need not be built again
 
 
+@pytest.mark.by_turns(9)
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_every_comparison_is_read_and_builds(name: str, base: Path, tmp_path: Path) -> None:
@@ -60,6 +57,7 @@ def test_every_comparison_is_read_and_builds(name: str, base: Path, tmp_path: Pa
             BUILT.add(built)
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_builds(name: str, base: Path) -> None:
@@ -90,6 +88,7 @@ def all_rows() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "row"), all_rows())
 def test_a_dry_run(
@@ -160,6 +159,7 @@ def test_a_sweep_is_all_combinations() -> None:
             read_sweep(content, {})
 
 
+@pytest.mark.slow
 def test_a_sweep_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path, data: dict[str, str]) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     path = tmp_path / "sweep.yaml"

@@ -261,6 +261,7 @@ def references_of(output: Path) -> dict[str, Any]:
     return {name: found[name] for name in REFERENCES}
 
 
+@pytest.mark.slow
 def test_references_of_a_trained_backbone_are_those_of_the_frozen_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_folder_is_complete(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "nearest class mean" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_run_starts_over_or_reports(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "one", "--method", "l2p")
     first, adapter = matrices(folder), tensors(folder)
@@ -116,6 +117,7 @@ def test_a_foreign_run_file_is_no_free_folder(run: Run, tmp_path: Path) -> None:
             run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> None:
     folder = run(tmp_path / "one", "--method", "l2p")
     before = matrices(folder)
@@ -130,6 +132,7 @@ def test_a_damaged_result_is_told_and_made_again(run: Run, tmp_path: Path) -> No
     assert matrices(folder) == before
 
 
+@pytest.mark.by_turns(7)
 @pytest.mark.parametrize(
     "line",
     [
@@ -160,6 +163,7 @@ def test_every_kind_of_run(run: Run, tmp_path: Path, line: list[str]) -> None:
     assert sum(learner["sizes"]) == 16
 
 
+@pytest.mark.slow
 def test_domains_and_data_sets(run: Run, tmp_path: Path, data: Path) -> None:
     for name in ("left", "right"):
         (tmp_path / "both" / name).mkdir(parents=True)
@@ -178,6 +182,7 @@ def test_domains_and_data_sets(run: Run, tmp_path: Path, data: Path) -> None:
     assert second == [first[0], first[0]]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(run: Run, tmp_path: Path, data: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -207,6 +212,7 @@ def assert_log_is_whole(folder: Path) -> None:
     assert [line["task"] for line in lines if "accuracies" in line] == [0, 1]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(run: Run, tmp_path: Path) -> None:
     """Also while the first one writes its report."""
     folder = run(tmp_path / "one", "--method", "l2p")
@@ -229,6 +235,7 @@ def test_two_runs_do_not_share_a_folder(run: Run, tmp_path: Path) -> None:
     assert {name: content for name, content in files(folder).items() if name != LOCK} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3000, 20_000])
 def test_a_full_disk_is_one_line(size: int, run: Run, tmp_path: Path) -> None:
     folder, line = tmp_path / "one", ["--method", "l2p", "--save_steps", "0", "--num_train_epochs", "1"]
@@ -299,6 +306,7 @@ def test_two_processes_run_the_example_as_one(tmp_path: Path, data: Path) -> Non
     assert torch.equal(*counts)
 
 
+@pytest.mark.slow
 def test_unreadable_images_stop_the_run_or_are_counted(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

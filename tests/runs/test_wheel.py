@@ -59,6 +59,7 @@ def test_the_wheel_holds_what_a_run_needs(wheel: Path) -> None:
     assert re.findall(r"\]\((?!https://|#).+?\)", text) == [], "links of the README on a package index"
 
 
+@pytest.mark.slow
 def test_from_training_to_the_hub(installed: Path, hub: Hub, tmp_path: Path) -> None:
     few_digits(tmp_path / "digits of mine")
     line = ["--dataset", "digits of mine", "--tasks", "2", "--num_train_epochs", "1"]

@@ -25,6 +25,7 @@ def killed_while_writing(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_file_that_several_processes_write_is_always_whole(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_atomically(path, "a" * 100_000)

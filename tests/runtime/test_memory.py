@@ -59,8 +59,11 @@ def told() -> dict[str, int]:
     return found | {"training": int(median(look.faults[1:])), "after": faults()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-@pytest.mark.parametrize("choice", ["", pytest.param("MALLOC_TRIM_THRESHOLD_", marks=pytest.mark.slow), "GLIBC_TUNABLES"])
+@pytest.mark.parametrize(
+    "choice", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"))]
+)
 def test_only_a_training_keeps_what_it_frees(choice: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in CHOICES}
     if choice:

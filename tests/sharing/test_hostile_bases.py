@@ -221,6 +221,7 @@ VARIANTS: dict[str, tuple[Change, str | None]] = {
 CASES = [(name, False) for name in VARIANTS] + [(name, True) for name in list(VARIANTS)[::4]]
 
 
+@pytest.mark.by_turns(3)
 @pytest.mark.parametrize(("name", "brought"), CASES, ids=[f"{name}{' along' * brought}" for name, brought in CASES])
 def test_a_hostile_base_repository(
     hub: Hub, good: Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, brought: bool

@@ -61,6 +61,7 @@ def check_ranks(room: Path, ranks: int, trials: int, over: bool, models: list[Pr
         assert os.listdir(folder.parent) == ["out"], number
 
 
+@pytest.mark.by_turns(2)
 @pytest.mark.parametrize("over", [False, True], ids=["fresh", "over"])
 def test_every_rank_saves_after_a_barrier(over: bool, models: list[PromptPoolModel], tmp_path: Path) -> None:
     check_ranks(tmp_path, 2, 30, over, models)

@@ -29,6 +29,7 @@ KNOWN = (
     "apt-get install",
     "apt-get update",
     "bash .ci/run",
+    "bash .ci/long",
     "cd",
     "export",
     "git clone",

@@ -1,6 +1,6 @@
 """Every method, small enough for the tiny models of families.py (three blocks). A new method adds one line."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -101,24 +101,13 @@ WITH_CLASSIFIER: dict[str, Callable[..., PromptPoolConfig]] = {
 EVERYWHERE = ("l2p", "hash", "coda")  # tokens, routed prefixes, attended prefixes
 
 
-def in_turns(names: Iterable[str], often: Collection[str]) -> list[ParameterSet]:
-    """Names for `parametrize`, for a test of seconds: those in `often` in every run, the others `slow`."""
-    return [pytest.param(name, marks=[] if name in often else [pytest.mark.slow], id=name) for name in names]
-
-
 def cells(families: Sequence[str]) -> list[ParameterSet]:
-    """Methods x families, for `parametrize`.
+    """Methods x families, and the variants on the first family, for `parametrize`.
 
-    In every run: each method on the first family and on one of the others by turns, the methods of `EVERYWHERE` on each,
-    the variants on the first.
-    The remaining cells are `slow`. One worker has all tests of a cell, so that a model they only read is trained once.
+    One worker has all tests of a cell, so that a model they only read is trained once.
     """
-    first, *others = families
-    found = []
-    for number, method in enumerate(METHODS):
-        for family in families:
-            often = family in (first, others[number % len(others)]) or method in EVERYWHERE
-            marks = [pytest.mark.xdist_group(f"{method}-{family}"), *([] if often else [pytest.mark.slow])]
-            found.append(pytest.param(method, family, marks=marks, id=f"{method}-{family}"))
-    found += [pytest.param(name, first, marks=pytest.mark.xdist_group(name), id=f"{name}-{first}") for name in VARIANTS]
-    return found
+    names = [(method, family) for method in METHODS for family in families] + [(name, families[0]) for name in VARIANTS]
+    return [
+        pytest.param(method, family, marks=pytest.mark.xdist_group(f"{method}-{family}"), id=f"{method}-{family}")
+        for method, family in names
+    ]

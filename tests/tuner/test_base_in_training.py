@@ -20,6 +20,9 @@ from cl_prompts.continual import ContinualArguments, ContinualTrainer
 from cl_prompts.storage.adapter_state import AdapterState
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 INTERPOLATE = {"interpolate_pos_encoding": True}
 
 

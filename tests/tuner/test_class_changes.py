@@ -15,6 +15,9 @@ from torch.testing import assert_close
 from cl_prompts import L2PConfig, NoPromptsConfig, PromptPoolModel, get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(3, always=())
+
+
 NAMES = {4: "wren", 1: "rook", 0: "robin", 3: "crane", 2: "swift", 5: "egret"}
 
 
@@ -40,6 +43,7 @@ def rows_of(model: Any, class_id: int) -> list[bytes]:
     return [row.contiguous().numpy().tobytes() for row in rows if row.any()]
 
 
+@pytest.mark.by_turns(9, always=("l2p",))
 @pytest.mark.parametrize("method", [*METHODS, *WITH_CLASSIFIER])
 def test_a_file_saved_afterwards_holds_nothing_of_a_forgotten_class(method: str, tmp_path: Path) -> None:
     model = new_model(method, save_statistics=True)
@@ -73,6 +77,7 @@ def test_a_file_saved_afterwards_holds_nothing_of_a_forgotten_class(method: str,
     assert model.classes == [4, 1, 0, 2, 5, 3]
 
 
+@pytest.mark.by_turns(5, always=())
 @pytest.mark.parametrize("method", ["l2p", "hide", "norga", "dualprompt prototype", *WITH_CLASSIFIER])
 def test_all_classes_of_a_task_are_forgotten(method: str, tmp_path: Path) -> None:
     for task in CLASSES:

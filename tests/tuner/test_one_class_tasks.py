@@ -15,6 +15,9 @@ from torch import Tensor
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 FOUR = [[2], [0], [3], [1]]
 IMAGES = 8  # a class
 

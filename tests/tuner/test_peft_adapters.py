@@ -171,6 +171,7 @@ def test_copies_are_independent(method: str) -> None:
 
 
 # dynamo itself looks at the .grad of tensors it traces
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("method", [pytest.param("l2p", marks=pytest.mark.slow), "hash"])
 def test_whole_model_compiles_within_a_task(method: str) -> None:

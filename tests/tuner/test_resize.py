@@ -26,6 +26,9 @@ from cl_prompts import (
 )
 
 
+pytestmark = pytest.mark.by_turns(5)
+
+
 FIXED = {name: make for name, make in METHODS.items() if hasattr(make(), "pool_size")}
 each_method = pytest.mark.parametrize("method", FIXED)
 IMAGES = inputs("vit", 6)["pixel_values"]

@@ -63,6 +63,7 @@ def process(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_blocks(tmp_path: Path) -> None:
     in_two_processes(process, free_port(), str(tmp_path))
     alone = small_trainer("l2p", tasks=2, config={"prompt_length": 2})

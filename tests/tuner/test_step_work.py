@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cl_prompts import get_prompt_pool_model
 
 
+pytestmark = pytest.mark.by_turns(3)
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for a device: numbers and sizes that are read back."""
 

@@ -155,7 +155,8 @@ class Run:
         settings = as_dict(args, self.training) | {"seconds": round(seconds, 1), "processes": processes, "skipped": skipped}
         data = f"{', '.join(args.dataset)} ({stream.scenario})"
         result.matrix.to_csv(folder / "matrix.csv")
-        selection, pictures = report_selection(result.evaluations, learner, folder)
+        selection, chosen = report_selection(result.evaluations, learner, folder)
+        pictures = [*draw(self.matrices, folder), *chosen]
         run_page(
             folder,
             results,
@@ -167,7 +168,7 @@ class Run:
             classes=len(stream.classes),
             evaluations=result.evaluations,
             selection=selection,
-            plots=[*draw(self.matrices, folder), *pictures],
+            plots=pictures,
         )
         record = RunRecord.of(
             result,

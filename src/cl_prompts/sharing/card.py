@@ -125,12 +125,13 @@ def _check_head(head: str) -> None:
 
 
 def add_pictures(folder: Path, record: RunRecord, pictures: Sequence[str | os.PathLike[str]]) -> None:
-    """Put PNG files into an adapter's folder, and those of its accuracies if matplotlib is there to draw them."""
-    for picture in map(Path, pictures):
+    """Put PNG files into an adapter's folder; those of its accuracies are drawn if not given and matplotlib is there."""
+    given = [Path(picture) for picture in pictures]
+    for picture in given:
         if picture.suffix != ".png":
             raise ValueError(f"{picture} is no .png file: the card shows PNG pictures only")
         write_atomically(folder / picture.name, picture.read_bytes())
-    if find_spec("matplotlib") is not None:
+    if "curves.png" not in {picture.name for picture in given} and find_spec("matplotlib") is not None:
         draw(record.results, folder)
 
 

@@ -17,12 +17,15 @@ pytestmark = pytest.mark.browser
 SHOWN = ("index", "quickstart", "choosing", "results", "methods/index", "families", "api/models")  # with a screenshot
 LEGIBLE = 8.5  # pixels, of the smallest text in a drawing
 BROKEN_NAMES = """() => [...document.querySelectorAll('td code')]
-    .filter(code => !/[\\s.,/-]/.test(code.textContent) && code.getClientRects().length > 1)
+    .filter(code => /^\\w+$/.test(code.textContent) && code.getClientRects().length > 1)
     .map(code => code.textContent)"""
 UNSCROLLED = """() => [...document.querySelectorAll('.md-typeset table')]
     .filter(table => table.scrollWidth > table.closest('.md-content').clientWidth)
     .filter(table => !['auto', 'scroll'].includes(getComputedStyle(table.closest('.md-typeset__scrollwrap')).overflowX))
     .map(table => table.textContent.slice(0, 60))"""
+
+SCROLLED = """() => [...document.querySelectorAll('.md-typeset__scrollwrap')]
+    .filter(wrap => wrap.scrollWidth > wrap.clientWidth).map(wrap => wrap.textContent.slice(0, 60))"""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,8 @@ def test_every_page_fits_and_is_legible(opened: Any, site: Path, screenshots: Pa
             "[...document.querySelectorAll('article img[src$=\".svg\"]')].map(i => [i.src, i.clientWidth])"
         ):
             assert width * smallest_text(Path(source.removeprefix("file://"))) >= LEGIBLE, source
+        if (device, name) == ("desktop", "methods/index"):
+            assert not opened.evaluate(SCROLLED), "the table of methods is seen whole"
         if name in SHOWN:
             opened.screenshot(path=screenshots / f"site-{name.replace('/', '-')}-{WIDTHS[device]}.png", full_page=True)
 

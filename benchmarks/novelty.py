@@ -1,9 +1,10 @@
 """How well novelty scores tell seen classes from those of tasks to come, after every task, without prompts.
 
-    python benchmarks/novelty.py --model ../shared/models/vit-tiny-patch16-224 --data ../shared/data/cifar100-mini
+    python benchmarks/novelty.py --model ./vit-tiny --data ./cifar100-mini
 
-The data are two parquet files, `train.parquet` and `test.parquet`, with columns `img` and `fine_label`: ten tasks of ten
-classes in the order of their ids. The table in docs/methods/classifiers.md is from this script.
+docs/results.md says how to make both folders. The data are two parquet files, `train.parquet` and `test.parquet`, with
+columns `img` and `fine_label`: ten tasks of ten classes in the order of their ids. The table in docs/methods/classifiers.md
+is from this script.
 """
 
 import argparse
@@ -81,8 +82,8 @@ def known_in_advance(x: Tensor, y: Tensor, seen_x: Tensor, seen_y: Tensor) -> Te
 def main() -> None:
     """Print a row for each score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="../shared/models/vit-tiny-patch16-224")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar100-mini"))
+    parser.add_argument("--model", default="./vit-tiny")
+    parser.add_argument("--data", type=Path, default=Path("cifar100-mini"))
     parser.add_argument("--pixels", type=int, default=112)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=1_000_000, help="training images of a class")

@@ -52,7 +52,7 @@ def main() -> None:
         return 100 * statistics.mean(answer(pool, image).labels[0][0] == str(label) for image, label in pairs)
 
     pool = opened()
-    some = uploads.take_images(sorted((opening.HERE / "samples" / "try").glob("*.png")))[0]
+    some = uploads.take_images(sorted((opening.HERE / "samples" / "digits").glob("*.png")))[0]
     for image in some.values():  # warm-up
         answer(pool, image)
     report("one picture", args.repeats, lambda: answer(pool, next(iter(some.values()))))

@@ -1,6 +1,7 @@
 """Make a small data set from a large one: the first images of each class, in the order of the source.
 
     python examples/make_mini.py --output cifar100-mini     # 100 training and 20 test images per class of CIFAR-100
+    python examples/make_mini.py --output cifar20-mini --classes 20    # of its first twenty classes
 
 The choice is not random, so the same source gives the same images; compare the printed sha256 (over labels and pixels, in
 order). The tables in docs/results.md were measured on a random draw of the same size, with other images. On 2,000 test
@@ -13,27 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from cl_prompts.runs.images import load_image_data
 from cl_prompts.runtime.images import read_rgb
 from cl_prompts.storage.staging import staging_folder
 
 
-def first_of_each(rows: Dataset, label_column: str, count: int) -> Dataset:
-    """The first `count` rows of each class, in the order of `rows`.
+def first_of_each(rows: Dataset, label_column: str, count: int, classes: int | None = None) -> Dataset:
+    """The first `count` rows of each of the first `classes` classes (default: all), in the order of `rows`.
 
     Raises:
         ValueError: a class has fewer rows.
     """
     labels = np.asarray(rows[label_column])
     chosen = []
-    for label in np.unique(labels):
+    for label in np.unique(labels)[:classes]:
         of_class = np.flatnonzero(labels == label)
         if len(of_class) < count:
             raise ValueError(f"class {label} has {len(of_class)} images, not {count}: ask for fewer")
         chosen.append(of_class[:count])
-    return rows.select(np.sort(np.concatenate(chosen)))
+    few = rows.select(np.sort(np.concatenate(chosen)))
+    feature = few.features[label_column]
+    if classes is None or not isinstance(feature, ClassLabel):
+        return few
+    return few.cast_column(label_column, Value("int64")).cast_column(
+        label_column, ClassLabel(names=feature.names[:classes])
+    )
 
 
 def self_contained(rows: Dataset, image_column: str, label_column: str) -> Dataset:
@@ -54,7 +61,15 @@ def digest(rows: Dataset, image_column: str, label_column: str) -> str:
     return sha256.hexdigest()
 
 
-def make(source: str, output: Path, train: int, test: int, image_column: str | None, label_column: str | None) -> None:
+def make(
+    source: str,
+    output: Path,
+    train: int,
+    test: int,
+    image_column: str | None,
+    label_column: str | None,
+    classes: int | None = None,
+) -> None:
     """Write `train.parquet` and `test.parquet` into a new folder.
 
     Raises:
@@ -66,7 +81,7 @@ def make(source: str, output: Path, train: int, test: int, image_column: str | N
     columns = data.image_column, data.label_column
     parts = {"train": (data.train, train), "test": (data.test, test)}
     small = {
-        split: self_contained(first_of_each(rows, data.label_column, count), *columns)
+        split: self_contained(first_of_each(rows, data.label_column, count, classes), *columns)
         for split, (rows, count) in parts.items()
     }
     with staging_folder(output) as folder:
@@ -83,12 +98,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--train", type=int, default=100, help="training images a class")
     parser.add_argument("--test", type=int, default=20, help="test images a class")
+    parser.add_argument("--classes", type=int, help="the first ones only")
     parser.add_argument("--image_column", help="default: the only one")
     parser.add_argument("--label_column", help="default: fine_label for CIFAR-100, else the only one")
     args = parser.parse_args()
     if args.label_column is None and args.source == parser.get_default("source"):
         args.label_column = "fine_label"  # CIFAR-100 also has coarse labels
-    make(args.source, args.output, args.train, args.test, args.image_column, args.label_column)
+    make(args.source, args.output, args.train, args.test, args.image_column, args.label_column, args.classes)
 
 
 if __name__ == "__main__":

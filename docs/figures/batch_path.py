@@ -94,7 +94,7 @@ def record() -> dict[str, Any]:
 
 
 class Drawing:
-    """Boxes and arrows on a grid: columns from left to right, rows from top to bottom."""
+    """Boxes and arrows in two columns, from top to bottom, so that the text is legible on a phone."""
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = Figure(figsize=(width, height), facecolor="white")
@@ -103,21 +103,21 @@ class Drawing:
         self.axes.set_ylim(height, 0)
         self.axes.axis("off")
 
-    def box(self, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
-        """A box with lines of text, of which the first is bold."""
-        frame = FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.06", fc=color, ec=QUIET, lw=0.8)
-        self.axes.add_patch(frame)
+    def box(self, x: float, y: float, text: str, color: str) -> float:
+        """A box with lines of text, of which the first of several is bold. Returns the y of its lower edge."""
         lines = text.split("\n")
+        height = 0.1 + LINE * len(lines)
+        frame = FancyBboxPatch((x, y), COLUMN, height, "round,pad=0,rounding_size=0.06", fc=color, ec=QUIET, lw=0.8)
+        self.axes.add_patch(frame)
         for number, line in enumerate(lines):
-            height_of_line = y + height / 2 + 0.175 * (number - (len(lines) - 1) / 2)
-            weight = "normal" if number else "bold"
-            self.axes.text(
-                x + width / 2, height_of_line, line, size=8.2, ha="center", va="center", color=INK, weight=weight
-            )
+            weight = "bold" if number == 0 and len(lines) > 1 else "normal"
+            middle = y + 0.05 + LINE * (number + 0.5)
+            self.axes.text(x + COLUMN / 2, middle, line, size=SIZE, ha="center", va="center", color=INK, weight=weight)
+        return y + height
 
     def heading(self, y: float, text: str) -> None:
         """A heading at the left."""
-        self.axes.text(0.15, y, text, size=10.5, va="center", color=INK, weight="bold")
+        self.axes.text(LEFT, y, text, size=10.5, va="center", color=INK, weight="bold")
 
     def arrow(self, *points: tuple[float, float]) -> None:
         """A line through points that ends in an arrow."""
@@ -128,8 +128,8 @@ class Drawing:
         )
 
 
-FIRST, STEP, BLOCK, TALL = 1.5, 0.94, 0.83, 0.64  # x of block 0, from block to block, width and height of a block
-END = FIRST + STEP * BLOCKS
+# Inches, and points of text: on a phone of 390 pixels the text has 8.6 pixels.
+LEFT, RIGHT, COLUMN, GAP, LINE, SIZE = 0.1, 2.6, 2.2, 0.14, 0.17, 8.6
 FEATURES = {"cls": "CLS, final norm", "prompt": "mean of {} prompt outputs"}
 
 
@@ -143,73 +143,82 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def draw_pass(drawing: Drawing, y: float, blocks: list[dict[str, int]], plain: int, images: list[int]) -> None:
-    """A row: images, and blocks with the tokens they compute and the keys that their attention reads."""
-    middle = y + TALL / 2
-    drawing.box(0.15, y, 1.05, TALL, f"images\n{shape(images)}\n{counted(plain, 'token')}", PLAIN)
+def draw_pass(
+    drawing: Drawing, x: float, y: float, blocks: list[dict[str, int]], plain: int, images: list[int]
+) -> tuple[float, list[float]]:
+    """A column: images, and blocks with the tokens they compute and the keys that their attention reads.
+
+    Returns the lower edge of the last block, and the middle of each block.
+    """
+    y = drawing.box(x, y, f"images {shape(images)}\n{counted(plain, 'token')}", PLAIN)
+    middles = []
     for number, block in enumerate(blocks):
-        x = FIRST + STEP * number
-        drawing.arrow((x - (0.3 if number == 0 else STEP - BLOCK), middle), (x, middle))
-        text = f"block {number}\n{counted(block['queries'], 'token')}\n{counted(block['keys'], 'key')}"
-        drawing.box(x, y, BLOCK, TALL, text, PROMPTED if block["keys"] > plain else PLAIN)
-    drawing.arrow((END - STEP + BLOCK, middle), (END + 0.1, middle))
+        drawing.arrow((x + COLUMN / 2, y), (x + COLUMN / 2, y + GAP))
+        top, text = y + GAP, f"block {number}: {counted(block['queries'], 'token')}, {counted(block['keys'], 'key')}"
+        y = drawing.box(x, top, text, PROMPTED if block["keys"] > plain else PLAIN)
+        middles.append((top + y) / 2)
+    return y, middles
 
 
-def draw_head(drawing: Drawing, y: float, found: dict[str, Any]) -> None:
+def draw_below(drawing: Drawing, x: float, y: float, text: str, color: str) -> float:
+    """A box under another one, with an arrow to it. Returns its lower edge."""
+    drawing.arrow((x + COLUMN / 2, y), (x + COLUMN / 2, y + GAP))
+    return drawing.box(x, y + GAP, text, color)
+
+
+def draw_head(drawing: Drawing, x: float, y: float, found: dict[str, Any]) -> float:
     """What becomes of the last pass."""
     feature = FEATURES[found["head_reads"]].format(found["passes"][-1][-1]["queries"])
     text = f"what is read {shape(found['features'])}\n{feature}\nhead: logits {shape(found['logits'])}"
-    drawing.box(END + 0.1, y, 1.75, TALL, text, READ)
+    return draw_below(drawing, x, y, text, READ)
 
 
-def draw_l2p(drawing: Drawing, found: dict[str, Any], images: list[int]) -> None:
-    """Two passes: the query, then the prompts as tokens."""
+def draw_l2p(drawing: Drawing, y: float, found: dict[str, Any], images: list[int]) -> float:
+    """Two passes: the query, then the prompts as tokens. Returns the lower edge."""
     query_pass, prompted_pass = found["passes"]
     plain, top_k = query_pass[0]["keys"], found["top_k"]
     inserted = prompted_pass[0]["tokens"] - plain
-    drawing.heading(0.25, f"L2P: prompts join as tokens. {len(found['passes'])} passes")
-    first, between, second = 0.5, 1.42, 2.34
-    draw_pass(drawing, first, query_pass, plain, images)
-    drawing.box(END + 0.1, first, 1.75, TALL, f"query {shape(found['query'])}\n{FEATURES[found['query_is']]}", READ)
-    middle = between + TALL / 2
-    drawing.arrow((END + 0.97, first + TALL), (END + 0.97, middle), (END - STEP - 0.1, middle))
-    pool = f"pool of {found['pool']} prompts, {found['prompt_length']} tokens and a key each\n"
-    pool += f"the {top_k} prompts whose keys are nearest to the query\n"
-    pool += f"{top_k} × {found['prompt_length']} = {inserted} tokens join the sequence"
-    drawing.box(FIRST + STEP, between, 4 * STEP - 0.1, TALL, pool, PROMPTED)
-    drawing.arrow((FIRST + STEP, middle), (1.33, middle), (1.33, second + TALL / 2))
-    draw_pass(drawing, second, prompted_pass, plain, images)
-    draw_head(drawing, second, found)
+    drawing.heading(y, f"L2P: prompts join as tokens. {len(found['passes'])} passes")
+    low, _ = draw_pass(drawing, LEFT, y + 0.2, query_pass, plain, images)
+    low = draw_below(drawing, LEFT, low, f"query {shape(found['query'])}\n{FEATURES[found['query_is']]}", READ)
+    pool = f"pool of {found['pool']} prompts\neach has {found['prompt_length']} tokens and a key\n"
+    pool += f"the {top_k} nearest to the query:\n{top_k} × {found['prompt_length']} = {inserted} tokens join"
+    lowest = draw_below(drawing, LEFT, low, pool, PROMPTED)
+    between, joins = (LEFT + COLUMN + RIGHT) / 2, y + 0.2 + 0.1 + 2 * LINE + 0.5 * GAP  # above the first block
+    drawing.arrow((LEFT + COLUMN, lowest - 0.35), (between, lowest - 0.35), (between, joins), (RIGHT + COLUMN / 2, joins))
+    low, _ = draw_pass(drawing, RIGHT, y + 0.2, prompted_pass, plain, images)
+    draw_head(drawing, RIGHT, low, found)
+    return lowest
 
 
-def draw_hash(drawing: Drawing, found: dict[str, Any], plain: int, images: list[int]) -> None:
-    """One pass: each of the first blocks chooses its own keys and values."""
+def draw_hash(drawing: Drawing, y: float, found: dict[str, Any], plain: int, images: list[int]) -> float:
+    """One pass: each of the first blocks chooses its own keys and values. Returns the lower edge."""
     (only,) = found["passes"]
     prompted = [number for number, block in enumerate(only) if block["keys"] > plain]
     rows = only[prompted[0]]["keys"] - plain
-    first, last = FIRST + STEP * prompted[0], FIRST + STEP * prompted[-1] + BLOCK
-    drawing.heading(3.38, "Hash: prompts join as keys and values. 1 pass")
-    above, row = 3.63, 4.55
-    pool = f"per block a pool of {found['pool']} prompts, a router\n"
-    pool += f"the mean token scores them, the best {found['top_k']} are mixed\n"
-    pool += f"{counted(rows, 'key')} and {counted(rows, 'value')} in front of the block's own"
-    drawing.box(first, above, last - first, TALL, pool, PROMPTED)
+    drawing.heading(y, "Hash: prompts join as keys and values. 1 pass")
+    low, middles = draw_pass(drawing, LEFT, y + 0.2, only, plain, images)
+    pool = f"pool and router per block\n{found['pool']} prompts, scored by the\nmean token; the best {found['top_k']} are\n"
+    pool += f"mixed: {counted(rows, 'key')} and {counted(rows, 'value')}\nbefore the block's own"
+    beside = (middles[prompted[0]] + middles[prompted[-1]] - 0.1 - 5 * LINE) / 2
+    drawing.box(RIGHT, beside, pool, PROMPTED)
+    between = (LEFT + COLUMN + RIGHT) / 2
     for number in prompted:
-        x = FIRST + STEP * number + BLOCK / 2
-        drawing.arrow((x, above + TALL), (x, row))
-    draw_pass(drawing, row, only, plain, images)
-    draw_head(drawing, row, found)
+        drawing.arrow(
+            (RIGHT, beside + 0.475), (between, beside + 0.475), (between, middles[number]), (LEFT + COLUMN, middles[number])
+        )
+    return draw_head(drawing, LEFT, low, found)
 
 
 def draw(found: dict[str, Any]) -> Figure:
     """The picture of a record."""
-    drawing = Drawing(9.15, 5.75)
-    draw_l2p(drawing, found["l2p"], found["images"])
+    drawing = Drawing(4.9, 9.65)
+    low = draw_l2p(drawing, 0.2, found["l2p"], found["images"])
     plain = found["l2p"]["passes"][0][0]["keys"]
-    draw_hash(drawing, found["hash"], plain, found["images"])
-    legend = "Orange: prompts at work. Tokens: what a block computes (the last one only what is read). "
+    low = draw_hash(drawing, low + 0.4, found["hash"], plain, found["images"])
+    legend = "Orange: prompts at work. Tokens: what a block computes\n(the last one only what is read). "
     legend += "Keys: what its attention reads."
-    drawing.axes.text(0.15, 5.48, legend, size=8.2, va="center", color=INK)
+    drawing.axes.text(LEFT, low + 0.35, legend, size=SIZE, va="center", color=INK)
     return drawing.figure
 
 

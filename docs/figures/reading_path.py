@@ -71,16 +71,16 @@ def record() -> dict[str, Any]:
 
 def draw(found: dict[str, Any]) -> Figure:
     """The picture of a record: the files to read from top to bottom, with the functions that ran; the others below."""
-    figure = Figure(figsize=(9.15, 6.4), facecolor="white")
+    figure = Figure(figsize=(9.15, 6.6), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, 9.15)
-    axes.set_ylim(6.4, 0)
+    axes.set_ylim(6.6, 0)
     axes.axis("off")
 
     def box(y: float, height: float, title: str, text: str, color: str) -> None:
         axes.add_patch(FancyBboxPatch((0.3, y), 8.5, height, "round,pad=0,rounding_size=0.06", fc=color, ec=QUIET, lw=0.8))
         axes.text(0.5, y + height / 2, title, size=8.6, va="center", color=INK, weight="bold")
-        axes.text(3.75, y + height / 2, text, size=8.2, va="center", color=INK)
+        axes.text(3.05, y + height / 2, text, size=8.2, va="center", color=INK)
 
     for number, (name, functions) in enumerate(found["read"].items()):
         more = len(functions) - SHOWN
@@ -91,11 +91,11 @@ def draw(found: dict[str, Any]) -> Figure:
             arrow = FancyArrowPatch((1.0, top - 0.2), (1.0, top), arrowstyle="-|>", mutation_scale=8, color=QUIET, lw=1.0)
             axes.add_patch(arrow)
     names, rows = found["others"], []
-    for start in range(0, len(names), 5):
-        rows.append("   ".join(names[start : start + 5]))
+    for start in range(0, len(names), 4):
+        rows.append(", ".join(names[start : start + 4]))
     top = 0.2 + 0.82 * len(found["read"])
     axes.text(0.3, top + 0.12, "Their names tell what they do; they also ran:", size=8.2, color=INK, va="center")
-    axes.text(0.3, top + 0.3, "\n".join(rows), size=7.0, color=INK, va="top")
+    axes.text(0.3, top + 0.3, "\n".join(rows), size=8.2, color=INK, va="top")
     return figure
 
 

@@ -44,6 +44,9 @@ ABOUT = """
 old pictures. Here you can classify pictures with such a pool, see which prompts it chose, and teach it a class of your
 own.</p>
 """
+STEPS = """
+<nav aria-label="steps"><a href="#the-pool">1 · Pool</a><a href="#ask-it">2 · Ask</a><a href="#teach-it">3 · Teach</a></nav>
+"""
 FOOT = f"""
 <p>Your pictures stay in memory until {MINUTES} minutes after the last use of this visit; uploaded files are removed
 as soon as they are read. At most {uploads.MAX_IMAGES} pictures at a time, {uploads.MAX_IMAGE_BYTES // 2**20} MB each.
@@ -60,8 +63,9 @@ def page(visits: Visits) -> gr.Blocks:
     ) as blocks:
         visit = gr.State(None, time_to_live=MINUTES * 60, delete_callback=lambda v: v and v.end())
         fragment("about", ABOUT)
+        fragment("steps", STEPS)
         with gr.Row():
-            with gr.Column(scale=4, min_width=300, elem_classes="step"):
+            with gr.Column(scale=4, min_width=300, elem_classes="step", elem_id="the-pool"):
                 fragment("title", "<h2>1 · The pool</h2>")
                 facts = fragment("facts")
                 opened = fragment("opened")
@@ -73,33 +77,36 @@ def page(visits: Visits) -> gr.Blocks:
                 with gr.Accordion("How well it did, and what it used", open=False):
                     record = fragment("record")
             with gr.Column(scale=7, min_width=300):
-                with gr.Column(elem_classes="step"):
+                with gr.Column(elem_classes="step", elem_id="ask-it"):
                     fragment("title", "<h2>2 · Ask it</h2>")
                     pictures = drop_zone("Drop pictures here", "ask-files")
-                    try_some = gr.Button("Try ten scanned digits", elem_id="ask-samples")
+                    with gr.Row():
+                        scanned = gr.Button("Try ten scanned digits", size="sm", min_width=80, elem_id="ask-samples")
+                        photographed = gr.Button("Try six photographs", size="sm", min_width=80, elem_id="ask-photographs")
                     asked = fragment("asked")
                     answers = fragment("answers")
-                with gr.Column(elem_classes="step"):
+                with gr.Column(elem_classes="step", elem_id="teach-it"):
                     fragment("title", "<h2>3 · Teach it a class</h2>")
                     name = gr.Textbox(label="Name of the new class", max_length=100, elem_id="class-name")
                     handful = drop_zone(
                         f"Drop pictures of it: {teaching.MIN_IMAGES} to {uploads.MAX_IMAGES}", "lesson-files"
                     )
                     with gr.Row():
-                        eights = gr.Button("Use ten eights", size="sm", elem_id="use-8")
-                        nines = gr.Button("Use ten nines", size="sm", elem_id="use-9")
-                        cleared = gr.Button("Clear", size="sm", elem_id="clear-lesson")
+                        eights = gr.Button("Ten eights", size="sm", min_width=80, elem_id="use-8")
+                        nines = gr.Button("Ten nines", size="sm", min_width=80, elem_id="use-9")
+                        photographs = gr.Button("Ten photographs", size="sm", min_width=120, elem_id="use-photograph")
+                        cleared = gr.Button("Clear", size="sm", min_width=80, elem_id="clear-lesson")
                     lesson = fragment("lesson")
                     way = gr.Radio(label="How", choices=[], elem_id="way")
-                    why = fragment("why")
                     go = gr.Button("Teach", variant="primary", elem_id="teach")
+                    why = fragment("why")
                     taught = fragment("taught")
                     download = gr.DownloadButton("Download the new adapter", interactive=False, elem_id="download")
         fragment("foot", FOOT)
 
         parts = {"facts": facts, "opened": opened, "record": record, "asked": asked, "answers": answers, "name": name}
         parts |= {"lesson": lesson, "way": way, "why": why, "taught": taught, "download": download}
-        of_the_digits = (try_some, eights, nines)
+        of_the_digits = (scanned, eights, nines)
         zones = (files, pictures, handful)
         shown = [visit, *parts.values(), *of_the_digits, *zones]
 
@@ -142,10 +149,11 @@ def page(visits: Visits) -> gr.Blocks:
             trigger(event("open_hub"), [visit, repo_id], **opens)
         files.upload(upload("open_files", files), [visit, files], **opens)
         pictures.upload(upload("ask", pictures), [visit, pictures], **asks)
-        try_some.click(event("ask_samples"), visit, **asks)
+        scanned.click(event("ask_samples", "digits"), visit, **asks)
+        photographed.click(event("ask_samples", "photographs"), visit, **asks)
         handful.upload(upload("lay_out", handful), [visit, handful], **lays)
-        eights.click(event("lay_out_samples", 8), visit, **lays)
-        nines.click(event("lay_out_samples", 9), visit, **lays)
+        for button, taught_as in ((eights, "8"), (nines, "9"), (photographs, "photograph")):
+            button.click(event("lay_out_samples", taught_as), visit, **lays)
         cleared.click(event("clear"), visit, **lays)
         go.click(teach, [visit, name, way], **teaches)
     return blocks

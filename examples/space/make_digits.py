@@ -57,10 +57,9 @@ def take_over(made: Path, folder: Path) -> None:
 
 def write_samples(splits: Any, folder: Path) -> None:
     """Write one test image of each digit, and training images of the digits that the adapter has not seen."""
-    shutil.rmtree(folder, ignore_errors=True)
     labels = {split: np.asarray(rows["label"]) for split, rows in splits.items()}
     for digit in range(10):
-        place = folder / "try" / f"digit-{digit}.png"
+        place = folder / "digits" / f"digit-{digit}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         splits["test"][int(np.flatnonzero(labels["test"] == digit)[0])]["image"].save(place)
     for digit in set(range(10)) - set(KNOWN):

@@ -18,7 +18,8 @@ from huggingface_hub import HfApi
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parent.parent / "src" / "cl_prompts"
 GENERATED = ("__pycache__", ".*")
-NOT_OF_THE_SPACE = ("push.py", "make_digits.py")  # of this folder; the library has a push.py of its own
+# Of this folder; the library has a push.py of its own.
+NOT_OF_THE_SPACE = ("push.py", "make_digits.py", "make_photographs.py")
 
 
 def assemble(folder: Path) -> Path:

@@ -42,6 +42,11 @@ def messages(lines: Sequence[str]) -> str:
     return "".join(message(line, "bad") for line in lines)
 
 
+def folded(title: str, said: str) -> str:
+    """A longer message that the visitor opens."""
+    return f"<details><summary>{title}</summary>{message(said, 'hint')}</details>"
+
+
 def color(task: int) -> str:
     """The color of a task, for any number of tasks; consecutive tasks have different colors."""
     return f"hsl({(205 + 137.5 * task) % 360:.0f} 62% {50 if task % 2 else 42}%)"
@@ -61,7 +66,7 @@ def _names(task: Sequence[dict[str, Any]]) -> str:
 
 
 def facts(pool: OpenPool) -> str:
-    """Method, base, head, size and tasks of the pool."""
+    """Tasks of the pool; method, base, head and size folded away."""
     found = pool.facts
     base = found["base_model"]
     shape = f"{text(base['class'])}, {base['blocks']} blocks, width {base['width']}"
@@ -81,9 +86,10 @@ def facts(pool: OpenPool) -> str:
         f'<li><i style="background:{color(number)}"></i>{number + 1}: {_names(task)}</li>'
         for number, task in enumerate(found["tasks"])
     )
-    head = f'<h3>{text(pool.name)}</h3><dl class="facts">{listed}</dl>'
+    head = f"<h3>{text(pool.name)}</h3>"
+    folded = f'<details><summary>Method, base and size</summary><dl class="facts">{listed}</dl></details>'
     known = f'<p class="label">Tasks, in the order of learning</p><ul class="tasks">{tasks}</ul>' if tasks else ""
-    return f'<div class="card">{head}{known}</div>{messages(pool.notes)}'
+    return f'<div class="card">{head}{known}{folded}</div>{messages(pool.notes)}'
 
 
 def record(pool: OpenPool) -> str:
@@ -179,12 +185,38 @@ def choice_rule(pool: OpenPool) -> str:
     return "All tasks share the prompts. Colors show for which task's pictures a prompt was chosen in training."
 
 
+def score_rule(pool: OpenPool) -> str:
+    """One sentence on what a score says."""
+    if pool.pipe.calibrated:
+        return "Scores are calibrated: on pictures like those of training, about eight of ten answers with 80 % are right."
+    return "Scores are not calibrated: this adapter was saved without a temperature, so 80 % does not mean eight of ten."
+
+
+def counts(found: dict[str, tuple[list[str], list[str]]]) -> str:
+    """How many pictures were taken for which class before a lesson, and how many are now.
+
+    Args:
+        found: the labels before and after, by a title for the pictures.
+    """
+    tables = []
+    for title, (before, after) in found.items():
+        rows = "".join(
+            f'<tr><th scope="row">{text(label)}</th><td>{before.count(label)}</td><td>{after.count(label)}</td></tr>'
+            for label in sorted({*before, *after})
+        )
+        titles = (f"of {len(after)}, taken for", "before", "now")
+        head = "".join(f'<th scope="col">{column}</th>' for column in titles)
+        table = f'<table class="matrix"><tr>{head}</tr>{rows}</table>'
+        tables.append(f"<figure><figcaption>{title}</figcaption>{table}</figure>")
+    return f'<div class="counts">{"".join(tables)}</div>'
+
+
 def answers(pool: OpenPool, found: Sequence[tuple[str, Image.Image, Answer]]) -> str:
     """Pictures with labels, scores, chosen prompts and their tasks."""
     if not found:
         return ""
     cards = "".join(_answer(pool, name, image, given) for name, image, given in found)
-    return f'<p class="hint">{choice_rule(pool)}</p><div class="answers">{cards}</div>'
+    return f'<p class="hint">{score_rule(pool)} {choice_rule(pool)}</p><div class="answers">{cards}</div>'
 
 
 def _answer(pool: OpenPool, name: str, image: Image.Image, given: Answer) -> str:

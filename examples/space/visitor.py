@@ -51,7 +51,7 @@ class Visitor:
             "opened": "",
             "lesson": showing.waiting(self.lesson),
             "way": offered,
-            "why": showing.message(why, "hint"),
+            "why": showing.message(why, "hint") if not offered else showing.folded("What the lesson does", why),
             "download": None,
             "samples": self.pool.on_micro_vit,
         }
@@ -78,9 +78,9 @@ class Visitor:
         self.asked = images or self.asked
         return {"asked": showing.messages(problems), "answers": self._answers()}
 
-    def ask_samples(self) -> Parts:
-        """Classify the sample pictures."""
-        self.asked = _samples("try")
+    def ask_samples(self, kind: str = "digits") -> Parts:
+        """Classify the sample pictures of a kind, "digits" or "photographs"."""
+        self.asked = _samples(kind)
         return {"asked": "", "answers": self._answers()}
 
     def lay_out(self, paths: Sequence[str]) -> Parts:
@@ -91,10 +91,10 @@ class Visitor:
         self.lesson |= images
         return {"taught": showing.messages(problems), "lesson": showing.waiting(self.lesson)}
 
-    def lay_out_samples(self, digit: int) -> Parts:
-        """Use sample pictures of a digit that the built-in pool has not learned, and set its name."""
-        self.lesson = _samples(f"teach-{digit}")
-        return {"taught": "", "lesson": showing.waiting(self.lesson), "name": str(digit)}
+    def lay_out_samples(self, name: str) -> Parts:
+        """Use sample pictures of a class that the built-in pool has not learned, and set its name."""
+        self.lesson = _samples(f"teach-{name}")
+        return {"taught": "", "lesson": showing.waiting(self.lesson), "name": name}
 
     def clear(self) -> Parts:
         """Remove the pictures of the lesson."""
@@ -102,20 +102,27 @@ class Visitor:
         return {"taught": "", "lesson": showing.waiting({})}
 
     def teach(self, name: str, way: str | None) -> Parts:
-        """Teach the pool a class, save it, and update its answers."""
+        """Teach the pool a class, save it, update its answers, and compare them with those before."""
+        pictures = {"the pictures of the lesson": self.lesson, "the pictures asked above": self.asked}
+        before = {title: self._labels(images) for title, images in pictures.items() if images}
         said = teaching.teach(self.pool, name, list(self.lesson.values()), way or "", self.tick)
         self.lessons.append(said)
+        counts = showing.counts({title: (labels, self._labels(pictures[title])) for title, labels in before.items()})
         self.lesson = {}
         file = keeping.packed(self.pool, self.lessons, self.room)
         return {
             **self._pool_and_answers(),
-            "taught": showing.message(f"Learned as {said}. Ask again above, or download the new adapter."),
+            "taught": showing.message(f"Learned as {said}. Ask again above, or download the new adapter.") + counts,
             "lesson": showing.waiting({}),
             "download": str(file),
         }
 
     def _pool_and_answers(self) -> Parts:
         return {"facts": showing.facts(self.pool), "record": showing.record(self.pool), "answers": self._answers()}
+
+    def _labels(self, images: dict[str, Image.Image]) -> list[str]:
+        """What the pool takes each picture for."""
+        return [answer(self.pool, image).labels[0][0] for image in images.values() if self.pool.model.classes]
 
     def _answers(self) -> str:
         found = [(name, image, answer(self.pool, image)) for name, image in self.asked.items()]
@@ -124,7 +131,7 @@ class Visitor:
 
 def _samples(folder: str) -> dict[str, Image.Image]:
     """The sample pictures in a folder under `samples/`, by name."""
-    return uploads.take_images(sorted((SAMPLES / folder).glob("*.png")))[0]
+    return uploads.take_images(sorted((SAMPLES / folder).iterdir()))[0]
 
 
 def answered(visitor: Visitor, name: str, arguments: Sequence[Any]) -> Parts:

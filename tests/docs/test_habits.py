@@ -70,6 +70,16 @@ def test_a_folder_says_what_each_of_its_files_is_for(folder: str) -> None:
     assert [name for name in scripts if name not in told] == []
 
 
+def test_no_command_needs_a_folder_beside_the_repository() -> None:
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    files += [
+        f for part in ("examples", "benchmarks", "src") for f in (ROOT / part).rglob("*") if f.suffix in (".md", ".py")
+    ]
+    assert len(files) > 100
+    outside = re.compile(r"(?<!\w)\.\./shared|/work/")
+    assert [str(file) for file in files if file.name != "development.md" and outside.search(file.read_text())] == []
+
+
 def test_commands_of_contributing_are_commands() -> None:
     blocks = [part for part in parts(ROOT / "CONTRIBUTING.md") if isinstance(part, Block)]
     assert {block.language for block in blocks} == {"sh"}

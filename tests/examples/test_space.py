@@ -11,6 +11,7 @@ import pytest
 import showing
 import teaching
 import torch
+import visitor
 from support.methods import METHODS
 from support.paths import ROOT
 from support.space_pools import logits, samples, tiny
@@ -35,9 +36,10 @@ def digits() -> opening.OpenPool:
 
 def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.OpenPool) -> None:
     assert not digits.notes
+    assert digits.pipe.calibrated
     assert digits.record is not None
     right = 0
-    for digit, image in enumerate(samples("try").values()):
+    for digit, image in enumerate(samples("digits").values()):
         found = answering.answer(digits, image)
         expected = digits.pipe(image, top_k=answering.TOP)
         assert [label for label, _ in found.labels] == [e["label"] for e in expected]
@@ -47,7 +49,7 @@ def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.Op
         right += found.labels[0][0] == str(digit)
     assert right == 7  # of the eight that it knows
     page = showing.facts(digits) + showing.record(digits)
-    for said in ("Hash", "micro ViT of the examples", "1: 0, 1", "task 4 (6, 7)", "After the last task 98.3"):
+    for said in ("Hash", "micro ViT of the examples", "1: 0, 1", "task 4 (6, 7)", "After the last task 98.6"):
         assert said in page
     assert page.count("<figure>") == 4
 
@@ -55,7 +57,7 @@ def test_the_digits_are_answered_as_the_pipeline_answers_them(digits: opening.Op
 @pytest.mark.slow
 def test_what_every_method_says_of_its_choices_and_that_it_learns_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teaching, "EPOCHS", 1)
-    image, lesson = next(iter(samples("try").values())), list(samples("teach-8").values())[:3]
+    image, lesson = next(iter(samples("digits").values())), list(samples("teach-8").values())[:3]
     for name, make in METHODS.items():
         pool = tiny(make())
         found, said = answering.answer(pool, image), showing.choice_rule(pool)
@@ -96,6 +98,20 @@ def test_prompts_that_tasks_made_and_prompts_that_they_share() -> None:
 # ---- teaching
 
 
+def test_photographs_are_unknown_until_they_are_taught_and_the_counts_say_so(tmp_path: Path) -> None:
+    guest = visitor.Visitor(opening.open_digits(), tmp_path)
+    asked = guest.ask_samples("photographs")["answers"]
+    assert asked.count("Probably none of these classes") == asked.count("<article") == 6
+    assert "Scores are calibrated" in asked
+    guest.lay_out_samples("photograph")
+    parts = guest.teach("photograph", teaching.CLOSED_FORM)
+    lesson, others = parts["taught"].split("<figure>")[1:]
+    assert '<th scope="row">photograph</th><td>0</td><td>10</td>' in lesson
+    assert '<th scope="row">photograph</th><td>0</td><td>6</td>' in others
+    assert "Probably none" not in parts["answers"]
+    assert "Scores are not calibrated" in showing.score_rule(tiny(NoPromptsConfig()))
+
+
 @pytest.mark.parametrize("way", [teaching.CLOSED_FORM, teaching.TRAINING])
 def test_a_class_is_taught_and_taken_home(way: str, tmp_path: Path) -> None:
     pool, other, ticks = opening.open_digits(), opening.open_digits(), []
@@ -106,7 +122,7 @@ def test_a_class_is_taught_and_taken_home(way: str, tmp_path: Path) -> None:
     assert ticks[-1] == 1
     assert torch.equal(logits(other), before)  # another visitor's
     assert torch.equal(pool.model.head.weight[:8], rows)
-    answers = [answering.answer(pool, image).labels[0][0] for image in samples("try").values()]
+    answers = [answering.answer(pool, image).labels[0][0] for image in samples("digits").values()]
     assert answers[8] == "eight"
     assert sum(a == str(d) for d, a in enumerate(answers[:8])) == 7
     assert pool.model.adapter.config.class_mask == "task"

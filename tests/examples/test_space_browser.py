@@ -3,7 +3,6 @@
 Pictures of the page stay in the folder that CL_PROMPTS_SCREENSHOTS names, else in pytest's own.
 """
 
-import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from push import assemble
+from support.chromium import WIDTHS, launched, overflow, screenshot_folder
 from support.paths import EXAMPLES
 from support.space_server import served
 from transformers import AutoImageProcessor, ViTModel
@@ -43,20 +43,12 @@ def url(temporary: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright  # of the extra browser
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    yield from launched()
 
 
 @pytest.fixture(scope="module")
 def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = os.environ.get("CL_PROMPTS_SCREENSHOTS")
-    found = Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
-    found.mkdir(parents=True, exist_ok=True)
-    return found
+    return screenshot_folder(tmp_path_factory)
 
 
 @dataclass
@@ -115,7 +107,7 @@ def test_upload_predict_teach_predict_again_download_and_load(
 ) -> None:
     page = visitor.page
     page.screenshot(path=screenshots / "start.png", full_page=True)
-    tried = sorted((SAMPLES / "try").glob("*.png"))
+    tried = sorted((SAMPLES / "digits").glob("*.png"))
     visitor.upload("ask-files", tried)
     visitor.wait_for_labels(10)
     before = visitor.labels()
@@ -236,7 +228,7 @@ def test_it_is_fast_enough(visitor: Visitor, capsys: pytest.CaptureFixture[str])
     answered, taught = [], []
     for digit in range(5):
         started = time.perf_counter()
-        visitor.upload("ask-files", [SAMPLES / "try" / f"digit-{digit}.png"])
+        visitor.upload("ask-files", [SAMPLES / "digits" / f"digit-{digit}.png"])
         page.wait_for_function(f"document.querySelector('.answer .file')?.innerText === 'digit-{digit}.png'", polling=20)
         visitor.wait_for_labels(1)
         answered.append(time.perf_counter() - started)
@@ -257,17 +249,40 @@ def test_it_is_fast_enough(visitor: Visitor, capsys: pytest.CaptureFixture[str])
     assert min(taught[1::2]) < 10
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_page_fits(chromium: Any, url: str, screenshots: Path, scheme: Any) -> None:
-    with chromium.new_context(viewport={"width": 400, "height": 800}, color_scheme=scheme) as context:
+@pytest.mark.parametrize(("device", "scheme"), [("desktop", "light"), ("phone", "light"), ("phone", "dark")])
+def test_the_page_fits_and_teach_is_near(chromium: Any, url: str, screenshots: Path, device: str, scheme: Any) -> None:
+    width, height = WIDTHS[device], 844
+    with chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme) as context:
         visitor = Visitor(context.new_page(), url)
         page = visitor.page
-        page.click("#ask-samples")
-        visitor.wait_for_labels(10)
+
+        def looked_at(moment: str) -> None:
+            page.screenshot(path=screenshots / f"space-{moment}-{scheme}-{width}.png", full_page=True)
+            assert not overflow(page), moment
+
+        looked_at("start")
+        assert not page.get_by_text("micro ViT of the examples").is_visible()  # folded away
+        page.click("#ask-photographs")
+        visitor.wait_for_labels(6)
+        assert "Scores are calibrated" in page.locator("#answers").inner_text()
+        looked_at("asked")
+        if device == "phone":
+            page.evaluate("scrollTo(0, 0)")
+            page.click("#steps a[href='#teach-it']")
+            page.wait_for_function("document.querySelector('#teach').getBoundingClientRect().bottom <= innerHeight")
+            assert page.locator("#steps a").first.is_visible()
+        page.click("#use-photograph")
+        page.wait_for_function("document.querySelectorAll('#lesson .thumbnail').length === 10")
+        page.click("#teach")
+        page.wait_for_selector("#taught .message.done")
+        visitor.wait_for_labels(6)
+        lesson, asked = page.locator("#taught .counts table").all()
+        assert "photograph\t0\t10" in lesson.inner_text()
+        assert "photograph\t0\t6" in asked.inner_text()
         page.get_by_text("How well it did").click()
-        page.wait_for_selector(".matrix:visible")
-        page.screenshot(path=screenshots / f"narrow-{scheme}.png", full_page=True)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.get_by_text("Method, base and size").click()
+        page.wait_for_selector("#record .matrix:visible")
+        looked_at("taught")
         assert not visitor.wrong, visitor.wrong
 
 

@@ -168,7 +168,7 @@ def test_others_are_answered(way: str, url: str, visitors: list[Caller], tmp_pat
     while thread.is_alive() or len(seconds) < len(visitors):
         for number, visitor in enumerate(visitors):
             started = time.monotonic()
-            parts = visitor.upload("ask-files", [SAMPLES / "try" / f"digit-{number % 8}.png"])
+            parts = visitor.upload("ask-files", [SAMPLES / "digits" / f"digit-{number % 8}.png"])
             seconds.append(time.monotonic() - started)
             assert said(parts, "answers").count("<article") == 1
     thread.join()

@@ -175,7 +175,7 @@ def test_an_uploaded_adapter_is_read_from_its_files_or_a_zip(digits: opening.Ope
         assert pool.record is None
         assert "accuracy is unknown" in showing.record(pool)
     with_record = opening.open_files([*files, opening.DIGITS / "results.json"])
-    assert "98.3" in showing.record(with_record)
+    assert "98.6" in showing.record(with_record)
 
 
 # ---- the Hub
@@ -252,7 +252,7 @@ def test_names_are_shown_as_text() -> None:
     pool.record.data = HOSTILE
     pool.record.results = {HOSTILE: next(iter(pool.record.results.values()))}
     pool.notes = [HOSTILE]
-    image = samples("try")["digit-9.png"]
+    image = samples("digits")["digit-9.png"]
     shown = [
         showing.facts(pool),
         showing.record(pool),

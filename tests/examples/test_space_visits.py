@@ -56,7 +56,7 @@ def test_a_visit_teaches_and_keeps_the_newest_zip(visit: visits.Visit, all_visit
     ticks: list[float] = []
     assert "Hash" in visit.request("look")["facts"]
     for name in ("eight", "another", "a third"):
-        assert visit.request("lay_out_samples", 8)["name"] == "8"
+        assert visit.request("lay_out_samples", "8")["name"] == "8"
         parts = visit.request("teach", name, CLOSED_FORM, tick=lambda done, text: ticks.append(done))
         assert name in parts["facts"]
         assert [file for file in visit.room.rglob("*") if file.is_file()] == [Path(parts["download"])]
@@ -140,7 +140,7 @@ def test_a_visitor_gets_one_answer_at_a_time(visit: visits.Visit, monkeypatch: p
                 visit.request("look")
             busy.append(str(error.value))
 
-    visit.request("lay_out_samples", 9)
+    visit.request("lay_out_samples", "9")
     visit.request("teach", "nine", CLOSED_FORM, tick=tick)
     assert busy
 

@@ -218,28 +218,30 @@ def cifar_like(folder: Path, each: int = 5) -> tuple[str, list[Any], list[int]]:
     return folder_of(folder, rows, rows), images, labels
 
 
+@pytest.mark.parametrize("classes", [3, 2])
 def test_a_small_set_holds_the_first_images_of_each_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, images, labels = cifar_like(tmp_path / "large")
     output = tmp_path / "small"
     line = ["make_mini.py", "--source", source, "--output", str(output), "--train", "3", "--test", "2"]
+    line += ["--classes", str(classes)] if classes < 3 else []
     monkeypatch.setattr(sys, "argv", [*line, "--label_column", "fine_label"])
     make_mini.main()
     printed = capsys.readouterr().out
     files = {split: str(output / f"{split}.parquet") for split in ("train", "test")}
     made = load_dataset("parquet", data_files=files)
     for split, count in (("train", 3), ("test", 2)):
-        expected = [row for row, label in enumerate(labels) if labels[:row].count(label) < count]
+        expected = [row for row, label in enumerate(labels) if labels[:row].count(label) < count and label < classes]
         assert made[split].column_names == ["img", "fine_label"]
         assert made[split]["fine_label"][:] == [labels[row] for row in expected]
-        assert made[split].features["fine_label"].names == ["apple", "bear", "cup"]
+        assert made[split].features["fine_label"].names == ["apple", "bear", "cup"][:classes]
         pixels = [np.asarray(images[row]) for row in expected]
         assert all(np.array_equal(np.asarray(a), b) for a, b in zip(made[split]["img"], pixels, strict=True))
         told = b"".join(f"{labels[r]} (32, 32, 3) ".encode() + p.tobytes() for r, p in zip(expected, pixels, strict=True))
-        assert f"{split}: {3 * count} images, sha256 {hashlib.sha256(told).hexdigest()}" in printed
-    stream = load_stream("class", str(output), to_tensor, tasks=3)
-    assert [len(task.train_rows) for task in stream] == [3, 3, 3]
+        assert f"{split}: {classes * count} images, sha256 {hashlib.sha256(told).hexdigest()}" in printed
+    stream = load_stream("class", str(output), to_tensor, tasks=classes)
+    assert [len(task.train_rows) for task in stream] == [3] * classes
     with pytest.raises(ValueError, match="small exists: choose another folder, nothing is overwritten"):
         make_mini.main()
 

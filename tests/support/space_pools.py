@@ -19,14 +19,14 @@ HOSTILE = '<img src=x onerror="alert(1)">${alert(2)}'
 
 
 def samples(folder: str) -> dict[str, Image.Image]:
-    images, problems = uploads.take_images(sorted((opening.HERE / "samples" / folder).glob("*.png")))
+    images, problems = uploads.take_images(sorted((opening.HERE / "samples" / folder).iterdir()))
     assert not problems
     return images
 
 
 def logits(pool: opening.OpenPool) -> torch.Tensor:
     pixels = [
-        pool.pipe.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in samples("try").values()
+        pool.pipe.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in samples("digits").values()
     ]
     with torch.no_grad():
         found: torch.Tensor = pool.model.eval()(pixel_values=torch.cat(pixels)).logits

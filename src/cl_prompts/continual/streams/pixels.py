@@ -32,6 +32,9 @@ class EightBitTransform(Protocol):
         ...
 
 
+CHECKED = 32  # first images of a split whose numbers are compared with what the transform returns
+
+
 class KeptPixels:
     """What a transform makes of the images of one split, by row number. Loader processes that are forked share it.
 
@@ -48,6 +51,7 @@ class KeptPixels:
     def __init__(self, transform: EightBitTransform, rows: int, max_bytes: int, folder: Path | None = None) -> None:
         self.transform, self.rows, self.max_bytes = transform, rows, max_bytes
         self.numbers: NDArray[np.float32] | None = None  # of each value of each channel [channels, 256]; NaN if unknown
+        self.checked = 0  # images compared with the transform
         self._file: PrivateFile | None = PrivateFile(folder)
         self._kept: KeptRows | None = None  # made when the size of the images is known
 
@@ -87,9 +91,10 @@ class KeptPixels:
         if self._kept is None or self._kept.shape != codes.shape:
             self._give_up()
             return None
-        pixels = self._finished(codes)
+        pixels = self._finished(codes) if self.checked >= CHECKED else None
         if pixels is None:
             pixels = transform(image)
+            self.checked += 1
             if not self._learn(codes, pixels):
                 self._give_up()
                 return None

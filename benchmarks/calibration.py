@@ -45,7 +45,8 @@ def measure(
     parts = [part for part in ("held", "test") if tasks[-1][part] is not None]
     numbers = torch.cat([found[f"{part}_tasks"] for part in parts])
     targets = torch.cat([found[f"{part}_targets"] for part in parts])
-    temperature, known, reliability = None, [], []
+    known: list[int] = []
+    temperature, reliability = None, []
     for number, task in enumerate(tasks):
         own = sorted(set(task["targets"].tolist()))
         new = len(set(own) - set(known))

@@ -45,8 +45,9 @@ def measure(
     parts = [part for part in ("held", "test") if tasks[-1][part] is not None]
     numbers = torch.cat([found[f"{part}_tasks"] for part in parts])
     targets = torch.cat([found[f"{part}_targets"] for part in parts])
+    temperature: float | None = None
     known: list[int] = []
-    temperature, reliability = None, []
+    reliability: list[list[Reliability]] = []
     for number, task in enumerate(tasks):
         own = sorted(set(task["targets"].tolist()))
         new = len(set(own) - set(known))

@@ -221,13 +221,13 @@ def test_tasks_of_different_spread_are_calibrated_alike(kind: str) -> None:
         targets = torch.arange(5).repeat(60)
         x = means[targets] + 2 * width * torch.randn(300, 20, generator=generator)
         classifier.begin_task(range(5 * number, 5 * number + 5))
-        x, targets = x.split(200), (targets + 5 * number).split(200)
-        held = classifier.held_out_held(x[0], targets[0])
+        targets = targets + 5 * number
+        held = classifier.held_out_answers(x[:200], targets[:200])
         assert held.scale is not None
         chosen = fit_temperature(held.logits / held.scale[:, None], held.targets)
         temperature = carried_on(temperature, chosen, len(held.targets))
-        classifier.fit(x[0], targets[0])
-        seen.append((x[1], targets[1]))
+        classifier.fit(x[:200], targets[:200])
+        seen.append((x[200:], targets[200:]))
     assert temperature is not None
     for x, targets in seen:
         scores = (classifier(x) / classifier.scale(x)[:, None] / temperature).softmax(1)

@@ -161,7 +161,7 @@ def test_confident_routers_are_chosen_alike_for_the_statistics_and_at_test() -> 
     with torch.no_grad():
         output = model(pixel_values=SEEN)
     assert torch.equal(output.features, features(model))
-    assert_close(output.logits, model.adapter.calibrated(model.adapter.classifier(output.features)))
+    assert_close(output.logits, model.adapter.calibrated(model.adapter.classifier(output.features), output.features))
 
 
 # ---- the head in closed form -------------------------------------------------------------------------------------------

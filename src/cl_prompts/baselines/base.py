@@ -368,11 +368,16 @@ class Baseline(BaselineMeasures, BaselineState):
         """The backbone."""
         return self.features.base
 
-    @torch.no_grad()
     def extract_lower_blocks(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """The features of `extract_features`: a baseline has no prompts, and no blocks below them."""
+        """The features [B, D] of `extract_features`, and None: a baseline has no prompts, and no blocks below them.
+
+        Args:
+            pixel_values: images [B, 3, H, W].
+            kwargs: further inputs of the base.
+        """
         return self.extract_features(pixel_values, **kwargs), None
 
+    @torch.no_grad()
     def extract_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Features [B, D] float32 of `pixel_values` [B, 3, H, W], without gradient; `kwargs` are for the base."""
         return self.features(pixel_values, **kwargs)

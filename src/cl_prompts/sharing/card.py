@@ -239,7 +239,10 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
         facts["Prompts are stored in"] = (
             f"{' and '.join(HALVES[kind] for kind in sorted(halves))}; loading makes them float32, rounded"
         )
-    calibrated = f"calibrated: logits are divided by {state.temperature:.3g}" if state.temperature else "not calibrated"
+    calibrated = "not calibrated"
+    if state.temperature:
+        each = " and by a scale of each image" if state.image_scale else ""
+        calibrated = f"calibrated: logits are divided by {state.temperature:.3g}{each}"
     if state.novelty_threshold is not None:
         facts["Unknown images"] = (
             f'`pipe(image, unknown="flag")` marks images beyond a novelty of {state.novelty_threshold:.3g}'

@@ -275,11 +275,12 @@ class PoolAdapter(nn.Module):
         power = self.classifier.temperature_power if self.classifier is not None else 0.0
         growth = (classes / earlier_classes) ** power if earlier_classes else 1.0
         temperature = carried_on(state.temperature if comparable else None, newest_temperature, len(held), growth)
+        same_novelty = comparable or novelty is not None
         if novelty is None:  # it depends on the scores
             divisor = self.config.logit_temperature * (temperature or 1.0)
             novelty = energy(logits / divisor, divisor)
         newest = threshold_of(novelty, self.config.false_alarm_rate) if logits.shape[1] > 1 else None
-        threshold = threshold_carried_on(state.novelty_threshold if comparable else None, newest, len(held))
+        threshold = threshold_carried_on(state.novelty_threshold if same_novelty else None, newest, len(held))
         return {
             "temperature": temperature,
             "score_width": kind[0],

@@ -142,7 +142,7 @@ def query_features(backbone: PromptedBackbone, inputs: Inputs) -> tuple[Tensor |
     """Un-prompted features [B, D], or None if the pool needs none, and what the prompted pass can reuse of that pass."""
     pool, lowest = inputs.adapter.pool, min(inputs.adapter.pool.layers, default=0)
     if inputs.query is not None or not pool.needs_query:
-        kept = reuse_of_states(inputs.lower_blocks, backbone.model, backbone.structure, lowest, len(inputs.images))
+        kept = reuse_of_states(inputs.lower_blocks, backbone.model, backbone.structure, lowest, inputs.images.shape[0])
         return None if inputs.query is None else inputs.query.detach().float(), kept
     # No reuse if a gradient to the images must go through both passes, or the whole model is compiled into one graph.
     reusable = not inputs.images.requires_grad and not torch.compiler.is_compiling()

@@ -174,7 +174,7 @@ class Stream(ABC):
         return as_pixels(self.transform(image))
 
     def transforms_plainly(self, augmented_by: tuple[int, int] | None) -> bool:
-        """Whether `augment` with these arguments leaves images as they are."""
+        """Whether `augment` with this `augmented_by` leaves images as they are."""
         return augmented_by is None or self.augmentation is None or self.augmentation.on_device
 
     def augment(self, image: Any, augmented_by: tuple[int, int] | None, number: int) -> Any:

@@ -87,9 +87,13 @@ class CodaPool(QueriedPool):
         return torch.cat(self.scores_of_parts(row, query), 1)
 
     def scores_of_parts(self, row: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of the components of earlier tasks, whose keys are frozen, and of those of the current task.
+        """Scores [B, earlier] of earlier tasks' components, whose keys are frozen, and [B, current] of the current task's.
 
         Joined keys would be copied in each step, and gradients computed for all of them.
+
+        Args:
+            row: number of the layer.
+            query: un-prompted features [B, D].
         """
         earlier, current = (
             cosines(query, attention, keys)
@@ -153,7 +157,7 @@ class CodaLayerArgmaxPool(CodaPool):
         ids = ids + (old.shape[1] if learning else 0)
         count = self.config.components_per_task
         of_task = self.components.of_tasks(ids[:, 0] // count, row)  # [B, c, Lp, D]
-        chosen = of_task[torch.arange(len(ids), device=ids.device), ids[:, 0] % count]
+        chosen = of_task[torch.arange(ids.shape[0], device=ids.device), ids[:, 0] % count]
         rows = chosen * (1 + best - best.detach())[:, :, None]
         return replace(split_prefix(rows, self.heads), ids=ids, weights=best.detach(), scores=scores)
 

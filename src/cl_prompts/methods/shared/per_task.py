@@ -89,7 +89,7 @@ def chosen(ids: Tensor, earlier: Tensor, current: Tensor) -> Tensor:
         current: that of the current task.
     """
     newest = earlier.shape[0]
-    rows = current.expand(len(ids), *current.shape)
+    rows = current.expand(ids.shape[0], *current.shape)
     if not newest:
         return rows
     return torch.where((ids == newest).view(-1, *[1] * current.dim()), rows, earlier[ids.clamp(max=newest - 1)])

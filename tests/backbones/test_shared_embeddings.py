@@ -39,7 +39,7 @@ def embeddings_run_twice() -> Iterator[None]:
         yield
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.by_turns(7)
 @pytest.mark.parametrize("name", BARE)
 @pytest.mark.parametrize("method", ["l2p", "coda"])
 def test_the_numbers_are_bit_equal(method: str, name: str) -> None:

@@ -89,7 +89,7 @@ def two_processes(
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
-@pytest.mark.by_turns(5)
+@pytest.mark.by_turns(17, always=())
 @pytest.mark.parametrize("name", BASELINES)
 def test_two_processes_equal_one(name: str, two_processes: list[dict[str, dict[str, Tensor]]]) -> None:
     one = learn(name)

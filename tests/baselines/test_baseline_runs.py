@@ -159,6 +159,7 @@ def test_further_classifiers_read_the_features() -> None:
 # ---- resume, accumulation, files -------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns(9)
 @pytest.mark.parametrize("name", [name for name in BASELINES if name != "ncm"])
 def test_every_learner_resumes_inside_a_task(name: str, tmp_path: Path) -> None:
     whole = comparison_trainer(name)

@@ -105,6 +105,7 @@ def test_bf16_warns_on_a_processor_without_avx512() -> None:
         assert told == (slow and precision == "bf16")
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_make_the_same_step() -> None:
     whole = small_trainer("hash", max_grad_norm=0.5, learning_rate=1e-3)
     whole.train()
@@ -156,6 +157,7 @@ def test_forward_transfer_is_measured_where_classes_are_known() -> None:
     assert "fwt" in trainer.matrix.summary()
 
 
+@pytest.mark.slow
 def test_classifiers_beside_the_learner_change_nothing_in_it() -> None:
     alone = small_trainer("l2p")
     alone.train()

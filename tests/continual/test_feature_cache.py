@@ -297,7 +297,7 @@ def test_a_resumed_run_is_the_same_whatever_became_of_the_files(tmp_path: Path) 
     assert_same(whole, resumed, "resumed")
 
 
-@pytest.mark.by_turns(5, always=())
+@pytest.mark.slow
 def test_it_is_left_alone_where_it_is_not_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("vpt", tmp_path)  # asks for no query
     run("l2p", tmp_path, cache_queries=False)

@@ -42,7 +42,7 @@ def killed_and_resumed(method: str, folder: Path, steps: list[int], **settings: 
     return trainer
 
 
-@pytest.mark.by_turns(9, always=())
+@pytest.mark.by_turns(13, always=())
 @pytest.mark.parametrize("method", [*METHODS, *(name for name in WITH_CLASSIFIER if name != "none analytic")])
 def test_every_method_resumes_inside_an_epoch(method: str, tmp_path: Path) -> None:
     """Inside the last of three tasks."""
@@ -85,6 +85,7 @@ def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
     assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
 
 
+@pytest.mark.slow
 def test_hidden_states_are_computed_again(tmp_path: Path) -> None:
     """From the same batches, whatever they were used for before the run ended."""
     whole = small_trainer("cpg", hidden_cache_bytes=2**30)
@@ -301,6 +302,7 @@ def test_the_log_has_every_step_once(tmp_path: Path) -> None:
     assert [line["task"] for line in lines if "accuracies" in line] == [0, 1, 2]
 
 
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("event", ["on_log", "on_evaluate", "on_task_end"])
 def test_a_run_that_ends_between_a_line_and_its_checkpoint(event: str, tmp_path: Path) -> None:
     """Also lines of a user's callback: what the resumed run repeats stands in the log once."""

@@ -103,7 +103,7 @@ def test_accumulation_changes_nothing(method: str, tmp_path: Path) -> None:
     assert {"head.weight", "pool.prompts"} < {n.partition(".default.")[2] for n in moved}
 
 
-@pytest.mark.by_turns(9, always=())
+@pytest.mark.by_turns(17, always=())
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_of_a_batch_make_the_step_of_the_whole(method: str) -> None:
     """Batches of 8 and 2 images in 3 parts. SGD, for Adam would hide a wrong scale.

@@ -218,7 +218,7 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
-@pytest.mark.by_turns(9, always=())
+@pytest.mark.by_turns(17, always=())
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]]) -> None:
     one = learn(CASES[name])

@@ -31,7 +31,7 @@ def learnt(config: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.by_turns(13, always=())
+@pytest.mark.by_turns(27, always=())
 @pytest.mark.parametrize("method", ALL)
 def test_any_batch_size(method: str) -> None:
     model = learnt(ALL[method]())

@@ -147,7 +147,7 @@ def load_large(bench: Bench, method: str, name: str, room: Path) -> None:
     check_told(told.value)
 
 
-@pytest.mark.by_turns(3, always=())
+@pytest.mark.by_turns(5, always=())
 @pytest.mark.parametrize(
     ("method", "name"),
     [("vpt", "revisits"), ("hide", "revisits"), ("hash", "tasks"), ("l2p", "num_labels"), ("l2p", "8 MiB")],

@@ -171,7 +171,7 @@ for method in ("l2p", "hash"):
 """
 
 
-@pytest.mark.by_turns(4, always=())
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [PEFT_FIRST, OURS_FIRST, THREADS_FIRST], ids=["peft", "cl_prompts", "threads"])
 def test_fresh_process_needs_the_import(first: str, bases: dict[bool, Path], tmp_path: Path) -> None:
     """In either order; `import cl_prompts` itself imports none of the libraries."""

@@ -20,7 +20,7 @@ from cl_prompts.backbones.fingerprint import fingerprint
 from cl_prompts.methods.shared.per_task import PerTask
 
 
-pytestmark = pytest.mark.by_turns(7)
+pytestmark = pytest.mark.by_turns(13)
 
 FAMILIES = ["vit", "dinov2", "beit", "clip", "siglip"]
 TASKS = [[3, 5], [40, 8], [2, 9]]

@@ -61,6 +61,7 @@ def check_answers_from_threads(ask: Callable[[Any], Tensor], batches: list[Any],
     assert wrong == 0, f"{wrong} of {calls} answers differ"
 
 
+@pytest.mark.by_turns(29, always=("l2p",))
 @pytest.mark.parametrize(
     ("method", "family"),
     [(method, "vit") for method in METHODS] + [(m, family) for m in ("l2p", "hash", "coda") for family in FAMILIES[1:]],
@@ -149,6 +150,7 @@ def test_two_models_on_one_base_answer_by_turns(first: str, second: str) -> None
     assert not any(hooks for m in base.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))
 
 
+@pytest.mark.by_turns(7, always=())
 @torch.no_grad()
 @pytest.mark.parametrize("inner", ["same model", "other model on the base", "bare base", "other base"])
 @pytest.mark.parametrize("place", ["base", "block", "attention", "embeddings"])

@@ -45,7 +45,7 @@ def with_code() -> list[Path]:
     return [page for page in pages() if any(isinstance(part, Block) for part in parts(page))]
 
 
-@pytest.mark.by_turns(4)
+@pytest.mark.by_turns(5)
 @pytest.mark.parametrize("page", with_code(), ids=name_of)
 @pytest.mark.usefixtures("quiet")
 def test_code_of_a_page_runs(page: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

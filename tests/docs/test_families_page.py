@@ -20,6 +20,7 @@ def rows_below(mark: str) -> list[tuple[str, ...]]:
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in (table[0], *table[2:])]
 
 
+@pytest.mark.slow
 def test_the_models_that_work_are_as_the_page_says() -> None:
     """Mend: python docs/figures/families.py."""
     assert rows_below("families") == [HEADER, *works()]

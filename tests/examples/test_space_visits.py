@@ -130,6 +130,7 @@ def data_bytes(process: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmData:"))
 
 
+@pytest.mark.slow
 def test_a_visitor_gets_one_answer_at_a_time(visit: visits.Visit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visits, "PATIENCE", 0.01)
     busy: list[str] = []

@@ -121,6 +121,7 @@ def test_held_out_logits_are_of_classifiers_that_did_not_see_the_images(name: st
         classifier.fit(features, targets, features + 0.1, head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, 20.0])
 def test_a_trained_head_is_trained_as_far_without_the_held_out_images(scale: float | None) -> None:
     features, targets = images([0, 1, 2], 40)

@@ -37,6 +37,7 @@ every_classifier = pytest.mark.parametrize("method", WITH_CLASSIFIER)
 # ---- features that do not change ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns(11, always=("l2p",))
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "head", [{"head": "linear"}, {"head": "analytic", "projection_size": 20}], ids=["linear", "analytic"]
@@ -90,6 +91,7 @@ def test_the_first_task_and_all_tasks_differ_in_nothing_before_the_second() -> N
 # ---- what is seen ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns(11, always=("l2p",))
 @pytest.mark.parametrize("method", METHODS)
 def test_statistics_follow_the_features_of_every_method(method: str) -> None:
     """Against numpy: the old classes' means after a task, from features taken before begin_task and after training."""
@@ -285,6 +287,7 @@ def test_alignment_changes_the_head_and_nothing_else(alignment: str) -> None:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.by_turns(11, always=("l2p",))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_aligned(method: str) -> None:
     """Head targets of the first task, which its own loss never compares with the second's, move when they meet."""

@@ -58,6 +58,7 @@ def test_loaded_models_answer_bit_equal_and_statistics_go_on(method: str, lean: 
     assert torch.equal(answers(loaded), answers(model))
 
 
+@pytest.mark.by_turns(5, always=())
 @pytest.mark.parametrize("method", ["none analytic", "l2p analytic", "coda aligned"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_without_statistics_it_answers_and_learns_no_more(method: str, lean: bool, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.slow
 @pytest.mark.xdist_group("closed-form-processes")
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_equal_one(run: str, two_processes: list[dict[str, Any]]) -> None:

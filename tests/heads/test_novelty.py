@@ -119,7 +119,7 @@ def test_bad_values_are_refused() -> None:
         L2PConfig(state={"novelty_threshold": "high"})
 
 
-@pytest.mark.by_turns(2, always=())
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hash discriminant", "coda"])
 def test_a_run_measures_novelty_and_drift(method: str, tmp_path: Path) -> None:
     trainer = small_trainer(method, tmp_path, novelty=True)

@@ -192,7 +192,7 @@ def test_input_space_prompts_go_through_the_projections(method: str, monkeypatch
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.by_turns(9)
+@pytest.mark.by_turns(17)
 @every_method
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_loaded_pool_goes_on_as_the_saved_one(method: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_every_comparison_is_read_and_builds(name: str, base: Path, tmp_path: Pa
             BUILT.add(built)
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.by_turns(9)
 @pytest.mark.xdist_group("recipes")
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_builds(name: str, base: Path) -> None:

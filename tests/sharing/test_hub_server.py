@@ -214,6 +214,7 @@ def test_a_download_goes_on_where_it_was_cut(hub: Hub, pushed: str, monkeypatch:
         assert httpx.get(answer.url, headers={"Range": asked}).status_code == status
 
 
+@pytest.mark.slow
 def test_a_service_that_comes_back_is_asked_again(hub: Hub, api: HfApi, pushed: str) -> None:
     hub.fail("preupload", status=503)
     hub.cut("PUT", after_bytes=5)

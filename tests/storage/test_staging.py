@@ -137,7 +137,7 @@ def loads_while_saving(target: Path, answers: dict[str, Tensor]) -> list[str]:
     writer = forked(save_in_turns)
     states: list[str] = []
     try:
-        while len(states) < 40 or len(set(states)) < 2:
+        while len(states) < 15 or len(set(states)) < 2:
             states.append(found(target, answers))
     finally:
         os.kill(writer, signal.SIGKILL)

@@ -31,7 +31,7 @@ def replaced() -> Iterator[None]:
         setattr(module, name, function)
 
 
-@pytest.mark.by_turns(3)
+@pytest.mark.by_turns(5, always=())
 @pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["layernorm"]}], ids=["pool", "modules_to_save"])
 @pytest.mark.parametrize("method", ["l2p", "hash"])
 @pytest.mark.parametrize("loader", [PromptPoolModel, PeftModel])

@@ -77,6 +77,7 @@ def check_answers(model: Any) -> None:
     assert right.mean() >= 0.8, right
 
 
+@pytest.mark.by_turns(9, always=("l2p",))
 @pytest.mark.parametrize("method", [*METHODS, *WITH_CLASSIFIER])
 def test_every_method_learns_one_class_at_a_time(method: str) -> None:
     model = new_model(method)

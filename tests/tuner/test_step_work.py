@@ -84,6 +84,7 @@ def test_a_step_reads_nothing_back(method: str) -> None:
     assert waits.seen == ({"_local_scalar_dense": 1} if method in ("dualprompt prototype", "norga") else {})
 
 
+@pytest.mark.by_turns(7)
 @pytest.mark.parametrize("method", METHODS)
 def test_shapes_and_masks(method: str) -> None:
     """Shapes do not depend on images and labels, as CUDA graphs need it. A mask only where a method adds to logits."""
@@ -108,6 +109,7 @@ def test_shapes_and_masks(method: str) -> None:
 
 
 # l2p adds a position embedding, whose values are read; a factorisation of a covariance is looked at.
+@pytest.mark.by_turns(7)
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"l2p", "dualprompt prototype", "norga"}))
 def test_a_step_stays_on_its_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On torch's device without values: an operation that takes a tensor of the CPU too, or asks for a value, fails."""

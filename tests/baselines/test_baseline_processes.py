@@ -18,7 +18,7 @@ from cl_prompts.baselines import BASELINES
 from cl_prompts.continual import JointStream, RehearsalMemory
 
 
-pytestmark = pytest.mark.xdist_group("baselines")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("baselines")]
 
 PROCESSES, BATCH = 2, 4
 
@@ -89,7 +89,6 @@ def two_processes(
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
-@pytest.mark.by_turns(17, always=())
 @pytest.mark.parametrize("name", BASELINES)
 def test_two_processes_equal_one(name: str, two_processes: list[dict[str, dict[str, Tensor]]]) -> None:
     one = learn(name)

@@ -300,7 +300,7 @@ def test_bad_images_become_padding_and_are_counted(num_workers: int) -> None:
         assert stream.count_skipped() == skipped
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_task_without_a_readable_image_is_named(num_workers: int) -> None:
     """It is not trained on padding. One readable image is enough, and it replaces the others."""
     for readable in ((), (7,)):

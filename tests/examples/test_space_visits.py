@@ -146,6 +146,7 @@ def test_a_visitor_gets_one_answer_at_a_time(visit: visits.Visit, monkeypatch: p
     assert busy
 
 
+@pytest.mark.slow
 def test_the_oldest_visit_makes_room_and_is_told(all_visits: visits.Visits, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = all_visits.start(), all_visits.start()
     for visit in (second, first):

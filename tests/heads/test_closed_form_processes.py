@@ -115,6 +115,7 @@ def test_two_processes_equal_one(run: str, two_processes: list[dict[str, Any]]) 
                 assert torch.equal(value, two[1][part][name]), f"{name} differs between the processes"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("closed-form-processes")
 def test_every_image_is_recorded_once(two_processes: list[dict[str, Any]]) -> None:
     one = records()

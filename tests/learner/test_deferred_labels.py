@@ -7,7 +7,7 @@ from support.families import build, inputs
 from cl_prompts import L2PConfig, get_prompt_pool_model
 
 
-@pytest.mark.by_turns(2)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(("bad", "why"), [(9, "undeclared"), (0, "of an earlier task")])
 def test_wrong_labels_are_ignored_and_reported_at_the_next_log_step(bad: int, why: str) -> None:

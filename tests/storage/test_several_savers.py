@@ -107,6 +107,7 @@ def kill_savers(folder: Path, models: list[PromptPoolModel], kills: int) -> list
     return found
 
 
+@pytest.mark.slow
 def test_savers_that_are_killed_harm_nobody(models: list[PromptPoolModel], tmp_path: Path) -> None:
     assert {0, 1} <= set(kill_savers(tmp_path / "out", models, 15))
 

@@ -7,8 +7,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.chromium import launched, screenshot_folder
 from support.hub_server import Hub
 
 
@@ -80,3 +82,15 @@ def hub(running_hub: Hub) -> Iterator[Hub]:
     shutil.rmtree(Path(os.environ["HF_HOME"]) / "hub", ignore_errors=True)
     yield running_hub
     assert not running_hub.errors, "\n".join(running_hub.errors)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """The browser of the tests marked `browser`."""
+    yield from launched()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of their screenshots."""
+    return screenshot_folder(tmp_path_factory)

@@ -198,6 +198,18 @@ def test_numbers_beyond_16_bits_are_not_kept() -> None:
     assert "key" not in hidden
 
 
+def test_a_transform_that_may_draw_random_numbers_is_not_read_ahead() -> None:
+    images: list[Any] = []
+
+    def drawn(image: Any) -> Tensor:
+        images.append(image)
+        return torch.rand(3, 32, 32)
+
+    batches = iter(picture_stream(transform=drawn).all_images(train=True, batch_size=5))
+    next(batches)
+    assert len(images) == 5
+
+
 def test_batches_are_read_one_ahead() -> None:
     """In a thread, with the same batches; an error comes at its place."""
     from cl_prompts.continual.streams.loading import Batches, build_loader, collate

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chromium import WIDTHS, launched, overflow, screenshot_folder
+from support.chromium import WIDTHS, overflow
 from support.paths import ROOT
 
 
@@ -26,16 +26,6 @@ UNSCROLLED = """() => [...document.querySelectorAll('.md-typeset table')]
 
 SCROLLED = """() => [...document.querySelectorAll('.md-typeset__scrollwrap')]
     .filter(wrap => wrap.scrollWidth > wrap.clientWidth).map(wrap => wrap.textContent.slice(0, 60))"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    yield from launched()
-
-
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return screenshot_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

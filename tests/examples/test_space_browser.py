@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from push import assemble
-from support.chromium import WIDTHS, launched, overflow, screenshot_folder
+from support.chromium import WIDTHS, overflow
 from support.paths import EXAMPLES
 from support.space_server import served
 from transformers import AutoImageProcessor, ViTModel
@@ -39,16 +39,6 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(temporary: Path) -> Iterator[str]:
     yield from served(SPACE / "app.py", temporary)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    yield from launched()
-
-
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return screenshot_folder(tmp_path_factory)
 
 
 @dataclass

@@ -45,7 +45,7 @@ class ContinualArguments:
         mixed_precision: "no", "bf16" or "fp16".
         seed: seed of orders, augmentations and initial values.
         dataloader_num_workers: number of data loader processes. 0: images are read in this process, one batch ahead in a
-            thread if torch computes on a GPU or leaves a core free.
+            thread if the transform is an image processor and torch computes on a GPU or leaves a core free.
         cache_queries: compute the un-prompted features of all images once instead of in every step, if the method uses them
             and images are not augmented. Takes 4 * D bytes per image.
         query_cache: folder for these features, shared by runs and methods on the same images and base; "": in memory only;

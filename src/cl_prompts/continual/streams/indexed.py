@@ -297,7 +297,8 @@ class IndexedStream(Stream):
         ahead: bool = True,
     ) -> Batches:
         """Batches in this process, or by loader processes; `ahead`: the sampler may be asked before a batch is used."""
-        ahead = ahead and not num_workers and has_a_core_to_read()
+        # Another transform may draw random numbers, whose order must not depend on a thread.
+        ahead = ahead and not num_workers and isinstance(self.transform, EightBitTransform) and has_a_core_to_read()
         loader = build_loader(images, num_workers, batch_sampler=sampler, collate_fn=collate)
         return Batches(loader, partial(self._record_skipped, images.split), ahead)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cl_prompts.learner.optimizer_hook import inner_optimizer
+from cl_prompts.runtime.precision import without_autocast
 
 
 class StepHooks:
@@ -29,10 +30,12 @@ class StepHooks:
         inner = inner_optimizer(optimizer)
 
         @torch.no_grad()
+        @without_autocast()
         def pre(*_: Any) -> None:
             before()
 
         @torch.no_grad()
+        @without_autocast()
         def post(*_: Any) -> None:
             after()
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_prompts.runtime.precision import without_autocast
+
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside wrappers like Accelerate's.
@@ -73,6 +75,7 @@ class UpdateScaler:
             before.update({name: p.detach().clone() for name, p in parameters.items()})
 
         @torch.no_grad()
+        @without_autocast()
         def scale(*_: Any) -> None:
             for name, value in before.items():
                 parameter = parameters[name]

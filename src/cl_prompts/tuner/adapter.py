@@ -22,6 +22,7 @@ from cl_prompts.learner.optimizer_hook import UpdateScaler
 from cl_prompts.learner.sample_counter import SampleCounter
 from cl_prompts.learner.task_state import TaskState
 from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
+from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.integrity import SAVED_PREFIX
 
@@ -137,6 +138,7 @@ class PoolAdapter(nn.Module):
         if self.classifier is not None:
             self.classifier.rebuild(class_indices)
 
+    @without_autocast()
     def begin_task(
         self, classes: Sequence[int], *, revisit: bool = False, class_names: Mapping[int, str] | None = None
     ) -> None:
@@ -200,6 +202,7 @@ class PoolAdapter(nn.Module):
                 'class_covariance="shared", or raise that limit'
             )
 
+    @without_autocast()
     def end_task(self) -> None:
         """End the current task; see `TaskAPI.end_task`."""
         self.tasks.check_open()
@@ -216,6 +219,7 @@ class PoolAdapter(nn.Module):
             return self.head(features)
         return self.classifier(features)
 
+    @without_autocast()
     def consolidate(self, seen: Recorded) -> None:
         """Fit the classifier to the features of a task after its training, if there is one, and calibrate the scores.
 

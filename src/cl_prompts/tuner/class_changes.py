@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cl_prompts.heads.class_groups import ClassGroups
+from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.tuner.adapter import PoolAdapter
 
@@ -64,6 +65,7 @@ def merged_ids(adapter: PoolAdapter, classes: list[int], into: Any) -> dict[int,
     return dict.fromkeys(merged, target)
 
 
+@without_autocast()
 def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call: str) -> PoolAdapter:
     """A copy of an adapter with other classes.
 

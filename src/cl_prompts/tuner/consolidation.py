@@ -12,6 +12,7 @@ from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.interfaces import Probe
 from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images
+from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.forward import prompted_forward
 
@@ -46,4 +47,5 @@ def consolidate(backbone: PromptedBackbone, adapter: PoolAdapter, images: Images
 
     adapter.consolidate(record(read, images))
     if statistics is not None:
-        adapter.pool.keep_statistics(statistics)
+        with without_autocast():
+            adapter.pool.keep_statistics(statistics)

@@ -1,0 +1,21 @@
+"""Full precision for what is no pass over images: changes of tasks, fits of classifiers, and changes of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Autocast is disabled within, on every kind of device. As a decorator: `@without_autocast()`."""
+    with ExitStack() as disabled:
+        for kind in DEVICES:
+            if torch.is_autocast_enabled(kind):
+                disabled.enter_context(torch.autocast(kind, enabled=False))
+        yield

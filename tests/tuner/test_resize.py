@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cl_prompts import (
-    CodaPromptConfig,
     HashPromptConfig,
     L2PConfig,
     PromptPoolConfig,
@@ -369,11 +368,6 @@ def test_pools_that_grow_by_themselves(method: str) -> None:
     model = new_model(METHODS[method])
     with pytest.raises(ValueError, match=r"has no pool_size: its pool grows with every task, call begin_task\(classes\)"):
         model.grow_pool(100)
-
-
-def test_there_are_methods_of_both_kinds() -> None:
-    assert {"l2p", "hash", "l2p_prefix"} <= set(FIXED)
-    assert not hasattr(CodaPromptConfig(), "pool_size")
 
 
 def test_a_grown_pool_does_not_fit_a_smaller_config(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         VPTConfig,
         VPTNSP2Config,
         VQPromptConfig,
+        default_config,
     )
     from cl_prompts.model import PromptPoolModel, extract_features, get_prompt_pool_model
     from cl_prompts.outputs import PromptPoolOutput
@@ -66,11 +67,12 @@ __all__ = [
     "VPTNSP2Config",
     "VQPromptConfig",
     "__version__",
+    "default_config",
     "extract_features",
     "get_prompt_pool_model",
 ]
 
-# Where a name is defined; all others are configs of `cl_prompts.methods`.
+# Where a name is defined; all others are of `cl_prompts.methods`.
 _MODULES = {
     "AutoPromptPoolModel": "auto",
     "PromptPoolModel": "model",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cl_prompts.backbones.frozen_tensors import kept_offloaded
 from cl_prompts.backbones.input_checks import checked_base
 from cl_prompts.backbones.restore import left_as_it_was
-from cl_prompts.methods import PromptPoolConfig
+from cl_prompts.methods import PromptPoolConfig, default_config
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.arguments import refuse_unknown
 from cl_prompts.sharing.run_record import RunRecord
@@ -356,14 +356,14 @@ class PromptPoolModel(TaskAPI, PeftModel):
 
 
 def get_prompt_pool_model(
-    model: nn.Module, config: PromptPoolConfig, adapter_name: str = "default", **kwargs: Any
+    model: nn.Module, config: PromptPoolConfig | None = None, adapter_name: str = "default", **kwargs: Any
 ) -> PromptPoolModel:
     """Add a new prompt pool to a vision transformer, whose parameters are frozen in place.
 
     Args:
         model: a supported Hugging Face vision transformer, bare or with an image classification head (which is not used),
             or one of timm.
-        config: a method's config.
+        config: a method's config; None: `default_config()`.
         adapter_name: name of the adapter.
         kwargs: `revision`, `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in PEFT.
 
@@ -373,6 +373,7 @@ def get_prompt_pool_model(
     """
     refuse_unknown("get_prompt_pool_model", kwargs, ("revision", "autocast_adapter_dtype", "low_cpu_mem_usage"))
     model = checked_base(model)
+    config = default_config() if config is None else config
     check_config(config)
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or config.base_model_name_or_path
     config.revision = kwargs.pop("revision", None) or config.revision

@@ -4,6 +4,7 @@ from cl_prompts.methods.apt import APTConfig, APTPool
 from cl_prompts.methods.coda import CodaLayerArgmaxConfig, CodaLayerArgmaxPool, CodaPool, CodaPromptConfig
 from cl_prompts.methods.config import PromptPoolConfig
 from cl_prompts.methods.cpg import CPGConfig, CPGPool
+from cl_prompts.methods.default import default_config
 from cl_prompts.methods.dualprompt import DualPromptConfig, DualPromptPool
 from cl_prompts.methods.hash import HashPool, HashPromptConfig
 from cl_prompts.methods.hide import HidePool, HiDePromptConfig
@@ -62,5 +63,6 @@ __all__ = [
     "VPTPool",
     "VQPromptConfig",
     "VQPromptPool",
+    "default_config",
     "register_prompt_method",
 ]

@@ -282,7 +282,7 @@ class TaskAPI(ClassAPI, MeasuresAPI, LowerBlocks):
     # ---- passes over images outside training -------------------------------------------------------------------------
 
     def record_features(self, images: Images) -> None:
-        """Compute and keep the features of the next task's images before `begin_task`, for drift compensation.
+        """Keep the features of the next task's images before `begin_task`, for drift compensation. The first has none.
 
         Args:
             images: this process's share of all the task's images, not augmented: batches on the model's device with
@@ -293,7 +293,7 @@ class TaskAPI(ClassAPI, MeasuresAPI, LowerBlocks):
         """
         if self.adapter.config.state.task_open:
             raise ValueError("record_features must be called before begin_task, a task is open: call end_task first")
-        self.adapter.recorded = record(self.features_of, images)
+        self.adapter.recorded = record(self.features_of, images) if self.classes else None
 
     def consolidate(self, images: Images, memory: Images | None = None) -> None:
         """Fit the classifier, if it is made from features, collect the pool's statistics, and calibrate the scores.

@@ -1,6 +1,6 @@
 """Continual learning with a prompt pool on a frozen vision transformer, or with a baseline.
 
-    accelerate launch examples/train_cil.py                                   # digits on the micro ViT, two minutes
+    accelerate launch examples/train_cil.py                                   # numbers on the micro ViT, two minutes
     accelerate launch examples/train_cil.py --model google/vit-base-patch16-224-in21k --dataset path/to/images
     accelerate launch examples/train_cil.py --recipe l2p_cifar100 --seed 1    # a recipe of the package, overridden
     accelerate launch examples/train_cil.py --resume                          # continue a run that was killed

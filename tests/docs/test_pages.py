@@ -149,7 +149,10 @@ def test_remarks_are_honest() -> None:
     assert "100 test images: an accuracy of 57.0 is known to about ± 9.5 points" in text
     assert "does not beat the nearest" in said(60.0, mean=60.0)
     assert "L2P beats the sequential linear probe by no more than that (60.0 against 55.0)" in said(60.0, probe=55.0)
-    assert "beat" not in said(80.0, probe=55.0)
+    assert "pays" not in said(60.0, probe=30.0, mean=55.0), "the better one of the two is within the noise"
+    text = said(80.0, probe=55.0, mean=60.0, joint=90.0)
+    assert "L2P beats the nearest class mean here (80.0 against 60.0): what it trains pays" in text
+    assert text.count("beat") == 1
     assert "nothing says whether its training pays" in said(80.0, joint=70.0)
     several = remarks([Result("L2P", flat(60.0), seed) for seed in range(2)])
     assert "One seed" not in several

@@ -16,6 +16,7 @@ from cl_prompts.runs.arguments import Arguments, known_recipes, read_arguments
 from cl_prompts.runs.building import build_learner, build_stream
 from cl_prompts.runs.class_order import ordered_classes, tasks_in_order
 from cl_prompts.runs.comparison import as_line
+from cl_prompts.runs.images import EMBEDDED
 from cl_prompts.runs.sweep import read_sweep
 from cl_prompts.runs.train import main as train
 
@@ -76,7 +77,7 @@ def dry_run(line: list[str], base: Path, data: dict[str, str], output: Path) -> 
 
 def all_rows() -> list[Any]:
     """Every single recipe, and every row of every comparison on the papers' data."""
-    found = [(name, "") for name in known_recipes() if not name.endswith("_mini") and name not in ("digits", "photos")]
+    found = [(name, "") for name in known_recipes() if not name.endswith("_mini") and name not in (*EMBEDDED, "photos")]
     for name in COMPARISONS:
         if not name.endswith("_mini") and name != "compare_digits":
             found += [(name, row) for row in comparison.read_rows(name)]

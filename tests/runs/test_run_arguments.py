@@ -10,7 +10,7 @@ import pytest
 import torch
 import train_cil
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from support.example_runs import TINY, few_digits, finished, matrices, tensors
 from transformers import AutoImageProcessor
@@ -20,7 +20,8 @@ from cl_prompts.continual import ContinualArguments
 from cl_prompts.runs import BENCHMARKS, MICRO_VIT, RECIPES
 from cl_prompts.runs.arguments import Arguments, known_recipes, pairs, read_arguments
 from cl_prompts.runs.building import load_backbone
-from cl_prompts.runs.images import digits, load_image_data, split_by_class
+from cl_prompts.runs.digit_rows import numbers
+from cl_prompts.runs.images import EMBEDDED, digits, load_image_data, split_by_class
 
 
 REFERENCES = ("sequential linear probe", "nearest class mean", "discriminant analysis", "joint linear probe")
@@ -49,6 +50,28 @@ def test_digits_are_real_and_split_by_class() -> None:
     image = np.asarray(splits["train"][0]["image"])
     assert image.shape == (8, 8)
     assert image.max() > 200
+
+
+def test_numbers_show_a_digit_between_two_of_its_split() -> None:
+    few = {name: rows.select(range(9)) for name, rows in digits().items()}
+    splits = numbers(DatasetDict(few))
+    for name, rows in splits.items():
+        assert rows["label"] == few[name]["label"][:] * 2
+        images = [np.asarray(image) for image in rows["image"]]
+        assert not any(np.array_equal(one, two) for one, two in zip(images[:9], images[9:], strict=True))
+        for image, row in zip(images, [*few[name]["image"], *few[name]["image"]], strict=True):
+            middle = np.asarray(row.resize((16, 16), PILImage.Resampling.BILINEAR))
+            moves = [(down, right) for down in (7, 8, 9) for right in (7, 8, 9)]
+            assert any((image[d : d + 16, r : r + 16] >= middle).all() for d, r in moves), "nothing covers the digit"
+            assert image[:, :8].any() or image[:, 24:].any(), "neighbours"
+    again = numbers(DatasetDict(few))["train"]["image"]
+    assert all(np.array_equal(*map(np.asarray, pair)) for pair in zip(splits["train"]["image"], again, strict=True))
+    flat = {
+        name: Dataset.from_dict({"image": [PILImage.new("L", (8, 8), grey)] * 3, "label": [0, 1, 2]}, few[name].features)
+        for name, grey in (("train", 100), ("test", 200))
+    }
+    for name, rows in numbers(DatasetDict(flat)).items():
+        assert {int(np.asarray(image)[16].max()) for image in rows["image"]} == {100 if name == "train" else 200}
 
 
 def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
@@ -134,7 +157,18 @@ def test_the_command_line_has_the_last_word(recipe: str) -> None:
 
 
 def test_every_setting_of_the_trainer_is_a_flag() -> None:
-    line = ["--learning_rates", "head=1e-3", "--optim", "sgd", "--optim_args", "momentum=0.9", "--warmup_steps", "7"]
+    line = [
+        "--recipe",
+        "digits",
+        "--learning_rates",
+        "head=1e-3",
+        "--optim",
+        "sgd",
+        "--optim_args",
+        "momentum=0.9",
+        "--warmup_steps",
+        "7",
+    ]
     _, told = read_arguments([*line, "--memory_size", "50", "--no_cache_queries", "--output_dir", "here"])
     assert (told.learning_rates, told.optim, told.optim_args) == ({"head": 1e-3}, "sgd", {"momentum": 0.9})
     assert (told.warmup_steps, told.memory_size, told.cache_queries, told.output_dir) == (7, 50, False, "here")
@@ -164,7 +198,7 @@ def test_options_of_a_recipe_and_the_command_line_are_merged(text: str, tmp_path
 
 def test_each_seed_has_its_folder() -> None:
     folders = {read_arguments(["--seed", str(seed)])[1].output_dir for seed in (0, 1)}
-    assert folders == {"results/digits-hash-seed0", "results/digits-hash-seed1"}
+    assert folders == {"results/numbers-layer_grouped-seed0", "results/numbers-layer_grouped-seed1"}
 
 
 @pytest.mark.parametrize("name", known_recipes())
@@ -178,7 +212,7 @@ def test_every_recipe_fits_its_method(name: str) -> None:
         assert training.num_train_epochs == 1
     text = (RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("#"), "a recipe says where its numbers are from"
-    if not name.endswith("_mini") and name not in ("digits", "photos"):
+    if not name.endswith("_mini") and name not in (*EMBEDDED, "photos"):
         assert args.input_range == "unit", "the papers' inputs are in [0, 1]"
         assert "model:" in text, "the weights that the paper used are part of the recipe"
 

@@ -50,7 +50,7 @@ def ran(words: list[str], folder: Path) -> tuple[str, str]:
 def test_the_wheel_holds_what_a_run_needs(wheel: Path) -> None:
     names = set(ZipFile(wheel).namelist())
     runs = "cl_prompts/runs/"
-    assert {f"{runs}recipes/digits.yaml", f"{runs}benchmarks/cub.yaml", f"{runs}micro_vit/model.safetensors"} <= names
+    assert {f"{runs}recipes/numbers.yaml", f"{runs}benchmarks/cub.yaml", f"{runs}micro_vit/model.safetensors"} <= names
     assert not [name for name in names if not name.startswith(("cl_prompts/", "cl_prompts-"))]
     assert wheel.stat().st_size < 6e6
     (metadata,) = (name for name in names if name.endswith("METADATA"))

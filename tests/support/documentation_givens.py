@@ -182,11 +182,11 @@ def _(_: Namespace) -> None:
         pool().push_to_hub(name, image_processor=AutoImageProcessor.from_pretrained(BASE))
 
 
-@given("results/digits-hash-seed0/adapter", "results/shapes/adapter")
+@given("results/numbers-layer_grouped-seed0/adapter", "results/shapes/adapter")
 def _(_: Namespace) -> None:
     base = MICRO_VIT
     model = pool(AutoModel.from_pretrained(base, add_pooling_layer=False))
-    for run in ("digits-hash-seed0", "shapes"):
+    for run in ("numbers-layer_grouped-seed0", "shapes"):
         model.save_pretrained(f"results/{run}/adapter", image_processor=AutoImageProcessor.from_pretrained(base))
 
 

@@ -14,7 +14,7 @@ def new_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     commands.add_parser(
-        "train", help="teach a vision transformer task after task; without arguments digits, in two minutes"
+        "train", help="teach a vision transformer task after task; without arguments numbers, in two minutes"
     )
     commands.add_parser("compare", help="train with several methods and seeds, and write a table")
     predict = commands.add_parser("predict", help="the most likely classes of images")

@@ -188,14 +188,18 @@ def remarks(results: Sequence[Result], floors: Sequence[str] = FLOORS) -> str:
             f"- {name} needs the task of an image and answers over its classes only: compare it with the column "
             '"FAA, task known" of other learners, not with their FAA.'
         )
-    for floor in floors if not runs[0].matrix.needs_task else ():
-        if floor in faa and floor != first:
-            lead = faa[first] - faa[floor]
-            numbers = f"{faa[first]:.1f} against {faa[floor]:.1f}"
-            if lead <= 0:
-                lines.append(f"- {name} does not beat the {floor} here ({numbers}): what it trains does not pay.")
-            elif lead <= interval:
-                lines.append(f"- {name} beats the {floor} by no more than that ({numbers}).")
+    compared = [f for f in floors if f in faa and f != first and not runs[0].matrix.needs_task]
+    for floor in compared:
+        lead = faa[first] - faa[floor]
+        numbers = f"{faa[first]:.1f} against {faa[floor]:.1f}"
+        if lead <= 0:
+            lines.append(f"- {name} does not beat the {floor} here ({numbers}): what it trains does not pay.")
+        elif lead <= interval:
+            lines.append(f"- {name} beats the {floor} by no more than that ({numbers}).")
+    best = max(compared, key=faa.__getitem__, default=None)
+    if best is not None and faa[first] - faa[best] > interval:
+        numbers = f"{faa[first]:.1f} against {faa[best]:.1f}"
+        lines.append(f"- {name} beats the {best} here ({numbers}): what it trains pays.")
     if not set(floors) & faa.keys():
         lines.append(f"- None of {', '.join(floors)} was run beside it, so nothing says whether its training pays.")
     if len(runs) == 1:

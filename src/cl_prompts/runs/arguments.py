@@ -21,7 +21,7 @@ from cl_prompts.continual.arguments import key_values
 from cl_prompts.heads import CLASSIFIERS
 from cl_prompts.methods import METHODS
 from cl_prompts.runs import BENCHMARKS, MICRO_VIT, RECIPES
-from cl_prompts.runs.images import InputRange, OnBadImage, Resample, Scenario
+from cl_prompts.runs.images import EMBEDDED, InputRange, OnBadImage, Resample, Scenario
 from cl_prompts.runtime.images import MAX_PIXELS
 
 
@@ -46,7 +46,7 @@ class Arguments:
 
     recipe: str | None = setting(
         None,
-        "a recipe by name, or a YAML file; default: digits, that of method and benchmark where there is one, else photos",
+        "a recipe by name, or a YAML file; default: that of the embedded data, or of method and benchmark, else photos",
     )
     benchmark: str | None = setting(None, f"data and tasks of a benchmark of the papers: {', '.join(sorted(BENCHMARKS))}")
     resume: bool = setting(False, "continue the run in the results folder from its last checkpoint")
@@ -55,8 +55,8 @@ class Arguments:
     attention: Attention = setting("sdpa", "eager trains faster on CPUs in bf16, whose fused backward is slow")
     shard_backbone: bool = setting(False, "shard the frozen backbone's blocks over the processes, to save memory")
     dataset: list[str] = field(
-        default_factory=lambda: ["digits"],
-        metadata={"help": "digits, Hub ids, folders of parquet files or of image folders; several for domains or datasets"},
+        default_factory=lambda: ["numbers"],
+        metadata={"help": "numbers, digits, Hub ids, folders of parquet files or images; several for domains or datasets"},
     )
     streaming: bool = setting(False, "read the data set in order instead of loading it; for scenarios class, domain")
     train_images: list[int] = field(
@@ -166,7 +166,8 @@ def recipe_file(arguments: Arguments) -> Path:
     benchmark = arguments.benchmark
     if benchmark is not None and benchmark not in BENCHMARKS:
         sys.exit(f"no benchmark {benchmark!r}: choose one of {sorted(BENCHMARKS)}")
-    name = arguments.recipe or ("digits" if arguments.dataset == ["digits"] and benchmark is None else "photos")
+    embedded = len(arguments.dataset) == 1 and arguments.dataset[0] in EMBEDDED and benchmark is None
+    name = arguments.recipe or (arguments.dataset[0] if embedded else "photos")
     if arguments.recipe is None and (RECIPES / f"{arguments.method}_{benchmark}.yaml").is_file():
         name = f"{arguments.method}_{benchmark}"
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
@@ -191,7 +192,7 @@ def run_name(arguments: Arguments, recipe: Path) -> str:
     if arguments.benchmark is not None:
         return "-".join(filter(None, [recipe.stem if arguments.recipe else "", arguments.benchmark]))
     names = [Path(name).name.replace(":", "-") for name in arguments.dataset]
-    return recipe.stem if arguments.recipe or names == ["digits"] else "-".join(names)
+    return recipe.stem if arguments.recipe else "-".join(names)
 
 
 def add_help(parser: HfArgumentParser, settings: type) -> None:

@@ -1,6 +1,7 @@
 """Loading image data sets, and streams of them.
 
-Sources are scikit-learn's digits, Hub data sets, folders of parquet files, and folders of image folders.
+Sources are scikit-learn's digits, single or in a row, Hub data sets, folders of parquet files, and folders of image
+folders.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from cl_prompts.continual import (
 from cl_prompts.continual.streams.data_sets import holds_files, is_missing
 from cl_prompts.continual.streams.transforms import ProcessorTransform
 from cl_prompts.runs.class_order import ordered_classes, tasks_in_order
+from cl_prompts.runs.digit_rows import numbers
 from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
 
 
@@ -129,9 +131,9 @@ def load_stream(
     Args:
         scenario: "class" (new classes), "domain" (new domains of the same classes), "datasets" (several data sets in a row)
             or "gaussian" (no tasks).
-        sources: "digits", folders or Hub ids: one for "class" and "gaussian"; for "domain", one with a domain column or one
-            per domain; for "datasets", one per data set. A single folder means the data sets in its subfolders. The name of
-            a domain or data set is the last part of its path.
+        sources: "numbers", "digits", folders or Hub ids: one for "class" and "gaussian"; for "domain", one with a domain
+            column or one per domain; for "datasets", one per data set. A single folder means the data sets in its
+            subfolders. The name of a domain or data set is the last part of its path.
         transform: image -> float tensor [3, H, W].
         tasks: number of tasks, or number of classes of each task; for "class".
         class_order: see `ordered_classes`; for "class" and "gaussian".
@@ -220,7 +222,7 @@ def load_image_data(
     """Load training and test images.
 
     Args:
-        source: "digits", a folder, or a Hub id, with ":" and its configuration where it has several.
+        source: "numbers", "digits", a folder, or a Hub id, with ":" and its configuration where it has several.
         image_column, label_column: column names; None: found by type.
         held_out: if positive, the test set is this share of the training images of each class, and the real test set is
             not used. A data set with a single split, of any name, can be used so.
@@ -228,7 +230,7 @@ def load_image_data(
         others: columns that are not labels, like the domain; held-out images are drawn for each of their values too.
         streaming: return data sets that are read in order.
     """
-    splits = digits() if source == "digits" else load_splits(source, streaming=streaming)
+    splits = EMBEDDED[source]() if source in EMBEDDED else load_splits(source, streaming=streaming)
     single = held_out and len(splits) == 1
     if "train" not in splits and not single:
         raise ValueError(
@@ -330,3 +332,6 @@ def digits() -> DatasetDict:
     rows = Dataset.from_dict({"image": images, "label": bunch.target.tolist()}, features=features)
     train, test = split_by_class(rows, "label", 0.2, seed=0)
     return DatasetDict(train=train, test=test)
+
+
+EMBEDDED: dict[str, Callable[[], DatasetDict]] = {"numbers": lambda: numbers(digits()), "digits": digits}

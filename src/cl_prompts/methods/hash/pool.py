@@ -201,6 +201,8 @@ class HashPool(PromptPool):
             return
         if seen.ids is not None:
             self.history.add(seen.ids, seen.first_seen)
+            if self._own_counts:  # the next step reads them
+                self.history.gather()
         if self.needs_query and seen.query is not None and seen.targets is not None:
             self.prototypes.add(seen.query, seen.targets, seen.first_seen)
 

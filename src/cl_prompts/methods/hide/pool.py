@@ -9,7 +9,8 @@ Each task t has one prompt P_t: key/value prefixes after the projections, differ
 
 Class means. Published: features of all training images with the final prompt, in an extra pass at the end of a task. A pool
 has no images, so here (ours) each class has a running mean of the features seen in training: for a batch with images of the
-class, 0.9 * mean + 0.1 * mean of the batch. A caller who makes the extra pass can write its means into `class_means`.
+class, 0.9 * mean + 0.1 * mean of the batch. A caller who makes the extra pass can write its means into `class_means`. With
+w = 0 no means are kept.
 
 With gradient accumulation, each part of a batch counts as a batch: it updates the means of its classes once, and the M of
 its contrastive term has the features of this part only.
@@ -35,7 +36,7 @@ from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.per_task import PerTask, chosen
 from cl_prompts.methods.shared.prefixes import prefix_of
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
-from cl_prompts.runtime.distributed import gather_with_gradient, sum_over_processes
+from cl_prompts.runtime.distributed import gather_with_gradient
 
 
 MEAN_MOMENTUM = 0.9  # of the running class means
@@ -173,32 +174,31 @@ class HidePool(PromptPool):
         return ids, None
 
     def feature_losses(self, features: Tensor, targets: Tensor, valid: Tensor) -> dict[str, LossPart]:
-        """The contrastive term, over the images of all processes."""
+        """The contrastive term, over the images of all processes; the means follow their features then."""
         if not self.config.contrastive_weight:
             return {}
         old = [index for index in range(self.class_means.shape[0]) if index not in self._current]
         means = self.class_means[old]
         own = torch.where(valid[:, None], features.float(), 0.0)  # padding may hold NaN, and 0 * NaN is NaN
-        rows = torch.cat([means, gather_with_gradient(own)])
-        images = gather_with_gradient(valid.float()[:, None])[:, 0] > 0
-        taken = torch.cat([means.any(1), images])
+        everywhere = gather_with_gradient(own)
+        of_images = gather_with_gradient(torch.where(valid, targets, IGNORE_INDEX))
+        rows, taken = torch.cat([means, everywhere]), torch.cat([means.any(1), of_images >= 0])
         value = self.config.contrastive_weight * contrastive(rows, taken, self.config.temperature)
+        self._follow(everywhere.detach(), of_images)
         return {"contrastive": LossPart(value, "batch")}
 
+    def _follow(self, features: Tensor, targets: Tensor) -> None:
+        """Move the running means of the classes of a batch: `features` [B, D] and `targets` [B] of all processes."""
+        sums, counts = class_sums(features, targets, range(self.class_means.shape[0]), dtype=torch.float32)
+        mean = class_means(sums, counts)
+        known = self.class_means.any(1, keepdim=True)
+        moved = torch.where(known, torch.lerp(mean, self.class_means, MEAN_MOMENTUM), mean)
+        self.class_means.copy_(torch.where(counts[:, None] > 0, moved, self.class_means))
+
     def observe(self, seen: Observation) -> None:
-        """Update the class statistics with new images, and the running means of prompted features with the batch."""
-        if not self.num_tasks or seen.targets is None:
-            return
-        if seen.query is not None:
+        """Add new images to the class statistics."""
+        if self.num_tasks and seen.targets is not None and seen.query is not None:
             self.prototypes.add(seen.query, seen.targets, seen.first_seen)
-        if seen.features is not None:
-            targets = torch.where(seen.valid, seen.targets, IGNORE_INDEX)
-            sums, counts = class_sums(seen.features, targets, range(self.class_means.shape[0]), dtype=torch.float32)
-            counts = sum_over_processes(counts)
-            mean = class_means(sum_over_processes(sums), counts)
-            known = self.class_means.any(1, keepdim=True)
-            moved = torch.where(known, torch.lerp(mean, self.class_means, MEAN_MOMENTUM), mean)
-            self.class_means.copy_(torch.where(counts[:, None] > 0, moved, self.class_means))
 
 
 def contrastive(rows: Tensor, taken: Tensor, temperature: float) -> Tensor:

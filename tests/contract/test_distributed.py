@@ -132,11 +132,11 @@ def bytes_of_a_step(name: str, model: PromptPoolModel, images: int, classes: int
     sent = 8  # the number of images, by which the loss is divided
     sent += 8 * classes if adapter.running_gaussians is not None else 0
     sent += 8 + 8 * images if adapter.pool.counts_images else 0  # their numbers
-    there_and_back = 4 * images * (1 + PROCESSES)  # the gradients of all images on the way back
     more = {
         "smope": 16,  # how many images it has counted
-        "hide": there_and_back * width + 8 * images,  # features and targets of the batch
-        "cpg": there_and_back * 2 * 5,  # weights of five prompts in two blocks
+        "hide": 4 * images * (1 + PROCESSES) * width + 8 * images,  # features, on the way back all gradients; targets
+        "cpg": 3 * 4 * 2 * 5,  # sums of weights of five prompts in two blocks, their gradients, and counts
+        "coda_layer_argmax": 8 + 2 * 4 * 2 * 2,  # number of images; sums of two scores in two blocks, their gradients
     }
     return sent + more.get(name.replace("norga", "hide"), 0)
 

@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.class_means import class_means, class_sums
@@ -40,6 +39,7 @@ from cl_prompts.runtime.distributed import gather_with_gradient
 
 
 MEAN_MOMENTUM = 0.9  # of the running class means
+CHUNK = 1024  # class means that are compared with all others at once
 
 
 class HidePool(PromptPool):
@@ -67,6 +67,7 @@ class HidePool(PromptPool):
         self.register_buffer("class_means", torch.zeros(0, shape.width))
         self.task_inference: Callable[[Tensor], Tensor] | None = None
         self._current: set[int] = set()  # class indices of the current task
+        self._compared: tuple[Tensor, Tensor] | None = None  # means of old classes and their `among`
 
     @property
     def needs_query(self) -> bool:
@@ -182,10 +183,18 @@ class HidePool(PromptPool):
         own = torch.where(valid[:, None], features.float(), 0.0)  # padding may hold NaN, and 0 * NaN is NaN
         everywhere = gather_with_gradient(own)
         of_images = gather_with_gradient(torch.where(valid, targets, IGNORE_INDEX))
-        rows, taken = torch.cat([means, everywhere]), torch.cat([means.any(1), of_images >= 0])
-        value = self.config.contrastive_weight * contrastive(rows, taken, self.config.temperature)
+        term = contrastive(means, self._among(means), everywhere, of_images >= 0, self.config.temperature)
+        value = self.config.contrastive_weight * term
         self._follow(everywhere.detach(), of_images)
         return {"contrastive": LossPart(value, "batch")}
+
+    def _among(self, means: Tensor) -> Tensor:
+        """`among` of `contrastive` for the `means` of old classes, which change within a task only by rehearsal."""
+        if means.device.type != "cpu" or torch.compiler.is_compiling():  # comparing would wait for the device
+            return among(means, self.config.temperature)
+        if self._compared is None or not torch.equal(self._compared[0], means):
+            self._compared = means, among(means, self.config.temperature)
+        return self._compared[1]
 
     def _follow(self, features: Tensor, targets: Tensor) -> None:
         """Move the running means of the classes of a batch: `features` [B, D] and `targets` [B] of all processes."""
@@ -201,14 +210,41 @@ class HidePool(PromptPool):
             self.prototypes.add(seen.query, seen.targets, seen.first_seen)
 
 
-def contrastive(rows: Tensor, taken: Tensor, temperature: float) -> Tensor:
-    """CE(M M^T / temperature, identity), mean over the rows of M: a scalar.
+@torch.no_grad()
+def among(means: Tensor, temperature: float) -> Tensor:
+    """log of the sum of exp(mu_i mu_j / temperature) over the means mu_j that are not 0, for each row mu_i: [n].
 
     Args:
-        rows: [n, D].
-        taken: True for the rows of M [n].
+        means: [n, D].
         temperature: divides the dot products.
     """
-    logits = (rows @ rows.T / temperature).masked_fill(~taken, float("-inf"))
-    target = torch.arange(rows.shape[0], device=rows.device).masked_fill(~taken, IGNORE_INDEX)
-    return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum") / taken.sum().clamp_min(1)
+    empty = ~means.any(1)
+    chunks = [(rows @ means.T / temperature).masked_fill(empty, float("-inf")).logsumexp(1) for rows in means.split(CHUNK)]
+    return torch.cat(chunks)
+
+
+def contrastive(means: Tensor, among_means: Tensor, features: Tensor, taken: Tensor, temperature: float) -> Tensor:
+    """CE(M M^T / temperature, identity), mean over the rows of M = [means that are not 0; features]: a scalar.
+
+    The products of means with means, of which there are most, have no gradient and are given by their sums.
+
+    Args:
+        means: [n, D], without gradient.
+        among_means: `among` of them [n].
+        features: [B, D].
+        taken: True for the features that are rows of M [B].
+        temperature: divides the dot products.
+    """
+    known = means.any(1)
+    across, within = means @ features.T / temperature, features @ features.T / temperature
+    of_means = torch.cat([among_means[:, None], across.masked_fill(~taken, float("-inf"))], 1)
+    of_features = torch.cat([across.T.masked_fill(~known, float("-inf")), within.masked_fill(~taken, float("-inf"))], 1)
+    each = [_cross_entropies(of_means, means.square().sum(1) / temperature, known)]
+    each.append(_cross_entropies(of_features, within.diagonal(), taken))
+    return torch.cat(each).sum() / (known.sum() + taken.sum()).clamp_min(1)
+
+
+def _cross_entropies(logits: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+    """log-sum-exp of `logits` [n, m] minus the logit of the target, `own` [n]; 0 where `rows` [n] is False."""
+    # Rows that are left out may have no number but -inf, whose logsumexp has no gradient.
+    return torch.where(rows, logits.masked_fill(~rows[:, None], 0.0).logsumexp(1) - own, 0.0)

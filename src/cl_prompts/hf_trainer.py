@@ -19,12 +19,23 @@ from cl_prompts.outputs import PromptPoolOutput
 class AttachOptimizer(TrainerCallback):
     """Gives the Trainer's optimizer to the model, for methods that scale its updates (Hash).
 
+    On several processes it also gathers the model's statistics before the model is saved or evaluated.
+
     `PromptPoolTrainer` has it; pass `callbacks=[AttachOptimizer()]` to another Trainer.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the optimizer. `kwargs` has `model` and `optimizer`; `args`, `state` and `control` are not used."""
         kwargs["model"].attach_optimizer(kwargs["optimizer"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gather the statistics of `kwargs`' `model` if `control` says that it is saved or evaluated now."""
+        if control.should_save or control.should_evaluate:
+            kwargs["model"].gather_statistics()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gather the statistics of `kwargs`' `model`, which may be saved or evaluated now."""
+        kwargs["model"].gather_statistics()
 
 
 def accuracy_of(model: Any) -> Callable[[EvalPrediction], dict[str, float]]:

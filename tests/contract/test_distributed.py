@@ -4,7 +4,8 @@ All cases run in one launch; `learn` is the same code for both sides.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,46 @@ def averaged(loss: Tensor) -> float:
     return total.item()
 
 
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """The bytes of what this process gives to collective operations other than those of DDP."""
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(original: Callable[..., Any], place: int) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                sent.append(args[place].numel() * args[place].element_size())
+                return original(*args)
+
+            return call
+
+        patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 0))
+        patch.setattr(dist, "all_gather", counted(dist.all_gather, 1))
+        yield sent
+
+
+def bytes_of_a_step(name: str, model: PromptPoolModel, images: int, classes: int) -> int | None:
+    """As docs/processes.md says, for this process's share of `images`; None where an option needs sums in a step."""
+    if name not in METHODS:
+        return None
+    adapter, width = model.adapter, model.structure.shape.width
+    sent = 8  # the number of images, by which the loss is divided
+    sent += 8 * classes if adapter.running_gaussians is not None else 0
+    sent += 8 + 8 * images if adapter.pool.counts_images else 0  # their numbers
+    more = {
+        "smope": 16,  # how many images it has counted
+        "hide": 4 * images * (1 + PROCESSES) * width + 8 * images,  # features, on the way back all gradients; targets
+        "cpg": 3 * 4 * 2 * 5,  # sums of weights of five prompts in two blocks, their gradients, and counts
+        "coda_layer_argmax": 8 + 2 * 4 * 2 * 2,  # number of images; sums of two scores in two blocks, their gradients
+    }
+    return sent + more.get(name.replace("norga", "hide"), 0)
+
+
 def learn(case: Case) -> dict[str, Any]:
     """Two tasks, as a user's script trains them; everything the promise speaks of."""
     stream, model = make_stream(case.tasks), make_model(case)
     task_free = model.adapter.config.num_labels is not None
-    found: dict[str, Any] = {"losses": [], "accuracies": [], "measured": [], "reliability": []}
+    found: dict[str, Any] = {"sent": [], "losses": [], "accuracies": [], "measured": [], "reliability": []}
     if case.sharded and dist.is_initialized():
         shard_frozen_blocks(model)
     images = stream.all_images(train=True, batch_size=BATCH)
@@ -125,9 +161,11 @@ def learn(case: Case) -> dict[str, Any]:
         wrapped.train()
         for epoch in range(EPOCHS):
             for batch in stream.train_batches(task, BATCH, seed=3, epoch=epoch, queries=queries):
-                loss = wrapped(**batch).loss
-                loss.backward()
-                optimizer.step()
+                with counted_bytes() as sent:
+                    loss = wrapped(**batch).loss
+                    loss.backward()
+                    optimizer.step()
+                found["sent"].append((sum(sent), len(batch["labels"]), len(task.classes)))
                 optimizer.zero_grad()
                 found["losses"].append(averaged(loss))
         model.eval()
@@ -192,6 +230,27 @@ def report_wrong_label(rank: int) -> str:
     return ""
 
 
+def within_a_task(name: str) -> dict[str, Any]:
+    """The errors of a save and of an answer within a task, and the statistics once they are gathered, in two rounds."""
+    model, stream = make_model(CASES[name]), make_stream()
+    model.begin_task([0, 7])
+    wrapped: Any = DistributedDataParallel(model) if dist.is_initialized() else model
+    found: dict[str, Any] = {"errors": [], "statistics": []}
+    for epoch in range(2):
+        wrapped.train()
+        for batch in stream.train_batches(stream.tasks[0], BATCH, seed=3, epoch=epoch):
+            wrapped(**batch).loss.backward()
+        for attempt in (model.state_dict, model.training_state_dict, lambda: model.eval()(images_of([0], 0))):
+            try:
+                attempt()
+            except ValueError as error:
+                found["errors"].append(str(error))
+        model.gather_statistics()
+        found["statistics"].append({n: b.clone() for n, b in model.adapter.named_buffers()})
+        model.eval()(images_of([0], 0))
+    return found
+
+
 def process(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
@@ -199,6 +258,7 @@ def process(rank: int, folder: str, names: list[str]) -> None:
         results: dict[str, Any] = {name: learn(CASES[name]) for name in names}
         results["errors"] = [grow_while_wrapped(late=False), grow_while_wrapped(late=True)]
         results["wrong label"] = report_wrong_label(rank)
+        results["within a task"] = {name: within_a_task(name) for name in ("dualprompt prototype", "smope")}
         results["shares"] = [list(process_shards(np.arange(1, n + 1), BATCH)) for n in range(1, 10)]
         try:
             list(process_shards(np.arange(8), 7))
@@ -222,8 +282,11 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]]) -> None:
     one = learn(CASES[name])
+    model = make_model(CASES[name])
     for rank, found in enumerate(two_processes):
         two = found[name]
+        for sent, images, classes in two["sent"]:
+            assert sent == (bytes_of_a_step(name, model, images, classes) or sent)
         assert_close(two["features"], one["features"], atol=1e-5, rtol=0)
         assert two["counts"].keys() == one["counts"].keys()
         for key, counts in one["counts"].items():
@@ -243,7 +306,7 @@ def test_two_processes_equal_one(name: str, two_processes: list[dict[str, Any]])
         if key.endswith("history.counts") and "task-free" not in name:
             # top_k times the images of a task, however many epochs and padding
             images = torch.tensor([5, 6, 9] if single else [11, 9])
-            chosen = getattr(make_model(CASES[name]).adapter.config, "top_k", 1) * images
+            chosen = getattr(model.adapter.config, "top_k", 1) * images
             assert (counts.sum(-1) == chosen.view(-1, *[1] * (counts.dim() - 2))).all()
 
 
@@ -258,6 +321,18 @@ def test_a_wrong_label_of_one_process_is_reported_by_all(two_processes: list[dic
     first, second = (found["wrong label"] for found in two_processes)
     assert first == second
     assert second.startswith("1 labels are of no declared class")
+
+
+@pytest.mark.parametrize("method", ["dualprompt prototype", "smope"])
+def test_statistics_are_gathered_before_they_are_read(method: str, two_processes: list[dict[str, Any]]) -> None:
+    """SMoPE's pass over the images is complete within the second round."""
+    one = within_a_task(method)
+    assert not one["errors"], "one process has all"
+    for found in two_processes:
+        two = found["within a task"][method]
+        assert len(two["errors"]) == 6
+        assert all("call model.gather_statistics() on every process" in error for error in two["errors"])
+        assert_close(two["statistics"], one["statistics"], atol=1e-5, rtol=1e-5)
 
 
 def test_shares_of_a_global_batch(two_processes: list[dict[str, Any]]) -> None:

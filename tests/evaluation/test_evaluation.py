@@ -162,6 +162,9 @@ class Watched(nn.Module):
     def chosen_tasks(self, output: Any) -> None:
         """It has no prompts."""
 
+    def gather_statistics(self) -> None:
+        """It has no statistics."""
+
 
 def test_nothing_but_images_and_queries_is_shown() -> None:
     model = Watched()

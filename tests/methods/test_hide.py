@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from cl_prompts import HiDePromptConfig, NoRGaConfig, PromptPoolModel
 from cl_prompts.interfaces import BackboneShape, PoolInput
-from cl_prompts.methods.hide.pool import HidePool, contrastive
+from cl_prompts.methods.hide.pool import HidePool, among, contrastive
 
 
 SHAPE = BackboneShape(width=8, num_layers=3, num_heads=2, head_dim=4)
@@ -155,15 +155,17 @@ def by_hand(rows: list[Tensor], temperature: float) -> Tensor:
 
 
 def test_contrastive_term() -> None:
-    rows = draw(7, 5).double().requires_grad_()
+    means, rows = draw(4, 5, seed=1).double(), draw(7, 5).double().requires_grad_()
+    means[2] = 0
     taken = torch.tensor([True, False, True, True, False, True, True])
-    value = contrastive(rows, taken, 0.7)
-    wanted = by_hand([row for row, used in zip(rows, taken, strict=True) if used], 0.7)
+    value = contrastive(means, among(means, 0.7), rows, taken, 0.7)
+    wanted = by_hand([*means[[0, 1, 3]], *rows[taken]], 0.7)
     assert_close(value, wanted)
     assert_close(*(torch.autograd.grad(x, rows)[0] for x in (value, wanted)))
-    nothing = contrastive(rows, torch.zeros(7, dtype=torch.bool), 0.7)
-    assert nothing.item() == 0
-    assert not torch.autograd.grad(nothing, rows)[0].any()
+    for few in (means[:0], means[2:3]):
+        nothing = contrastive(few, among(few, 0.7), rows, torch.zeros(7, dtype=torch.bool), 0.7)
+        assert nothing.item() == 0
+        assert not torch.autograd.grad(nothing, rows)[0].any()
 
 
 def test_which_rows_the_contrastive_term_sees() -> None:

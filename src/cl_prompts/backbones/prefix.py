@@ -228,7 +228,8 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
     if prefix.normed and not windows.normalizes_behind(module):
         block, name = module._cl_norm
         norm = block.get_submodule(name)
-        own = (norm(own[0]), norm(own[1]))
+        keys = norm(own[0])
+        own = (keys, keys if prefix.v is prefix.k else norm(own[1]))
     width = head_width(module)
     k, v = (x.unflatten(2, (-1, width)).transpose(1, 2) for x in _projected(module, *own))
     return k, v
@@ -236,10 +237,10 @@ def _in_head_space(module: Any, prefix: PrefixKV, dtype: torch.dtype) -> tuple[T
 
 def _projected(module: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [B, P, D] behind the key and the value projection."""
-    names, fused = projection_names(module), fused_projection(module)
+    names = projection_names(module)
     if names is not None:
         return getattr(module, names[1])(keys), getattr(module, names[2])(values)
-    project = getattr(module, fused or "")
+    project = getattr(module, fused_projection(module) or "")
     k, v = project(keys).chunk(3, -1)[1], project(values).chunk(3, -1)[2]
     if project.bias is None and isinstance(getattr(module, "q_bias", None), Tensor):  # BEiT and EVA of timm keep it apart
         k, v = k + module.k_bias, v + module.v_bias

@@ -207,6 +207,9 @@ class Baseline(BaselineMeasures, BaselineState):
     def record_features(self, images: Images) -> None:
         """See the next task's `images` before `begin_task`: nothing to do, no baseline compensates drift."""
 
+    def gather_statistics(self) -> None:
+        """Sum over processes what each has counted in the current task: nothing, baselines sum at its end."""
+
     def check_labels(self) -> None:
         """Raise ValueError if wrong labels were seen on a device since the last call."""
         self.tasks.check_labels()

@@ -162,10 +162,9 @@ class ContinualTrainer:
         before = dict(self.model.named_parameters()) if self.args.keep_optimizer else {}
         if not resumed:
             self._begin(task)
-        number = self.earlier_tasks + task.number
-        if self.model.trains_task(number) and any(p.requires_grad for p in self.model.parameters()):
-            optimizer = self.optimizer if resumed else None
-            self._train(task, optimizer or self._next_optimizer(before))
+        trains = self.model.trains_task(self.earlier_tasks + task.number)
+        if trains and any(p.requires_grad for p in self.model.parameters()):
+            self._train(task, (self.optimizer if resumed else None) or self._next_optimizer(before))
         self._finish(task)
         self._evaluate_seen(task)
         progress.task, progress.begun, progress.epoch, progress.step = task.number + 1, False, 0, 0
@@ -256,6 +255,7 @@ class ContinualTrainer:
             self._call("on_epoch_end", task, progress.epoch)
             progress.epoch, progress.step = progress.epoch + 1, 0
         model.check_labels()
+        model.gather_statistics()
         model.check_finite()
         if args.save_steps:
             self._save()

@@ -92,6 +92,7 @@ def evaluate(
     further = {name: torch.zeros((), dtype=torch.int64, device=device) for name in classifiers}
     bins = torch.zeros(3 * BINS + 1, dtype=torch.float64)  # images, hits, confidences; the loss
     chosen, weights, scores = [], [], []
+    model.gather_statistics()
     for given in batches:
         batch = as_batch(given)
         values = {name: batch[name].to(device) for name in ("pixel_values", "query", "lower_blocks") if name in batch}

@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.runtime.distributed import sum_over_processes
+from cl_prompts.runtime.distributed import sum_over_processes, world_size
+from cl_prompts.runtime.gathered import GatheredStatistics
 
 
 # Older images of a class count as this many, because features change in training.
 WINDOW = 256
 
 
-class RunningGaussians(nn.Module):
+class RunningGaussians(GatheredStatistics):
     """Running mean and variance of each class's features as the trained head reads them (`IncrementalHead.read`).
 
     Args:
@@ -80,7 +81,9 @@ class RunningGaussians(nn.Module):
 
     @torch.no_grad()
     def update(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:
-        """Add the images of a training step, over all processes.
+        """Add the images of a training step. Those of other processes are added with `gather`.
+
+        What a step adds to a class depends on how many images of it all processes have, so these numbers are summed here.
 
         Args:
             head: the trained head.
@@ -88,21 +91,30 @@ class RunningGaussians(nn.Module):
             targets: class index of each image [B]; -100 for padding. Images of other tasks are left out.
         """
         member = targets[:, None] == self.newest
-        old = self.mean[self.newest]
-        # Relative to the old mean, because differences of large squares lose digits.
+        # Relative to the mean when they were gathered, because differences of large squares lose digits.
         moved = head.read(features) - self.mean[targets.clamp_min(0)]
         moved = torch.where(member.any(1, keepdim=True), moved, 0.0)  # padding may be NaN, and 0 * NaN is NaN
-        weights = member.to(moved.dtype).T
-        sums = sum_over_processes(torch.cat([weights @ moved, weights @ moved.square(), weights.sum(1, keepdim=True)], 1))
-        images = sums[:, -1:]
-        change, squares = (sums[:, :-1] / images.clamp_min(1)).chunk(2, dim=1)
+        moved = moved if moved.device.type == "mps" else moved.double()
+        weights, images = member.to(moved.dtype).T, sum_over_processes(member.sum(0))
         before = self.count[self.newest]
-        share = images / (before.clamp_max(WINDOW)[:, None] + images).clamp_min(1)
-        spread = (squares - change.square()).clamp_min(0)
-        variance = (1 - share) * self.variance[self.newest] + share * spread + share * (1 - share) * change.square()
-        self.mean.index_copy_(0, self.newest, old + share * change)
-        self.variance.index_copy_(0, self.newest, variance)
-        self.count.index_copy_(0, self.newest, before + images[:, 0].to(before.dtype))
+        self.count.index_copy_(0, self.newest, before + images)
+        own = torch.cat([weights @ moved, weights @ moved.square()], 1) / images.clamp_min(1)[:, None]
+        share = (images / (before.clamp_max(WINDOW) + images).clamp_min(1)).to(moved.dtype)[:, None]
+        moments, kept = self.waiting or (torch.zeros_like(own), torch.ones_like(share))
+        self.waiting = (torch.lerp(moments, own, share), kept * (1 - share))
+        if world_size() == 1:
+            self.gather()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """See `GatheredStatistics`. Of `waiting`, the moments [C, 2 D] are summed, and what is kept of old ones is not."""
+        if self.waiting:
+            moments, kept = self.waiting
+            self.waiting = ()
+            change, squares = sum_over_processes(moments).chunk(2, dim=1)
+            variance = kept * self.variance[self.newest] + (squares - change.square()).clamp_min(0)
+            self.variance.index_copy_(0, self.newest, variance.to(self.variance.dtype))
+            self.mean.index_copy_(0, self.newest, (self.mean[self.newest] + change).to(self.mean.dtype))
 
     def cross_entropy(self, head: IncrementalHead) -> Tensor:
         """The head's expected cross entropy on the Gaussians of the classes seen, each class with the same weight.

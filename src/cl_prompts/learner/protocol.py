@@ -128,6 +128,10 @@ class Learner(Protocol):
         """Announce the optimizer that trains the task, after every `begin_task`."""
         ...
 
+    def gather_statistics(self) -> None:
+        """Sum over processes what each has counted in the current task; all processes call it."""
+        ...
+
     def check_labels(self) -> None:
         """Raise ValueError if labels seen on a device since the last call could not be learned."""
         ...

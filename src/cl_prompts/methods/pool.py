@@ -25,7 +25,7 @@ class Observation:
         query: un-prompted features [B, D], or None.
         targets: index of the logit of each image's class [B], -100 for padding; None without labels.
         valid: True for real images, False for padding [B].
-        first_seen: True for real images that the current task has not shown before [B].
+        first_seen: True for real images that the current task has not shown before, in a pool that `counts_images` [B].
         scores: selection scores, as in `Prompts.scores` or [B, layers, ..., M].
         features: input of the classifier [B, D].
     """
@@ -153,8 +153,13 @@ class PromptPool(nn.Module, ABC):
 
     # ---- training ------------------------------------------------------------------------------------------------------
 
+    @property
+    def counts_images(self) -> bool:
+        """Whether `observe` reads `first_seen`. If not, all images are new, and processes exchange no numbers of images."""
+        return type(self).observe is not PromptPool.observe
+
     def observe(self, seen: Observation) -> None:
-        """Update statistics with a training step, `seen`. A pool sums over processes itself."""
+        """Update statistics with a training step, `seen`. Parts that are `GatheredStatistics` are summed once a task."""
 
     def update_factors(self) -> dict[str, Tensor]:
         """Factors in [0, 1], by parameter name, that scale an optimizer's steps; they broadcast to the parameter."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -44,16 +43,21 @@ def read_image_folder(folder: str) -> DatasetDict:
     else:
         parts = {"train": root}
     files = {split: sorted(_images(path, names_tell=path == root)) for split, path in parts.items()}
-    classes = sorted({Path(file).parent.name for paths in files.values() for file in paths})
+    classes = sorted({_class_of(file) for paths in files.values() for file in paths})
     if len(classes) < 2:
         raise OtherLayoutError(f"{folder} has not two folders of images")
     features = Features({"image": Image(), "label": ClassLabel(names=classes)})
     numbers = {name: number for number, name in enumerate(classes)}
     splits = DatasetDict()
     for split, paths in files.items():
-        labels = [numbers[Path(file).parent.name] for file in paths]
+        labels = [numbers[_class_of(file)] for file in paths]
         splits[split] = Dataset.from_dict({"image": paths, "label": labels}, features=features)
     return splits
+
+
+def _class_of(file: str) -> str:
+    """The name of a file's folder; `pathlib` takes ten times as long."""
+    return os.path.basename(os.path.dirname(file))
 
 
 def _folders(path: str) -> Iterator[os.DirEntry[str]]:

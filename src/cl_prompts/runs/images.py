@@ -87,7 +87,7 @@ class ImageData:
                 return list(range(label.num_classes))
             values = [row[self.label_column] for row in self.train.select_columns([self.label_column])]
         else:
-            values = self.train[self.label_column]
+            values = self.train[self.label_column][:]
         return sorted({value for value in values if value is not None})
 
     def names(self, classes: list[int]) -> dict[int, str]:

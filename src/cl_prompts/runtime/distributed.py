@@ -38,6 +38,11 @@ def gather_over_processes(values: Tensor) -> list[Tensor]:
     return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
 
+def sum_with_gradient(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, with gradient: that of `gather_with_gradient(values[None]).sum(0)`."""
+    return values if world_size() == 1 else _Sum.apply(values)
+
+
 def gather_with_gradient(values: Tensor) -> Tensor:
     """The rows of all processes, in the order of ranks, with gradient. All processes must have the same number of rows.
 
@@ -45,6 +50,18 @@ def gather_with_gradient(values: Tensor) -> Tensor:
     their parameters' gradients, as DDP does, the result is the gradient of that loss.
     """
     return values if world_size() == 1 else _Gather.apply(values)
+
+
+class _Sum(torch.autograd.Function):
+    """Forward and backward: the sum over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_processes(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_over_processes(gradient.contiguous())
 
 
 class _Gather(torch.autograd.Function):

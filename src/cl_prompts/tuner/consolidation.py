@@ -12,6 +12,7 @@ from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.interfaces import Probe
 from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images
+from cl_prompts.runtime.gathered import gather_statistics
 from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.forward import prompted_forward
@@ -39,6 +40,7 @@ def features_of(
 
 def consolidate(backbone: PromptedBackbone, adapter: PoolAdapter, images: Images) -> None:
     """See `TaskAPI.consolidate`. After an error nothing has changed."""
+    gather_statistics(adapter)
     statistics = adapter.pool.new_statistics() if adapter.collects else None
 
     def read(batch: Mapping[str, Any]) -> Tensor:

@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from cl_prompts.outputs import PromptPoolOutput
+from cl_prompts.runtime.gathered import gather_statistics
 from cl_prompts.tuner.adapter import PoolAdapter
 
 
 class MeasuresAPI:
-    """Novelty of images and R^2 of the drift map, of the active adapter."""
+    """Statistics of a task's images, novelty of images and R^2 of the drift map, of the active adapter."""
+
+    def gather_statistics(self) -> None:
+        """Sum over processes what each has counted in the current task. All processes must call it.
+
+        `end_task`, `consolidate` and `evaluate` do it. In your own loop on several processes, call it before the model is
+        saved (`accelerator.save_state`) or answers within a task. With one process it does nothing.
+        """
+        gather_statistics(self._adapter)
 
     @property
     def needs_task(self) -> bool:

@@ -79,7 +79,10 @@ def head_losses(adapter: PoolAdapter, features: Tensor, targets: Tensor) -> dict
         return {}
     gaussians.update(adapter.head, features, targets)
     alone, after_one = (len(classes) == 1 for classes in (adapter.tasks.current_classes, adapter.tasks.earlier_classes))
-    if not (alone or after_one or mask == "batch"):
+    read = alone or after_one or mask == "batch"
+    if read or adapter.config.num_labels is not None:  # without tasks there is no end of a task to gather them at
+        gaussians.gather()
+    if not read:
         return {}
     loss = gaussians.cross_entropy(adapter.head)
     if mask != "task" and not after_one:  # with images of several classes, as in rehearsal, the images teach the head

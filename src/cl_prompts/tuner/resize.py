@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.optimizer_hook import inner_optimizer
 from cl_prompts.methods import PromptPool
+from cl_prompts.runtime.gathered import gather_statistics
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.validation import planned_adapter
 
@@ -35,6 +36,7 @@ def grow_pool(adapter: PoolAdapter, shape: BackboneShape, pool_size: int, optimi
     except BaseException:
         config.__dict__.update(before)
         raise
+    gather_statistics(old)
     swapped = _copy_into(new.train(old.training), old)
     adapter.pool = new
     adapter.grown = True

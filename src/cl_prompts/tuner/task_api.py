@@ -177,6 +177,7 @@ class TaskAPI(ClassAPI, MeasuresAPI, LowerBlocks):
             ValueError: no task is open, or `consolidate` was not called for it.
             FloatingPointError: a tensor holds NaN or Inf.
         """
+        self.gather_statistics()
         self.check_finite()
         self.adapter.end_task()
 
@@ -396,5 +397,4 @@ class TaskAPI(ClassAPI, MeasuresAPI, LowerBlocks):
         """
         new = restored_adapter(self.adapter, self.structure.shape, self.model, state)
         name = self.active_adapters[0]
-        self.peft_config[name] = new.config
-        self.pools.prompt_pool[name] = new
+        self.peft_config[name], self.pools.prompt_pool[name] = new.config, new

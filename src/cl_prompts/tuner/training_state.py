@@ -12,6 +12,7 @@ from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
+from cl_prompts.runtime.gathered import check_gathered
 from cl_prompts.storage.adapter_state import AdapterState
 from cl_prompts.tuner.adapter import PoolAdapter
 
@@ -25,7 +26,9 @@ def training_state_dict(adapter: PoolAdapter, base: nn.Module) -> dict[str, Any]
 
     Raises:
         FloatingPointError: a tensor holds NaN or Inf.
+        ValueError: statistics of this task have not been gathered over processes.
     """
+    check_gathered(adapter)
     check_finite(_tensors(adapter) | _trained(base), adapter.config.state.tasks)
     tensors = prefixed("adapter.", _tensors(adapter)) | prefixed("base.", _trained(base))
     if adapter.recorded is not None:

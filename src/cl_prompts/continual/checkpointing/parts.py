@@ -40,8 +40,12 @@ class LearnerState:
         self.learner = learner
 
     def state_dict(self) -> dict[str, Any]:
-        """The learner's `training_state_dict`, after its check of labels: a resumed run would not report them."""
+        """The learner's `training_state_dict`, after its check of labels: a resumed run would not report them.
+
+        All processes must call it.
+        """
         self.learner.check_labels()
+        self.learner.gather_statistics()
         return self.learner.training_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -69,10 +69,16 @@ class CodaPool(QueriedPool):
         if self.config.adaptive_orthogonality:
             self.task_means.begin_task()
 
+    @property
+    def counts_images(self) -> bool:
+        """With adaptive orthogonality."""
+        return bool(self.config.adaptive_orthogonality)
+
     def observe(self, seen: Observation) -> None:
-        """For adaptive orthogonality, add the queries of new images to the task's mean."""
+        """For adaptive orthogonality, add the queries of new images to the task's mean, which the next step reads."""
         if self.config.adaptive_orthogonality and self.num_tasks and seen.query is not None:
             self.task_means.add(seen.query, seen.first_seen)
+            self.task_means.gather()
 
     def prompt_table(self) -> Tensor:
         """Components in use [layers, tasks * c, Lp, D]."""

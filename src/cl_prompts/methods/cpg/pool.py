@@ -26,7 +26,7 @@ from cl_prompts.interfaces import AttentionSeen, BackboneShape, LossPart, PoolIn
 from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.null_space import ProjectedPool
 from cl_prompts.methods.shared.selection import top_k
-from cl_prompts.runtime.distributed import gather_with_gradient
+from cl_prompts.runtime.distributed import sum_over_processes, sum_with_gradient
 
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -106,9 +106,8 @@ class CPGPool(ProjectedPool):
         if self.config.balance_weight and scores is not None:
             ids, weights = gates_of(torch.where(valid[:, None, None], scores, 0.0), self.config.top_k)
             gates = torch.zeros_like(scores).scatter(2, ids, weights) * valid[:, None, None]
-            everywhere = gather_with_gradient(gates)
-            load = (everywhere.detach() > 0).float().sum(0)
-            value = balance(everywhere.sum(0)) + balance(load)
+            load = sum_over_processes((gates.detach() > 0).float().sum(0))
+            value = balance(sum_with_gradient(gates.sum(0))) + balance(load)
             parts["balance"] = LossPart(self.config.balance_weight * value.mean(), "batch")
         return parts
 

@@ -87,6 +87,11 @@ class DualPromptPool(QueriedPool):
         if config.infers_task:
             self.prototypes.begin_task(class_indices, self.num_tasks - 1)
 
+    @property
+    def counts_images(self) -> bool:
+        """With "prototype"."""
+        return bool(self.config.infers_task)
+
     def observe(self, seen: Observation) -> None:
         """For "prototype", add the features of new images to the class statistics."""
         if self.config.infers_task and self.num_tasks and seen.query is not None and seen.targets is not None:

@@ -65,7 +65,8 @@ class TokenRouter:
             # The router is linear, so the mean over tokens can be taken first.
             tokens = F.layer_norm(block_input.float(), block_input.shape[2:]) if self.normed else block_input
             mean = tokens.mean(1, dtype=torch.float32)
-            scores = torch.einsum("bd,rmd->brm", mean, self.routers) / math.sqrt(mean.shape[1])
+            scores = F.linear(mean, self.routers.flatten(0, 1)) / math.sqrt(mean.shape[1])
+            scores = scores.unflatten(1, self.routers.shape[:2])
             penalties = self.penalties
             if self.relative:
                 penalties = penalties * (scores.amax(2, keepdim=True) - scores.amin(2, keepdim=True)).detach()
@@ -201,6 +202,8 @@ class HashPool(PromptPool):
             return
         if seen.ids is not None:
             self.history.add(seen.ids, seen.first_seen)
+            if self._own_counts:  # the next step reads them
+                self.history.gather()
         if self.needs_query and seen.query is not None and seen.targets is not None:
             self.prototypes.add(seen.query, seen.targets, seen.first_seen)
 

@@ -9,7 +9,8 @@ Each task t has one prompt P_t: key/value prefixes after the projections, differ
 
 Class means. Published: features of all training images with the final prompt, in an extra pass at the end of a task. A pool
 has no images, so here (ours) each class has a running mean of the features seen in training: for a batch with images of the
-class, 0.9 * mean + 0.1 * mean of the batch. A caller who makes the extra pass can write its means into `class_means`.
+class, 0.9 * mean + 0.1 * mean of the batch. A caller who makes the extra pass can write its means into `class_means`. With
+w = 0 no means are kept.
 
 With gradient accumulation, each part of a batch counts as a batch: it updates the means of its classes once, and the M of
 its contrastive term has the features of this part only.
@@ -25,7 +26,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.class_means import class_means, class_sums
@@ -35,10 +35,11 @@ from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.per_task import PerTask, chosen
 from cl_prompts.methods.shared.prefixes import prefix_of
 from cl_prompts.methods.shared.prototypes import ClassPrototypes
-from cl_prompts.runtime.distributed import gather_with_gradient, sum_over_processes
+from cl_prompts.runtime.distributed import gather_with_gradient
 
 
 MEAN_MOMENTUM = 0.9  # of the running class means
+CHUNK = 1024  # class means that are compared with all others at once
 
 
 class HidePool(PromptPool):
@@ -66,6 +67,7 @@ class HidePool(PromptPool):
         self.register_buffer("class_means", torch.zeros(0, shape.width))
         self.task_inference: Callable[[Tensor], Tensor] | None = None
         self._current: set[int] = set()  # class indices of the current task
+        self._compared: tuple[Tensor, Tensor] | None = None  # means of old classes and their `among`
 
     @property
     def needs_query(self) -> bool:
@@ -173,42 +175,76 @@ class HidePool(PromptPool):
         return ids, None
 
     def feature_losses(self, features: Tensor, targets: Tensor, valid: Tensor) -> dict[str, LossPart]:
-        """The contrastive term, over the images of all processes."""
+        """The contrastive term, over the images of all processes; the means follow their features then."""
         if not self.config.contrastive_weight:
             return {}
         old = [index for index in range(self.class_means.shape[0]) if index not in self._current]
         means = self.class_means[old]
         own = torch.where(valid[:, None], features.float(), 0.0)  # padding may hold NaN, and 0 * NaN is NaN
-        rows = torch.cat([means, gather_with_gradient(own)])
-        images = gather_with_gradient(valid.float()[:, None])[:, 0] > 0
-        taken = torch.cat([means.any(1), images])
-        value = self.config.contrastive_weight * contrastive(rows, taken, self.config.temperature)
+        everywhere = gather_with_gradient(own)
+        of_images = gather_with_gradient(torch.where(valid, targets, IGNORE_INDEX))
+        term = contrastive(means, self._among(means), everywhere, of_images >= 0, self.config.temperature)
+        value = self.config.contrastive_weight * term
+        self._follow(everywhere.detach(), of_images)
         return {"contrastive": LossPart(value, "batch")}
 
+    def _among(self, means: Tensor) -> Tensor:
+        """`among` of `contrastive` for the `means` of old classes, which change within a task only by rehearsal."""
+        if means.device.type != "cpu" or torch.compiler.is_compiling():  # comparing would wait for the device
+            return among(means, self.config.temperature)
+        if self._compared is None or not torch.equal(self._compared[0], means):
+            self._compared = means, among(means, self.config.temperature)
+        return self._compared[1]
+
+    def _follow(self, features: Tensor, targets: Tensor) -> None:
+        """Move the running means of the classes of a batch: `features` [B, D] and `targets` [B] of all processes."""
+        sums, counts = class_sums(features, targets, range(self.class_means.shape[0]), dtype=torch.float32)
+        mean = class_means(sums, counts)
+        known = self.class_means.any(1, keepdim=True)
+        moved = torch.where(known, torch.lerp(mean, self.class_means, MEAN_MOMENTUM), mean)
+        self.class_means.copy_(torch.where(counts[:, None] > 0, moved, self.class_means))
+
     def observe(self, seen: Observation) -> None:
-        """Update the class statistics with new images, and the running means of prompted features with the batch."""
-        if not self.num_tasks or seen.targets is None:
-            return
-        if seen.query is not None:
+        """Add new images to the class statistics."""
+        if self.num_tasks and seen.targets is not None and seen.query is not None:
             self.prototypes.add(seen.query, seen.targets, seen.first_seen)
-        if seen.features is not None:
-            targets = torch.where(seen.valid, seen.targets, IGNORE_INDEX)
-            sums, counts = class_sums(seen.features, targets, range(self.class_means.shape[0]), dtype=torch.float32)
-            counts = sum_over_processes(counts)
-            mean = class_means(sum_over_processes(sums), counts)
-            known = self.class_means.any(1, keepdim=True)
-            moved = torch.where(known, torch.lerp(mean, self.class_means, MEAN_MOMENTUM), mean)
-            self.class_means.copy_(torch.where(counts[:, None] > 0, moved, self.class_means))
 
 
-def contrastive(rows: Tensor, taken: Tensor, temperature: float) -> Tensor:
-    """CE(M M^T / temperature, identity), mean over the rows of M: a scalar.
+@torch.no_grad()
+def among(means: Tensor, temperature: float) -> Tensor:
+    """log of the sum of exp(mu_i mu_j / temperature) over the means mu_j that are not 0, for each row mu_i: [n].
 
     Args:
-        rows: [n, D].
-        taken: True for the rows of M [n].
+        means: [n, D].
         temperature: divides the dot products.
     """
-    logits = (rows @ rows.T / temperature).masked_fill(~taken, float("-inf"))
-    target = torch.arange(rows.shape[0], device=rows.device).masked_fill(~taken, IGNORE_INDEX)
-    return F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum") / taken.sum().clamp_min(1)
+    empty = ~means.any(1)
+    chunks = [(rows @ means.T / temperature).masked_fill(empty, float("-inf")).logsumexp(1) for rows in means.split(CHUNK)]
+    return torch.cat(chunks)
+
+
+def contrastive(means: Tensor, among_means: Tensor, features: Tensor, taken: Tensor, temperature: float) -> Tensor:
+    """CE(M M^T / temperature, identity), mean over the rows of M = [means that are not 0; features]: a scalar.
+
+    The products of means with means, of which there are most, have no gradient and are given by their sums.
+
+    Args:
+        means: [n, D], without gradient.
+        among_means: `among` of them [n].
+        features: [B, D].
+        taken: True for the features that are rows of M [B].
+        temperature: divides the dot products.
+    """
+    known = means.any(1)
+    across, within = means @ features.T / temperature, features @ features.T / temperature
+    of_means = torch.cat([among_means[:, None], across.masked_fill(~taken, float("-inf"))], 1)
+    of_features = torch.cat([across.T.masked_fill(~known, float("-inf")), within.masked_fill(~taken, float("-inf"))], 1)
+    each = [_cross_entropies(of_means, means.square().sum(1) / temperature, known)]
+    each.append(_cross_entropies(of_features, within.diagonal(), taken))
+    return torch.cat(each).sum() / (known.sum() + taken.sum()).clamp_min(1)
+
+
+def _cross_entropies(logits: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+    """log-sum-exp of `logits` [n, m] minus the logit of the target, `own` [n]; 0 where `rows` [n] is False."""
+    # Rows that are left out may have no number but -inf, whose logsumexp has no gradient.
+    return torch.where(rows, logits.masked_fill(~rows[:, None], 0.0).logsumexp(1) - own, 0.0)

@@ -41,7 +41,8 @@ class L2PPrefixPool(KeyedLayers, QueriedPool):
                 best = cosine_of(query, F.embedding(ids, keys))
             rows = F.embedding(ids, self.prompts[row].flatten(1)).unflatten(2, self.prompts.shape[2:])
             if self.config.as_tokens:  # a block's prompt tokens act on the others by their keys and values only
-                prefix = PrefixKV(rows.flatten(1, 2), rows.flatten(1, 2), normed=True)
+                rows = rows.flatten(1, 2)
+                prefix = PrefixKV(rows, rows, normed=True)
             else:
                 prefix = split_prefix(rows, self.heads)
             prefix = replace(prefix, ids=ids, weights=best.detach(), scores=scores)

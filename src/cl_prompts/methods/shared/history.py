@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.selection import histogram
-from cl_prompts.runtime.distributed import sum_over_processes
+from cl_prompts.runtime.gathered import GatheredStatistics
 
 
-class ActivationHistory(TaskTensors):
+class ActivationHistory(TaskTensors, GatheredStatistics):
     """Activation counts of each task, saved with the adapter.
 
     Args:
@@ -49,8 +49,15 @@ class ActivationHistory(TaskTensors):
         self.counts = torch.cat([self.counts, self.counts.new_zeros(*self.counts.shape[:-1], count)], -1)
 
     def add(self, ids: Tensor, first_seen: Tensor) -> None:
-        """Count the selections `ids` [B, *rows, k] of the images where `first_seen` [B] is True, over all processes."""
-        self.counts[-1] += sum_over_processes(histogram(ids, self.counts.shape[-1], first_seen))
+        """Count the selections `ids` [B, *rows, k] of the images where `first_seen` [B] is True.
+
+        Those of other processes are added with `gather`.
+        """
+        self.wait(histogram(ids, self.counts.shape[-1], first_seen))
+
+    def add_sums(self, *sums: Tensor) -> None:
+        """See `GatheredStatistics`."""
+        self.counts[-1] += sums[0]
 
     def before(self, task: int, decay: float = 1.0) -> Tensor:
         """Cumulative activations H at the end of task `task - 1`, float64 [*rows, M].

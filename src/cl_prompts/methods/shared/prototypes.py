@@ -24,10 +24,10 @@ from cl_prompts.heads.class_means import class_means, class_sums
 from cl_prompts.interfaces import IGNORE_INDEX
 from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.selection import normalized
-from cl_prompts.runtime.distributed import sum_over_processes
+from cl_prompts.runtime.gathered import GatheredStatistics
 
 
-class ClassPrototypes(TaskTensors):
+class ClassPrototypes(TaskTensors, GatheredStatistics):
     """Sums of un-prompted features by class, saved with the adapter. They do not depend on the order of images or tasks.
 
     Args:
@@ -104,24 +104,34 @@ class ClassPrototypes(TaskTensors):
         return self.products - total.T @ class_means(total, count), (count - 1).clamp_min(0).sum()
 
     def add(self, query: Tensor, targets: Tensor, first_seen: Tensor) -> None:
-        """Add images of the newest task, over all processes.
+        """Add images of the newest task; those of other processes with `gather`.
 
         Args:
             query: un-prompted features [B, D].
             targets: class index of each image [B]; images of other classes than that task's are left out.
             first_seen: True for the images to add [B].
         """
-        newest = self.rows[-1][0]
-        rows = [row for row, (task, _) in enumerate(self.rows) if task == newest]
-        classes = [self.rows[row][1] for row in rows]
+        classes = [self.rows[row][1] for row in self._newest_rows()]
         targets = torch.where(first_seen, targets, IGNORE_INDEX)
-        sums, counts = class_sums(query, targets, classes, dtype=self.sum.dtype)
-        self.sum[rows] += sum_over_processes(sums)
-        self.count[rows] += sum_over_processes(counts)
-        if self.statistics == "covariance":
+        sums = class_sums(query, targets, classes, dtype=self.sum.dtype)
+        if self.statistics == "mean":
+            self.wait(*sums)
+        else:
             added = torch.isin(targets, torch.tensor(classes, device=targets.device))
             features = torch.where(added[:, None], query, 0.0).to(self.sum.dtype)
-            self.products += sum_over_processes(features.T @ features)
+            self.wait(*sums, features.T @ features)
+
+    def _newest_rows(self) -> list[int]:
+        newest = self.rows[-1][0]
+        return [row for row, (task, _) in enumerate(self.rows) if task == newest]
+
+    def add_sums(self, *sums: Tensor) -> None:
+        """See `GatheredStatistics`."""
+        rows = self._newest_rows()
+        self.sum[rows] += sums[0]
+        self.count[rows] += sums[1]
+        if self.statistics == "covariance":
+            self.products += sums[2]
 
     def covariance(self) -> Tensor:
         """The shared covariance after shrinkage, float64 [D, D]; the identity while it is zero."""
@@ -141,8 +151,9 @@ class ClassPrototypes(TaskTensors):
         """Score of each class of each task for each feature of `query` [B, D]: [B, rows]; -inf for a class without images.
 
         Raises:
-            ValueError: the covariance cannot be inverted.
+            ValueError: the covariance cannot be inverted, or the statistics of this task have not been gathered.
         """
+        self.check_gathered()
         means = class_means(self.sum, self.count)
         if self.statistics == "mean":
             scores = normalized(query) @ normalized(means.to(query.dtype)).T

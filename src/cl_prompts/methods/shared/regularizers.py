@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_prompts.methods.shared.selection import normalized
-from cl_prompts.runtime.distributed import gather_with_gradient
+from cl_prompts.runtime.distributed import sum_over_processes, sum_with_gradient
 
 
 def orthogonality(vectors: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -62,8 +62,6 @@ def collapse(scores: Tensor, valid: Tensor) -> Tensor:
     """
     real = valid.view(-1, *[1] * (scores.dim() - 1))
     p = torch.where(real, scores.float(), 0.0).softmax(-1) * real  # padding may hold NaN, and 0 * NaN is NaN
-    everywhere = gather_with_gradient(p)
-    images = gather_with_gradient(valid.float()[:, None]).sum().clamp_min(1)
-    mean = everywhere.sum(0) / images
+    mean = sum_with_gradient(p.sum(0)) / sum_over_processes(valid.sum()).clamp_min(1)
     entropy = -(mean * mean.clamp_min(1e-12).log()).sum(-1)
     return (math.log(scores.shape[-1]) - entropy).mean()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Larger pools are searched in chunks of this many prompts, so that memory does not grow with the pool.
 CHUNK = 4096
+FEW = 64  # scores that are sorted faster than their order is made unambiguous
 
 
 def normalized(vectors: Tensor) -> Tensor:
@@ -30,6 +31,8 @@ def cosine_of(query: Tensor, chosen: Tensor) -> Tensor:
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [B, k] of the `k` largest float32 `scores` [B, M], best first; of equal scores the lower index is first."""
+    if scores.shape[1] <= FEW:
+        return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     # torch.topk does not define the order of equal values. Each score is therefore mapped to a distinct integer: the bits
     # of the float in the order of their values, then M - 1 - index. Adding 0 turns -0 into 0.
     bits = (scores + 0.0).view(torch.int32)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cl_prompts.methods.shared.per_task import TaskTensors
 from cl_prompts.methods.shared.selection import cosine_scores
-from cl_prompts.runtime.distributed import sum_over_processes
+from cl_prompts.runtime.gathered import GatheredStatistics
 
 
-class TaskMeans(TaskTensors):
+class TaskMeans(TaskTensors, GatheredStatistics):
     """Sums of the queries of each task, saved with the adapter.
 
     Args:
@@ -44,10 +44,13 @@ class TaskMeans(TaskTensors):
         self.count = torch.cat([self.count, self.count.new_zeros(number)])
 
     def add(self, query: Tensor, first_seen: Tensor) -> None:
-        """Add the queries [B, D] of the images where `first_seen` [B] is True, over all processes."""
-        new = torch.where(first_seen[:, None], query.float(), 0.0).sum(0)
-        self.sum[-1] += sum_over_processes(new)
-        self.count[-1] += sum_over_processes(first_seen.sum())
+        """Add the queries [B, D] of the images where `first_seen` [B] is True; other processes' with `gather`."""
+        self.wait(torch.where(first_seen[:, None], query.float(), 0.0).sum(0), first_seen.sum())
+
+    def add_sums(self, *sums: Tensor) -> None:
+        """See `GatheredStatistics`."""
+        self.sum[-1] += sums[0]
+        self.count[-1] += sums[1]
 
     def similarity(self) -> Tensor:
         """Cosines of the tasks' means, at least 0 [tasks, tasks]; 0 of a task with itself, and of one without images."""

@@ -32,7 +32,8 @@ from cl_prompts.methods.pool import Observation, PromptPool
 from cl_prompts.methods.shared.history import ActivationHistory
 from cl_prompts.methods.shared.initialization import initial
 from cl_prompts.methods.shared.selection import histogram
-from cl_prompts.runtime.distributed import sum_over_processes
+from cl_prompts.runtime.distributed import sum_over_processes, world_size
+from cl_prompts.runtime.gathered import GatheredStatistics
 
 
 EXCLUDED = 2.0  # penalty in units of the range of the scores, as in the released code
@@ -85,7 +86,7 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.shape[-1] * logits.logsumexp(-1) - logits.gather(-1, targets).sum(-1)
 
 
-class SMoPEPool(PromptPool):
+class SMoPEPool(PromptPool, GatheredStatistics):
     """The pool.
 
     For each head, an image counts once per task for each of its K best experts, without penalty, as selected in the newest
@@ -131,6 +132,8 @@ class SMoPEPool(PromptPool):
     def forward(self, batch: PoolInput) -> Prompts:
         """One router per layer."""
         config, training = self.config, batch.task is not None
+        if not training:
+            self.check_gathered()
         frequent = self.frequently_used()
         penalty = config.epsilon * frequent if training else EXCLUDED * (self.history.counts.sum(0) == 0)
         keys, values = self._by_head(self.expert_keys), self._by_head(self.expert_values)
@@ -163,12 +166,28 @@ class SMoPEPool(PromptPool):
             return
         ids = seen.scores.topk(self.config.top_k, dim=-1).indices
         experts = seen.scores.shape[-1]
-        images = (seen.first_seen, seen.valid & ~seen.first_seen)
-        new, again = sum_over_processes(torch.stack([histogram(ids, experts, which) for which in images]))
-        row, again = self.history.counts[-1] + new, self.again + again
-        complete = again.sum() >= row.sum()
-        self.history.counts[-1] = torch.where(complete, again, row)
-        self.again.copy_(torch.where(complete, 0, again))
+        new, repeated = (histogram(ids, experts, which) for which in (seen.first_seen, seen.valid & ~seen.first_seen))
+        row, again, counted, counted_again = self.waiting or (0, 0, self.history.counts[-1].sum(), self.again.sum())
+        # Whether a pass is complete depends on the images of all processes.
+        sizes = sum_over_processes(torch.stack([new.sum(), repeated.sum()]))
+        row, again, counted, counted_again = row + new, again + repeated, counted + sizes[0], counted_again + sizes[1]
+        complete = counted_again >= counted
+        self.history.counts[-1] = torch.where(complete, self.again, self.history.counts[-1])
+        self.again.copy_(torch.where(complete, 0, self.again))
+        passes = ((row, again), (counted, counted_again))
+        self.waiting = tuple(
+            part for old, newer in passes for part in (torch.where(complete, newer, old), torch.where(complete, 0, newer))
+        )
+        if world_size() == 1:
+            self.gather()
+
+    def gather(self) -> None:
+        """See `GatheredStatistics`."""
+        if self.waiting:
+            row, again = (sum_over_processes(own) for own in self.waiting[:2])
+            self.waiting = ()
+            self.history.counts[-1] += row
+            self.again += again
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """Rows [layers, E, D] as [layers, H, E, d]."""

@@ -50,7 +50,9 @@ class VPTPool(PromptPool):
         """The prompt, the same for every image: as tokens, or as each block's prefix."""
         rows = self.prompts[:, None].expand(-1, batch.batch_size, -1, -1)
         if self.config.deep:
-            return Prompts(prefixes={layer: PrefixKV(rows[i], rows[i], normed=True) for i, layer in enumerate(self.layers)})
+            return Prompts(
+                prefixes={layer: PrefixKV(own, own, normed=True) for layer, own in zip(self.layers, rows, strict=True)}
+            )
         return Prompts(
             tokens=rows[0],
             tokens_after_cls=self.config.position == "after_cls",

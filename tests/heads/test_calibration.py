@@ -84,6 +84,16 @@ def test_each_image_is_held_out_once_and_never_all_of_a_class() -> None:
     assert list(folds(torch.arange(9))) == []
 
 
+def test_only_images_that_were_not_trained_on_are_held_out_where_there_are_some() -> None:
+    targets = torch.tensor([0] * 20 + [1] * 10 + [2] * 2)
+    untrained = torch.zeros(32, dtype=torch.bool)
+    untrained[[3, 4, 5, 20, 21, 30, 31]] = True  # both images of class 2
+    masks = list(folds(targets, untrained))
+    assert torch.equal(torch.stack(masks).sum(0), untrained & (targets != 2))
+    assert all(0 < int(held.sum()) <= 4 for held in masks)
+    assert len(list(folds(targets, torch.zeros(32, dtype=torch.bool)))) == len(list(folds(targets)))
+
+
 def test_a_temperature_is_carried_on() -> None:
     assert carried_on(None, None, 0) is None
     assert carried_on(None, 3.0, 1) == 3.0
@@ -158,7 +168,7 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
     plain = answers(model)
     assert (width is not None) == (name == "ridge")  # whose scores are estimates of probabilities
     scores = plain if width is None else F.softplus(plain.double() / width).log().float()
-    assert by_image == (name == "discriminant")
+    assert by_image == (name in ("discriminant", "aligned"))
     scale = model.adapter.classifier.scale(features(model))[:, None] if by_image else 1.0
     torch.testing.assert_close(calibrated, scores / temperature / scale)
     assert torch.equal(calibrated.argmax(1), plain.argmax(1))

@@ -187,6 +187,7 @@ class FeatureClassifier(nn.Module, ABC):
         head: IncrementalHead | None = None,
         *,
         only_current: bool = True,
+        untrained: Tensor | None = None,
     ) -> HeldOut:
         """Answers for images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
 
@@ -198,6 +199,7 @@ class FeatureClassifier(nn.Module, ABC):
             before: as for `fit` [n, D], or None.
             head: the trained head.
             only_current: whether its loss compares classes of the current task only (`class_mask="task"`).
+            untrained: True for the images that no prompt was trained on [n], as for `folds`.
 
         Raises:
             ValueError: as `fit`, also if the images of a fold are too few.
@@ -205,7 +207,7 @@ class FeatureClassifier(nn.Module, ABC):
         self._check(features, targets, before)
         logits, held_targets = [features.new_zeros(0, self.num_classes)], [targets[:0]]
         found: dict[str, list[Tensor]] = {"novelty": [], "scale": []}
-        for held in folds(targets):
+        for held in folds(targets, untrained):
             rest = ~held
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)

@@ -1,12 +1,10 @@
 """Images that no prompt is trained on: training leaves them out, and scores are calibrated on them."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.processes import in_two_processes
 from support.small_runs import PER_CLASS, small_model, small_trainer
 from support.stream_data import birds, to_tensor
 
@@ -52,28 +50,6 @@ def test_training_leaves_them_out_and_the_temperature_is_theirs() -> None:
     assert model.adapter.config.state.temperature == pytest.approx(with_them, rel=1e-5)
     assert without != pytest.approx(with_them, rel=1e-3)
     assert used_rows(0.0)[1] == [int(row) for row in rows]
-
-
-def temperature_of_a_run() -> float:
-    settings = {"config": {"head": "discriminant"}, "calibration_share": 0.4, "save_steps": 0}
-    trainer = small_trainer("l2p", tasks=2, **settings)
-    trainer.train()
-    found: float = trainer.model.adapter.config.state.temperature
-    return found
-
-
-def in_company(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    Path(folder, f"{rank}.txt").write_text(str(temperature_of_a_run()))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
-def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
-    in_two_processes(in_company, str(tmp_path))
-    found = [float(Path(tmp_path, f"{rank}.txt").read_text()) for rank in range(2)]
-    assert found == pytest.approx([temperature_of_a_run()] * 2, rel=1e-3)
 
 
 def test_a_share_needs_tasks_and_images_by_number() -> None:

@@ -213,6 +213,7 @@ class FeatureClassifier(nn.Module, ABC):
                 earlier = None if before is None else before[rest].to(work)
                 known = features[rest].to(work), targets[rest].to(work)
                 self._fit(*known, earlier, head and self._head_without(head, *known, only_current))
+                del known, earlier
                 self.fitted = self.fitted + 1
                 inputs = features[held].to(work)
                 logits.append(self(inputs).to(features.device))
@@ -236,6 +237,9 @@ class FeatureClassifier(nn.Module, ABC):
         """How unlike the known classes `features` [B, D] are: [B]; None for a classifier that can tell by logits only."""
         return None
 
+    def forget_computed(self) -> None:
+        """Drop what answers computed from the statistics and keep; they compute it again."""
+
     @contextmanager
     def _at_work(self, home: torch.device, *, keep: bool = True) -> Iterator[torch.device]:
         """The device to fit on. After an error, and without `keep`, all tensors are those of before."""
@@ -254,6 +258,7 @@ class FeatureClassifier(nn.Module, ABC):
             if not keep:
                 for part, before_fit in buffers:
                     part._buffers.update(before_fit)
+                self.forget_computed()
             self.to(home)
 
     def _map(self, before: Tensor, after: Tensor) -> FeatureMap:
@@ -277,7 +282,7 @@ class FeatureClassifier(nn.Module, ABC):
         others = sorted(set(targets.tolist()) - set(self._newest))
         if others:
             raise ValueError(f"targets {others} are not in the newest task, whose class indices are {self._newest}")
-        if not features.isfinite().all():
+        if not all(part.isfinite().all() for part in features.split(64)):  # of all at once, a copy would be made
             raise ValueError("the features hold NaN or Inf: the training diverged, use a lower learning rate")
 
     @abstractmethod

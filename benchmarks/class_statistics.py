@@ -5,26 +5,37 @@
 For each row a new process fits tasks of random features of width 768, and answers. The adapter is the
 statistics and a trained head; it is not written.
 The last column is the time of an answer beside that of a forward of ViT-B/16 in the same process, which is before
-it in every answer. Peaks are what the process holds beyond its memory before the first fit, the images' features included.
+it in every answer. Peaks of the last fit, of its temperature (fits without a tenth of the images, and their answers) and of
+the first answer are of all tensors: the statistics, what is computed from them and, while fitting, the features of the
+task's images.
 """
 
 import argparse
-import resource
+import copy
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 
 import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
 from transformers import ViTConfig, ViTModel
 
 from cl_prompts.evaluation.report import machine
 from cl_prompts.heads import DiscriminantClassifier
 
 
-def peak() -> float:
-    """Largest memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def peak_of(call: Callable[[], object], held: Sequence[Tensor]) -> float:
+    """Largest number of bytes of all tensors while `call` runs, in MB; `held` are those that there are before."""
+    with profile(profile_memory=True, use_cpu=True) as found:
+        call()
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return (sum(t.numel() * t.element_size() for t in held) + max(accumulate(changes, initial=0))) / 1e6
 
 
 def backbone_forward(width: int) -> float:
@@ -45,19 +56,25 @@ def measure(classes: int, kind: str, width: int, images: int, task: int) -> str:
     generator = torch.Generator().manual_seed(0)
     torch.linalg.eigh(torch.linalg.cholesky(torch.eye(64, dtype=torch.float64)))  # loads the libraries
     classifier = DiscriminantClassifier(width, kind=kind, drift="none")
-    start, seconds = peak(), 0.0
     for first in range(0, classes, task):
         own = list(range(first, min(first + task, classes)))
         targets = torch.tensor(own).repeat_interleave(images)
         features = torch.randn(len(targets), width, generator=generator)
         classifier.begin_task(own)
-        begun = time.perf_counter()
-        classifier.fit(features, targets)
-        seconds = time.perf_counter() - begun
-    fitted = peak() - start
+        if own[-1] < classes - 1:
+            classifier.fit(features, targets)
+    given = [*classifier.state_dict().values(), features, targets]
+    scored = peak_of(partial(classifier.held_out_answers, features, targets), given)
+    fitted = peak_of(partial(copy.deepcopy(classifier).fit, features, targets), given)
+    begun = time.perf_counter()
+    classifier.fit(features, targets)
+    seconds = time.perf_counter() - begun
+    del features, targets, given
     classifier.load_state_dict(classifier.state_dict())  # forgets what was computed at the fit
     seen = torch.randn(1, width, generator=generator)
     with torch.no_grad():
+        answered = peak_of(partial(classifier, seen), list(classifier.state_dict().values()))
+        classifier.load_state_dict(classifier.state_dict())
         begun = time.perf_counter()
         classifier(seen)
         first_answer = time.perf_counter() - begun
@@ -65,12 +82,11 @@ def measure(classes: int, kind: str, width: int, images: int, task: int) -> str:
         for _ in range(10):
             classifier(seen)
         answer = (time.perf_counter() - begun) / 10
-    answered = peak() - start
     share = 100 * answer / backbone_forward(width)
     size = (
         sum(t.numel() * t.element_size() for t in classifier.state_dict().values()) / 1e6 + 4 * classes * (width + 1) / 1e6
     )
-    memory = f"{size:.1f} | {fitted:.0f} | {answered:.0f}"
+    memory = f"{size:.1f} | {fitted:.1f} | {scored:.1f} | {answered:.1f}"
     times = f"{seconds:.2f} | {first_answer:.2f} | {1e3 * answer:.1f} | {share:.1f}"
     return f"| {kind}, {classes:,} classes | {memory} | {times} |"
 
@@ -89,9 +105,11 @@ def main() -> None:
         print(measure(options.classes[0], options.kinds[0], options.width, options.images, options.task), flush=True)
         return
     print(f"{machine()}\n")
-    columns = "adapter, MB | peak of fits, MB | and answers, MB | last fit, s | first answer, s | answer, ms | of ViT, %"
+    columns = (
+        "adapter, MB | peak: fit | temperature | first answer | last fit, s | first answer, s | answer, ms | of ViT, %"
+    )
     print(f"| statistics | {columns} |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     fixed = ["--width", str(options.width), "--images", str(options.images), "--task", str(options.task), "--one"]
     for kind in options.kinds:
         for classes in options.classes:

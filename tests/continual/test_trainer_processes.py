@@ -15,10 +15,11 @@ from torch.testing import assert_close
 from cl_prompts.continual import TrainerCallback, TrainerState
 
 
-# Batches of 6 or 4 over 10 images: the last one has 4 or 2. More methods: test_distributed.py and others beside it.
+# Batches of 6 or 4 over 10 images, or 6 where some are left out for calibration: the last one has 4 or 2. More methods:
+# test_distributed.py and others beside it.
 RUNS: dict[str, dict[str, Any]] = {
     "hash": {"method": "hash", "max_grad_norm": 0.5, "batch_size": 6},
-    "l2p accumulated": {"method": "l2p", "gradient_accumulation_steps": 2},
+    "l2p accumulated": {"method": "l2p", "gradient_accumulation_steps": 2, "calibration_share": 0.4},
     "l2p rehearsal": {"method": "l2p", "config": {"class_mask": "none"}, "memory_size": 5, "memory_batch_size": 3},
 }
 

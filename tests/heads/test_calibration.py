@@ -19,6 +19,7 @@ from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureC
 from cl_prompts.heads.calibration import carried_on, fit_temperature, folds, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.refit import held_out_logits, trained_as_far
+from cl_prompts.learner.features import record
 from cl_prompts.storage.adapter_state import AdapterState
 
 
@@ -82,6 +83,16 @@ def test_each_image_is_held_out_once_and_never_all_of_a_class() -> None:
     assert all({0, 1, 2, 3} == set(targets[~held].tolist()) for held in masks)
     assert len(list(folds(torch.zeros(2000, dtype=torch.int64)))) == 1  # a tenth of them is enough
     assert list(folds(torch.arange(9))) == []
+
+
+def test_only_images_that_were_not_trained_on_are_held_out_where_there_are_some() -> None:
+    targets = torch.tensor([0] * 20 + [1] * 10 + [2] * 2)
+    untrained = torch.zeros(32, dtype=torch.bool)
+    untrained[[3, 4, 5, 20, 21, 30, 31]] = True  # both images of class 2
+    masks = list(folds(targets, untrained))
+    assert torch.equal(torch.stack(masks).sum(0), untrained & (targets != 2))
+    assert all(0 < int(held.sum()) <= 4 for held in masks)
+    assert len(list(folds(targets, torch.zeros(32, dtype=torch.bool)))) == len(list(folds(targets)))
 
 
 def test_a_temperature_is_carried_on() -> None:
@@ -158,7 +169,7 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
     plain = answers(model)
     assert (width is not None) == (name == "ridge")  # whose scores are estimates of probabilities
     scores = plain if width is None else F.softplus(plain.double() / width).log().float()
-    assert by_image == (name == "discriminant")
+    assert by_image == (name in ("discriminant", "aligned"))
     scale = model.adapter.classifier.scale(features(model))[:, None] if by_image else 1.0
     torch.testing.assert_close(calibrated, scores / temperature / scale)
     assert torch.equal(calibrated.argmax(1), plain.argmax(1))
@@ -170,6 +181,20 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
     twin = new_model("l2p", **HEADS[name])
     twin.load_training_state_dict(model.training_state_dict())
     assert torch.equal(answers(twin), calibrated)
+
+
+def test_mixed_precision_does_not_change_the_temperature_of_a_trained_head() -> None:
+    """Runs consolidate under autocast, which would use the first 16-bit copy of weights that are trained in it."""
+    model = new_model("l2p")
+    learn_task(model, CLASSES[0])
+    seen = record(model.features_of, [task_images(CLASSES[0])])
+    state, found = model.adapter.config.state, []
+    for enabled in (False, True):
+        state.temperature = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.adapter.consolidate(seen)
+        found.append(state.temperature)
+    assert found[0] == found[1]
 
 
 def processor() -> Any:

@@ -60,6 +60,9 @@ class ContinualArguments:
         memory_size: number of images kept for rehearsal, split evenly over the classes; 0: none.
         memory_per_class: number of images kept for rehearsal per class; 0: see `memory_size`.
         memory_batch_size: number of rehearsed images added to each batch; None: `batch_size`.
+        calibration_share: share of each task's training images that no prompt is trained on, up to 0.5. The temperature of
+            the scores and the threshold of novelty are then chosen on them; a classifier that is computed from features
+            also uses them. Baselines leave them out as well. 0: none (docs/methods/classifiers.md).
         forward_transfer: also evaluate each task before it is trained, if its classes are known already.
         novelty: after each task, also evaluate how well the novelty score tells the test images of the tasks seen from
             those of tasks to come. It takes a pass over the test images of these.
@@ -95,6 +98,7 @@ class ContinualArguments:
     memory_size: int = 0
     memory_per_class: int = 0
     memory_batch_size: int | None = None
+    calibration_share: float = 0.0
     forward_transfer: bool = False
     novelty: bool = False
     logging_steps: int = 20
@@ -135,6 +139,8 @@ class ContinualArguments:
         }.items():
             if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
                 raise ValueError(f"{name}={rate!r} must be a non-negative number")
+        if not isinstance(self.calibration_share, (int, float)) or not 0 <= self.calibration_share <= 0.5:
+            raise ValueError(f"calibration_share={self.calibration_share!r} must be from 0 to 0.5")
         if self.memory_size and self.memory_per_class:
             raise ValueError("memory_size and memory_per_class exclude each other: give one of them")
         if self.output_dir is not None:

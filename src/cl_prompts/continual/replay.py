@@ -36,10 +36,11 @@ class Replay:
     def _indexed(self) -> IndexedStream:
         return require_indexed(self.stream, "rehearsal")
 
-    @property
-    def rows(self) -> Rows | None:
-        """Row numbers to train on instead of the task's own; None: the task's own."""
-        return self.memory.rows if self.memory is not None and self.model.replay == "memory_only" else None
+    def rows(self, task: Task) -> Rows | None:
+        """Row numbers to train on instead of all of the task's own; None: all of the task's own."""
+        if self.memory is not None and self.model.replay == "memory_only":
+            return self.memory.rows
+        return self.feature_provider.trained_rows(task)
 
     @property
     def mixed_rows(self) -> Rows | Callable[[], Rows] | None:
@@ -51,7 +52,7 @@ class Replay:
 
     def steps_per_epoch(self, task: Task, batch_size: int) -> int:
         """Number of batches of an epoch."""
-        rows = self.rows
+        rows = self.rows(task)
         if rows is None:
             return self.stream.steps_per_epoch(task, batch_size)
         return self._indexed.steps_per_epoch(task, batch_size, rows)

@@ -31,6 +31,12 @@ def check_run(model: Learner, stream: Stream, args: ContinualArguments, classifi
             f"{type(model).__name__} or an extra classifier needs each task's images once more after its training, "
             "which this stream cannot read again: load the data set whole, or leave out head, alignment and classifiers"
         )
+    leaves_out = isinstance(stream, IndexedStream) and not stream.task_free and model.replay != "memory_only"
+    if args.calibration_share and not leaves_out:
+        raise ValueError(
+            f"calibration_share={args.calibration_share}: images are left out of a task's training, so the stream must "
+            "have tasks and be loaded whole, and the learner must train on the task's images: leave it out"
+        )
     if args.rehearses and model.replay == "none":
         raise ValueError(f"{type(model).__name__} rehearses nothing: leave out memory_size and memory_per_class")
     if not stream.task_free and any(len(task.classes) == 1 for task in stream.tasks):

@@ -288,7 +288,7 @@ class ContinualTrainer:
         if isinstance(self.stream, IndexedStream):
             options |= {
                 "queries": self.feature_provider.training_queries(progress.epoch),
-                "rows": self.replay.rows,
+                "rows": self.replay.rows(task),
                 "memory_rows": self.replay.mixed_rows,
                 "memory_batch_size": args.batch_size if args.memory_batch_size is None else args.memory_batch_size,
             }

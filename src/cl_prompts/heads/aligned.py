@@ -20,6 +20,9 @@ from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.retrained import RetrainedHead
 
 
+SHORTEST = 1e-3  # length of a feature, in that of ones
+
+
 def align(
     head: IncrementalHead,
     gaussians: ClassGaussians,
@@ -107,6 +110,14 @@ class AlignedClassifier(RetrainedHead):
 
     def _train(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:
         align(head, self.gaussians, seed=self.seed * 1_000_003 + self.num_tasks, **self.options)
+
+    def scale(self, features: Tensor) -> Tensor:
+        """Length of each of `features` [B, D], divided by that of ones: [B].
+
+        Logits W x + b grow with it. Where some tasks' features are longer than those of others, no one temperature would
+        calibrate both.
+        """
+        return features.float().square().mean(1).sqrt().clamp_min(SHORTEST)
 
     def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
         if groups.merges:  # the rows of the head were merged to their mean, which answers for neither

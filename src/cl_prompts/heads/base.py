@@ -187,6 +187,7 @@ class FeatureClassifier(nn.Module, ABC):
         head: IncrementalHead | None = None,
         *,
         only_current: bool = True,
+        untrained: Tensor | None = None,
     ) -> HeldOut:
         """Answers for images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
 
@@ -198,6 +199,7 @@ class FeatureClassifier(nn.Module, ABC):
             before: as for `fit` [n, D], or None.
             head: the trained head.
             only_current: whether its loss compares classes of the current task only (`class_mask="task"`).
+            untrained: True for the images that no prompt was trained on [n], as for `folds`.
 
         Raises:
             ValueError: as `fit`, also if the images of a fold are too few.
@@ -205,12 +207,13 @@ class FeatureClassifier(nn.Module, ABC):
         self._check(features, targets, before)
         logits, held_targets = [features.new_zeros(0, self.num_classes)], [targets[:0]]
         found: dict[str, list[Tensor]] = {"novelty": [], "scale": []}
-        for held in folds(targets):
+        for held in folds(targets, untrained):
             rest = ~held
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)
                 known = features[rest].to(work), targets[rest].to(work)
                 self._fit(*known, earlier, head and self._head_without(head, *known, only_current))
+                del known, earlier
                 self.fitted = self.fitted + 1
                 inputs = features[held].to(work)
                 logits.append(self(inputs).to(features.device))
@@ -234,6 +237,9 @@ class FeatureClassifier(nn.Module, ABC):
         """How unlike the known classes `features` [B, D] are: [B]; None for a classifier that can tell by logits only."""
         return None
 
+    def forget_computed(self) -> None:
+        """Drop what answers computed from the statistics and keep; they compute it again."""
+
     @contextmanager
     def _at_work(self, home: torch.device, *, keep: bool = True) -> Iterator[torch.device]:
         """The device to fit on. After an error, and without `keep`, all tensors are those of before."""
@@ -252,6 +258,7 @@ class FeatureClassifier(nn.Module, ABC):
             if not keep:
                 for part, before_fit in buffers:
                     part._buffers.update(before_fit)
+                self.forget_computed()
             self.to(home)
 
     def _map(self, before: Tensor, after: Tensor) -> FeatureMap:
@@ -275,7 +282,7 @@ class FeatureClassifier(nn.Module, ABC):
         others = sorted(set(targets.tolist()) - set(self._newest))
         if others:
             raise ValueError(f"targets {others} are not in the newest task, whose class indices are {self._newest}")
-        if not features.isfinite().all():
+        if not all(part.isfinite().all() for part in features.split(64)):  # of all at once, a copy would be made
             raise ValueError("the features hold NaN or Inf: the training diverged, use a lower learning rate")
 
     @abstractmethod

@@ -28,16 +28,23 @@ EARLIER_IMAGES = 100
 LOWEST, HIGHEST = 1e-4, 1e4
 
 
-def folds(targets: Tensor) -> Iterator[Tensor]:
+def folds(targets: Tensor, untrained: Tensor | None = None) -> Iterator[Tensor]:
     """Masks of images to hold out, [n] each: every tenth image of each class, another one for each mask.
 
     A class of fewer images has none in some masks, and its last one in the first. A class of one image is never held out.
 
     There are no more masks than needed for `HELD_OUT_IMAGES` images.
 
+    Where there are images that no prompt was trained on, only they are held out, each once, and no more than a tenth of all
+    images at a time: images that prompts were trained on look easier than new ones.
+
     Args:
         targets: class index of each image [n].
+        untrained: True for the images that no prompt was trained on [n]; None, or none of them: there is no difference.
     """
+    if untrained is not None and untrained.any():
+        yield from _untrained_folds(targets, untrained)
+        return
     position, size = torch.zeros_like(targets), torch.zeros_like(targets)
     for target in targets.unique():
         rows = (targets == target).nonzero().flatten()
@@ -47,6 +54,16 @@ def folds(targets: Tensor) -> Iterator[Tensor]:
         held = ((position % FOLDS) == (size.clamp_max(FOLDS) - 1 - fold)) & (size > 1)
         if held.any():
             yield held
+
+
+def _untrained_folds(targets: Tensor, untrained: Tensor) -> Iterator[Tensor]:
+    """The masks of `folds` of the `untrained` images, without the images of classes that have no others."""
+    rows = (untrained & torch.isin(targets, targets[~untrained])).nonzero().flatten()
+    parts = -(-FOLDS * len(rows) // len(targets))
+    for part in range(parts):
+        held = torch.zeros_like(untrained)
+        held[rows[part::parts]] = True
+        yield held
 
 
 def log_scores(scores: Tensor, width: float | None) -> Tensor:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cl_prompts.heads.regularized import cholesky, inverse_of_factor
+
 
 TINY = 1e-30
 SHORTEST = 1e-3  # squared length per dimension, of features at the center
-AT_ONCE = 32  # Gaussians whose factors are in float64 at a time
+AT_ONCE = 8  # Gaussians whose factors are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class LowRankDensities:
 
         Args:
             means: float64 [R, D].
-            pooled: P, float64 [D, D].
+            pooled: P, float64 [D, D]. It is changed.
             shares: float64 [R].
             factors: F_c, float32 [R, r, D].
             own: weight of F_c'F_c.
@@ -126,8 +128,8 @@ class LowRankDensities:
             torch.linalg.LinAlgError: P cannot be inverted.
         """
         center = means.mean(0)
-        root = torch.linalg.cholesky(pooled)
-        whiten = torch.linalg.inv(root).T.contiguous()
+        whiten = inverse_of_factor(cholesky(pooled))
+        del pooled
         scaled = ((means - center) @ whiten).float()
         directions, volumes = torch.empty_like(factors), torch.empty_like(shares)
         for rows in torch.arange(len(factors)).split(AT_ONCE):  # all of them in float64 would take twice their memory

@@ -20,6 +20,7 @@ from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.densities import FullDensities, LowRankDensities
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.regularized import cholesky
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,17 @@ class DiscriminantClassifier(FeatureClassifier):
         """Drop the cached factors: the tensors of a copy have other versions."""
         return {**self.__dict__, "_cached": None}
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def forget_computed(self) -> None:
+        """Drop the factors."""
         self._cached = None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget_computed()
         super()._load_from_state_dict(*args)
 
     def begin_task(self, class_indices: Sequence[int]) -> None:
         """Add rows for the task's classes."""
+        self.forget_computed()  # before there is room for further rows
         super().begin_task(class_indices)
         self.gaussians.begin_task(class_indices)
 
@@ -93,23 +99,25 @@ class DiscriminantClassifier(FeatureClassifier):
         return 4 * g.width * (g.width + rows * (1 + factors))
 
     def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
-        self._cached = None
+        self.forget_computed()
         if before is not None and self.needs_before and int(self.fitted):
             self.gaussians.move(self._map(before, features))
         self.gaussians.add(features, targets)
         self._check_invertible()
 
     def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
-        self._cached = None
+        self.forget_computed()
         self._check_invertible()
 
     def _check_invertible(self) -> None:
         """Raise ValueError if a covariance cannot be inverted: at the fit, not at the first answer."""
         g = self.gaussians
         # Of a low-rank covariance only the pooled part can fail.
-        covariances = [g.pooled(self.spherical)] if g.pools else g.covariances(self.own, self.spherical)
-        if any(int(torch.linalg.cholesky_ex(covariance)[1]) for covariance in covariances):
-            raise self._not_invertible()
+        try:
+            for covariance in [g.pooled(self.spherical)] if g.pools else g.covariances(self.own, self.spherical):
+                cholesky(covariance)
+        except torch.linalg.LinAlgError as error:
+            raise self._not_invertible() from error
 
     def _not_invertible(self) -> ValueError:
         return ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cl_prompts.heads.drift import FeatureMap
 from cl_prompts.heads.low_rank import leading_factor
-from cl_prompts.heads.regularized import regularize
+from cl_prompts.heads.regularized import cholesky, regularize
 from cl_prompts.heads.sampling import FeatureSampler
 
 
@@ -145,7 +145,9 @@ class ClassGaussians(nn.Module):
         """
         # One class after another: float64 copies of all features would take four times their memory.
         counts, means, spreads = [], [], []
-        scatter = self.spread.double() * self._pooled_images(self._newest.start) if self.pools else None
+        scatter = None
+        if self.pools:
+            scatter = self.spread.to(torch.float64, copy=True).mul_(self._pooled_images(self._newest.start))
         for row in range(self._newest.start, self._newest.stop):
             clusters = self._clusters(features[targets == self.class_indices[row]].double(), seed + row)
             counts.append([len(cluster) for cluster in clusters])
@@ -166,6 +168,7 @@ class ClassGaussians(nn.Module):
         total = self._pooled_images(self._newest.stop)
         if total > self._pooled_images(self._newest.start):
             self.spread = scatter.div_(total).to(self.spread)
+        del scatter
         if self.kind == "low_rank":
             self._add_factors(features, targets, [mean[0] for mean in means])
 
@@ -176,13 +179,14 @@ class ClassGaussians(nn.Module):
 
     def _add_factors(self, features: Tensor, targets: Tensor, means: Sequence[Tensor]) -> None:
         """Compute the factors of the newest task, whose classes have these `means`."""
-        root = torch.linalg.cholesky(regularize(self.spread.double(), 0.1, self.floor()))
+        root = cholesky(self.pooled(0.1))
         factors, rests = [], []
         for row, mean in zip(range(self._newest.start, self._newest.stop), means, strict=True):
             centered = features[targets == self.class_indices[row]].double() - mean
             factor, rest = leading_factor(centered, root, self.factor.shape[1])
             factors.append(factor.to(self.factor)[None])
             rests.append(rest)
+        del root, centered
         self._replace("factor", factors, self._newest)
         self._replace("rest", [self.rest.new_tensor(rests)], self._newest)
 
@@ -227,7 +231,8 @@ class ClassGaussians(nn.Module):
 
     def pooled(self, spherical: float) -> Tensor:
         """The pooled covariance of "shared" and "low_rank", with a share `spherical` of the identity: float64 [D, D]."""
-        return regularize(self.spread.double(), spherical, self.floor())
+        floor = self.floor()  # before there is the copy
+        return regularize(self.spread.to(torch.float64, copy=True), spherical, floor)
 
     def shares(self, own: float) -> Tensor:
         """Share of the pooled covariance in each row with images if its own has the weight `own`, float64 [rows].
@@ -276,7 +281,7 @@ class ClassGaussians(nn.Module):
         if self.kind in ("diagonal", "centroids"):
             return sampler(deviations=self.spread[rows].sqrt())
         if self.kind == "low_rank":
-            roots = [torch.linalg.cholesky(self.pooled(spherical)).float()]
+            roots = [cholesky(self.pooled(spherical)).float()]
             scales, factors = self.shares(own).sqrt().float(), own**0.5 * self.factor[rows]
             return sampler(roots=torch.stack(roots), scales=scales, factors=factors)
         roots = [torch.linalg.cholesky(each).float() for each in self.covariances(own, spherical)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.low_rank import leading_factor, prior_weight
-from cl_prompts.heads.regularized import regularize
+from cl_prompts.heads.regularized import cholesky
 
 
 @torch.no_grad()
@@ -106,5 +106,5 @@ def _merged_factor(
             factor, rest = _own(old, row)
             known.append((images - 1) ** 0.5 * factor)
             left_out += (images - 1) * rest
-    root = torch.linalg.cholesky(regularize(g.spread.double(), 0.1, g.floor()))
+    root = cholesky(g.pooled(0.1))
     return leading_factor(torch.cat(known), root, g.factor.shape[1], images=int(counts.sum()), left_out=left_out)

@@ -16,24 +16,27 @@ STEPS = 300
 LEARNING_RATE = 0.01
 
 
-def held_out_logits(head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool) -> tuple[Tensor, Tensor]:
+def held_out_logits(
+    head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, untrained: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits of a task's images by heads that were trained without them.
 
     For each fold the rows of the task's classes are trained again from zero on the other images, until their loss is that
     of `head` on these (ours): trained as far as the head was, whatever its optimizer. The features are of the model that
-    was trained on all of the task's images.
+    was trained on all of the task's images but the `untrained` ones.
 
     Args:
         head: the trained head; it is not changed.
         features: of the task's images [n, D].
         targets: class index of each image [n].
         only_current: whether the loss compares classes of the current task only (`class_mask="task"`).
+        untrained: True for the images that neither prompts nor `head` were trained on [n], as for `folds`.
 
     Returns:
         logits [held, C] and their targets [held].
     """
     logits, held_targets = [features.new_zeros(0, len(head.weight))], [targets[:0]]
-    for held in folds(targets):
+    for held in folds(targets, untrained):
         again = trained_as_far(head, features[~held], targets[~held], only_current)
         logits.append(again(features[held]).detach())
         held_targets.append(targets[held])

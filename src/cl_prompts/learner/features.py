@@ -21,11 +21,17 @@ class Recorded:
         features: input of the classifier [n, D], float32.
         labels: class ids [n].
         ids: numbers of the images [n].
+        untrained: True for the images that were left out of the task's training [n]; None: for none.
     """
 
     features: Tensor
     labels: Tensor
     ids: Tensor
+    untrained: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.untrained is None:
+            self.untrained = torch.zeros_like(self.labels, dtype=torch.bool)
 
     def features_of(self, seen: Recorded) -> Tensor:
         """These features, on the device of `seen`, which must be of the same images.
@@ -48,14 +54,14 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
 
     Args:
         read: function batch -> features [B, D].
-        images: batches of this process's share, with `pixel_values`, `labels` and `sample_ids`. `sample_ids` may be missing
-            with one process.
+        images: batches of this process's share, with `pixel_values`, `labels`, `sample_ids` and, where images were left
+            out of the training, `untrained`. `sample_ids` may be missing with one process.
 
     Raises:
         TypeError: a batch has no `pixel_values` or `labels`.
         ValueError: there are no images, or no `sample_ids` with several processes.
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     passed = 0
     for given in images:
         batch = as_batch(given)
@@ -66,14 +72,18 @@ def record(read: Callable[[Mapping[str, Any]], Tensor], images: Iterable[Mapping
         numbers = torch.arange(passed, passed + len(labels)) if ids is None else torch.as_tensor(ids)
         passed += len(labels)
         valid = labels >= 0
-        parts.append((read(batch)[valid].float(), labels[valid], numbers.to(labels.device)[valid]))
+        untrained = torch.as_tensor(batch.get("untrained", torch.zeros_like(labels, dtype=torch.bool)))
+        others = (labels, numbers.to(labels.device), untrained.to(labels.device))
+        parts.append((read(batch)[valid].float(), *(values[valid] for values in others)))
     if not parts:
         raise ValueError("there are no images to look at")
-    features, labels, numbers = (torch.cat(gather_over_processes(torch.cat([part[i] for part in parts]))) for i in range(3))
+    features, labels, numbers, untrained = (
+        torch.cat(gather_over_processes(torch.cat(values))) for values in zip(*parts, strict=True)
+    )
     order = numbers.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = numbers[order][1:] != numbers[order][:-1]
     order = order[first]
     if not len(order):
         raise ValueError("there are no images to look at: all are padding")
-    return Recorded(features[order], labels[order], numbers[order])
+    return Recorded(features[order], labels[order], numbers[order], untrained[order])

@@ -243,7 +243,10 @@ class PoolAdapter(nn.Module):
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
                 "the current task only"
             )
-        calibrated = self._calibration(seen.features, targets, before)
+        # Autocast keeps its 16-bit copy of a weight while it lasts, so copies of the head that are trained in it would stay
+        # as they were.
+        with torch.autocast(seen.features.device.type, enabled=False):
+            calibrated = self._calibration(seen, targets, before)
         if classifier is not None:
             classifier.fit(seen.features, targets, before, self.head)
         for name, value in calibrated.items():
@@ -252,16 +255,16 @@ class PoolAdapter(nn.Module):
         if isinstance(classifier, RetrainedHead):
             classifier.hand_over(self.head)
 
-    def _calibration(self, features: Tensor, targets: Tensor, before: Tensor | None) -> dict[str, float | bool | None]:
+    def _calibration(self, seen: Recorded, targets: Tensor, before: Tensor | None) -> dict[str, float | bool | None]:
         """What the state holds of the scores after the newest task, from its images while they are held out."""
         state, novelty, scale, width = self.config.state, None, None, None
-        only_current = self.config.class_mask == "task"
+        only_current, features, untrained = self.config.class_mask == "task", seen.features, seen.untrained
         if self.classifier is None:
-            logits, held = held_out_logits(self.head, features, targets, only_current)
+            logits, held = held_out_logits(self.head, features, targets, only_current, untrained)
         else:
             try:
                 logits, held, novelty, scale = self.classifier.held_out_answers(
-                    features, targets, before, self.head, only_current=only_current
+                    features, targets, before, self.head, only_current=only_current, untrained=untrained
                 )
             except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
                 return {}

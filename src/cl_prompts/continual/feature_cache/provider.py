@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cl_prompts.continual.arguments import ContinualArguments
@@ -17,7 +19,9 @@ from cl_prompts.continual.batches import DeviceBatches, to_device
 from cl_prompts.continual.feature_cache.cache import QueryCache, folder_of_queries
 from cl_prompts.continual.feature_cache.hidden_states import HiddenStates
 from cl_prompts.continual.feature_cache.key import agreed_key, query_digest
+from cl_prompts.continual.left_out import left_out
 from cl_prompts.continual.streams.indexed import IndexedStream, require_indexed
+from cl_prompts.continual.streams.loading import Rows
 from cl_prompts.continual.streams.stream import Stream, Task
 from cl_prompts.evaluation.evaluate import stream_features
 from cl_prompts.interfaces import NotCacheableError
@@ -213,18 +217,37 @@ class FeatureProvider:
         return self._features_of(view) if self.base_is_frozen else None
 
     def task_images(self, task: Task) -> DeviceBatches:
-        """Batches of a task's training images on the device, not augmented."""
-        return self.images(self._indexed.tasks[task.number].train_rows)
+        """Batches of a task's training images on the device, not augmented; those of `calibration_share` as `untrained`."""
+        rows = self._indexed.tasks[task.number].train_rows
+        return self.images(rows, rows[self._untrained(rows)])
 
-    def images(self, rows: Any) -> DeviceBatches:
-        """Batches of the training images with numbers `rows` on the device, not augmented."""
+    def trained_rows(self, task: Task) -> Rows | None:
+        """Rows of a task's images that are trained on; None: all."""
+        if not self.args.calibration_share:
+            return None
+        rows = self._indexed.tasks[task.number].train_rows
+        return rows[~self._untrained(rows)]
+
+    def _untrained(self, rows: Rows) -> NDArray[np.bool_]:
+        return left_out(self._indexed.train_labels[rows], self.args.calibration_share)
+
+    def images(self, rows: Rows, untrained: Rows | None = None) -> DeviceBatches:
+        """Batches of the training images with numbers `rows` on the device, not augmented.
+
+        Args:
+            rows: row numbers.
+            untrained: those that batches mark as `untrained`; None: batches mark none.
+        """
 
         def batches() -> Any:
             queries = self.queries(train=True)
             images = self._indexed.images(
                 rows, self.args.batch_size, queries=queries, num_workers=self.args.dataloader_num_workers
             )
-            return self.with_hidden(images, train=True)
+            read = self.with_hidden(images, train=True)
+            if untrained is None or not len(untrained):
+                return read
+            return (batch | {"untrained": torch.from_numpy(np.isin(batch["sample_ids"], untrained))} for batch in read)
 
         return DeviceBatches(batches, self.accelerator.device)
 

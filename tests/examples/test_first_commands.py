@@ -46,7 +46,7 @@ def test_the_readmes_commands_in_order(photos: Path, tmp_path: Path, monkeypatch
         monkeypatch.setattr(sys, "argv", ["train_cil.py", *line])
         main()
     complete = {folder.name for folder in Path("results").iterdir() if (folder / "results.json").is_file()}
-    assert complete == {"numbers-layer_grouped-seed0", "my photos-hash-seed0"}
+    assert complete == {"numbers-layer_grouped-seed0", "my photos-apt-seed0"}
 
 
 def test_images_without_a_recipe_take_the_settings_for_photographs(photos: Path) -> None:
@@ -54,9 +54,9 @@ def test_images_without_a_recipe_take_the_settings_for_photographs(photos: Path)
     assert "dataset" not in recipe, "it is for images that the user names"
     _, training = read_arguments(["--dataset", str(photos)])
     assert (training.num_train_epochs, training.batch_size) == (recipe["num_train_epochs"], recipe["batch_size"])
-    assert training.output_dir == "results/my photos-hash-seed0"
+    assert training.output_dir == "results/my photos-apt-seed0"
     _, training = read_arguments(["--dataset", "a/birds:small", "b/cars", "--scenario", "datasets", "--seed", "3"])
-    assert training.output_dir == "results/birds-small-cars-hash-seed3"
+    assert training.output_dir == "results/birds-small-cars-apt-seed3"
     _, training = read_arguments(["--dataset", str(photos), "--recipe", "digits"])
     assert training.output_dir == "results/digits-hash-seed0"
     assert read_arguments(["--dataset", "digits"])[1].output_dir == "results/digits-hash-seed0"

@@ -65,7 +65,7 @@ def test_from_training_to_the_hub(installed: Path, hub: Hub, tmp_path: Path) -> 
     line = ["--dataset", "digits of mine", "--tasks", "2", "--num_train_epochs", "1"]
     out, errors = ran([str(installed / "cl-prompts"), "train", *line], tmp_path)
     quiet(out, errors)
-    results = tmp_path / "results/digits of mine-hash-seed0"
+    results = tmp_path / "results/digits of mine-apt-seed0"
     assert "cl-prompts train --dataset 'digits of mine' --tasks 2" in (results / "results.md").read_text()
     adapter = str(results / "adapter")
 

@@ -19,7 +19,6 @@ from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureC
 from cl_prompts.heads.calibration import carried_on, fit_temperature, folds, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.refit import held_out_logits, trained_as_far
-from cl_prompts.learner.features import record
 from cl_prompts.storage.adapter_state import AdapterState
 
 
@@ -181,20 +180,6 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
     twin = new_model("l2p", **HEADS[name])
     twin.load_training_state_dict(model.training_state_dict())
     assert torch.equal(answers(twin), calibrated)
-
-
-def test_mixed_precision_does_not_change_the_temperature_of_a_trained_head() -> None:
-    """Runs consolidate under autocast, which would use the first 16-bit copy of weights that are trained in it."""
-    model = new_model("l2p")
-    learn_task(model, CLASSES[0])
-    seen = record(model.features_of, [task_images(CLASSES[0])])
-    state, found = model.adapter.config.state, []
-    for enabled in (False, True):
-        state.temperature = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            model.adapter.consolidate(seen)
-        found.append(state.temperature)
-    assert found[0] == found[1]
 
 
 def processor() -> Any:

@@ -243,10 +243,7 @@ class PoolAdapter(nn.Module):
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
                 "the current task only"
             )
-        # Autocast keeps its 16-bit copy of a weight while it lasts, so copies of the head that are trained in it would stay
-        # as they were.
-        with torch.autocast(seen.features.device.type, enabled=False):
-            calibrated = self._calibration(seen, targets, before)
+        calibrated = self._calibration(seen, targets, before)
         if classifier is not None:
             classifier.fit(seen.features, targets, before, self.head)
         for name, value in calibrated.items():

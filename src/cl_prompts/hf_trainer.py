@@ -29,12 +29,18 @@ class AttachOptimizer(TrainerCallback):
         kwargs["model"].attach_optimizer(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gather the statistics of `kwargs`' `model` if `control` says that it is saved or evaluated now."""
+        """Gather the statistics of `kwargs`' `model` if `control` says that it is saved or evaluated now.
+
+        `args` and `state` are not used.
+        """
         if control.should_save or control.should_evaluate:
             kwargs["model"].gather_statistics()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gather the statistics of `kwargs`' `model`, which may be saved or evaluated now."""
+        """Gather the statistics of `kwargs`' `model`, which may be saved or evaluated now.
+
+        `args`, `state` and `control` are not used.
+        """
         kwargs["model"].gather_statistics()
 
 

@@ -52,7 +52,7 @@ def assert_same_result(one: Path, other: Path) -> None:
 
 
 def test_the_folder_is_complete(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run(tmp_path / "one")
+    folder = run(tmp_path / "one", "--method", "hash")
     found = {path.name for path in folder.iterdir()}
     assert found == {
         *("run.json", "log.jsonl", "checkpoints", "matrix.csv", "results.json", "results.md", "adapter"),

@@ -32,20 +32,11 @@ class SampleCounter:
             bool [B].
 
         Raises:
-            TypeError: `sample_ids` are not integers.
-            ValueError: there is not one per image.
+            TypeError, ValueError: as `checked_ids`.
         """
-        if sample_ids is None:
+        own = checked_ids(sample_ids, valid)
+        if own is None:
             return valid
-        if len(sample_ids) != len(valid):
-            raise ValueError(f"{len(sample_ids)} sample_ids for {len(valid)} images: give one per image")
-        try:
-            own = torch.as_tensor(sample_ids, device="cpu")
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise TypeError(f"sample_ids must be integers, one per image ({error})") from error
-        if own.dim() != 1 or own.is_floating_point():
-            raise TypeError(f"sample_ids must be integers, one per image, got {own.dtype} of shape {list(own.shape)}")
-        own = own.long()
         own = own.masked_fill(~valid.cpu(), -1)
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
         mine: list[bool] = []
@@ -65,3 +56,23 @@ class SampleCounter:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state` that `state_dict` returned."""
         self._seen = set(state["seen"].tolist())
+
+
+def checked_ids(sample_ids: Sequence[int] | Tensor | None, valid: Tensor) -> Tensor | None:
+    """`sample_ids` as int64 [B] on the CPU, for images `valid` [B]; None stays None.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: there is not one per image.
+    """
+    if sample_ids is None:
+        return None
+    if len(sample_ids) != len(valid):
+        raise ValueError(f"{len(sample_ids)} sample_ids for {len(valid)} images: give one per image")
+    try:
+        ids = torch.as_tensor(sample_ids, device="cpu")
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TypeError(f"sample_ids must be integers, one per image ({error})") from error
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise TypeError(f"sample_ids must be integers, one per image, got {ids.dtype} of shape {list(ids.shape)}")
+    return ids.long()

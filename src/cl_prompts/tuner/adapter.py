@@ -19,7 +19,7 @@ from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.optimizer_hook import UpdateScaler
-from cl_prompts.learner.sample_counter import SampleCounter
+from cl_prompts.learner.sample_counter import SampleCounter, checked_ids
 from cl_prompts.learner.task_state import TaskState
 from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
 from cl_prompts.runtime.precision import without_autocast
@@ -105,6 +105,11 @@ class PoolAdapter(nn.Module):
         scale = self.classifier.scale(features) if state.image_scale and self.classifier is not None else None
         scores = log_scores(logits, state.score_width) / self.temperature
         return scores if scale is None else scores / scale[:, None]
+
+    def first_seen(self, sample_ids: Any, valid: Tensor) -> Tensor:
+        """Which `valid` images [B] are new in this task: bool [B]; all, if the pool does not count images."""
+        ids = checked_ids(sample_ids, valid)
+        return self.sample_counter.first_seen(ids, valid) if self.pool.counts_images else valid
 
     @property
     def frozen(self) -> bool:

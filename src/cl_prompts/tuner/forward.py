@@ -219,9 +219,7 @@ def answer(
             )
         if inputs.learns:
             with torch.no_grad():
-                first_seen = inputs.valid
-                if adapter.pool.counts_images:
-                    first_seen = adapter.sample_counter.first_seen(inputs.sample_ids, inputs.valid)
+                first_seen = adapter.first_seen(inputs.sample_ids, inputs.valid)
                 observed = (chosen.ids, query, inputs.targets, inputs.valid, first_seen, chosen.scores, features)
                 adapter.pool.observe(Observation(*observed))
     output = PromptPoolOutput(

@@ -56,7 +56,7 @@ class ActivationHistory(TaskTensors, GatheredStatistics):
         self.wait(histogram(ids, self.counts.shape[-1], first_seen))
 
     def add_sums(self, *sums: Tensor) -> None:
-        """See `GatheredStatistics`."""
+        """See `GatheredStatistics`; the only one of `sums` has the counts of the newest task [*rows, M]."""
         self.counts[-1] += sums[0]
 
     def before(self, task: int, decay: float = 1.0) -> Tensor:

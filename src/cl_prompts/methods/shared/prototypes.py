@@ -126,7 +126,7 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
         return [row for row, (task, _) in enumerate(self.rows) if task == newest]
 
     def add_sums(self, *sums: Tensor) -> None:
-        """See `GatheredStatistics`."""
+        """See `GatheredStatistics`; `sums` are those of features [C, D], counts [C] and products [D, D]."""
         rows = self._newest_rows()
         self.sum[rows] += sums[0]
         self.count[rows] += sums[1]

@@ -94,10 +94,7 @@ def nearest(
 
 
 def histogram(ids: Tensor, size: int, valid: Tensor | None = None) -> Tensor:
-    """How often each number below `size` occurs in `ids` [B, ..., k]: int64 [..., size], over images and selections.
-
-    Only images where `valid` [B] is True are counted; None: all.
-    """
+    """How often each number below `size` occurs in `ids` [B, ..., k] of the `valid` images [B]: int64 [..., size]."""
     ones = torch.ones_like(ids)
     if valid is not None:
         ones = ones * valid.view(-1, *[1] * (ids.dim() - 1))

@@ -103,7 +103,7 @@ def quiet(out: str, errors: str) -> None:
         assert noise not in out + errors
     lines = [line for line in out.splitlines() if line and not line.startswith("query cache: ")]
     assert [line.partition(":")[0] for line in lines[:2]] == ["after task 1", "after task 2"]
-    known = r"After 2 tasks, hash recognizes [\d.]+ % of the test images of all 4 classes"
+    known = r"After 2 tasks, apt recognizes [\d.]+ % of the test images of all 4 classes"
     assert re.fullmatch(known + r"; a classifier trained naively, task after task: [\d.]+ %\.", lines[2])
     assert lines[3].startswith("| learner | FAA")
     under = [line for line in lines[4:] if not line.startswith("|")]

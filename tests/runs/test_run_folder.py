@@ -296,8 +296,9 @@ def written(file: Path) -> int:
 @pytest.mark.slow
 def test_two_processes_run_the_example_as_one(tmp_path: Path, data: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-    finished(data, tmp_path / "one", "--batch_size", "6")
-    finished(data, tmp_path / "two", "--batch_size", "6", launcher=torchrun)
+    line = ("--batch_size", "6", "--method", "hash")
+    finished(data, tmp_path / "one", *line)
+    finished(data, tmp_path / "two", *line, launcher=torchrun)
     one, two = matrices(tmp_path / "one"), matrices(tmp_path / "two")
     for learner, matrix in one.items():
         for ours, theirs in zip(matrix["columns"], two[learner]["columns"], strict=True):

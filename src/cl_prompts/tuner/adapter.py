@@ -108,8 +108,10 @@ class PoolAdapter(nn.Module):
 
     def first_seen(self, sample_ids: Any, valid: Tensor) -> Tensor:
         """Which `valid` images [B] are new in this task: bool [B]; all, if the pool does not count images."""
-        ids = checked_ids(sample_ids, valid)
-        return self.sample_counter.first_seen(ids, valid) if self.pool.counts_images else valid
+        if self.pool.counts_images:
+            return self.sample_counter.first_seen(sample_ids, valid)
+        checked_ids(sample_ids, valid)  # a mistake is told by every method
+        return valid
 
     @property
     def frozen(self) -> bool:

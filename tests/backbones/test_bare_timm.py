@@ -1,7 +1,9 @@
 """Bare models of timm, and of its layout, as bases: what a user sees of the wrapper, and files."""
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,28 @@ def test_an_adapter_of_a_bare_model_loads_on_bare_models_and_on_the_wrapper(name
     bases[0].blocks[0].norm1.weight.data += 1
     with pytest.raises(ValueError, match="other weights"):
         PromptPoolModel.from_pretrained(bases[0], tmp_path, strict_base=True)
+
+
+@torch.no_grad()
+def test_a_bare_model_outlives_the_models_made_of_it() -> None:
+    """Also where the garbage collector has run: the hooks on its blocks belong to a wrapper that stays with it."""
+    images, base = inputs("vit", 2)["pixel_values"], bare("plain")
+    expected = base(images)
+    for _ in range(2):
+        with torch.enable_grad():
+            model = taught(base)
+        assert model.get_base_model() is wrapped_if_bare(base)
+        twin = copy.deepcopy(base)
+        del model
+        gc.collect()
+        assert torch.equal(base(images), expected)
+        assert torch.equal(twin(images), expected)
+        with torch.enable_grad():
+            taught(twin)
+    freed = weakref.ref(base)
+    del base, twin
+    gc.collect()
+    assert freed() is None
 
 
 def test_peft_and_comparison_learners_take_a_bare_model() -> None:

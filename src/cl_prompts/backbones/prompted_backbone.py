@@ -22,6 +22,7 @@ from cl_prompts.backbones.plan import RUNNING, STARTING, PassPlan, PassRecord, R
 from cl_prompts.backbones.prefix import attention_function
 from cl_prompts.backbones.readout import read_feature
 from cl_prompts.backbones.structure import Structure, find_structure
+from cl_prompts.backbones.timm_models import HeldWrapper
 
 
 _ATTRIBUTE = "_cl_prompted_backbone"
@@ -95,6 +96,7 @@ class PromptedBackbone:
             model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
             *quantized.install(model),
             OwnSignature(model),
+            HeldWrapper(model),
         ]
         self._replaced = reuse.install(model, structure)
         self._unmasked = unmasked.install(model, structure)

@@ -18,6 +18,7 @@ from cl_prompts.backbones.structure import find_structure
 
 
 # One wrapper for each bare model, as long as it is used: the hooks on a base belong to one model.
+_WRAPPER = "_cl_wrapper"
 _WRAPPERS: WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = WeakKeyDictionary()
 _LOCK = Lock()
 _MADE_HERE = "_cl_made_of_bare"
@@ -36,7 +37,7 @@ def wrapped_if_bare(model: nn.Module) -> nn.Module:
         return model
     with _LOCK:
         known = _WRAPPERS.get(model)
-        wrapper = known() if known is not None else None
+        wrapper: PreTrainedModel | None = vars(model).get(_WRAPPER) or (known() if known is not None else None)
         if wrapper is None:
             find_structure(model)  # its error names the model, not the wrapper
             wrapper = _wrap(model)
@@ -48,6 +49,26 @@ def given_base(model: nn.Module) -> nn.Module:
     """The model that `wrapped_if_bare` was given."""
     bare: nn.Module = model.timm_model if vars(model).get(_MADE_HERE) else model  # type: ignore[assignment]
     return bare
+
+
+class HeldWrapper:
+    """Until `remove`, a bare model keeps its wrapper among its attributes, but not as a submodule.
+
+    The hooks on the blocks of both belong to the wrapper, so that it must live as long as the bare model. A copy of the
+    bare model has a wrapper of its own. For other models nothing is done.
+
+    Args:
+        model: the base model, maybe a wrapper made here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.bare = given_base(model)
+        if self.bare is not model:
+            vars(self.bare)[_WRAPPER] = model
+
+    def remove(self) -> None:
+        """Let the bare model forget its wrapper."""
+        vars(self.bare).pop(_WRAPPER, None)
 
 
 def _has_methods_of_timm(model: nn.Module) -> bool:

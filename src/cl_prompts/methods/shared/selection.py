@@ -1,7 +1,4 @@
-"""Selection of prompts by scores. Pure functions.
-
-Letters in shapes: B images, M prompts in the pool, D width, k selected prompts.
-"""
+"""Selection of prompts by scores. Letters in shapes: B images, M prompts in the pool, D width, k selected prompts."""
 
 from __future__ import annotations
 

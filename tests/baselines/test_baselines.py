@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.comparison import after_a_task, batch_of, parts_of, plain_logits, small_learner, train_steps
 from support.families import BARE, CLASSIFIERS, build, inputs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -78,6 +78,28 @@ def test_a_frozen_backbone_reads_cached_features_and_stays() -> None:
     query = learner.extract_features(batch["pixel_values"])
     assert torch.equal(learner(batch["pixel_values"], query=query).logits, learner(batch["pixel_values"]).logits)
     assert_close(learner(batch["pixel_values"] * 0, query=query).logits, plain_logits(learner, batch["pixel_values"]))
+
+
+def test_lora_adds_a_product_to_each_linear_layer_of_a_block() -> None:
+    plain = build("vit").eval()
+    linear = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear) and ".0." in name]
+    chosen = [name.split(".")[-1] for name in (linear[0], linear[-1])]  # names differ between versions of transformers
+    learner = small_learner("lora", rank=2, alpha=6.0, layers=chosen)
+    frozen = {name: p.clone() for name, p in learner.get_base_model().named_parameters() if not p.requires_grad}
+    learner.begin_task([4, 1])
+    train_steps(learner, batch_of([4, 1, 1]))
+    base = learner.get_base_model()
+    assert all(torch.equal(p, frozen[name]) for name, p in base.named_parameters() if name in frozen)
+    updated = {name.removesuffix(".lora_A.default.weight") for name, _ in base.named_parameters() if ".lora_A." in name}
+    assert {name.split(".")[-1] for name in updated} == set(chosen)
+    with torch.no_grad():
+        for name in updated:
+            down, up = (base.get_submodule(f"{name}.{part}.default").weight for part in ("lora_A", "lora_B"))
+            plain.get_submodule(name).weight += 6.0 / 2 * up @ down
+    images = batch_of([4, 1, 0])["pixel_values"]
+    wanted = plain(pixel_values=images).last_hidden_state[:, 0]
+    assert not torch.allclose(wanted, build("vit").eval()(pixel_values=images).last_hidden_state[:, 0], atol=1e-3)
+    assert_close(learner.extract_features(images), wanted)
 
 
 def test_nearest_class_mean_in_numpy() -> None:

@@ -19,6 +19,7 @@ from cl_prompts.baselines.files import read_files
 from cl_prompts.baselines.gem import GEM
 from cl_prompts.baselines.hat import HAT
 from cl_prompts.baselines.icarl import ICaRL
+from cl_prompts.baselines.lora import SequentialLoRA
 from cl_prompts.baselines.lwf import LwF
 from cl_prompts.baselines.packnet import PackNet
 from cl_prompts.baselines.replay import ER, DERPlusPlus
@@ -31,6 +32,7 @@ from cl_prompts.baselines.supsup import SupSup
 _CLASSES: tuple[type[Baseline], ...] = (
     SequentialFineTuning,
     FrozenBackbone,
+    SequentialLoRA,
     JointTraining,
     NearestClassMean,
     EWC,
@@ -110,6 +112,7 @@ __all__ = [
     "OnlineEWC",
     "PackNet",
     "SequentialFineTuning",
+    "SequentialLoRA",
     "SupSup",
     "get_baseline",
     "load_baseline",

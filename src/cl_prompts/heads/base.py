@@ -187,6 +187,7 @@ class FeatureClassifier(nn.Module, ABC):
         head: IncrementalHead | None = None,
         *,
         only_current: bool = True,
+        loss_temperature: float = 1.0,
         untrained: Tensor | None = None,
     ) -> HeldOut:
         """Answers for images of the newest task by classifiers that were fitted without them. Call it in place of `fit`.
@@ -199,6 +200,7 @@ class FeatureClassifier(nn.Module, ABC):
             before: as for `fit` [n, D], or None.
             head: the trained head.
             only_current: whether its loss compares classes of the current task only (`class_mask="task"`).
+            loss_temperature: divides the head's logits in that loss.
             untrained: True for the images that no prompt was trained on [n], as for `folds`.
 
         Raises:
@@ -212,7 +214,7 @@ class FeatureClassifier(nn.Module, ABC):
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)
                 known = features[rest].to(work), targets[rest].to(work)
-                self._fit(*known, earlier, head and self._head_without(head, *known, only_current))
+                self._fit(*known, earlier, head and self._head_without(head, *known, only_current, loss_temperature))
                 del known, earlier
                 self.fitted = self.fitted + 1
                 inputs = features[held].to(work)
@@ -224,7 +226,7 @@ class FeatureClassifier(nn.Module, ABC):
         return HeldOut(torch.cat(logits), torch.cat(held_targets), of_images["novelty"], of_images["scale"])
 
     def _head_without(
-        self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool
+        self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, loss_temperature: float
     ) -> IncrementalHead:
         """The trained head as if the task had only these images; the same head for a classifier that does not read it."""
         return head

@@ -17,7 +17,13 @@ LEARNING_RATE = 0.01
 
 
 def held_out_logits(
-    head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, untrained: Tensor | None = None
+    head: IncrementalHead,
+    features: Tensor,
+    targets: Tensor,
+    only_current: bool,
+    untrained: Tensor | None = None,
+    *,
+    loss_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Logits of a task's images by heads that were trained without them.
 
@@ -31,19 +37,22 @@ def held_out_logits(
         targets: class index of each image [n].
         only_current: whether the loss compares classes of the current task only (`class_mask="task"`).
         untrained: True for the images that neither prompts nor `head` were trained on [n], as for `folds`.
+        loss_temperature: divides the logits in the training loss.
 
     Returns:
         logits [held, C] and their targets [held].
     """
     logits, held_targets = [features.new_zeros(0, len(head.weight))], [targets[:0]]
     for held in folds(targets, untrained):
-        again = trained_as_far(head, features[~held], targets[~held], only_current)
+        again = trained_as_far(head, features[~held], targets[~held], only_current, loss_temperature)
         logits.append(again(features[held]).detach())
         held_targets.append(targets[held])
     return torch.cat(logits), torch.cat(held_targets)
 
 
-def trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool) -> IncrementalHead:
+def trained_as_far(
+    head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, loss_temperature: float = 1.0
+) -> IncrementalHead:
     """A copy of `head` with the current task's rows trained from zero until their loss is that of `head`.
 
     Args:
@@ -51,11 +60,13 @@ def trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, onl
         features: of some of the task's images [n, D].
         targets: class index of each image [n].
         only_current: as for `held_out_logits`.
+        loss_temperature: as for `held_out_logits`.
     """
     others = ~head.current if only_current else torch.zeros_like(head.current)
 
     def loss_of(one: IncrementalHead) -> Tensor:
-        return F.cross_entropy(one(features).masked_fill(others, float("-inf")), targets)
+        logits = one(features) / loss_temperature
+        return F.cross_entropy(logits.masked_fill(others, float("-inf")), targets)
 
     again = copy.deepcopy(head).requires_grad_(True)
     parameters = list(again.parameters())
@@ -65,7 +76,9 @@ def trained_as_far(head: IncrementalHead, features: Tensor, targets: Tensor, onl
             parameter[head.current] = 0.0
         if head.cosine_scale is not None:  # the direction of a row of zeros is not defined
             again.weight[head.current] = features.mean(0)
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    # Logits that the loss divides grow as much larger. A cosine head's are bounded, and its rows' directions count.
+    larger = loss_temperature if head.cosine_scale is None else 1.0
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE * larger)
     with torch.enable_grad():
         loss = loss_of(again)
         reached = float(loss.detach())

@@ -49,9 +49,10 @@ class RetrainedHead(FeatureClassifier):
             self.head = trained
 
     def _head_without(
-        self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool
+        self, head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, loss_temperature: float
     ) -> IncrementalHead:
-        return trained_as_far(copy.deepcopy(head).to(features.device), features, targets, only_current)
+        head = copy.deepcopy(head).to(features.device)
+        return trained_as_far(head, features, targets, only_current, loss_temperature)
 
     @torch.no_grad()
     def hand_over(self, head: IncrementalHead) -> None:

@@ -263,12 +263,19 @@ class PoolAdapter(nn.Module):
         """What the state holds of the scores after the newest task, from its images while they are held out."""
         state, novelty, scale, width = self.config.state, None, None, None
         only_current, features, untrained = self.config.class_mask == "task", seen.features, seen.untrained
+        divided = self.config.loss_temperature
         if self.classifier is None:
-            logits, held = held_out_logits(self.head, features, targets, only_current, untrained)
+            logits, held = held_out_logits(self.head, features, targets, only_current, untrained, loss_temperature=divided)
         else:
             try:
                 logits, held, novelty, scale = self.classifier.held_out_answers(
-                    features, targets, before, self.head, only_current=only_current, untrained=untrained
+                    features,
+                    targets,
+                    before,
+                    self.head,
+                    only_current=only_current,
+                    loss_temperature=divided,
+                    untrained=untrained,
                 )
             except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
                 return {}

@@ -14,7 +14,7 @@ from cl_prompts.runs.arguments import read_arguments
 
 STEP = 2.06  # a training step of APT in plain forwards, as benchmarks/full_size.md says
 # Training and test images of each task; of equal tasks their sum.
-SIZES = {
+SIZES: dict[str, tuple[list[float], list[float]]] = {
     "cifar100": ([50_000], [10_000]),
     "imagenet_r": ([24_000], [6_000]),
     "cub": ([5_994], [5_794]),

@@ -31,6 +31,13 @@ def test_a_figure_is_what_the_code_does(name: str, written: str, tmp_path: Path)
     assert written in " ".join(texts(committed))  # the pattern finds what is written
 
 
+def test_the_passes_of_a_full_run_are_those_of_its_recipe() -> None:
+    script: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "full_size.py"))
+    assert script["table"]() in (ROOT / "benchmarks" / "full_size.md").read_text(), "run python benchmarks/full_size.py"
+    hours = script["table"](step=500.0, forward=1500.0).splitlines()
+    assert hours[2].endswith("| 0.18 |")  # 250,000 / 500 + 210,000 / 1,500 seconds
+
+
 def test_a_forward_is_read_in_six_files() -> None:
     """The page lists the files of the figure, an L2P forward runs through each, and they are short together."""
     script: dict[str, Any] = runpy.run_path(str(DOCS / "figures" / "reading_path.py"))

@@ -38,16 +38,25 @@ def draw(results: Mapping[str, AccuracyMatrix], folder: Path) -> list[Path]:
 
 
 def draw_curves(results: Mapping[str, Sequence[AccuracyMatrix]], file: Path) -> Path:
-    """Draw the mean accuracy over the tasks seen, after each task; for several runs of a learner, their mean and std.
+    """Draw the mean accuracy over the tasks seen, after each task; `results` has the runs of each learner.
 
-    `results` has the runs of each learner. The plot is written to `file`, which is returned. With many learners the legend
-    is outside the axes, ordered by final accuracy. A curve that coincides with an earlier one is dashed, with rings around
-    the points, so that both are seen. The axis fits the data.
+    The plot is written to `file`, which is returned. `draw_lines` says what it looks like.
     """
     curves = {
-        name + ", task known" * runs[0].needs_task: np.array([matrix.shown().curve() for matrix in runs])
+        name + ", task known" * runs[0].needs_task: [matrix.shown().curve() for matrix in runs]
         for name, runs in results.items()
     }
+    return draw_lines(curves, file)
+
+
+def draw_lines(results: Mapping[str, Sequence[Sequence[float]]], file: Path) -> Path:
+    """Draw accuracies in percent after each task; for several runs of a learner, their mean and std.
+
+    `results` has the accuracies of each run of each learner. The plot is written to `file`, which is returned. With many
+    learners the legend is outside the axes, ordered by final accuracy. A curve that coincides with an earlier one is
+    dashed, with rings around the points, so that both are seen. The axis fits the data.
+    """
+    curves = {name: np.array(runs) for name, runs in results.items()}
     many = len(curves) > CURVES_NAMED_INSIDE
     if many:
         curves = dict(sorted(curves.items(), key=lambda item: -item[1][:, -1].mean()))

@@ -122,12 +122,17 @@ def as_line(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def folder_name(row: str) -> str:
+    """What the results folders of a row begin with: "APT 0.02" -> "apt-0-02"."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", row).strip("-").lower()
+
+
 def plan(rows: Mapping[str, Mapping[str, Any]], seeds: list[int], output: Path, further: list[str]) -> list[Run]:
     """All runs, ordered by seed, so that an interrupted comparison has all rows. Exits on invalid arguments."""
     runs = []
     for seed in seeds:
         for row, settings in rows.items():
-            folder = output / f"{re.sub(r'[^A-Za-z0-9]+', '-', row).strip('-').lower()}-seed{seed}"
+            folder = output / f"{folder_name(row)}-seed{seed}"
             words = [*as_line(settings), *further, "--seed", str(seed), "--output_dir", str(folder)]
             arguments, training = arguments_of(row, words)
             own = {name: value for name, value in settings.items() if f"--{name}" not in further}

@@ -51,7 +51,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "conversion": {"peft", "accelerate", "datasets", "huggingface_hub"},
     "learner": {"transformers", "peft", "accelerate", "datasets", "huggingface_hub"},
     "tuner": {"accelerate", "datasets", "huggingface_hub"},
-    "baselines": {"peft", "accelerate", "datasets", "huggingface_hub"},
+    "baselines": {"accelerate", "datasets", "huggingface_hub"},
     "continual": {"peft", "huggingface_hub"},
 }
 MATHEMATICS = {"torch", "math", "__future__", "collections", "dataclasses", "typing", "abc", "cl_prompts"}

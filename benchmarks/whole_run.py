@@ -3,12 +3,14 @@
     python benchmarks/whole_run.py --model VIT_TINY --dataset CIFAR100_MINI --method l2p
     python benchmarks/whole_run.py --model VIT_TINY --dataset CIFAR100_MINI --method coda --fraction 0.1
     python benchmarks/whole_run.py ... --query_cache FOLDER      # a second run finds un-prompted features there
+    python benchmarks/whole_run.py ... --precision bf16          # run and plain forward under autocast
     python benchmarks/whole_run.py ... --config layers=[4,5,6]   # any further argument of cl-prompts train
 
-The settings are those of the recipe `l2p_cifar100_mini`: ten tasks of ten classes, batches of 64, three epochs, Adam; in
-float32, with one thread. The run is everything from the imports to the saved adapter. It is given in CPU seconds of the
-process and in seconds on the wall clock. The plain forward is timed on both clocks in the same process, in batches of 64:
-before the run, after its fifth task and behind it. The median is the unit; these forwards are not counted.
+The settings are those of the recipe `l2p_cifar100_mini`: ten tasks of ten classes, batches of 64, three epochs, Adam; with
+one thread, in float32 unless `--precision bf16` is given. The run is everything from the imports to the saved adapter,
+given in CPU seconds of the process and in seconds on the wall clock. The plain forward is timed on both clocks in the same
+process, in batches of 64: before the run, after its fifth task and behind it. The median is the unit; these forwards are
+not counted.
 
 With `--fraction` each class has that part of its images. Steps, un-prompted features, evaluation, reading, and the pass at
 the end of a task, by which scores are calibrated, grow with the images; the rest is the same for any number. The last line
@@ -115,20 +117,27 @@ class Unit(TrainerCallback):
     Args:
         model: the backbone without prompts.
         clock: counts these forwards as a part of their own.
+        bf16: whether they run under autocast to bf16, as those of the run.
     """
 
-    def __init__(self, model: Any, clock: Clock) -> None:
-        self.model, self.clock = model.eval(), clock
+    def __init__(self, model: Any, clock: Clock, *, bf16: bool) -> None:
+        self.model, self.clock, self.bf16 = model.eval(), clock, bf16
         self.images = torch.randn(BATCH, 3, model.config.image_size, model.config.image_size)
         self.found: list[list[float]] = []
 
+    @torch.no_grad()
+    def forward(self) -> None:
+        """The plain forward of a batch."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            self.model(self.images)
+
     def measure(self) -> None:
         """Time two batches after one that is not timed."""
-        with self.clock.part("unit"), torch.no_grad():
-            self.model(self.images)
+        with self.clock.part("unit"):
+            self.forward()
             for _ in range(2):
                 before = now()
-                self.model(self.images)
+                self.forward()
                 self.found.append([(end - start) / BATCH for start, end in zip(before, now(), strict=True)])
 
     def on_task_end(self, state: Any, task: Any) -> None:
@@ -165,13 +174,14 @@ def measure(options: argparse.Namespace, clock: Clock) -> Unit:
     with TemporaryDirectory() as folder:
         words = ["--recipe", "l2p_cifar100_mini", "--method", options.method, *OF_METHOD.get(options.method, [])]
         words += ["--model", options.model, "--dataset", options.dataset, "--attention", options.attention]
-        words += ["--mixed_precision", "no", "--output_dir", f"{folder}/run", *options.further]
+        words += ["--mixed_precision", "bf16" if options.precision == "bf16" else "no"]
+        words += ["--output_dir", f"{folder}/run", *options.further]
         args, training = read_arguments(words)
         with runs.open_run(args, training, "") as run:
             processor = AutoImageProcessor.from_pretrained(args.model)
             stream = build_stream(args, processor, training.seed)
             keep_part(stream, options.fraction)
-            unit = Unit(load_backbone(args.model, args.attention), clock)
+            unit = Unit(load_backbone(args.model, args.attention), clock, bf16=training.mixed_precision == "bf16")
             unit.measure()
             trainer = run.prepare(build_learner(args, stream, training.seed), stream)
             trainer.callbacks.append(unit)
@@ -210,6 +220,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--method", default="l2p")
     parser.add_argument("--fraction", type=float, default=1.0, help="part of the images of each class")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--attention", default="eager")
     options, further = parser.parse_known_args()
     options.further = further
@@ -223,10 +234,9 @@ def main() -> None:
     total = time.process_time(), time.perf_counter() - STARTED
     cpu, wall = unit.seconds()
     print(machine())
-    print(f"{options.method}, {options.fraction:g} of the images; a plain forward of one image takes {1e3 * cpu:.2f} ms of")
-    print(
-        f"CPU (in turn: {', '.join(f'{1e3 * each:.2f}' for each, _ in unit.found)}), {1e3 * wall:.2f} ms on the wall clock"
-    )
+    print(f"{options.method}, {options.precision}, {options.fraction:g} of the images; a plain forward of one image takes")
+    in_turn = ", ".join(f"{1e3 * each:.2f}" for each, _ in unit.found)
+    print(f"{1e3 * cpu:.2f} ms of CPU (in turn: {in_turn}), {1e3 * wall:.2f} ms on the wall clock")
     if options.method in GOALS:
         print(f"goal {GOALS[options.method]:,} units; the published code took {PUBLISHED[options.method]:,}")
     print("\n".join(table(clock, (cpu, wall), total, options)))

@@ -233,19 +233,22 @@ def test_the_metric_of_batches(settings: dict[str, Any], tmp_path: Path) -> None
         assert run.evaluate()["eval_accuracy"] == pytest.approx(own_accuracy(model))
 
 
-def train_in_one_of_two(rank: int, port: int, folder: Path) -> None:
+def train_in_one_of_two(rank: int, port: int, folder: Path, when: str) -> None:
     become(rank, port)
-    learn_two_tasks(folder, processes=2)
+    learn_two_tasks(folder, 2, when)
 
 
-def learn_two_tasks(folder: Path, processes: int) -> None:
-    """Smoothed labels and accumulated micro-batches, in a task of four classes and in one of one class."""
+def learn_two_tasks(folder: Path, processes: int, when: str) -> None:
+    """Smoothed labels and accumulated micro-batches, in a task of four classes and in one of one class.
+
+    The model is evaluated and saved `when` an "epoch" ends, or at "steps", here the third, within an epoch.
+    """
     model = bird_model("hash")
     for number, classes in enumerate((CLASSES, [5])):
         if number:
             model.end_task()
             model.begin_task(classes)
-        often = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+        often = {"eval_strategy": when, "save_strategy": when, "load_best_model_at_end": True}
         run = trainer(
             PromptPoolTrainer,
             model,
@@ -257,6 +260,8 @@ def learn_two_tasks(folder: Path, processes: int) -> None:
             gradient_accumulation_steps=2,
             per_device_train_batch_size=4 // processes,
             per_device_eval_batch_size=4 // processes,
+            eval_steps=3,
+            save_steps=3,
             **often,
         )
         run.train()
@@ -268,8 +273,15 @@ def learn_two_tasks(folder: Path, processes: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    learn_two_tasks(tmp_path / "one", 1)
-    in_two_processes(train_in_one_of_two, free_port(), tmp_path / "two")
-    one, two = (load_file(tmp_path / name / "last/adapter_model.safetensors") for name in ("one", "two"))
-    assert_close(two, one, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("when", ["epoch", "steps"])
+def test_two_processes_learn_what_one_learns(when: str, tmp_path: Path) -> None:
+    """The callback gathers the images' counts before an evaluation and a checkpoint, which hold those of all processes."""
+    learn_two_tasks(tmp_path / "one", 1, when)
+    in_two_processes(train_in_one_of_two, free_port(), tmp_path / "two", when)
+    name = "adapter_model.safetensors"
+    saved = [str(file.relative_to(tmp_path / "one")) for file in sorted((tmp_path / "one").rglob(name))]
+    within = {"epoch": 4, "steps": 3}[when]
+    assert {f"0/checkpoint-{within}/{name}", f"1/checkpoint-{within}/{name}", f"last/{name}"} <= set(saved)
+    for file in saved:
+        one, two = (load_file(tmp_path / side / file) for side in ("one", "two"))
+        assert_close(two, one, atol=1e-6, rtol=0, msg=lambda found, at=file: f"{at}: {found}")

@@ -15,6 +15,7 @@ from cl_prompts.baselines.teacher import DistillingBaseline, distillation
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images
+from cl_prompts.runtime.precision import device_of_float64
 
 
 class BiC(DistillingBaseline):
@@ -130,7 +131,9 @@ def fit_correction(logits: Tensor, targets: Tensor, old: int, decay: float = 1e-
         old: number of old classes.
         decay: times the squared distance from (1, 0) joins the mean cross entropy.
     """
-    neutral = torch.tensor([1.0, 0.0], dtype=torch.float64, device=logits.device)
+    home, work = logits.device, device_of_float64(logits.device)
+    logits, targets = logits.to(work), targets.to(work)
+    neutral = torch.tensor([1.0, 0.0], dtype=torch.float64, device=work)
     found = neutral.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([found], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
@@ -143,4 +146,4 @@ def fit_correction(logits: Tensor, targets: Tensor, old: int, decay: float = 1e-
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return found.detach().float()
+    return found.detach().float().to(home)

@@ -19,6 +19,7 @@ from cl_prompts.learner.features import record
 from cl_prompts.learner.nested_tensors import below, prefixed
 from cl_prompts.learner.protocol import Images
 from cl_prompts.runtime.distributed import gather_with_gradient
+from cl_prompts.runtime.precision import device_of_float64
 
 
 class Co2L(Baseline):
@@ -220,7 +221,8 @@ def fit_balanced(features: Tensor, targets: Tensor, classes: int, decay: float =
         classes: number C of classes.
         decay: times the squared norm of weight and bias joins the loss, in units of standardized features.
     """
-    rows = features.double()
+    home, work = features.device, device_of_float64(features.device)
+    rows, targets = features.to(work).double(), targets.to(work)
     center, spread = rows.mean(0), rows.std(0, unbiased=False).clamp_min(1e-6)
     rows = (rows - center) / spread
     shares = 1.0 / torch.bincount(targets, minlength=classes).clamp_min(1)[targets].double()
@@ -238,4 +240,4 @@ def fit_balanced(features: Tensor, targets: Tensor, classes: int, decay: float =
     with torch.enable_grad():
         optimizer.step(closure)
     weight = found.detach()[:, :-1] / spread
-    return weight.float(), (found.detach()[:, -1] - weight @ center).float()
+    return weight.float().to(home), (found.detach()[:, -1] - weight @ center).float().to(home)

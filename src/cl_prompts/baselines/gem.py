@@ -143,7 +143,7 @@ class GEM(EpisodicMemory):
 
     def project(self, gradient: Tensor, references: Tensor) -> Tensor:
         """The gradient of the step; see `EpisodicMemory`, with its `gradient` and `references`."""
-        gram, slopes = (references @ references.T).double().cpu(), (references @ gradient).double().cpu()
+        gram, slopes = (references @ references.T).cpu().double(), (references @ gradient).cpu().double()
         if (slopes >= 0).all():
             return gradient
         gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)

@@ -17,6 +17,7 @@ from cl_prompts.heads.class_means import ClassMeans, cosines
 from cl_prompts.interfaces import LossPart
 from cl_prompts.learner.features import record
 from cl_prompts.learner.protocol import Images
+from cl_prompts.runtime.precision import device_of_float64
 
 
 class ICaRL(DistillingBaseline):
@@ -66,11 +67,12 @@ class ICaRL(DistillingBaseline):
             ranks [n], from 0; infinite for images that could not be read.
         """
         seen = record(self.features_of, images)
+        features = seen.features.to(device_of_float64(seen.features.device)).double()
         rank: dict[int, int] = {}
         for label in seen.labels.unique().tolist():
             own = seen.labels == label
             ids = seen.ids[own].tolist()
-            order = herding(F.normalize(seen.features[own].double(), dim=1)).tolist()
+            order = herding(F.normalize(features[own.to(features.device)], dim=1)).tolist()
             rank |= {ids[i]: number for number, i in enumerate(order)}
         return np.array([rank.get(int(row), np.inf) for row in rows])
 
@@ -85,11 +87,12 @@ class ICaRL(DistillingBaseline):
         seen = record(self.features_of, memory)
         exemplars = ClassMeans(self.features.width)
         targets, _ = self.head.to_targets(seen.labels)
-        exemplars.add(F.normalize(seen.features.double(), dim=1), targets, len(self.classes))
+        features = seen.features.to(device_of_float64(seen.features.device)).double()
+        exemplars.add(F.normalize(features, dim=1), targets, len(self.classes))
         if (exemplars.counts == 0).any():
             missing = [c for c, count in zip(self.classes, exemplars.counts.tolist(), strict=True) if not count]
             raise ValueError(f"the memory holds no image of classes {missing}: raise memory_size")
-        self.means = F.normalize(exemplars.sums, dim=1).float()
+        self.means = F.normalize(exemplars.sums, dim=1).float().to(seen.features.device)
 
     def predict(self, features: Tensor, logits: Tensor) -> Tensor:
         """Cosines to the exemplar means [B, C]: the largest is the nearest mean."""

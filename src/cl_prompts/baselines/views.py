@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_prompts.runtime.precision import device_of_float64
+
 
 LEAST_AREA = 0.3  # of a crop, as a share of the image
 
@@ -36,7 +38,8 @@ def second_view(images: Tensor, numbers: Tensor, step: int) -> Tensor:
 
 def uniform(numbers: Tensor, step: int, draw: int) -> Tensor:
     """Numbers in [0, 1) that look random, float64 [B], from integers [B] (the last steps of MurmurHash3)."""
-    x = numbers.long() * 6364136223846793005 + torch.tensor(3 * step + draw, device=numbers.device) * 1442695040888963407
+    numbers = numbers.to(device_of_float64(numbers.device)).long()
+    x = numbers * 6364136223846793005 + torch.tensor(3 * step + draw, device=numbers.device) * 1442695040888963407
     for factor in (-49064778989728563, -4265267296055464877):
         x = (x ^ (x >> 33)) * factor
     return ((x ^ (x >> 33)) & (2**52 - 1)).double() / 2**52

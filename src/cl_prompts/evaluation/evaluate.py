@@ -159,7 +159,7 @@ def _confidences(logits: Tensor, right: Tensor, bins: int) -> Tensor:
         right: whether a column is the image's class [n, C]; no column if the class is unknown.
         bins: of the confidence.
     """
-    logs = logits.double().cpu().log_softmax(1)
+    logs = logits.cpu().double().log_softmax(1)  # Apple's devices have no float64
     confidence, predicted = logs.exp().max(1)
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
     right = right.cpu()

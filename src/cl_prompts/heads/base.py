@@ -18,6 +18,7 @@ from cl_prompts.heads.drift import FeatureMap, fit_map
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.grouped_gaussians import group_gaussians
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.runtime.precision import device_of_float64
 
 
 class HeldOut(NamedTuple):
@@ -245,8 +246,7 @@ class FeatureClassifier(nn.Module, ABC):
     @contextmanager
     def _at_work(self, home: torch.device, *, keep: bool = True) -> Iterator[torch.device]:
         """The device to fit on. After an error, and without `keep`, all tensors are those of before."""
-        # Fitting uses float64, which Apple's devices do not have.
-        work = torch.device("cpu") if home.type == "mps" else home
+        work = device_of_float64(home)
         self.to(work)
         self.make_room()
         buffers = [(part, dict(part._buffers)) for part in self.modules()]

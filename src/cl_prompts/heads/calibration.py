@@ -94,7 +94,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
     Returns:
         A number from 1e-4 to 1e4; None if there is no image, only one class, or all logits of an image are equal.
     """
-    logits = logits.double().cpu()
+    logits = logits.cpu().double()  # Apple's devices have no float64
     targets = targets.cpu()
     known = logits.gather(1, targets[:, None])[:, 0].isfinite() & (logits.isfinite().sum(1) > 1)
     logits, targets = logits[known], targets[known]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_prompts.runtime.precision import device_of_float64
+
 
 def class_sums(
     features: Tensor, targets: Tensor, classes: Sequence[int], *, dtype: torch.dtype = torch.float64
@@ -60,7 +62,8 @@ class ClassMeans:
             targets: index of each image's class [n], 0 to `num_classes` - 1.
             num_classes: C, at least as many as before.
         """
-        sums, counts = class_sums(features, targets, range(num_classes))
+        work = device_of_float64(features.device)
+        sums, counts = class_sums(features.to(work), targets.to(work), range(num_classes))
         sums[: len(self.sums)] += self.sums.to(sums.device)
         counts = counts.double()
         counts[: len(self.counts)] += self.counts.to(counts.device)
@@ -70,12 +73,12 @@ class ClassMeans:
         """The cosine of each feature with each class's mean; -inf for classes without an image.
 
         Args:
-            features: [B, D], on the device of the features added.
+            features: [B, D].
 
         Returns:
             float32 [B, C].
         """
-        return cosines(features, self.sums).masked_fill(self.counts == 0, -math.inf)
+        return cosines(features, self.sums).masked_fill((self.counts == 0).to(features.device), -math.inf)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`sums` and `counts`."""
@@ -88,4 +91,4 @@ class ClassMeans:
 
 def cosines(features: Tensor, means: Tensor) -> Tensor:
     """Cosine of each feature [B, D] with each mean, or multiple of a mean, [C, D]: [B, C] float32."""
-    return F.linear(F.normalize(features.float(), dim=1), F.normalize(means, dim=1).float())
+    return F.linear(F.normalize(features.float(), dim=1), F.normalize(means, dim=1).float().to(features.device))

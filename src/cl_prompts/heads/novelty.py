@@ -25,7 +25,7 @@ def energy(logits: Tensor, temperature: float) -> Tensor:
 
 def threshold_of(scores: Tensor, rate: float) -> float | None:
     """The novelty that a share `rate` of held-out images with these `scores` [n] exceeds; None if they are too few."""
-    scores = scores[scores.isfinite()].double()
+    scores = scores[scores.isfinite()].cpu().double()  # Apple's devices have no float64
     if len(scores) < FEWEST_IMAGES:
         return None
     return float(torch.quantile(scores, 1 - rate, interpolation="higher"))

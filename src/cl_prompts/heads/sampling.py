@@ -42,7 +42,7 @@ class FeatureSampler:
             an iterator over features [images, D] in float32, and their class indices [images].
         """
         device, width = self.means.device, self.means.shape[2]
-        clusters = torch.multinomial(self.weights.double().cpu(), images, replacement=True, generator=generator).to(device)
+        clusters = torch.multinomial(self.weights.cpu().double(), images, replacement=True, generator=generator).to(device)
         for row, index in enumerate(self.class_indices):
             noise = torch.randn(images, width, generator=generator).to(device)
             if self.deviations is not None:

@@ -1,4 +1,4 @@
-"""Full precision for what is no pass over images: changes of tasks, fits of classifiers, and changes of steps."""
+"""Full precision for what is no pass over images: changes of tasks, fits of classifiers, and changes of steps; float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def device_of_float64(device: torch.device) -> torch.device:
+    """The `device` if it has float64; else, for Apple's, the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class Run:
         self.matrices |= {f"{method} + {name}": matrix for name, matrix in result.extra_matrices.items()}
         if isinstance(stream, IndexedStream):
             features = untrained or features_of(trainer)
-            self.matrices |= references(*features, stream, self.args, self.training)
+            self.matrices |= references(*features, stream, self.args, self.training, self.accelerator.print)
         self.seconds = before - self.started + time.perf_counter() - trained
 
     def report(self, trainer: ContinualTrainer, stream: Stream, processor: Any) -> None:

@@ -218,9 +218,9 @@ class FeatureClassifier(nn.Module, ABC):
                 self._fit(*known, earlier, head and self._head_without(head, *known, only_current, loss_temperature))
                 del known, earlier
                 self.fitted = self.fitted + 1
-                inputs = features[held].to(work)
-                logits.append(self(inputs).to(features.device))
-                for name, values in (("novelty", self.novelty(inputs)), ("scale", self.scale(inputs))):
+                scores, *further = self._answers_once(features[held].to(work))
+                logits.append(scores.to(features.device))
+                for name, values in zip(found, further, strict=True):
                     found[name] += [] if values is None else [values.to(features.device)]
             held_targets.append(targets[held])
         of_images = {name: torch.cat(values) if values else None for name, values in found.items()}
@@ -239,6 +239,10 @@ class FeatureClassifier(nn.Module, ABC):
     def novelty(self, features: Tensor) -> Tensor | None:
         """How unlike the known classes `features` [B, D] are: [B]; None for a classifier that can tell by logits only."""
         return None
+
+    def _answers_once(self, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits, novelty and scale of `features`; nothing is kept for further answers."""
+        return self(features), self.novelty(features), self.scale(features)
 
     def forget_computed(self) -> None:
         """Drop what answers computed from the statistics and keep; they compute it again."""
@@ -260,6 +264,8 @@ class FeatureClassifier(nn.Module, ABC):
             if not keep:
                 for part, before_fit in buffers:
                     part._buffers.update(before_fit)
+                    if isinstance(part, ClassGaussians):
+                        part.clear_newest()
                 self.forget_computed()
             self.to(home)
 
@@ -289,7 +295,8 @@ class FeatureClassifier(nn.Module, ABC):
 
     @abstractmethod
     def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
-        """Fit the classifier; the arguments are those of `fit`, already checked. Replaces buffers and writes into none."""
+        """Fit the classifier; the arguments are those of `fit`, already checked. Replaces buffers, and writes into none
+        but newest rows of `ClassGaussians`."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

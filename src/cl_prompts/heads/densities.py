@@ -5,8 +5,8 @@ Features are taken relative to the mean of the class means, so that float32 is e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cl_prompts.heads.regularized import cholesky, inverse_of_factor
 TINY = 1e-30
 SHORTEST = 1e-3  # squared length per dimension, of features at the center
 AT_ONCE = 8  # Gaussians whose factors are in float64 at a time
+BY_ROW = ("shares", "means", "offsets", "constant", "lengths")  # of `LowRankDensities`, beside the directions
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class FullDensities:
         return ((x @ self.metric) * x).mean(1).clamp_min(SHORTEST)
 
 
+def squared_lengths(z: Tensor) -> Tensor:
+    """Squared length of each of z [B, D] per dimension: [B]."""
+    return z.square().mean(1).clamp_min(SHORTEST)
+
+
 @dataclass(frozen=True)
 class LowRankDensities:
     """log N(x; mean_c, share_c * P + own * F_c'F_c) for R Gaussians, by Woodbury's identity.
@@ -114,8 +120,30 @@ class LowRankDensities:
     lengths: Tensor
 
     @classmethod
-    def of(cls, means: Tensor, pooled: Tensor, shares: Tensor, factors: Tensor, own: float) -> LowRankDensities:
-        """Compute the terms.
+    def joined(cls, parts: Iterable[LowRankDensities], rows: int) -> LowRankDensities:
+        """All densities of `in_parts`; `rows` is R. The directions of the parts are not held beside all of them.
+
+        Raises:
+            torch.linalg.LinAlgError: P cannot be inverted.
+        """
+        kept: list[LowRankDensities] = []
+        directions, done = torch.empty(0), 0
+        for part in parts:
+            number, width = part.directions.shape
+            if not kept:
+                directions = part.directions.new_empty(rows * number // len(part.shares), width)
+            own = directions[done : done + number].copy_(part.directions)
+            kept.append(replace(part, directions=own))
+            done += number
+        return replace(
+            kept[0], directions=directions, **{name: torch.cat([getattr(part, name) for part in kept]) for name in BY_ROW}
+        )
+
+    @classmethod
+    def in_parts(
+        cls, means: Tensor, pooled: Tensor, shares: Tensor, factors: Tensor, own: float
+    ) -> Iterator[LowRankDensities]:
+        """The terms of `AT_ONCE` Gaussians after another: for all of them in float64, twice the memory would be needed.
 
         Args:
             means: float64 [R, D].
@@ -130,27 +158,33 @@ class LowRankDensities:
         center = means.mean(0)
         whiten = inverse_of_factor(cholesky(pooled))
         del pooled
-        scaled = ((means - center) @ whiten).float()
-        directions, volumes = torch.empty_like(factors), torch.empty_like(shares)
-        for rows in torch.arange(len(factors)).split(AT_ONCE):  # all of them in float64 would take twice their memory
-            share = shares[rows, None]
-            relative = factors[rows].double() @ whiten
+        of_all = center.float(), whiten.float()
+        parts = [tensor.split(AT_ONCE) for tensor in (means, shares, factors)]
+        for mean, share, factor in zip(*parts, strict=True):
+            scaled = ((mean - center) @ whiten).float()
+            relative = factor.double() @ whiten
             values, vectors = torch.linalg.eigh(relative @ relative.mT)
-            stretched = 1 + own * values.clamp_min(0) / share
-            weights = (own / stretched).sqrt() / share
-            directions[rows] = (weights[:, :, None] * (vectors.mT @ relative)).float()
-            volumes[rows] = 0.5 * stretched.log().sum(1)
-        volumes += 0.5 * means.shape[1] * shares.log()
-        short = shares.float()
-        lengths = scaled.square().sum(1)
-        constant = -0.5 * lengths / short - volumes.float()
-        offsets = torch.einsum("rkd,rd->rk", directions, scaled).flatten()
-        scaled /= short[:, None]
-        return cls(center.float(), whiten.float(), short, scaled, directions.flatten(0, 1), offsets, constant, lengths)
+            stretched = 1 + own * values.clamp_min(0) / share[:, None]
+            weights = (own / stretched).sqrt() / share[:, None]
+            relative = vectors.mT @ relative
+            directions = relative.mul_(weights[:, :, None]).float().flatten(0, 1)
+            del relative
+            volumes = 0.5 * (stretched.log().sum(1) + means.shape[1] * share.log())
+            short, lengths = share.float(), scaled.square().sum(1)
+            constant = -0.5 * lengths / short - volumes.float()
+            offsets = torch.einsum("rkd,rd->rk", directions.view_as(factor), scaled).flatten()
+            yield cls(*of_all, short, scaled / short[:, None], directions, offsets, constant, lengths)
+
+    def whitened(self, features: Tensor) -> Tensor:
+        """z of features [B, D]: relative to the mean of the means, where the pooled covariance is the identity: [B, D]."""
+        return (features - self.center) @ self.whiten
 
     def scores(self, features: Tensor) -> Tensor:
         """Log densities [B, R] of features [B, D]."""
-        z = (features - self.center) @ self.whiten
+        return self.scores_of(self.whitened(features))
+
+    def scores_of(self, z: Tensor) -> Tensor:
+        """Log densities [B, R] of `whitened` features z [B, D]."""
         along = (z @ self.directions.T - self.offsets).square().unflatten(1, (len(self.shares), -1)).sum(2)
         return z @ self.means.T - 0.5 * z.square().sum(1, keepdim=True) / self.shares + self.constant + 0.5 * along
 
@@ -159,10 +193,13 @@ class LowRankDensities:
 
         Both are taken relative to the mean of the means; 0 for a mean that is there itself.
         """
-        z = (features - self.center) @ self.whiten
+        return self.cosines_of(self.whitened(features))
+
+    def cosines_of(self, z: Tensor) -> Tensor:
+        """As `cosines`, of `whitened` features z [B, D]."""
         squares = z.square().sum(1, keepdim=True) * self.lengths
         return z @ self.means.T * self.shares * squares.clamp_min(TINY).rsqrt()
 
     def squared_lengths(self, features: Tensor) -> Tensor:
         """Squared length of features [B, D] per dimension, where the pooled covariance is the identity: [B]."""
-        return ((features - self.center) @ self.whiten).square().mean(1).clamp_min(SHORTEST)
+        return squared_lengths(self.whitened(features))

@@ -8,7 +8,7 @@ compensation, and the covariances of low rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.class_groups import ClassGroups
-from cl_prompts.heads.densities import FullDensities, LowRankDensities
+from cl_prompts.heads.densities import AT_ONCE, FullDensities, LowRankDensities, squared_lengths
 from cl_prompts.heads.gaussians import ClassGaussians
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.regularized import cholesky
@@ -162,6 +162,29 @@ class DiscriminantClassifier(FeatureClassifier):
         self.check_fitted()
         return self._densities().rows.squared_lengths(features.float())
 
+    def _answers_once(self, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `forward`, `novelty` and `scale`. Of low-rank covariances, no more than a few densities are in memory."""
+        g = self.gaussians
+        if g.kind != "low_rank":
+            return super()._answers_once(features)
+        features, indices = features.float(), torch.tensor(g.class_indices, device=features.device)[g.seen]
+        logits = features.new_full((len(features), self.num_classes), float("-inf"))
+        cosine = features.new_full((len(features),), float("-inf"))
+        z = None
+        for index, part in zip(indices.split(AT_ONCE), self._parts(g), strict=True):
+            z = part.whitened(features) if z is None else z
+            logits.scatter_reduce_(1, index.expand(len(features), -1), part.scores_of(z), "amax")
+            cosine = torch.maximum(cosine, part.cosines_of(z).amax(1))
+        assert z is not None
+        return logits, 1 - cosine, squared_lengths(z)
+
+    def _parts(self, g: ClassGaussians) -> Iterator[LowRankDensities]:
+        """Densities of the rows with images of low-rank Gaussians, `AT_ONCE` after another."""
+        rows = g.seen
+        factors = g.factor if len(rows) == len(g.factor) else g.factor[rows]
+        means = g.mean[rows, 0].double()
+        return LowRankDensities.in_parts(means, g.pooled(self.spherical), g.shares(self.own), factors, self.own)
+
     def _densities(self) -> Densities:
         """The result of `_compute`, which is computed again only after the Gaussians have changed."""
         cached = self._cached
@@ -182,14 +205,12 @@ class DiscriminantClassifier(FeatureClassifier):
         home = self.gaussians.mean.device
         g = copy.deepcopy(self.gaussians).cpu() if home.type == "mps" else self.gaussians  # mps has no float64
         rows = g.seen
-        means = g.mean[rows, 0].double()
         found: FullDensities | LowRankDensities
         try:
             if g.kind == "low_rank":
-                factors = g.factor if len(rows) == len(g.factor) else g.factor[rows]
-                found = LowRankDensities.of(means, g.pooled(self.spherical), g.shares(self.own), factors, self.own)
+                found = LowRankDensities.joined(self._parts(g), len(rows))
             else:
-                found = FullDensities.of(means, g.covariances(self.own, self.spherical))
+                found = FullDensities.of(g.mean[rows, 0].double(), g.covariances(self.own, self.spherical))
         except torch.linalg.LinAlgError as error:  # statistics of a file whose fit did not check them
             raise self._not_invertible() from error
         moved = replace(found, **{f.name: getattr(found, f.name).to(home) for f in fields(found)})

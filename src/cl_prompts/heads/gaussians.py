@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 
@@ -21,7 +21,8 @@ KINDS = ("low_rank", "full", "shared", "diagonal", "centroids")
 class ClassGaussians(nn.Module):
     """Means and covariances of features, for each class of each task. A class that returns has one Gaussian per task.
 
-    `move` and `add` replace tensors and write into none, so that a failed fit can be undone.
+    `move` replaces tensors, and `add` writes into the newest task's rows only, so that a fit can be undone without a second
+    copy of all rows: put the tensors of before back, and call `clear_newest`.
 
     Args:
         width: size D of the features.
@@ -101,6 +102,11 @@ class ClassGaussians(nn.Module):
         """Take all rows for those of earlier tasks; only after a change of classes between tasks."""
         self._newest = slice(len(self.class_indices), len(self.class_indices))
 
+    def clear_newest(self) -> None:
+        """Set the newest task's rows to zero, as they are before `add`."""
+        for name in self.by_row:
+            getattr(self, name)[self._newest] = 0
+
     def make_room(self) -> None:
         """Allocate rows for all classes."""
         rows = len(self.class_indices) - self.count.shape[0]
@@ -117,20 +123,29 @@ class ClassGaussians(nn.Module):
     def move(self, change: FeatureMap) -> None:
         """Apply x -> x A + b of `change` to all rows but the newest task's, whose features are after the change."""
         matrix, old = change.matrix, slice(0, self._newest.start)
-        self._replace("mean", [(self.mean[old].double() @ matrix + change.shift).to(self.mean)], old)
+        mean = self.mean.clone()
+        mean[old] = (mean[old].double() @ matrix + change.shift).to(mean)
+        self.mean = mean
         if self.pools:
             self.spread = (matrix.T @ self.spread.double() @ matrix).to(self.spread)
-        elif self.kind == "full":  # one after another: all of them in float64 would take twice their memory
-            self._replace("spread", [(matrix.T @ each.double() @ matrix).to(each)[None] for each in self.spread[old]], old)
+        elif self.kind == "full":
+            self._move_rows("spread", lambda each: matrix.T @ each @ matrix)
         else:
-            self._replace("spread", [(self.spread[old].double() @ matrix.square()).to(self.spread)], old)
+            spread = self.spread.clone()
+            spread[old] = (spread[old].double() @ matrix.square()).to(spread)
+            self.spread = spread
         if self.kind == "low_rank":
-            self._replace("factor", [(each.double() @ matrix).to(each)[None] for each in self.factor[old]], old)
+            self._move_rows("factor", lambda each: each @ matrix)
 
-    def _replace(self, name: str, values: Sequence[Tensor], rows: slice) -> None:
-        """Replace `rows` of a tensor by the concatenated `values`."""
-        tensor = getattr(self, name)
-        setattr(self, name, torch.cat([tensor[: rows.start], *values, tensor[rows.stop :]]))
+    def _move_rows(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace a tensor by one in which old rows are changed; `change` gets each in float64.
+
+        One row after another: all of them in float64 would take twice their memory.
+        """
+        moved = getattr(self, name).clone()
+        for row in range(self._newest.start):
+            moved[row] = change(moved[row].double()).to(moved)
+        setattr(self, name, moved)
 
     @torch.no_grad()
     def add(self, features: Tensor, targets: Tensor, seed: int = 0) -> None:
@@ -144,24 +159,23 @@ class ClassGaussians(nn.Module):
             seed: of the initial clusters.
         """
         # One class after another: float64 copies of all features would take four times their memory.
-        counts, means, spreads = [], [], []
         scatter = None
+        newest = range(self._newest.start, self._newest.stop)
+        means = []
         if self.pools:
             scatter = self.spread.to(torch.float64, copy=True).mul_(self._pooled_images(self._newest.start))
-        for row in range(self._newest.start, self._newest.stop):
+        for row in newest:
             clusters = self._clusters(features[targets == self.class_indices[row]].double(), seed + row)
-            counts.append([len(cluster) for cluster in clusters])
+            self.count[row] = torch.tensor([len(cluster) for cluster in clusters])
             means.append(torch.stack([_mean(cluster) for cluster in clusters]))
+            self.mean[row] = means[-1].to(self.mean)
             centered = [cluster - mean for cluster, mean in zip(clusters, means[-1], strict=True)]
             if scatter is not None:
                 scatter.addmm_(centered[0].T, centered[0])
             else:
                 of = _covariance if self.kind == "full" else _variances
-                spreads.append(torch.stack([of(cluster) for cluster in centered]).to(self.spread)[None])
-        self._replace("count", [torch.tensor(counts, device=self.count.device).view(len(counts), -1)], self._newest)
-        self._replace("mean", [torch.stack(means).to(self.mean)], self._newest)
+                self.spread[row] = torch.stack([of(cluster) for cluster in centered]).to(self.spread)
         if scatter is None:
-            self._replace("spread", spreads, self._newest)
             if self.kind != "centroids":
                 self._fill_single_images()
             return
@@ -180,24 +194,16 @@ class ClassGaussians(nn.Module):
     def _add_factors(self, features: Tensor, targets: Tensor, means: Sequence[Tensor]) -> None:
         """Compute the factors of the newest task, whose classes have these `means`."""
         root = cholesky(self.pooled(0.1))
-        factors, rests = [], []
         for row, mean in zip(range(self._newest.start, self._newest.stop), means, strict=True):
-            centered = features[targets == self.class_indices[row]].double() - mean
+            centered = features[targets == self.class_indices[row]].double().sub_(mean)
             factor, rest = leading_factor(centered, root, self.factor.shape[1])
-            factors.append(factor.to(self.factor)[None])
-            rests.append(rest)
-        del root, centered
-        self._replace("factor", factors, self._newest)
-        self._replace("rest", [self.rest.new_tensor(rests)], self._newest)
+            self.factor[row], self.rest[row] = factor.to(self.factor), rest
 
     def _fill_single_images(self) -> None:
         weights = (self.count[:, 0] - 1).clamp_min(0)
         single = [row for row in range(self._newest.start, self._newest.stop) if int(self.count[row, 0]) == 1]
         if single and int(weights.sum()):
-            pooled = self._weighted(weights.double() / weights.sum())
-            spread = self.spread.clone()
-            spread[single] = pooled.to(spread)
-            self.spread = spread
+            self.spread[single] = self._weighted(weights.double() / weights.sum()).to(self.spread)
 
     def _weighted(self, weights: Tensor) -> Tensor:
         """Weighted sum of the rows' covariances or variances: float64 [1, D, D] or [K, D]."""

@@ -45,7 +45,7 @@ def leading_factor(
     factor = centered.new_zeros(rank, width)
     if images < 2:
         return factor, 1.0
-    relative = torch.linalg.solve_triangular(root, centered.T, upper=False) / (images - 1) ** 0.5  # [D, n]
+    relative = torch.linalg.solve_triangular(root, centered.T, upper=False).div_((images - 1) ** 0.5)  # [D, n]
     if rows <= width:
         values, vectors = torch.linalg.eigh(relative.T @ relative)
     else:

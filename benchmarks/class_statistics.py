@@ -50,26 +50,27 @@ def backbone_forward(width: int) -> float:
     return statistics.median(seconds)
 
 
-def measure(classes: int, kind: str, width: int, images: int, task: int) -> str:
+def measure(classes: int, kind: str, width: int, images: int, task: int, drift: str) -> str:
     """A row of the table."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     torch.linalg.eigh(torch.linalg.cholesky(torch.eye(64, dtype=torch.float64)))  # loads the libraries
-    classifier = DiscriminantClassifier(width, kind=kind, drift="none")
+    classifier = DiscriminantClassifier(width, kind=kind, drift=drift)
     for first in range(0, classes, task):
         own = list(range(first, min(first + task, classes)))
         targets = torch.tensor(own).repeat_interleave(images)
         features = torch.randn(len(targets), width, generator=generator)
+        before = None if drift == "none" else features + 0.1 * torch.randn(len(targets), width, generator=generator)
         classifier.begin_task(own)
         if own[-1] < classes - 1:
-            classifier.fit(features, targets)
-    given = [*classifier.state_dict().values(), features, targets]
-    scored = peak_of(partial(classifier.held_out_answers, features, targets), given)
-    fitted = peak_of(partial(copy.deepcopy(classifier).fit, features, targets), given)
+            classifier.fit(features, targets, before)
+    given = [*classifier.state_dict().values(), features, targets, *([] if before is None else [before])]
+    scored = peak_of(partial(classifier.held_out_answers, features, targets, before), given)
+    fitted = peak_of(partial(copy.deepcopy(classifier).fit, features, targets, before), given)
     begun = time.perf_counter()
-    classifier.fit(features, targets)
+    classifier.fit(features, targets, before)
     seconds = time.perf_counter() - begun
-    del features, targets, given
+    del features, targets, before, given
     classifier.load_state_dict(classifier.state_dict())  # forgets what was computed at the fit
     seen = torch.randn(1, width, generator=generator)
     with torch.no_grad():
@@ -99,10 +100,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--images", type=int, default=100, help="images of a class")
     parser.add_argument("--task", type=int, default=10, help="classes of a task")
+    parser.add_argument("--drift", choices=("none", "shift", "affine"), default="none", help="of old classes' statistics")
     parser.add_argument("--one", action="store_true", help="measure in this process")
     options = parser.parse_args()
     if options.one:
-        print(measure(options.classes[0], options.kinds[0], options.width, options.images, options.task), flush=True)
+        sizes = options.width, options.images, options.task
+        print(measure(options.classes[0], options.kinds[0], *sizes, options.drift), flush=True)
         return
     print(f"{machine()}\n")
     columns = (
@@ -110,7 +113,8 @@ def main() -> None:
     )
     print(f"| statistics | {columns} |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    fixed = ["--width", str(options.width), "--images", str(options.images), "--task", str(options.task), "--one"]
+    fixed = ["--width", str(options.width), "--images", str(options.images), "--task", str(options.task)]
+    fixed += ["--drift", options.drift, "--one"]
     for kind in options.kinds:
         for classes in options.classes:
             command = [sys.executable, __file__, "--classes", str(classes), "--kinds", kind, *fixed]

@@ -261,6 +261,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
         ("dualnet", {"freeze_backbone": True}, "the slow learner"),
         ("lora", {"rank": 0}, "rank=0 must be a positive integer"),
         ("lora", {"layers": ["proj"]}, r"layers=\['proj'\]: no linear layer in a block of ViTModel is called so"),
+        ("lora", {"layers": "k"}, "layers='k': no linear layer in a block"),
         ("lora", {"freeze_backbone": True}, "freeze_backbone=True leaves no layer to update"),
         ("bic", {"held_out": 1}, "held_out=1 between 0 and 1"),
         ("er", {"class_mask": "task"}, "class_mask='task': choose \"none\""),

@@ -259,3 +259,14 @@ def test_every_method_is_calibrated_after_a_task(method: str) -> None:
         model.consolidate([task_images(CLASSES[0])])
     assert model.adapter.config.state.temperature is not None
     assert answers(model).isfinite().all()
+
+
+def test_answers_while_held_out_keep_a_fit_of_the_same_task() -> None:
+    classifier = DiscriminantClassifier(6, drift="none")
+    for task in TASKS[:2]:
+        classifier.begin_task(task)
+    features, targets = images(TASKS[1])
+    classifier.fit(features, targets)
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    classifier.held_out_answers(features, targets)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())

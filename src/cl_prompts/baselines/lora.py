@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from cl_prompts.baselines.base import Baseline
@@ -21,11 +22,13 @@ class SequentialLoRA(Baseline):
         backbone: see `Baseline`; its own weights stay fixed.
         rank: r, of each update.
         alpha: the update's scale times r.
-        layers: names of linear layers within a block, as the last part of their path, like ("q_proj", "v_proj"); None: all.
+        layers: name or names of linear layers within a block, as the last part of their path, like ("q_proj", "v_proj");
+            None: all.
         options: see `Baseline`.
 
     Raises:
-        ValueError: `rank` is no positive integer, or no linear layer of a block has one of the names in `layers`.
+        ValueError: `rank` is no positive integer, no linear layer of a block has one of the names in `layers`, or the
+            backbone has adapters of PEFT already.
     """
 
     name = "lora"
@@ -38,20 +41,23 @@ class SequentialLoRA(Baseline):
         *,
         rank: int = 8,
         alpha: float = 8.0,
-        layers: tuple[str, ...] | list[str] | None = None,
+        layers: str | tuple[str, ...] | list[str] | None = None,
         **options: Any,
     ) -> None:
         if type(rank) is not int or rank < 1:
             raise ValueError(f"rank={rank!r} must be a positive integer")
+        if any(isinstance(module, BaseTunerLayer) for module in backbone.modules()):
+            raise ValueError("the backbone has adapters of PEFT already: load it anew")
         super().__init__(backbone, **options)
         if self.features.frozen:
             raise ValueError('freeze_backbone=True leaves no layer to update: that learner is "frozen"')
-        self.options |= {"rank": rank, "alpha": self.number("alpha", alpha), "layers": layers and list(layers)}
+        names = [layers] if isinstance(layers, str) else layers and list(layers)
+        self.options |= {"rank": rank, "alpha": self.number("alpha", alpha), "layers": names}
         blocks = tuple(f"{block}." for block in self.features.structure.blocks)
         modules = [(n, module) for n, module in self.features.base.named_modules() if n.startswith(blocks)]
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
-        if layers is not None:
-            linear = [name for name in linear if name.split(".")[-1] in layers]
+        if names is not None:
+            linear = [name for name in linear if name.split(".")[-1] in names]
         if not linear:
             raise ValueError(f"layers={layers!r}: no linear layer in a block of {type(backbone).__name__} is called so")
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear)

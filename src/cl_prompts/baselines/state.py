@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cl_prompts.backbones.cache_key import backbone_cache_key
@@ -17,6 +18,7 @@ from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
 from cl_prompts.learner.task_state import TaskState
+from cl_prompts.runtime.precision import device_of_float64
 from cl_prompts.storage.adapter_state import AdapterState
 
 
@@ -85,7 +87,9 @@ class BaselineState(nn.Module):
         copy_tensors(below("parameters.", tensors), target)
         self.head, self.tasks = head, tasks.to(device)
         self.detach_optimizer()
-        self.load_extra_tensors({name: tensor.to(device) for name, tensor in below("extra.", tensors).items()})
+        extra = below("extra.", tensors)
+        work = device_of_float64(device)
+        self.load_extra_tensors({n: t.to(work if t.dtype == torch.float64 else device) for n, t in extra.items()})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
         """Save as `learner.json` and `learner.safetensors`, for `load_baseline`.

@@ -254,6 +254,7 @@ class FeatureClassifier(nn.Module, ABC):
         self.to(work)
         self.make_room()
         buffers = [(part, dict(part._buffers)) for part in self.modules()]
+        newest = [(part, part.newest_rows()) for part in self.modules() if isinstance(part, ClassGaussians)]
         try:
             with torch.autocast(work.type, enabled=False):
                 yield work
@@ -264,8 +265,8 @@ class FeatureClassifier(nn.Module, ABC):
             if not keep:
                 for part, before_fit in buffers:
                     part._buffers.update(before_fit)
-                    if isinstance(part, ClassGaussians):
-                        part.clear_newest()
+                for gaussians, rows in newest:
+                    gaussians.restore_newest(rows)
                 self.forget_computed()
             self.to(home)
 

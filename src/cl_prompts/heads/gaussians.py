@@ -22,7 +22,7 @@ class ClassGaussians(nn.Module):
     """Means and covariances of features, for each class of each task. A class that returns has one Gaussian per task.
 
     `move` replaces tensors, and `add` writes into the newest task's rows only, so that a fit can be undone without a second
-    copy of all rows: put the tensors of before back, and call `clear_newest`.
+    copy of all rows: put the tensors of before back, and give `restore_newest` the `newest_rows` of before.
 
     Args:
         width: size D of the features.
@@ -102,10 +102,16 @@ class ClassGaussians(nn.Module):
         """Take all rows for those of earlier tasks; only after a change of classes between tasks."""
         self._newest = slice(len(self.class_indices), len(self.class_indices))
 
-    def clear_newest(self) -> None:
-        """Set the newest task's rows to zero, as they are before `add`."""
+    def newest_rows(self) -> dict[str, Tensor]:
+        """A copy of the newest task's rows, for `restore_newest`; empty where they are zero, as before `add`."""
+        if not self.count[self._newest].any():
+            return {}
+        return {name: getattr(self, name)[self._newest].clone() for name in self.by_row}
+
+    def restore_newest(self, rows: dict[str, Tensor]) -> None:
+        """Write what `newest_rows` returned into the newest task's rows."""
         for name in self.by_row:
-            getattr(self, name)[self._newest] = 0
+            getattr(self, name)[self._newest] = rows.get(name, 0)
 
     def make_room(self) -> None:
         """Allocate rows for all classes."""

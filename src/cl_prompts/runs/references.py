@@ -33,6 +33,7 @@ from cl_prompts.storage.staging import staging_folder
 from cl_prompts.version import __version__
 
 
+KIND = 1  # counts up with every change of the references themselves
 MAX_BYTES = 64 * 2**20  # of a file of accuracies: 2,000 tasks have 2 million numbers for each reference
 
 
@@ -96,8 +97,8 @@ def computed(data: FrozenFeatures, settings: dict[str, Any], cosine_scale: float
 
 
 def key_of(data: FrozenFeatures, settings: dict[str, Any]) -> str:
-    """Sha256 over all that accuracies depend on: features and class ids of each task, settings, and this version."""
-    sha = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode())
+    """Sha256 over all that accuracies depend on: features and class ids of each task, settings, and versions."""
+    sha = hashlib.sha256(json.dumps([__version__, torch.__version__, KIND, settings], sort_keys=True).encode())
     for part in (data.train, data.test):
         for tensor in (tensor for task in part for tensor in task):
             sha.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -109,6 +110,8 @@ def read(file: Path, say: Callable[[str], object]) -> dict[str, AccuracyMatrix] 
     """Accuracies that `write` kept in `file`; None if there are none, or if `say` is told that they are damaged."""
     try:
         content = read_json_object(file, MAX_BYTES)
+        if not content:
+            raise ValueError("it has no accuracies")
         return {name: AccuracyMatrix.from_dict(values) for name, values in content.items()}
     except FileNotFoundError:
         return None
@@ -123,5 +126,5 @@ def write(file: Path, matrices: dict[str, AccuracyMatrix], say: Callable[[str], 
         with staging_folder(file.parent) as staging:
             text = json.dumps({name: matrix.to_dict() for name, matrix in matrices.items()})
             (staging / file.name).write_text(text)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         say(f"query cache: nothing could be kept in {file.parent} ({error})")

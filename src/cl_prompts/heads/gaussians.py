@@ -109,7 +109,7 @@ class ClassGaussians(nn.Module):
         return {name: getattr(self, name)[self._newest].clone() for name in self.by_row}
 
     def restore_newest(self, rows: dict[str, Tensor]) -> None:
-        """Write what `newest_rows` returned into the newest task's rows."""
+        """Write `rows`, which `newest_rows` returned, into the newest task's rows."""
         for name in self.by_row:
             getattr(self, name)[self._newest] = rows.get(name, 0)
 

@@ -102,6 +102,19 @@ def test_lora_adds_a_product_to_each_linear_layer_of_a_block() -> None:
     assert_close(learner.extract_features(images), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch says so of every pass
+def test_lora_refuses_a_checkpointing_through_which_it_gets_no_gradient() -> None:
+    learner = small_learner("lora", rank=2)
+    learner.begin_task([4, 1])
+    base = learner.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="no gradient reaches the LoRA"):
+        learner.train()(**batch_of([4, 1]))
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    learner(**batch_of([4, 1])).loss.backward()
+    assert all(p.grad is not None for p in learner.trained().values())
+
+
 def test_nearest_class_mean_in_numpy() -> None:
     learner = small_learner("ncm").eval()
     images = {0: batch_of([4, 1, 4, 1, -100], seed=1), 1: batch_of([0, 4, 0], seed=2)}

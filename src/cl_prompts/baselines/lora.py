@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from cl_prompts.baselines.base import Baseline
 
@@ -62,3 +63,17 @@ class SequentialLoRA(Baseline):
             raise ValueError(f"layers={layers!r}: no linear layer in a block of {type(backbone).__name__} is called so")
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear)
         inject_adapter_in_model(config, self.features.base)  # all other weights of the base take no gradient from here on
+
+    def compute_features(self, pixel_values: Tensor, query: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Features [B, D] of images; `pixel_values`, `query`, `kwargs` and errors as in `Baseline`.
+
+        Raises:
+            ValueError: no gradient reaches the updates in training.
+        """
+        features = super().compute_features(pixel_values, query, **kwargs)
+        if self.training and torch.is_grad_enabled() and not features.requires_grad:
+            raise ValueError(
+                "no gradient reaches the LoRA: the base checkpoints with use_reentrant=True. Enable it with "
+                '{"use_reentrant": False}, the default of transformers'
+            )
+        return features

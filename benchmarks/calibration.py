@@ -18,7 +18,7 @@ from torch import Tensor
 from cl_prompts.evaluation.calibration import Reliability
 from cl_prompts.evaluation.report import machine
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
-from cl_prompts.heads.calibration import carried_on, fit_temperature, log_scores
+from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 
 
@@ -45,7 +45,7 @@ def measure(
     parts = [part for part in ("held", "test") if tasks[-1][part] is not None]
     numbers = torch.cat([found[f"{part}_tasks"] for part in parts])
     targets = torch.cat([found[f"{part}_targets"] for part in parts])
-    temperature: float | None = None
+    temperatures, tasks_of_classes = TaskTemperatures([], []), []
     known: list[int] = []
     reliability: list[list[Reliability]] = []
     for number, task in enumerate(tasks):
@@ -61,13 +61,14 @@ def measure(
         logits, held, _, scale = classifier.held_out_answers(*given, only_current=only_current)
         chosen = fit_temperature(scaled(log_scores(logits, classifier.score_width), scale), held)
         growth = (len(known) / (len(known) - new)) ** classifier.temperature_power if number else 1.0
-        temperature = carried_on(temperature, chosen, len(held), growth)
-        assert temperature is not None
+        temperatures = temperatures.after(number, chosen, len(held), growth)
+        tasks_of_classes.append(own)
         classifier.fit(*given)
         seen = numbers <= number
         features = torch.cat([task[part] for part in parts])[seen]
         raw = classifier(features).detach()
-        calibrated = scaled(log_scores(raw, classifier.score_width), classifier.scale(features)) / temperature
+        calibrated = scaled(log_scores(raw, classifier.score_width), classifier.scale(features))
+        calibrated /= torch.tensor(temperatures.of_classes(tasks_of_classes, len(known)))[calibrated.argmax(1), None]
         both = [z.double().softmax(1).numpy() for z in (raw, calibrated)]
         reliability.append([Reliability.of(probabilities, targets[seen].numpy()) for probabilities in both])
     return reliability

@@ -24,7 +24,7 @@ from transformers import AutoModel
 from cl_prompts.evaluation.novelty import NoveltyMeasures
 from cl_prompts.evaluation.report import machine
 from cl_prompts.heads import DiscriminantClassifier
-from cl_prompts.heads.calibration import carried_on, fit_temperature
+from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
 
@@ -97,7 +97,7 @@ def main() -> None:
     among_all = known_in_advance(x, y, seen_x, seen_y)
     classifier, head = DiscriminantClassifier(x.shape[1], drift="none"), IncrementalHead(x.shape[1])
     measures: dict[str, list[NoveltyMeasures]] = {}
-    temperature, threshold = None, None
+    temperatures, threshold = TaskTemperatures([], []), None
     for task in range(TASKS - 1):
         current = range(CLASSES * task, CLASSES * (task + 1))
         features, targets = x[y // CLASSES == task], y[y // CLASSES == task]
@@ -106,10 +106,10 @@ def main() -> None:
         classifier.begin_task(current)
         logits, held, novelty, _ = classifier.held_out_answers(features, targets)
         classifier.fit(features, targets)
-        temperature = carried_on(temperature, fit_temperature(logits, held), len(held))
+        temperatures = temperatures.after(task, fit_temperature(logits, held), len(held))
         assert novelty is not None
         threshold = threshold_carried_on(threshold, threshold_of(novelty, 0.05), len(held))
-        assert temperature is not None
+        assert temperatures.common is not None
         g = classifier.gaussians
         whiten = torch.linalg.inv(torch.linalg.cholesky(g.pooled(classifier.spherical))).T
         center = g.mean[:, 0].double().mean(0)
@@ -118,7 +118,7 @@ def main() -> None:
             scores = {
                 "whitened cosine": classifier.novelty(seen_x),
                 "relative Mahalanobis": torch.cdist(z, means).square().amin(1) - z.square().sum(1),
-                "probability of the best class": -(classifier(seen_x) / temperature).softmax(1).amax(1),
+                "probability of the best class": -(classifier(seen_x) / temperatures.common).softmax(1).amax(1),
                 "trained head, energy": energy(head(seen_x), 1.0),
                 "classes to come known (bound)": -among_all[:, : current.stop].sum(1),
             }

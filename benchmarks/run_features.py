@@ -76,7 +76,9 @@ def features(model: Any, images: Images, rows: Tensor) -> Tensor:
         return torch.cat([model.features_of(images.batch(part)) for part in rows.split(BATCH)])
 
 
-def run(args: Any, images: Images, stream: Any, method: str, seed: int, epochs: int, every: bool) -> dict[str, Any]:
+def run(
+    args: Any, images: Images, stream: Any, method: str, seed: int, epochs: int, rate: float, every: bool
+) -> dict[str, Any]:
     """Train along the tasks and return what the file holds."""
     torch.manual_seed(seed)
     options = pairs(args.config) if method == args.method else {}
@@ -96,7 +98,7 @@ def run(args: Any, images: Images, stream: Any, method: str, seed: int, epochs: 
         rows = images.rows(0, task.number)
         before = features(model, images, rows) if task.number else None
         model.begin_task(task.classes, revisit=task.revisit)
-        optimizer = torch.optim.Adam(model.parameter_groups(5e-3))
+        optimizer = torch.optim.Adam(model.parameter_groups(rate))
         model.attach_optimizer(optimizer)
         model.train()
         for _ in range(epochs):
@@ -136,6 +138,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["coda", "layer_grouped", "none"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--learning_rate", type=float, default=5e-3, help="of Adam")
     parser.add_argument(
         "--images", type=int, default=1_000_000, help="training images of a class in a task, held-out ones included"
     )
@@ -159,7 +162,8 @@ def main() -> None:
             stream = build_stream(args, AutoImageProcessor.from_pretrained(args.model), 0)
             images = images or Images(stream, AutoImageProcessor.from_pretrained(args.model), options.images, options.tests)
             with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-                found = run(args, images, stream, method, seed, options.epochs, not options.only_last)
+                every = not options.only_last
+                found = run(args, images, stream, method, seed, options.epochs, options.learning_rate, every)
             torch.save(found, file)
 
 

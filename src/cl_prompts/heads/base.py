@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl_prompts.heads.calibration import folds
+from cl_prompts.heads.calibration import HELD_OUT_IMAGES, folds
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.drift import KINDS as DRIFTS
 from cl_prompts.heads.drift import FeatureMap, fit_map
@@ -67,6 +67,8 @@ class FeatureClassifier(nn.Module, ABC):
     score_width: ClassVar[float | None] = None
     # The temperature of held-out images goes with this power of the number of classes.
     temperature_power: ClassVar[float] = 0.0
+    # Held-out images of a task that `held_out_answers` fits folds for.
+    held_out_images: ClassVar[int] = HELD_OUT_IMAGES
 
     def __init__(self, *, save_statistics: bool, drift: str) -> None:
         super().__init__()
@@ -210,7 +212,7 @@ class FeatureClassifier(nn.Module, ABC):
         self._check(features, targets, before)
         logits, held_targets = [features.new_zeros(0, self.num_classes)], [targets[:0]]
         found: dict[str, list[Tensor]] = {"novelty": [], "scale": []}
-        for held in folds(targets, untrained):
+        for held in folds(targets, untrained, self.held_out_images):
             rest = ~held
             with self._at_work(features.device, keep=False) as work:
                 earlier = None if before is None else before[rest].to(work)

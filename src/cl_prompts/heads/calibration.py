@@ -1,8 +1,9 @@
 """Temperature of the logits: the number that divides them, so that their softmax is as confident as it is right.
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The temperature is chosen on scores of images that the
-classifier was not fitted to. In continual learning these can only be images of the newest task, scored against all classes;
-the temperature of earlier tasks is carried on where the newest task has few images (ours).
+classifier was not fitted to. In continual learning these can only be images of the newest task, scored against all classes.
+Every task keeps the temperature of its own images, and an image is answered with that of the tasks of the class with the
+largest logit (ours).
 
 The scores of a regression on class indicators are no logarithms but estimates of probabilities, some below 0. No
 temperature calibrates them; their logarithms, after a softplus, one does (`log_scores`; ours).
@@ -11,7 +12,8 @@ temperature calibrates them; their logarithms, after a softplus, one does (`log_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,17 +25,17 @@ from torch.nn import functional as F
 FOLDS = 10
 # A task's held-out images; folds are fitted until there are as many.
 HELD_OUT_IMAGES = 200
-# The temperature so far counts as that of this many held-out images.
-EARLIER_IMAGES = 100
+# The mean of all tasks counts as this many held-out images beside those of a class's own tasks.
+COMMON_IMAGES = 100
 LOWEST, HIGHEST = 1e-4, 1e4
 
 
-def folds(targets: Tensor, untrained: Tensor | None = None) -> Iterator[Tensor]:
+def folds(targets: Tensor, untrained: Tensor | None = None, images: int = HELD_OUT_IMAGES) -> Iterator[Tensor]:
     """Masks of images to hold out, [n] each: every tenth image of each class, another one for each mask.
 
     A class of fewer images has none in some masks, and its last one in the first. A class of one image is never held out.
 
-    There are no more masks than needed for `HELD_OUT_IMAGES` images.
+    There are no more masks than needed for `images` held-out images.
 
     Where there are images that no prompt was trained on, only they are held out, each once, and no more than a tenth of all
     images at a time: images that prompts were trained on look easier than new ones.
@@ -41,6 +43,7 @@ def folds(targets: Tensor, untrained: Tensor | None = None) -> Iterator[Tensor]:
     Args:
         targets: class index of each image [n].
         untrained: True for the images that no prompt was trained on [n]; None, or none of them: there is no difference.
+        images: number of held-out images that are enough.
     """
     if untrained is not None and untrained.any():
         yield from _untrained_folds(targets, untrained)
@@ -50,7 +53,7 @@ def folds(targets: Tensor, untrained: Tensor | None = None) -> Iterator[Tensor]:
         rows = (targets == target).nonzero().flatten()
         position[rows] = torch.arange(len(rows), device=targets.device)
         size[rows] = len(rows)
-    for fold in range(min(FOLDS, max(1, -(-FOLDS * HELD_OUT_IMAGES // len(targets))))):
+    for fold in range(min(FOLDS, max(1, -(-FOLDS * images // len(targets))))):
         held = ((position % FOLDS) == (size.clamp_max(FOLDS) - 1 - fold)) & (size > 1)
         if held.any():
             yield held
@@ -112,18 +115,61 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
     return math.exp((low + high) / 2)
 
 
-def carried_on(earlier: float | None, newest: float | None, images: int, growth: float = 1.0) -> float | None:
-    """The temperature after a task: a geometric mean, in which the earlier one counts as 100 held-out images.
+@dataclass(frozen=True)
+class TaskTemperatures:
+    """The temperature of each task's held-out images, for the number of classes known now.
 
     Args:
-        earlier: temperature before the task; None if there was none.
-        newest: temperature of the task's `images` held-out images; None if it is unknown.
-        images: their number.
-        growth: what the earlier one is multiplied by, because there are more classes now.
+        values: of each task; any number where there were no images.
+        images: number of held-out images of each task.
     """
-    if earlier is not None:
-        earlier *= growth
-    if earlier is None or newest is None:
-        return earlier if newest is None else newest
-    share = images / (images + EARLIER_IMAGES)
-    return math.exp(share * math.log(newest) + (1 - share) * math.log(earlier))
+
+    values: list[float]
+    images: list[int]
+
+    @property
+    def common(self) -> float | None:
+        """The geometric mean over all held-out images; None without images."""
+        return _mean(self.values, self.images, range(len(self.values)))
+
+    def after(self, task: int, newest: float | None, images: int, growth: float = 1.0) -> TaskTemperatures:
+        """The temperatures after the task number `task`.
+
+        Args:
+            task: tasks between the last one here and this one have no images; those from this one on are replaced.
+            newest: temperature of its held-out images; None if it is unknown.
+            images: their number.
+            growth: what the temperatures of earlier tasks are multiplied by, because there are more classes now.
+        """
+        values, numbers = [growth * value for value in self.values[:task]], self.images[:task]
+        missing = task - len(values)
+        known = (1.0, 0) if newest is None else (newest, images)
+        return TaskTemperatures([*values, *[1.0] * missing, known[0]], [*numbers, *[0] * missing, known[1]])
+
+    def of_classes(self, tasks: Sequence[Sequence[int]], classes: int) -> list[float]:
+        """The temperature of each class: the geometric mean of its tasks', in which `common` counts as 100 held-out images.
+
+        Args:
+            tasks: class indices of each task.
+            classes: number of classes.
+
+        Returns:
+            A number for each class; 1 for all where no task has images.
+        """
+        common = self.common
+        own: list[list[int]] = [[] for _ in range(classes)]
+        if common is None:
+            return [1.0] * classes
+        for number, task in enumerate(tasks[: len(self.values)]):
+            for index in task:
+                own[index].append(number)
+        return [_mean([*self.values, common], [*self.images, COMMON_IMAGES], [*numbers, -1]) or common for numbers in own]
+
+
+def _mean(values: Sequence[float], images: Sequence[int], chosen: Iterable[int]) -> float | None:
+    """The geometric mean of the `chosen` values, weighted by `images`; None without images."""
+    total, logarithms = 0, 0.0
+    for number in chosen:
+        total += images[number]
+        logarithms += images[number] * math.log(values[number])
+    return math.exp(logarithms / total) if total else None

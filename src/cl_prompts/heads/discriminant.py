@@ -49,6 +49,9 @@ class DiscriminantClassifier(FeatureClassifier):
         ValueError: an unknown kind.
     """
 
+    # Its fits take little time, and more images make the temperature surer.
+    held_out_images = 1000
+
     def __init__(
         self,
         width: int,

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cl_prompts.heads.calibration import EARLIER_IMAGES
-
 
 FEWEST_IMAGES = 5  # held out, for a threshold
+EARLIER_IMAGES = 100  # held-out images that the threshold so far counts as
 
 
 def energy(logits: Tensor, temperature: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_prompts.heads.calibration import folds
+from cl_prompts.heads.calibration import fit_temperature, folds
 from cl_prompts.heads.incremental import IncrementalHead
 
 
@@ -27,9 +27,9 @@ def held_out_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of a task's images by heads that were trained without them.
 
-    For each fold the rows of the task's classes are trained again from zero on the other images, until their loss is that
-    of `head` on these (ours): trained as far as the head was, whatever its optimizer. The features are of the model that
-    was trained on all of the task's images but the `untrained` ones.
+    For each fold the rows of the task's classes are trained again from zero on the other images, as far as the head was
+    (`trained_as_far`; ours), whatever its optimizer. The features are of the model that was trained on all of the task's
+    images but the `untrained` ones.
 
     Args:
         head: the trained head; it is not changed.
@@ -53,7 +53,11 @@ def held_out_logits(
 def trained_as_far(
     head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, loss_temperature: float = 1.0
 ) -> IncrementalHead:
-    """A copy of `head` with the current task's rows trained from zero until their loss is that of `head`.
+    """A copy of `head` with the current task's rows trained from zero until they fit these images as well as `head` does.
+
+    Their loss is then that of the head's logits with the best temperature for these images. After that these rows are
+    multiplied by one number, so that their logits differ from class to class as much as those of `head`. With a large
+    learning rate, or while prompts still change, weights grow larger than the loss needs, so that it tells neither.
 
     Args:
         head: the trained head; it is not changed.
@@ -71,7 +75,8 @@ def trained_as_far(
     again = copy.deepcopy(head).requires_grad_(True)
     parameters = list(again.parameters())
     with torch.no_grad():
-        wanted = float(loss_of(head))
+        logits = head(features).masked_fill(others, float("-inf"))
+        wanted = float(F.cross_entropy(logits / (fit_temperature(logits, targets) or 1.0), targets))
         for parameter in parameters:
             parameter[head.current] = 0.0
         if head.cosine_scale is not None:  # the direction of a row of zeros is not defined
@@ -82,7 +87,7 @@ def trained_as_far(
     with torch.enable_grad():
         loss = loss_of(again)
         reached = float(loss.detach())
-        if reached <= wanted:  # it has learned nothing from them
+        if reached <= wanted:  # the head has learned nothing from them
             return head
         for _ in range(STEPS):
             if reached <= wanted:
@@ -100,4 +105,17 @@ def trained_as_far(
                 share = (before - wanted) / (before - reached)
                 for parameter, start in zip(parameters, old, strict=True):
                     parameter.data.lerp_(start, 1 - share)
-    return again.requires_grad_(False)
+    again.requires_grad_(False)
+    if head.cosine_scale is None:
+        wanted, reached = (_spread(one, features) for one in (head, again))
+        if wanted and reached:
+            for parameter in parameters:
+                parameter[head.current] *= wanted / reached
+    return again
+
+
+@torch.no_grad()
+def _spread(head: IncrementalHead, features: Tensor) -> float:
+    """Root of the sum of squares of the current classes' logits without their mean over these classes."""
+    logits = head(features)[:, head.current]
+    return float((logits - logits.mean(1, keepdim=True)).norm())

@@ -242,7 +242,9 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     calibrated = "not calibrated"
     if state.temperature:
         each = " and by a scale of each image" if state.image_scale else ""
-        calibrated = f"calibrated: logits are divided by {state.temperature:.3g}{each}"
+        values = [one for one, images in zip(state.task_temperatures, state.held_out_images, strict=True) if images]
+        by_task = f" ({min(values):.3g} to {max(values):.3g} by task)" if len(values) > 1 else ""
+        calibrated = f"calibrated: logits are divided by {state.temperature:.3g}{by_task}{each}"
     if state.novelty_threshold is not None:
         facts["Unknown images"] = (
             f'`pipe(image, unknown="flag")` marks images beyond a novelty of {state.novelty_threshold:.3g}'

@@ -53,8 +53,12 @@ def is_base_argument(name: Any, value: Any) -> bool:
     return type(value) in (bool, int, float) or (isinstance(value, str) and len(value) <= 100)
 
 
+def _is_list_of(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(x) in kinds for x in value)
+
+
 def _are_numbers(value: Any, *kinds: type) -> bool:
-    return isinstance(value, list) and len(value) <= MAX_CHANNELS and all(type(x) in kinds for x in value)
+    return _is_list_of(value, *kinds) and len(value) <= MAX_CHANNELS
 
 
 @dataclass
@@ -77,7 +81,10 @@ class AdapterState:
         image_size: height and width of the training images in pixels; None before training, or if there were several sizes.
         several_sizes: whether there were.
         image_mean, image_std: normalization of the input, one number per channel.
-        temperature: divides the logits at test, so that their softmax is calibrated; None: it was not chosen.
+        temperature: mean over the tasks of what divides the logits at test, so that their softmax is calibrated; None: it
+            was not chosen.
+        task_temperatures: what divides the logits at test of images of each task's classes.
+        held_out_images: number of images that each of them was chosen on; empty: `temperature` is that of all classes.
         score_width: of `log_scores`, for a head whose scores are those of a regression; None: the temperature divides the
             scores themselves.
         image_scale: whether the classifier's scale of each image (`FeatureClassifier.scale`) divides its logits, too.
@@ -103,6 +110,8 @@ class AdapterState:
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     temperature: float | None = None
+    task_temperatures: list[float] = field(default_factory=list)
+    held_out_images: list[int] = field(default_factory=list)
     score_width: float | None = None
     image_scale: bool = False
     novelty_threshold: float | None = None
@@ -185,6 +194,14 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and not (type(value) in (int, float) and 1e-6 <= value <= 1e6):
                 raise ValueError(f"`state.{name}` must be from 1e-6 to 1e6 or null, got {short_repr(value)}")
+        of_tasks, images = state.task_temperatures, state.held_out_images
+        if not (_is_list_of(of_tasks, int, float) and all(1e-6 <= one <= 1e6 for one in of_tasks)):
+            raise ValueError(f"`state.task_temperatures` must be numbers from 1e-6 to 1e6, got {short_repr(of_tasks)}")
+        if not (_is_list_of(images, int) and all(0 <= one < 2**63 for one in images)) or len(images) != len(of_tasks):
+            raise ValueError(
+                f"`state.held_out_images` must have an integer from 0 on for each of the {len(of_tasks)} "
+                f"`state.task_temperatures`, got {short_repr(images)}"
+            )
         return state
 
     @property

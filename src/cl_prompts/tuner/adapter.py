@@ -10,10 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cl_prompts.heads import FeatureClassifier, RetrainedHead, build_classifier
-from cl_prompts.heads.calibration import carried_on, fit_temperature, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
-from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
-from cl_prompts.heads.refit import held_out_logits
 from cl_prompts.heads.running_gaussians import RunningGaussians
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.empty_tensors import give_empty_tensors_storage
@@ -25,6 +22,7 @@ from cl_prompts.methods import METHODS, PromptPool, PromptPoolConfig
 from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.integrity import SAVED_PREFIX
+from cl_prompts.tuner.calibration import Calibration
 
 
 class PoolAdapter(nn.Module):
@@ -37,6 +35,7 @@ class PoolAdapter(nn.Module):
 
     Attributes:
         tasks: tasks and classes.
+        calibration: what divides the logits at test.
         pool: the method's prompts.
         head: the trained classifier.
         running_gaussians: of the trained head's features, for tasks of one class; None with a closed-form head.
@@ -55,6 +54,7 @@ class PoolAdapter(nn.Module):
         self.readout = pooling if config.readout == "auto" else config.readout
         # The first module: it checks the classes of a state dict before others load.
         self.tasks = TaskState(config.state, config.num_labels)
+        self.calibration = Calibration(config, self.tasks)
         self.pool: PromptPool = METHODS[config.method].pool_class(config, shape)
         width = shape.width * (2 if self.readout == "cls_mean" else 1)
         self.head = IncrementalHead(width, config.scale, layer_norm=config.trained_head == "layer_norm")
@@ -94,17 +94,10 @@ class PoolAdapter(nn.Module):
         """Known class ids, in the order of the logits."""
         return self.tasks.classes
 
-    @property
-    def temperature(self) -> float:
-        """What divides the logits at test: the config's `logit_temperature`, times the calibrated one if there is one."""
-        return self.config.logit_temperature * (self.config.state.temperature or 1.0)
-
     def calibrated(self, logits: Tensor, features: Tensor) -> Tensor:
         """Logits at test [B, C] from those of `classify` for `features` [B, D]."""
-        state = self.config.state
-        scale = self.classifier.scale(features) if state.image_scale and self.classifier is not None else None
-        scores = log_scores(logits, state.score_width) / self.temperature
-        return scores if scale is None else scores / scale[:, None]
+        by_image = self.config.state.image_scale and self.classifier is not None
+        return self.calibration.calibrated(logits, self.classifier.scale(features) if by_image else None)  # type: ignore[union-attr]
 
     def first_seen(self, sample_ids: Any, valid: Tensor) -> Tensor:
         """Which `valid` images [B] are new in this task: bool [B]; all, if the pool does not count images."""
@@ -160,6 +153,7 @@ class PoolAdapter(nn.Module):
         # All checks passed; from here on the state changes.
         self.head.expand(task.known, task.classes)
         self.tasks.begin(task)
+        self.calibration.update(self.tasks)
         (class_indices,) = self.tasks.class_indices([task.classes])
         if self.running_gaussians is not None:
             self.running_gaussians.expand(len(task.known), class_indices)
@@ -250,67 +244,21 @@ class PoolAdapter(nn.Module):
                 f"labels {seen.labels[outside].unique().tolist()} do not belong to the current task: pass images of "
                 "the current task only"
             )
-        calibrated = self._calibration(seen, targets, before)
+        calibrated = self.calibration.choose(self.tasks, seen, targets, before, self.head, classifier)
         if classifier is not None:
             classifier.fit(seen.features, targets, before, self.head)
         for name, value in calibrated.items():
             setattr(self.config.state, name, value)
+        self.calibration.update(self.tasks)
         self.recorded = None
         if isinstance(classifier, RetrainedHead):
             classifier.hand_over(self.head)
-
-    def _calibration(self, seen: Recorded, targets: Tensor, before: Tensor | None) -> dict[str, float | bool | None]:
-        """What the state holds of the scores after the newest task, from its images while they are held out."""
-        state, novelty, scale, width = self.config.state, None, None, None
-        only_current, features, untrained = self.config.class_mask == "task", seen.features, seen.untrained
-        divided = self.config.loss_temperature
-        if self.classifier is None:
-            logits, held = held_out_logits(self.head, features, targets, only_current, untrained, loss_temperature=divided)
-        else:
-            try:
-                logits, held, novelty, scale = self.classifier.held_out_answers(
-                    features,
-                    targets,
-                    before,
-                    self.head,
-                    only_current=only_current,
-                    loss_temperature=divided,
-                    untrained=untrained,
-                )
-            except ValueError:  # too few images to leave some out, or none at all; `fit` tells the latter
-                return {}
-            width = self.classifier.score_width
-        logits = log_scores(logits, width)
-        if scale is not None:
-            logits = logits / scale[:, None]
-        kind, earlier = (width, scale is not None), (state.score_width, state.image_scale)
-        newest_temperature = fit_temperature(logits, held)
-        if newest_temperature is None:
-            kind = earlier
-        # A temperature of other scores, as of a file of an earlier version, is not carried on.
-        comparable = kind == earlier
-        classes, earlier_classes = len(self.classes), len(self.tasks.earlier_classes)
-        power = self.classifier.temperature_power if self.classifier is not None else 0.0
-        growth = (classes / earlier_classes) ** power if earlier_classes else 1.0
-        temperature = carried_on(state.temperature if comparable else None, newest_temperature, len(held), growth)
-        same_novelty = comparable or novelty is not None
-        if novelty is None:  # it depends on the scores
-            divisor = self.config.logit_temperature * (temperature or 1.0)
-            novelty = energy(logits / divisor, divisor)
-        newest = threshold_of(novelty, self.config.false_alarm_rate) if logits.shape[1] > 1 else None
-        threshold = threshold_carried_on(state.novelty_threshold if same_novelty else None, newest, len(held))
-        return {
-            "temperature": temperature,
-            "score_width": kind[0],
-            "image_scale": kind[1],
-            "novelty_threshold": threshold,
-        }
 
     def novelty(self, features: Tensor, logits: Tensor) -> Tensor:
         """Novelty of images [B] from what the classifier reads, [B, D], and the logits at test [B, C]."""
         closed_form = self.config.closed_form and self.classifier is not None
         score = self.classifier.novelty(features) if closed_form else None  # type: ignore[union-attr]
-        return energy(logits, self.temperature) if score is None else score
+        return self.calibration.energy(logits) if score is None else score
 
     def attach_optimizer(self, optimizer: Any) -> None:
         """Scale and project the steps that an optimizer takes, as the method needs it; see `TaskAPI.attach_optimizer`."""

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cl_prompts.heads.calibration import TaskTemperatures
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.runtime.text import short_repr
@@ -90,7 +91,13 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
         list(dict.fromkeys(c for c in (new_id.get(old, old) for old in task) if c is not None)) for task in state.tasks
     ]
     state.forgotten_tasks = [number for number, task in enumerate(state.tasks) if not task]
+    if state.held_out_images:
+        for number in state.forgotten_tasks:
+            if number < len(state.held_out_images):
+                state.held_out_images[number] = 0
+        state.temperature = TaskTemperatures(state.task_temperatures, state.held_out_images).common
     new.tasks.keep_names()
+    new.calibration.update(new.tasks)
     groups = ClassGroups([[index for index, c in enumerate(ids) if c == kept] for kept in state.classes], tasks)
     new.head.group_classes(groups)
     new.head.expand(state.classes, state.tasks[-1])

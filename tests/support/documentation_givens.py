@@ -151,7 +151,10 @@ def _(_: Namespace) -> Any:
     """Two tasks of two classes, each with batches like those of a DataLoader."""
 
     def batches(classes: list[int]) -> list[dict[str, torch.Tensor]]:
-        return [{"pixel_values": torch.randn(2, 3, 224, 224), "labels": torch.tensor(classes)} for _ in range(2)]
+        ids = torch.arange(4).split(2)
+        return [
+            {"pixel_values": torch.randn(2, 3, 224, 224), "labels": torch.tensor(classes), "sample_ids": i} for i in ids
+        ]
 
     return [(classes, batches(classes)) for classes in ([0, 1], [2, 3])]
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cl_prompts.heads.regularized import cholesky
+
 
 KINDS = ("none", "shift", "affine")
 
@@ -21,6 +23,8 @@ KINDS = ("none", "shift", "affine")
 # Candidates for the ridge of the map, in units of n * mean variance.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT_EVERY = 5
+# Images at a time.
+PART = 128
 
 
 @dataclass(frozen=True)
@@ -62,39 +66,75 @@ def fit_map(before: Tensor, after: Tensor, kind: str = "affine", ridge: float | 
         raise ValueError(f"kind={kind!r}: choose one of {KINDS[1:]}")
     if before.shape != after.shape or not before.shape[0]:
         raise ValueError(f"features of the same images are needed, got {list(before.shape)} and {list(after.shape)}")
-    before, after = before.double(), after.double()
+    rows = torch.arange(len(before), device=before.device)
     candidates = [None] if kind == "shift" else [ridge] if ridge is not None else list(RIDGES)
-    held = torch.zeros(len(before), dtype=torch.bool, device=before.device)
-    held[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
+    held = rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     chosen, explained = 0.1 if len(candidates) > 1 else candidates[0], math.nan
-    change = float((after[held] - before[held]).square().sum())
-    if len(before) >= 2 * HELD_OUT_EVERY and change:
-        regression = _Regression(before[~held], after[~held])
-        errors = [float((after[held] - regression.predict(before[held], each)).square().sum()) for each in candidates]
-        chosen, explained = candidates[errors.index(min(errors))], 1 - min(errors) / change
-    regression = _Regression(before, after)
-    matrix = torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
-    if chosen is not None:
-        matrix += regression.solve(chosen)
+    if len(before) >= 2 * HELD_OUT_EVERY:
+        regression = _Regression(before, after, rows[~held])
+        change = regression.error(before, after, rows[held], unchanged=True)
+        if change:
+            errors = [regression.error(before, after, rows[held], each) for each in candidates]
+            chosen, explained = candidates[errors.index(min(errors))], 1 - min(errors) / change
+        del regression  # before there is another one
+    regression = _Regression(before, after, rows)
+    if chosen is None:
+        matrix = torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
+    else:
+        matrix = regression.solve(chosen)
+        matrix.diagonal().add_(1)
     return FeatureMap(matrix, regression.end - regression.start @ matrix, chosen, explained)
 
 
 class _Regression:
-    """Ridge regression of the change of features."""
+    """Ridge regression of the change of features of some images.
 
-    def __init__(self, before: Tensor, after: Tensor) -> None:
-        self.start, self.end = before.mean(0), after.mean(0)
-        x = before - self.start
-        self.images, self.variance = len(x), float(x.square().mean())
-        self.gram, self.cross = x.T @ x, x.T @ (after - self.end - x)
+    Few images at a time are in float64: copies of all would take more memory than the matrices.
+
+    Args:
+        before: features of images before the task [n, D].
+        after: features of the same images after it [n, D].
+        rows: numbers of the images to use [m].
+    """
+
+    def __init__(self, before: Tensor, after: Tensor, rows: Tensor) -> None:
+        images, width = len(rows), before.shape[1]
+        self.start, self.end = before.new_zeros(2, width, dtype=torch.float64)
+        for part in rows.split(PART):
+            self.start += before[part].double().sum(0) / images
+            self.end += after[part].double().sum(0) / images
+        self.gram, self.cross = before.new_zeros(2, width, width, dtype=torch.float64)
+        for part in rows.split(PART):
+            x = before[part].double() - self.start
+            self.gram.addmm_(x.T, x)
+            self.cross.addmm_(x.T, after[part].double() - self.end - x)
+        self.scale = float(self.gram.diagonal().mean())  # n * mean variance
 
     def solve(self, ridge: float) -> Tensor:
         """A - I [D, D]."""
         regularized = self.gram.clone()
-        regularized.diagonal().add_(max(ridge * self.images * self.variance, 1e-12))
-        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regularized))
+        regularized.diagonal().add_(max(ridge * self.scale, 1e-12))
+        return torch.cholesky_solve(self.cross, cholesky(regularized))
 
-    def predict(self, features: Tensor, ridge: float | None) -> Tensor:
-        """Features after the task of images before it; without a ridge they are shifted."""
-        moved = features - self.start
-        return self.end + (moved if ridge is None else moved + moved @ self.solve(ridge))
+    def error(
+        self, before: Tensor, after: Tensor, rows: Tensor, ridge: float | None = None, *, unchanged: bool = False
+    ) -> float:
+        """Sum of squares of what the map misses for images of these rows; without a ridge they are shifted.
+
+        Args:
+            before: features of images before the task [n, D].
+            after: features of the same images after it [n, D].
+            rows: numbers of the images [m].
+            ridge: of the map.
+            unchanged: of the identity instead of the map.
+        """
+        matrix, total = None if ridge is None else self.solve(ridge), 0.0
+        for part in rows.split(PART):
+            x, missed = before[part].double(), after[part].double()
+            if unchanged:
+                missed -= x
+            else:
+                x -= self.start
+                missed -= self.end + x if matrix is None else self.end + x + x @ matrix
+            total += float(missed.square().sum())
+        return total

@@ -16,6 +16,7 @@ from cl_prompts.heads.sampling import FeatureSampler
 
 
 KINDS = ("low_rank", "full", "shared", "diagonal", "centroids")
+COLUMNS = 128  # of a moved covariance at a time: all in float64 would take twice its memory
 
 
 class ClassGaussians(nn.Module):
@@ -133,7 +134,8 @@ class ClassGaussians(nn.Module):
         mean[old] = (mean[old].double() @ matrix + change.shift).to(mean)
         self.mean = mean
         if self.pools:
-            self.spread = (matrix.T @ self.spread.double() @ matrix).to(self.spread)
+            half = matrix.T @ self.spread.double()
+            self.spread = torch.cat([(half @ part).to(self.spread) for part in matrix.split(COLUMNS, 1)], 1)
         elif self.kind == "full":
             self._move_rows("spread", lambda each: matrix.T @ each @ matrix)
         else:

@@ -31,14 +31,18 @@ class Calibration(nn.Module):
     def __init__(self, config: PromptPoolConfig, tasks: TaskState) -> None:
         super().__init__()
         self.config = config
+        self._values: list[float] = []
         # No buffer: it is computed from the state, and would be rounded when a model is cast.
         self._divisors = torch.ones(0, device="cpu")  # also where PEFT builds on "meta"
         self.update(tasks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._divisors = self._divisors.to(fn(self._divisors).device)
+        self._place(fn(self._divisors).device)
         return self
+
+    def _place(self, device: torch.device) -> None:
+        self._divisors = torch.tensor(self._values, dtype=torch.float32, device=device)
 
     def update(self, tasks: TaskState) -> None:
         """Compute what divides the logits of images of each class [C], with the adapter's `tasks`."""
@@ -48,8 +52,8 @@ class Calibration(nn.Module):
             found = _temperatures(self.config).of_classes(_class_indices(tasks), count)
         else:
             found = [state.temperature or 1.0] * count
-        divisors = torch.tensor(found, dtype=torch.float64, device="cpu") * self.config.logit_temperature
-        self._divisors = divisors.float().to(self._divisors.device)
+        self._values = [self.config.logit_temperature * each for each in found]
+        self._place(self._divisors.device)
 
     @property
     def temperature(self) -> float:

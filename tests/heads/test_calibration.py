@@ -218,6 +218,7 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
     assert torch.equal(calibrated.argmax(1), plain.argmax(1))
     set_state(model, fields, chosen)
     model.save_pretrained(tmp_path)
+    assert f"({min(values):.3g} to {max(values):.3g} by task)" in (tmp_path / "README.md").read_text()
     loaded = PromptPoolModel.from_pretrained(build("vit"), tmp_path)
     assert torch.equal(answers(loaded), calibrated)
     assert PromptPoolPipeline(loaded, processor()).calibrated

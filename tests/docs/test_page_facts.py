@@ -171,6 +171,21 @@ def test_what_a_task_adds() -> None:
         assert f"{(size(pool) - before) / 1000:,.0f}" == row["a task adds, kB"], name
 
 
+def test_how_large_hash_is() -> None:
+    """docs/methods/hash.md: numbers of prompts and routers after ten tasks, at width 768."""
+    shape = BackboneShape(width=768, num_layers=12, num_heads=12, head_dim=64)
+    for row in table_below("methods/hash.md", "ten tasks"):
+        fields = re.fullmatch(r"`(\w+)=(\d+)`", row["fields"])
+        with torch.device("meta"):
+            config_class, pool_class = METHODS[row["method"]]
+            pool = pool_class(config_class(**({fields[1]: int(fields[2])} if fields else {})), shape)
+            pool.rebuild([range(10 * task, 10 * task + 10) for task in range(10)])
+        sizes = {name: tensor.numel() for name, tensor in pool.state_dict().items()}
+        counted = {part: sum(n for name, n in sizes.items() if part in name) for part in ("prompts", "router")}
+        prompts, routers = counted.values()
+        assert [f"{n:,}" for n in (prompts, routers, prompts + routers)] == list(row.values())[2:]
+
+
 def refused() -> dict[str, Any]:
     """Small models of kinds that are not supported."""
     one = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

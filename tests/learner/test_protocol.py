@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.comparison import small_learner
-from support.families import build
+from support.families import build, inputs
 from support.paths import ROOT
+from torch.testing import assert_close
 
 from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.baselines import BASELINES
+from cl_prompts.baselines import BASELINES, get_baseline
 from cl_prompts.learner.protocol import Learner
 from cl_prompts.tuner.task_api import TaskAPI
 
@@ -34,6 +36,22 @@ def test_every_learner_has_what_a_trainer_asks_for() -> None:
     # Set in __init__; mypy knows them (below).
     assert set().union(*lacking.values()) <= {"head", "class_mask", "training"}
     assert all(hasattr(learner, name) for learner in learners() for name in asked)
+
+
+@pytest.mark.parametrize("name", ["prompts", "ewc", "packnet", "icarl"])
+def test_passes_outside_training_have_all_inputs_of_the_base(name: str) -> None:
+    """SigLIP 2 takes patches, their places, and which are padding."""
+    base = build("siglip2")
+    learner: Any = get_prompt_pool_model(base) if name == "prompts" else get_baseline(name, base)
+    given = inputs("siglip2", 4)
+    given["spatial_shapes"][1:] = torch.tensor([2, 4])
+    given["pixel_attention_mask"][1:, 8:] = 0
+    batch = {**given, "labels": torch.tensor([0, 1, 0, 1]), "sample_ids": torch.arange(4)}
+    learner.begin_task([0, 1])
+    learner.eval().consolidate([batch], [batch])
+    learner.end_task()
+    with torch.no_grad():
+        assert_close(learner.features_of(batch), learner(**given).features)
 
 
 @pytest.mark.parametrize("name", members(TaskAPI))

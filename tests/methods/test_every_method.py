@@ -245,7 +245,7 @@ NOT_LAYERS = [([], r"layers=\[\]"), ([1, 1], "names a block twice"), ([0, -1], r
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("coda", {"prompt_length": 7}, "prompt_length=7 cannot be split"),
     ("coda", {"components_per_task": 0}, "components_per_task=0 must be"),
-    ("coda", {"readout": "prompt"}, 'coda has key/value prefixes: use "auto"'),
+    ("coda", {"readout": "prompt"}, 'prompt tokens that pass all blocks; coda has none here: use "auto"'),
     ("coda", {"query_regularization": 0.1}, "set one_stage=True"),
     ("coda_layer_argmax", {"one_stage": False}, 'use method="coda"'),
     ("dualprompt", {"g_layers": [0, 1], "e_layers": [1, 2]}, r"blocks \[1\] are in g_layers and in e_layers"),

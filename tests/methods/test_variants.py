@@ -115,9 +115,12 @@ def test_l2p_grows_by_itself_until_its_largest_size() -> None:
     assert sizes == [4, 7, 9, 9]
 
 
-def test_dualprompt_as_tokens_in_front_with_its_separation() -> None:
+@pytest.mark.parametrize(("readout", "read"), [("auto", slice(5, 6)), ("prompt", slice(0, 5))])
+def test_dualprompt_as_tokens_in_front_with_its_separation(readout: str, read: slice) -> None:
     """[P_G; P_E; x], the E-prompt of the nearest key, the covariance of G and E rows, and G of the first task only."""
-    config = DualPromptConfig(prompt_form="tokens", g_length=2, e_length=3, separation_weight=0.7, freeze_g=True)
+    config = DualPromptConfig(
+        prompt_form="tokens", g_length=2, e_length=3, separation_weight=0.7, freeze_g=True, readout=readout
+    )
     model = model_of(config, tasks=2)
     pool = model.adapter.pool
     assert "g_prompts" in dict(pool.named_buffers())
@@ -127,7 +130,7 @@ def test_dualprompt_as_tokens_in_front_with_its_separation() -> None:
         tasks = F.cosine_similarity(query[:, None], pool.keys.all()[:, 0], dim=2).argmax(1)
         assert torch.equal(output.prompt_ids[:, 0], tasks)
         tokens = torch.cat([pool.g_prompts.expand(4, -1, -1)[:, :2], pool.e_prompts.all()[tasks, 0]], 1)
-        assert_close(output.logits, prompted(model, tokens, at=0, feature=slice(5, 6)), atol=1e-5, rtol=0)
+        assert_close(output.logits, prompted(model, tokens, at=0, feature=read), atol=1e-5, rtol=0)
     learning = model.train()(IMAGES, labels=LABELS + 2)
     rows = torch.cat([pool.g_prompts[0], pool.e_prompts.current[0]])
     covariance = torch.cov(rows, correction=0)[:2, 2:]

@@ -36,7 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def build(arguments: Arguments, base: Path) -> Any:
-    stream: Any = SimpleNamespace(task_free=arguments.scenario == "gaussian", classes=list(range(10)))
+    stream: Any = SimpleNamespace(
+        task_free=arguments.scenario == "gaussian" and not arguments.joint, classes=list(range(10))
+    )
     return build_learner(replace(arguments, model=str(base)), stream, 0)
 
 

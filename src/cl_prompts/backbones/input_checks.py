@@ -48,6 +48,12 @@ def check_argument_names(model: nn.Module, kwargs: Mapping[str, Any], further: C
         refuse_unknown("the forward", kwargs, known)
 
 
+def further_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a base takes of a `batch` beside the images, like the `spatial_shapes` of SigLIP 2's patches."""
+    known = {*_arguments(type(model).forward)} - {"pixel_values", *OWN_ARGUMENTS}
+    return {name: value for name, value in batch.items() if name in known}
+
+
 @cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments of a model's `forward`, taken from its class."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cl_prompts.backbones.feature_extractor import FeatureExtractor
-from cl_prompts.backbones.input_checks import check_arguments, check_images, check_query
+from cl_prompts.backbones.input_checks import check_arguments, check_images, check_query, further_inputs
 from cl_prompts.baselines.batch import Batch, cross_entropy
 from cl_prompts.baselines.measures import BaselineMeasures
 from cl_prompts.baselines.state import BaselineState
@@ -347,8 +347,9 @@ class Baseline(BaselineMeasures, BaselineState):
             )
 
     def features_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """Features [B, D] of a `batch` with `pixel_values` and, if known, `query`."""
-        return self.compute_features(batch["pixel_values"], batch.get("query"))
+        """Features [B, D] of a `batch` with `pixel_values`, further inputs of the backbone and, if known, `query`."""
+        further = further_inputs(self.features.base, batch)
+        return self.compute_features(batch["pixel_values"], batch.get("query"), **further)
 
     def logits_of(self, features: Tensor) -> Tensor:
         """The head's logits [B, C] of `features` [B, D], in float32 also under autocast."""

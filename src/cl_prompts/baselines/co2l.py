@@ -26,16 +26,16 @@ class Co2L(Baseline):
     """Features are learned by a contrastive loss and held by their similarities; a linear head is fitted after each task.
 
     Cha, Lee & Shin, "Co2L: Contrastive Continual Learning", ICCV 2021. With z the projected features of two views of each
-    image, of length 1, S the views of the current task's classes and P_i the other views of the class of view i:
+    image, of length 1, S the views of the current task's images and P_i the other views of the class of view i:
 
         contrastive = mean over i in S of -1/|P_i| sum over j in P_i of
                       log( exp(z_i z_j / temperature) / sum over k != i of exp(z_i z_k / temperature) )   (equation 2)
         distillation = mean over i of -sum over j != i of p_ij(before) log p_ij(now),
                        p_ij = softmax over j != i of z_i z_j / kappa   (equations 3 to 5)
 
-    Remembered images are no anchors, but positives and negatives of others; "before" is the model at the end of the earlier
-    task. The head is decoupled: it is fitted to the features of the task's and of the remembered images, with the same
-    weight for each class, and no gradient of it reaches the backbone.
+    Remembered images are no anchors, but positives and negatives of others, also where their classes come back, as in a new
+    domain; "before" is the model at the end of the earlier task. The head is decoupled: it is fitted to the features of the
+    task's and of the remembered images, with the same weight for each class, and no gradient of it reaches the backbone.
 
     Where it differs: the second view is a random crop, the first the image as the stream gives it; the head is fitted to
     the end with a little weight decay, in place of 100 epochs of SGD. With gradient accumulation, views are compared
@@ -52,6 +52,7 @@ class Co2L(Baseline):
 
     Attributes:
         snapshot: backbone and projector at the end of the earlier task; None in the first.
+        stored_numbers: `sample_ids` of the remembered images [n].
         steps: number of optimizer steps so far.
     """
 
@@ -85,6 +86,7 @@ class Co2L(Baseline):
         self.head.requires_grad_(False)
         self.projector = make_projector(self.features.width, int(self.number("projection_size", projection_size)))
         self.snapshot: Snapshot | None = None
+        self.stored_numbers = torch.zeros(0, dtype=torch.int64)
         self.steps = 0
 
     def groups(self) -> dict[str, list[nn.Module]]:
@@ -105,12 +107,14 @@ class Co2L(Baseline):
         other = second_view(batch.pixel_values, batch.numbers, self.steps)
         features = [batch.features, self.compute_features(other, **batch.inputs)]
         rows = gather_with_gradient(torch.cat([F.normalize(self.projector(f), dim=1) for f in features], 1))
-        known = torch.stack([batch.valid.float(), batch.targets.clamp_min(0).float()], 1)
-        valid, targets = gather_with_gradient(known).unbind(1)
+        new = ~torch.isin(batch.numbers, self.stored_numbers.to(batch.numbers.device))
+        known = torch.stack([batch.valid.float(), batch.targets.clamp_min(0).float(), new.float()], 1)
+        valid, targets, anchors = gather_with_gradient(known).unbind(1)
         valid, columns = valid > 0, targets.long()
         views = torch.cat(rows[valid].chunk(2, 1))
-        labels = columns[valid].repeat(2)
-        loss = asymmetric_contrastive_loss(views, labels, self.head.current[labels], self.temperature)
+        loss = asymmetric_contrastive_loss(
+            views, columns[valid].repeat(2), (anchors[valid] > 0).repeat(2), self.temperature
+        )
         parts = {"contrastive": LossPart(loss, "batch")}
         if self.snapshot is not None:
             before = [self.snapshot(images, **batch.inputs) for images in (batch.pixel_values, other)]
@@ -129,6 +133,7 @@ class Co2L(Baseline):
         if memory is None:
             raise ValueError('"co2l" needs remembered images: set memory_size or memory_per_class')
         new, kept = record(self.features_of, images), record(self.features_of, memory)
+        self.stored_numbers = kept.ids
         old = ~torch.isin(kept.ids, new.ids)
         features, labels = torch.cat([new.features, kept.features[old]]), torch.cat([new.labels, kept.labels[old]])
         targets, _ = self.head.to_targets(labels)
@@ -139,10 +144,11 @@ class Co2L(Baseline):
             self.head.bias.copy_(bias)
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """Head, snapshot and number of steps."""
+        """Head, snapshot, numbers of the remembered images, and number of steps."""
         head = {name: p.detach() for name, p in self.head.named_parameters()}
         snapshot = {} if self.snapshot is None else self.snapshot.tensors()
-        return prefixed("head.", head) | prefixed("snapshot.", snapshot) | {"steps": torch.tensor(self.steps)}
+        own = {"numbers": self.stored_numbers, "steps": torch.tensor(self.steps)}
+        return prefixed("head.", head) | prefixed("snapshot.", snapshot) | own
 
     @torch.no_grad()
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -153,6 +159,7 @@ class Co2L(Baseline):
         self.snapshot = Snapshot(self.features, self.projector) if found else None
         for name, own in self.snapshot.tensors().items() if self.snapshot is not None else ():
             own.copy_(found[name])
+        self.stored_numbers = tensors.get("numbers", self.stored_numbers)  # older files have none
         self.steps = int(tensors["steps"])
 
 

@@ -109,10 +109,11 @@ def fisher_information(learner: Baseline, images: Images) -> dict[str, Tensor]:
     for batch in images:
         targets, _ = learner.head.to_targets(batch["labels"])
         for i in torch.nonzero(targets >= 0).flatten().tolist():
-            query = batch["query"][i : i + 1] if "query" in batch else None
+            image = {
+                name: value[i : i + 1] for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()
+            }
             with torch.enable_grad():
-                features = learner.compute_features(batch["pixel_values"][i : i + 1], query)
-                logits = learner.masked(learner.logits_of(features))
+                logits = learner.masked(learner.logits_of(learner.features_of(image)))
                 gradients = torch.autograd.grad(logits.log_softmax(1)[0, targets[i]], list(parameters.values()))
             for name, gradient in zip(parameters, gradients, strict=True):
                 sums[name] += gradient.square()

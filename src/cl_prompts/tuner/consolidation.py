@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cl_prompts.backbones.input_checks import further_inputs
 from cl_prompts.backbones.prompted_backbone import PromptedBackbone
 from cl_prompts.interfaces import Probe
 from cl_prompts.learner.features import record
@@ -29,10 +30,11 @@ def features_of(
     Args:
         backbone: the base model with its hooks.
         adapter: the adapter.
-        batch: with `pixel_values` and, if known, `query`.
+        batch: with `pixel_values`, further inputs of the base and, if known, `query`.
         probe: called with the attention of each block that has a prefix; None: not called.
     """
     own = {name: batch[name] for name in ("pixel_values", "query", "lower_blocks") if name in batch}
+    own |= further_inputs(backbone.model, batch)
     with prompted_forward(backbone, adapter, (), own, training=False, features_only=True, probe=probe):
         features: Tensor = backbone.model(**own).features
     return features

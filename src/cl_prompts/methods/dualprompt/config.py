@@ -27,7 +27,7 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
         e_length: number of keys, and of values, of an E-prompt (paper: 20). With `split` or tokens, number of its rows.
         prompt_form: "prefix" (keys and values of the blocks), or "tokens": one G-prompt and one E-prompt are tokens in
             front of the sequence, [P_G; P_E; x], without a position embedding, and pass all blocks. They enter at block 0,
-            so `g_layers` and `e_layers` become [0] unless they are empty.
+            so `g_layers` and `e_layers` become [0] unless they are empty. `readout="prompt"` reads their outputs.
         freeze_g: G-prompts are trained in the first task only. Ours.
         separation_weight: weight of the squared covariances between the rows of the G-prompts and of the current task's
             E-prompts, each over the D numbers of a row, averaged over the pairs of rows (L_separation). 0 is the paper.
@@ -136,6 +136,11 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs E-prompts, and e_layers=[] leaves none: leave it at {neutral!r}"
                 )
+
+    @property
+    def inserts_tokens(self) -> bool:
+        """With `prompt_form="tokens"`."""
+        return self.prompt_form == "tokens"
 
     @property
     def has_keys(self) -> bool:  # type: ignore[override]

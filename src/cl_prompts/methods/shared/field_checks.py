@@ -90,9 +90,11 @@ def check_layers(config: Any, *names: str, empty: bool = False) -> None:
 
 
 def no_prompt_readout(config: Any) -> None:
-    """`readout` is not "prompt", for methods without prompt tokens."""
+    """`readout` is not "prompt", for methods without prompt tokens behind the last block."""
     if config.readout == "prompt":
-        raise ValueError(f'readout="prompt" needs prompt tokens; {config.method} has key/value prefixes: use "auto"')
+        raise ValueError(
+            f'readout="prompt" needs prompt tokens that pass all blocks; {config.method} has none here: use "auto"'
+        )
 
 
 def splits_in_two(config: Any, *names: str) -> None:

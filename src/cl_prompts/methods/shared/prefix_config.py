@@ -19,10 +19,16 @@ class PrefixPromptConfig(PromptPoolConfig):
 
     prefix_space: str = "projected"
 
+    @property
+    def inserts_tokens(self) -> bool:
+        """Whether prompts are tokens of the sequence, whose outputs the classifier may read."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self, "prefix_space", ("projected", "input"))
-        no_prompt_readout(self)
+        if not self.inserts_tokens:
+            no_prompt_readout(self)
 
 
 @dataclass

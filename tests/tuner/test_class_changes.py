@@ -104,6 +104,29 @@ def check_temperatures(state: AdapterState, forgotten: int) -> None:
         assert state.temperature == pytest.approx(np.exp(np.average(np.log(values), weights=images)))
 
 
+@pytest.mark.by_turns(2, always=())
+@pytest.mark.parametrize("config", [{"ensemble": 2}, {"trained_tasks": "first", "head": "discriminant"}], ids=str)
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_prompts_are_those_of_tasks_with_classes(forgotten: int, config: dict[str, Any]) -> None:
+    model = learnt_model("dualprompt prototype", CLASSES[:2], **config)
+    model.forget_classes(CLASSES[forgotten])
+    assert answers(model).isfinite().all()
+    if "ensemble" in config:
+        output = model.eval()(pixel_values=task_images([4])["pixel_values"])
+        assert output.prompt_ids.flatten().unique().tolist() == [1 - forgotten]
+
+
+def test_a_class_that_is_left_alone_is_not_refused() -> None:
+    """Its novelty is 1 for every image, beyond the threshold of several classes."""
+    for leave in (lambda m: m.forget_classes([4]), lambda m: m.merge_classes([4, 1], into=1)):
+        model = learnt_model("none", CLASSES[:1], head="discriminant")
+        assert model.novelty_threshold is not None
+        leave(model)
+        assert model.novelty_threshold is None
+        learn_task(model, [0, 3], train=False)
+        assert model.novelty_threshold is not None
+
+
 @pytest.mark.parametrize("method", WITH_CLASSIFIER)
 def test_merged_classes_answer_as_one_and_files_keep_it(method: str, tmp_path: Path) -> None:
     model = learnt_model(method, save_statistics=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, headl
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, markdown_block, markdown_code, markdown_text, plain_text
-from cl_prompts.sharing.inspect import sizes_of_parts
+from cl_prompts.sharing.inspect import NUMBER_BYTES, sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
@@ -44,7 +45,8 @@ FIGURES = {
     "forgetting": "forgetting",
 }
 HALVES = {"F16": "float16", "BF16": "bfloat16"}  # by their names in a safetensors header
-# Tensors of a classifier that are no statistics of features.
+# Parts of an adapter with statistics of classes, and their tensors that are none.
+WITH_STATISTICS = re.compile(re.escape(SAVED_PREFIX) + r"(classifier|running_gaussians|pool\.(prototypes|class_means))\b")
 NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
     yaml.BlockMappingStartToken,
@@ -252,10 +254,10 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     facts["Scores"] = f"{calibrated}, as chosen on training images" if state.temperature else calibrated
     if record is not None and record.trainable:
         facts["Trained in the last task"] = f"{next(iter(record.trainable.values())):,} parameters"
-    statistics = {n: d for n, d in declared.items() if ".classifier." in n and n.rpartition(".")[2] not in NO_STATISTICS}
+    statistics = class_statistics(declared)
     if statistics:
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
-        each = in_bytes(_bytes_per_class(statistics))
+        each = in_bytes(bytes_per_class(statistics))
         facts["Statistics of the training images' features in it"] = (
             f"{held}, {each} for each class (means, covariances or sums; no images)"
         )
@@ -264,13 +266,21 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
 
 
-def _bytes_per_class(statistics: Mapping[str, Declared]) -> int:
-    """Bytes of the tensors with a row for each Gaussian or a column for each class, for one of them."""
-    parts = {name.rpartition(".")[2]: tensor for name, tensor in statistics.items()}
-    if "mean" not in parts:  # the sums [M, C] of the ridge head
-        return sum(8 * tensor.shape[0] for name, tensor in parts.items() if name == "sums")
-    rows = {name: t for name, t in parts.items() if name != "spread" or len(t.shape) > 2}
-    return sum(math.prod(t.shape[1:]) * (8 if name == "count" else 4) for name, t in rows.items())
+def class_statistics(declared: Mapping[str, Declared]) -> dict[str, Declared]:
+    """The tensors of an adapter that were computed from features of its classes' training images."""
+    return {n: d for n, d in declared.items() if WITH_STATISTICS.match(n) and n.rpartition(".")[2] not in NO_STATISTICS}
+
+
+def bytes_per_class(statistics: Mapping[str, Declared]) -> int:
+    """Bytes of a class in these tensors: of a row or, in the sums [M, C] of the ridge head, a column."""
+    size = 0
+    for name, (dtype, shape) in statistics.items():
+        part, _, last = name.rpartition(".")
+        if part.endswith("classifier"):  # beside it, the Gram matrix
+            size += NUMBER_BYTES.get(dtype, 1) * math.prod(shape[:1]) * (last == "sums")
+        elif last != "products" and not (last == "spread" and len(shape) == 2):  # one for all classes
+            size += NUMBER_BYTES.get(dtype, 1) * math.prod(shape[1:])
+    return size
 
 
 def in_bytes(size: int) -> str:

@@ -141,6 +141,7 @@ def test_the_card_says_what_a_class_costs(config: dict[str, Any], tmp_path: Path
         statistics = class_statistics(find_adapter(tmp_path).tensors)
         found.append((sizes_of_parts(statistics), bytes_per_class(statistics)))
         assert f"{in_bytes(found[-1][1])} for each class" in (tmp_path / "README.md").read_text()
+    assert ("pool.prototypes" in found[0][0]) == ("task_inference" in config)
     held = [sum(part["bytes"] for part in parts.values()) for parts, _ in found]
     assert found[0][1] == found[1][1] == held[1] - held[0] > 0
 

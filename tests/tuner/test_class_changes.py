@@ -14,8 +14,8 @@ from support.small_runs import CLASSES
 from torch.testing import assert_close
 
 from cl_prompts import L2PConfig, NoPromptsConfig, PromptPoolModel, get_prompt_pool_model
-from cl_prompts.sharing.card import bytes_per_class, class_statistics, in_bytes
-from cl_prompts.sharing.inspect import sizes_of_parts
+from cl_prompts.sharing.card import in_bytes
+from cl_prompts.sharing.inspect import bytes_per_class, class_statistics, sizes_of_parts
 from cl_prompts.storage.adapter_files import find_adapter
 from cl_prompts.storage.adapter_state import AdapterState
 
@@ -155,6 +155,9 @@ def test_a_class_that_is_left_alone_is_not_refused() -> None:
         assert model.novelty_threshold is None
         learn_task(model, [0, 3], train=False)
         assert model.novelty_threshold is not None
+    model.adapter.config.state.held_out_images = [12, 0]  # as after a second task of single images
+    model.forget_classes([1])
+    assert model.adapter.config.state.temperature is model.novelty_threshold is None
 
 
 @pytest.mark.parametrize("method", WITH_CLASSIFIER)

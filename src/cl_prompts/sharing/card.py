@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,11 @@ from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, headl
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, markdown_block, markdown_code, markdown_text, plain_text
-from cl_prompts.sharing.inspect import NUMBER_BYTES, sizes_of_parts
+from cl_prompts.sharing.inspect import bytes_per_class, class_statistics, sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
-from cl_prompts.storage.declared import WEIGHTS_FILE, Declared
+from cl_prompts.storage.declared import WEIGHTS_FILE
 from cl_prompts.storage.integrity import SAVED_PREFIX
 
 
@@ -45,9 +43,6 @@ FIGURES = {
     "forgetting": "forgetting",
 }
 HALVES = {"F16": "float16", "BF16": "bfloat16"}  # by their names in a safetensors header
-# Parts of an adapter with statistics of classes, and their tensors that are none.
-WITH_STATISTICS = re.compile(re.escape(SAVED_PREFIX) + r"(classifier|running_gaussians|pool\.(prototypes|class_means))\b")
-NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
     yaml.BlockMappingStartToken,
     yaml.BlockSequenceStartToken,
@@ -264,23 +259,6 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     known = markdown_text(license) if isinstance(license, str) else ""
     facts["License"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
-
-
-def class_statistics(declared: Mapping[str, Declared]) -> dict[str, Declared]:
-    """The tensors of an adapter that were computed from features of its classes' training images."""
-    return {n: d for n, d in declared.items() if WITH_STATISTICS.match(n) and n.rpartition(".")[2] not in NO_STATISTICS}
-
-
-def bytes_per_class(statistics: Mapping[str, Declared]) -> int:
-    """Bytes of a class in these tensors: of a row or, in the sums [M, C] of the ridge head, a column."""
-    size = 0
-    for name, (dtype, shape) in statistics.items():
-        part, _, last = name.rpartition(".")
-        if part.endswith("classifier"):  # beside it, the Gram matrix
-            size += NUMBER_BYTES.get(dtype, 1) * math.prod(shape[:1]) * (last == "sums")
-        elif last != "products" and not (last == "spread" and len(shape) == 2):  # one for all classes
-            size += NUMBER_BYTES.get(dtype, 1) * math.prod(shape[1:])
-    return size
 
 
 def in_bytes(size: int) -> str:

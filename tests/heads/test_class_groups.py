@@ -158,6 +158,11 @@ def test_prototypes(statistics: str) -> None:
         assert float((forgot.covariance() - before).norm() / before.norm()) < 0.05
     else:
         assert torch.equal(forgot.class_scores(features), never.class_scores(features))
+    last = forgot.rows[-1]
+    forgot.group_classes(ClassGroups([[last[1]]], [[] for _ in TASKS[:-1]] + [[last[1]]]))  # of the last task alone
+    assert forgot.nearest_tasks(features, 2)[0].tolist() == [[last[0]]] * len(features)
+    forgot.group_classes(ClassGroups([], [[] for _ in TASKS]))
+    assert forgot.task_scores(features).shape == (len(features), len(TASKS))
 
 
 def test_head_and_running_gaussians() -> None:

@@ -179,3 +179,20 @@ def test_other_images_beside_a_learner_are_refused() -> None:
     model.begin_task([0, 3])
     with pytest.raises(ValueError, match="the same images before and after the task"):
         extra.fit([task_images([0, 3], per_class=5)])
+
+
+def test_classes_that_a_learner_forgets_are_told_to_classifiers_beside_it() -> None:
+    """Their columns are those of the learner: class 1 would get the rows of class 4, without an error."""
+    model = new_model("none")
+    extra = ExtraClassifiers(model, {"discriminant": DiscriminantClassifier(32, drift="none")})
+    model.begin_task([4, 1])
+    extra.fit([task_images([4, 1])])
+    model.end_task()
+    kept = ExtraClassifiers(model, {"discriminant": DiscriminantClassifier(32, drift="none")})
+    kept.load_state_dict(extra.state_dict())
+    model.forget_classes([4])
+    model.begin_task([0])
+    for one in (extra, kept):
+        for call in (one.record, one.fit):
+            with pytest.raises(ValueError, match=r"'discriminant'\] know classes \[4, 1\], the learner \[1, 0\]"):
+                call([task_images([0])])

@@ -14,6 +14,9 @@ from support.small_runs import CLASSES
 from torch.testing import assert_close
 
 from cl_prompts import L2PConfig, NoPromptsConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.sharing.card import in_bytes
+from cl_prompts.sharing.inspect import bytes_per_class, class_statistics, sizes_of_parts
+from cl_prompts.storage.adapter_files import find_adapter
 from cl_prompts.storage.adapter_state import AdapterState
 
 
@@ -102,6 +105,59 @@ def check_temperatures(state: AdapterState, forgotten: int) -> None:
     if images:  # the head of some methods was not consolidated
         assert images[forgotten] == 0
         assert state.temperature == pytest.approx(np.exp(np.average(np.log(values), weights=images)))
+
+
+@pytest.mark.by_turns(2, always=())
+@pytest.mark.parametrize("config", [{"ensemble": 2}, {"trained_tasks": "first", "head": "discriminant"}], ids=str)
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_prompts_are_those_of_tasks_with_classes(forgotten: int, config: dict[str, Any]) -> None:
+    model = learnt_model("dualprompt prototype", CLASSES[:2], **config)
+    model.forget_classes(CLASSES[forgotten])
+    assert answers(model).isfinite().all()
+    if "ensemble" in config:
+        output = model.eval()(pixel_values=task_images([4])["pixel_values"])
+        assert output.prompt_ids.flatten().unique().tolist() == [1 - forgotten]
+
+
+@pytest.mark.by_turns(4, always=())
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"head": "discriminant", "class_covariance": kind} for kind in ("low_rank", "full", "shared", "diagonal")),
+        *({"head": "ridge", "projection_size": 40, "trained_tasks": tasks} for tasks in ("first", "all")),
+        *({"alignment": kind} for kind in ("covariance", "diagonal", "centroids")),
+        {"head": "linear"},
+        {"task_inference": "prototype", "task_statistics": "covariance", "head": "discriminant"},
+    ],
+    ids=lambda config: "-".join(map(str, config.values())),
+)
+def test_the_card_says_what_a_class_costs(config: dict[str, Any], tmp_path: Path) -> None:
+    """A class more makes the tensors as much larger."""
+    model = new_model("dualprompt", save_statistics=True, **config)
+    found = []
+    for classes in ([4, 1, 0], [3]):
+        learn_task(model, classes, train=False)
+        model.save_pretrained(tmp_path)
+        statistics = class_statistics(find_adapter(tmp_path).tensors)
+        found.append((sizes_of_parts(statistics), bytes_per_class(statistics)))
+        assert f"{in_bytes(found[-1][1])} for each class" in (tmp_path / "README.md").read_text()
+    assert ("pool.prototypes" in found[0][0]) == ("task_inference" in config)
+    held = [sum(part["bytes"] for part in parts.values()) for parts, _ in found]
+    assert found[0][1] == found[1][1] == held[1] - held[0] > 0
+
+
+def test_a_class_that_is_left_alone_is_not_refused() -> None:
+    """Its novelty is 1 for every image, beyond the threshold of several classes."""
+    for leave in (lambda m: m.forget_classes([4]), lambda m: m.merge_classes([4, 1], into=1)):
+        model = learnt_model("none", CLASSES[:1], head="discriminant")
+        assert model.novelty_threshold is not None
+        leave(model)
+        assert model.novelty_threshold is None
+        learn_task(model, [0, 3], train=False)
+        assert model.novelty_threshold is not None
+    model.adapter.config.state.held_out_images = [12, 0]  # as after a second task of single images
+    model.forget_classes([1])
+    assert model.adapter.config.state.temperature is model.novelty_threshold is None
 
 
 @pytest.mark.parametrize("method", WITH_CLASSIFIER)

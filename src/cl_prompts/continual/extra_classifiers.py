@@ -17,6 +17,7 @@ from cl_prompts.evaluation.metrics import AccuracyMatrix
 from cl_prompts.heads import FeatureClassifier
 from cl_prompts.learner.features import Recorded, record
 from cl_prompts.learner.protocol import Learner
+from cl_prompts.runtime.text import short_repr
 
 
 NO_SETTINGS = frozenset(vars(nn.Module()))
@@ -40,6 +41,7 @@ class ExtraClassifiers:
         self.settings = {name: _settings_of(classifier) for name, classifier in self.classifiers.items()}
         self._recorded: Recorded | None = None
         self._tasks: list[list[int]] = []  # class indices of each task that they were fitted to
+        self._classes: list[int] = []  # class id of each of their columns
 
     @property
     def needs_before(self) -> bool:
@@ -47,21 +49,42 @@ class ExtraClassifiers:
         return any(classifier.needs_before for classifier in self.classifiers.values())
 
     def record(self, images: Iterable[Mapping[str, Any]]) -> None:
-        """Record the features of a task's images before the task begins."""
-        self._recorded = record(self.learner.features_of, images)
+        """Record the features of a task's images before the task begins, if a classifier needs them.
+
+        Raises:
+            ValueError: classes of the learner were forgotten or merged since the last fit.
+        """
+        self._check_classes()
+        if self.needs_before:
+            self._recorded = record(self.learner.features_of, images)
 
     def fit(self, images: Iterable[Mapping[str, Any]]) -> None:
-        """Fit all classifiers to the features of a task's images after its training."""
+        """Fit all classifiers to the features of a task's images after its training.
+
+        Raises:
+            ValueError: as `record`.
+        """
         if not self.classifiers:
             return
+        self._check_classes()
         seen, head = record(self.learner.features_of, images), self.learner.head
         columns, _ = head.to_targets(seen.labels)
         self._tasks.append(head.current.nonzero().flatten().tolist())
+        self._classes = list(self.learner.classes)
         before = None if self._recorded is None else self._recorded.features_of(seen)
         for classifier in self.classifiers.values():
             classifier.to(seen.features.device).begin_task(self._tasks[-1])
             classifier.fit(seen.features, columns, before if classifier.needs_before else None, head)
         self._recorded = None
+
+    def _check_classes(self) -> None:
+        now = list(self.learner.classes)
+        if now[: len(self._classes)] != self._classes:
+            raise ValueError(
+                f"extra classifiers {list(self.classifiers)} know classes {short_repr(self._classes)}, the learner "
+                f"{short_repr(now)}: they cannot follow classes that are forgotten or merged within a run; change classes "
+                "after it"
+            )
 
     def add(self, evaluations: Sequence[Evaluation]) -> None:
         """Add a column to each matrix: the accuracies on all tasks so far."""
@@ -78,13 +101,14 @@ class ExtraClassifiers:
             "classifiers": {name: _own_buffers(classifier) for name, classifier in self.classifiers.items()},
             "recorded": None if recorded is None else {f.name: getattr(recorded, f.name) for f in fields(Recorded)},
             "tasks": self._tasks,
+            "classes": self._classes,
             "matrices": {name: matrix.state_dict() for name, matrix in self.matrices.items()},
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load `state` into new classifiers."""
-        self._tasks = [list(task) for task in state["tasks"]]
+        self._tasks, self._classes = [list(task) for task in state["tasks"]], list(state["classes"])
         for name, matrix in self.matrices.items():
             matrix.load_state_dict(state["matrices"][name])
         for name, classifier in self.classifiers.items():

@@ -179,7 +179,7 @@ class ContinualTrainer:
             with self.feature_provider.eval_mode():
                 if model.needs_features_before:
                     model.record_features(self.feature_provider.task_images(task))
-                if self.extra_classifiers.needs_before:
+                if self.extra_classifiers.classifiers:
                     self.extra_classifiers.record(self.feature_provider.task_images(task))
         if not self.stream.task_free:
             revisit = task.revisit or self.earlier_tasks > 0

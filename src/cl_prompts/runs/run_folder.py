@@ -29,7 +29,6 @@ FILES = (
     "matrix.png",
     "reliability.png",
     "selection.png",
-    "reliability.png",
     "adapter",
 )
 # Arguments that do not change the results.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from cl_prompts.evaluation.report import LEGEND, Result, comparison_table, headl
 from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.files import write_atomically
 from cl_prompts.runtime.text import first_line, markdown_block, markdown_code, markdown_text, plain_text
-from cl_prompts.sharing.inspect import sizes_of_parts
+from cl_prompts.sharing.inspect import bytes_per_class, class_statistics, sizes_of_parts
 from cl_prompts.sharing.run_record import RESULTS_FILE, RunRecord
 from cl_prompts.storage.adapter_files import AdapterFiles, find_adapter
 from cl_prompts.storage.bounded_read import MAX_CARD_BYTES, read_bounded
-from cl_prompts.storage.declared import WEIGHTS_FILE, Declared
+from cl_prompts.storage.declared import WEIGHTS_FILE
 from cl_prompts.storage.integrity import SAVED_PREFIX
 
 
@@ -44,8 +43,6 @@ FIGURES = {
     "forgetting": "forgetting",
 }
 HALVES = {"F16": "float16", "BF16": "bfloat16"}  # by their names in a safetensors header
-# Tensors of a classifier that are no statistics of features.
-NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 _OPENING = (
     yaml.BlockMappingStartToken,
     yaml.BlockSequenceStartToken,
@@ -252,25 +249,16 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     facts["Scores"] = f"{calibrated}, as chosen on training images" if state.temperature else calibrated
     if record is not None and record.trainable:
         facts["Trained in the last task"] = f"{next(iter(record.trainable.values())):,} parameters"
-    statistics = {n: d for n, d in declared.items() if ".classifier." in n and n.rpartition(".")[2] not in NO_STATISTICS}
+    statistics = class_statistics(declared)
     if statistics:
         held = in_bytes(sum(part["bytes"] for part in sizes_of_parts(statistics).values()))
-        each = in_bytes(_bytes_per_class(statistics))
+        each = in_bytes(bytes_per_class(statistics))
         facts["Statistics of the training images' features in it"] = (
             f"{held}, {each} for each class (means, covariances or sums; no images)"
         )
     known = markdown_text(license) if isinstance(license, str) else ""
     facts["License"] = known or "not stated"
     return "\n".join(f"- **{heading}**: {text}" for heading, text in facts.items())
-
-
-def _bytes_per_class(statistics: Mapping[str, Declared]) -> int:
-    """Bytes of the tensors with a row for each Gaussian or a column for each class, for one of them."""
-    parts = {name.rpartition(".")[2]: tensor for name, tensor in statistics.items()}
-    if "mean" not in parts:  # the sums [M, C] of the ridge head
-        return sum(8 * tensor.shape[0] for name, tensor in parts.items() if name == "sums")
-    rows = {name: t for name, t in parts.items() if name != "spread" or len(t.shape) > 2}
-    return sum(math.prod(t.shape[1:]) * (8 if name == "count" else 4) for name, t in rows.items())
 
 
 def in_bytes(size: int) -> str:

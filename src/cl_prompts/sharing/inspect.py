@@ -20,6 +20,9 @@ from cl_prompts.storage.declared import Declared
 
 # Bytes of a number by its type in a safetensors header.
 NUMBER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+# Parts of an adapter with statistics of classes, and their tensors that are none.
+WITH_STATISTICS = ("classifier", "running_gaussians", "pool.prototypes", "pool.class_means")
+NO_STATISTICS = ("projection", "solution", "chosen_ridge", "fitted", "counted")
 
 
 def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
@@ -91,6 +94,27 @@ def sizes_of_parts(declared: Mapping[str, Declared]) -> dict[str, dict[str, int]
         part["numbers"] += numbers
         part["bytes"] += numbers * NUMBER_BYTES.get(tensor.dtype, 1)
     return parts
+
+
+def class_statistics(declared: Mapping[str, Declared]) -> dict[str, Declared]:
+    """The tensors of an adapter that were computed from features of its classes' training images."""
+    return {
+        name: tensor
+        for name, tensor in declared.items()
+        if _part_of(name) in WITH_STATISTICS and name.rpartition(".")[2] not in NO_STATISTICS
+    }
+
+
+def bytes_per_class(statistics: Mapping[str, Declared]) -> int:
+    """Bytes of a class in these tensors: of a row or, in the sums [M, C] of the ridge head, a column."""
+    size = 0
+    for name, (dtype, shape) in statistics.items():
+        part, _, last = name.rpartition(".")
+        if part.endswith("classifier"):  # beside it, the Gram matrix
+            size += NUMBER_BYTES.get(dtype, 1) * math.prod(shape[:1]) * (last == "sums")
+        elif last != "products" and not (last == "spread" and len(shape) == 2):  # one for all classes
+            size += NUMBER_BYTES.get(dtype, 1) * math.prod(shape[1:])
+    return size
 
 
 def _part_of(name: str) -> str:

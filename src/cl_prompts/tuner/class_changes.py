@@ -98,6 +98,9 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
         state.temperature = TaskTemperatures(state.task_temperatures, state.held_out_images).common
     new.tasks.keep_names()
     new.calibration.update(new.tasks)
+    # Novelty compares classes: of one, every image would be beyond the threshold. Without temperature energies are others.
+    if len(state.classes) == 1 or (state.held_out_images and state.temperature is None):
+        state.novelty_threshold = None
     groups = ClassGroups([[index for index, c in enumerate(ids) if c == kept] for kept in state.classes], tasks)
     new.head.group_classes(groups)
     new.head.expand(state.classes, state.tasks[-1])

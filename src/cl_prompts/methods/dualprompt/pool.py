@@ -163,6 +163,7 @@ class DualPromptPool(QueriedPool):
         if batch.task is None and config.infers_task and self.num_tasks:
             assert batch.query is not None
             tasks, answer.scores = self.prototypes.nearest_tasks(batch.query, candidates)
+            answer.candidates = tasks.shape[1]
             answer.ids, answer.weights = tasks.reshape(-1, 1), answer.scores.gather(1, tasks).reshape(-1, 1)
             answer.prefixes = {block: of_task(row, answer.ids) for row, block in enumerate(config.e_layers)}
         elif config.keys_per_layer or config.one_stage:

@@ -40,6 +40,7 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
         count: number of images in each sum, int64 [rows].
         products: sum of q q' over the images of all rows, float64 [D, D]; only for "covariance".
         rows: (task, class index) of each row. A class that returns in a later task has a row for each task.
+        num_tasks: number of tasks, with those all of whose classes were forgotten.
 
     On Apple's devices, which have no float64, the sums are float32.
     """
@@ -57,6 +58,7 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
         if statistics == "covariance":
             self.register_buffer("products", torch.zeros(width, width, dtype=torch.float64))
         self.rows: list[tuple[int, int]] = []
+        self.num_tasks = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if fn(self.count).device.type == "mps":
@@ -78,6 +80,7 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
     def make_room(self, tasks: Sequence[Sequence[int]], first: int) -> None:
         """See `TaskTensors`."""
         self.rows += [(number, index) for number, task in enumerate(tasks, start=first) for index in task]
+        self.num_tasks = first + len(tasks)
         added = len(self.rows) - self.count.shape[0]
         self.sum = torch.cat([self.sum, self.sum.new_zeros(added, self.sum.shape[1])])
         self.count = torch.cat([self.count, self.count.new_zeros(added)])
@@ -122,8 +125,7 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
             self.wait(*sums, features.T @ features)
 
     def _newest_rows(self) -> list[int]:
-        newest = self.rows[-1][0]
-        return [row for row, (task, _) in enumerate(self.rows) if task == newest]
+        return [row for row, (task, _) in enumerate(self.rows) if task == self.num_tasks - 1]
 
     def add_sums(self, *sums: Tensor) -> None:
         """See `GatheredStatistics`; `sums` are those of features [C, D], counts [C] and products [D, D]."""
@@ -175,16 +177,18 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
         """Score of each task's best class for `query` [B, D]: [B, tasks]; -inf for a task without images."""
         scores = self.class_scores(query)
         tasks = torch.tensor([task for task, _ in self.rows], device=query.device)
-        best = scores.new_full((query.shape[0], self.rows[-1][0] + 1), -math.inf)
+        best = scores.new_full((query.shape[0], self.num_tasks), -math.inf)
         return best.scatter_reduce(1, tasks.expand(query.shape[0], -1), scores, "amax")
 
     def nearest_tasks(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The `k` best tasks of each feature of `query` [B, D], and the scores of all tasks.
 
         Returns:
-            Task numbers [B, k], best first, of equal scores the lower number; and `task_scores` [B, tasks].
+            Task numbers [B, k], or fewer if fewer tasks have classes, best first, of equal scores the lower number; and
+            `task_scores` [B, tasks].
         """
         scores = self.task_scores(query)
+        k = min(k, max(1, len({task for task, _ in self.rows})))
         return scores.argsort(dim=1, descending=True, stable=True)[:, :k], scores
 
     def nearest_task(self, query: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class CodaPromptConfig(QueriedPrefixConfig):
         orthogonality_weight: mu (paper 0.1; 0 in the released scripts, which start new components by Gram-Schmidt).
         adaptive_orthogonality: the penalty between components of two tasks is multiplied by 1 - s, where s in [0, 1] is the
             cosine of the tasks' mean queries (0 if negative), so that components of similar tasks may resemble each other.
-            The means are saved, D numbers a task. Ours.
+            The means are saved, D numbers a task. Without tasks (`num_labels`) it changes nothing. Ours.
     """
 
     method: str = "coda"

@@ -28,7 +28,7 @@ class DualPromptConfig(QueriedPrefixConfig, TaskInferenceConfig):
         prompt_form: "prefix" (keys and values of the blocks), or "tokens": one G-prompt and one E-prompt are tokens in
             front of the sequence, [P_G; P_E; x], without a position embedding, and pass all blocks. They enter at block 0,
             so `g_layers` and `e_layers` become [0] unless they are empty. `readout="prompt"` reads their outputs.
-        freeze_g: G-prompts are trained in the first task only. Ours.
+        freeze_g: G-prompts are trained in the first task only; without tasks (`num_labels`) always. Ours.
         separation_weight: weight of the squared covariances between the rows of the G-prompts and of the current task's
             E-prompts, each over the D numbers of a row, averaged over the pairs of rows (L_separation). 0 is the paper.
         split: split a prompt's rows along its length: the first half is keys, the second half is values (CODA-Prompt's

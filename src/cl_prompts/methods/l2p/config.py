@@ -49,7 +49,7 @@ class L2PConfig(PromptPoolConfig):
         pool_average: what is averaged over several pools: "answers" (class probabilities, in training and at test, a pass
             for each pool) or "prompts" (the prompts of equal rank, one pass). Ours.
         grow_by: prompts that each task after the first adds to the pool; `pool_size` is then its size in the first task.
-            0: the size is fixed. Two to three are usual. Ours.
+            0: the size is fixed, as it is without tasks (`num_labels`). Two to three are usual. Ours.
         max_size: size at which the pool stops to grow; None: it grows with every task. Ours.
         position: "after_cls" [CLS, prompts, patches] (first release, PyTorch code) or "front" [prompts, CLS, patches].
         add_cls_position_embedding: add CLS's position embedding to each prompt token (first release, PyTorch code).

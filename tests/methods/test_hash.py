@@ -211,7 +211,7 @@ def test_each_rule_answers_image_by_image(learned: PromptPoolModel, rule: str) -
     "fields",
     [
         {"router_input": "normed"},
-        {"router_scale": 10.0},
+        {"router_scale": 10.0, "relative_delta": False},
         {"router_scale": 3.0, "learn_router_scale": True},
         {"relative_delta": True, "delta": 0.7},
         {"history_update": "step", "delta": 0.7},

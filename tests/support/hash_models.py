@@ -13,6 +13,7 @@ from support.tensors import draw
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TASKS = ([4, 1], [0, 7], [3, 5])
 SMALL: dict[str, Any] = {"pool_size": 6, "prompt_length": 4, "top_k": 2, "layers": [0, 2], "history_top": 2, "delta": 0.4}
+SMALL |= {"router_scale": 1.0, "relative_delta": False}  # as the paper has it
 
 
 def labels_of(task: int) -> Tensor:

@@ -27,7 +27,8 @@ class HashPromptConfig(TaskInferenceConfig):
     2026, arXiv 2601.20894. No code is public, and the paper does not state most sizes, the input of the router and which
     router is used at test. Those fields are our reading, and their defaults are ours, chosen on held-out training images
     (docs/results.md): pool sizes 10 to 40, delta 0.03 to 0.3 and the router at test made no difference (62.3 to 63.4, one
-    seed); beta did (0.1: 63.4, 0.5: 65.4, no HGM: 66.4).
+    seed); beta did (0.1: 63.4, 0.5: 65.4, no HGM: 66.4). As the formula stands (`router_scale=1`, `relative_delta=False`),
+    trained routers mix four prompts evenly and choose nearly the same ones for all images.
 
     Args:
         pool_size: number of prompts M of a layer's pool. Ours.
@@ -73,12 +74,12 @@ class HashPromptConfig(TaskInferenceConfig):
     prompt_init: str = "uniform"
     router_init: str = "previous"
     router_input: str = "block"
-    router_scale: float = 1.0
+    router_scale: float = 10.0
     learn_router_scale: bool = False
     router_inference: str = "average"
     hdr: str = "constant"
     delta: float = 0.1
-    relative_delta: bool = False
+    relative_delta: bool = True
     alpha: float = 0.5
     history_top: int = 4
     hgm: str = "constant"

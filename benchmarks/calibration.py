@@ -18,7 +18,7 @@ from torch import Tensor
 from cl_prompts.evaluation.calibration import Reliability
 from cl_prompts.evaluation.report import machine
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
-from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, log_scores
+from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, information, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 
 
@@ -59,9 +59,11 @@ def measure(
         given = (task["features"], task["targets"], task["before"] if moves else None, head)
         classifier.begin_task(own)
         logits, held, _, scale = classifier.held_out_answers(*given, only_current=only_current)
-        chosen = fit_temperature(scaled(log_scores(logits, classifier.score_width), scale), held)
+        scores = scaled(log_scores(logits, classifier.score_width), scale)
+        chosen = fit_temperature(scores, held)
+        assert chosen is not None
         growth = (len(known) / (len(known) - new)) ** classifier.temperature_power if number else 1.0
-        temperatures = temperatures.after(number, chosen, len(held), growth)
+        temperatures = temperatures.after(number, chosen, information(scores, held, chosen), growth)
         tasks_of_classes.append(own)
         classifier.fit(*given)
         seen = numbers <= number

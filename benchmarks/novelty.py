@@ -24,7 +24,7 @@ from transformers import AutoModel
 from cl_prompts.evaluation.novelty import NoveltyMeasures
 from cl_prompts.evaluation.report import machine
 from cl_prompts.heads import DiscriminantClassifier
-from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature
+from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, information
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
 
@@ -106,7 +106,9 @@ def main() -> None:
         classifier.begin_task(current)
         logits, held, novelty, _ = classifier.held_out_answers(features, targets)
         classifier.fit(features, targets)
-        temperatures = temperatures.after(task, fit_temperature(logits, held), len(held))
+        temperature = fit_temperature(logits, held)
+        assert temperature is not None
+        temperatures = temperatures.after(task, temperature, information(logits, held, temperature))
         assert novelty is not None
         threshold = threshold_carried_on(threshold, threshold_of(novelty, 0.05), len(held))
         assert temperatures.common is not None

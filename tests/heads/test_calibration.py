@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cl_prompts import PromptPoolModel, PromptPoolPipeline
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
-from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, folds, log_scores
+from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, folds, information, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.refit import held_out_logits, trained_as_far
 from cl_prompts.storage.adapter_state import AdapterState
@@ -93,6 +93,23 @@ def test_only_images_that_were_not_trained_on_are_held_out_where_there_are_some(
     assert torch.equal(torch.stack(masks).sum(0), untrained & (targets != 2))
     assert all(0 < int(held.sum()) <= 4 for held in masks)
     assert len(list(folds(targets, torch.zeros(32, dtype=torch.bool)))) == len(list(folds(targets)))
+
+
+def test_information_is_the_curvature_of_the_cross_entropy() -> None:
+    logits, targets = drawn(3.0, 400)
+    found = fit_temperature(logits, targets)
+    assert found is not None
+
+    def loss(log: float) -> float:
+        return float(F.cross_entropy(logits.double() / np.exp(log), targets, reduction="sum"))
+
+    at, step = np.log(found), 1e-3
+    curvature = (loss(at + step) + loss(at - step) - 2 * loss(at)) / step**2
+    assert information(logits, targets, found) == pytest.approx(curvature, rel=0.05)
+    hidden = F.pad(logits, (0, 2), value=float("-inf"))
+    assert information(hidden, targets, found) == pytest.approx(information(logits, targets, found))
+    right = logits.argmax(1)  # without a wrong answer the further image decides
+    assert information(logits, right, found) == pytest.approx(0.1 * information(logits, targets, found), rel=0.02)
 
 
 def test_each_task_keeps_its_temperature() -> None:
@@ -197,7 +214,7 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
         if model.adapter.classifier is None:  # with images of the newest task, also after it
             model.consolidate([task_images(task)])
     state = model.adapter.config.state
-    fields = ("temperature", "task_temperatures", "held_out_images", "score_width", "image_scale")
+    fields = ("temperature", "task_temperatures", "temperature_information", "score_width", "image_scale")
     chosen = [getattr(state, name) for name in fields]
     temperature, values, images, width, by_image = chosen
     assert temperature != 1.0
@@ -255,7 +272,7 @@ def test_a_temperature_of_other_scores_is_not_carried_on() -> None:
     state = old.adapter.config.state
     before, new = answers(old), old.adapter.calibration.temperature
     set_state(old, ("temperature", "score_width", "novelty_threshold"), (0.04, None, 100.0))
-    set_state(old, ("task_temperatures", "held_out_images"), ([], []))
+    set_state(old, ("task_temperatures", "temperature_information"), ([], []))
     torch.testing.assert_close(log_scores(0.04 * answers(old), 0.1) / new, before)
     learn_task(old, CLASSES[1])
     state = old.adapter.config.state
@@ -272,13 +289,13 @@ def test_a_foreign_temperature_is_refused(wrong: Any) -> None:
         with pytest.raises(ValueError, match=rf"`state.{name}` must be from 1e-6 to 1e6 or null"):
             AdapterState.from_dict({name: wrong})
     with pytest.raises(ValueError, match=r"`state.task_temperatures` must be numbers from 1e-6 to 1e6"):
-        AdapterState.from_dict({"task_temperatures": [1.0, wrong], "held_out_images": [5, 5]})
+        AdapterState.from_dict({"task_temperatures": [1.0, wrong], "temperature_information": [5, 5]})
 
 
-@pytest.mark.parametrize("wrong", [[], [1, 2, 3], [1, -1], [1, 2.0], [1, True], "12", None])
-def test_foreign_numbers_of_images_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"`state.held_out_images` must have an integer from 0 on for each of the 2"):
-        AdapterState.from_dict({"task_temperatures": [1.0, 2.0], "held_out_images": wrong})
+@pytest.mark.parametrize("wrong", [[], [1, 2, 3], [1, -1], [1, float("nan")], [1, float("inf")], [1, True], "12", None])
+def test_foreign_information_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"`state.temperature_information` must have a number from 0 on for each of the 2"):
+        AdapterState.from_dict({"task_temperatures": [1.0, 2.0], "temperature_information": wrong})
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "shared", "full", "diagonal"])
@@ -296,7 +313,10 @@ def test_tasks_of_different_spread_are_calibrated_alike(kind: str) -> None:
         held = classifier.held_out_answers(x[:200], targets[:200])
         assert held.scale is not None
         chosen = fit_temperature(held.logits / held.scale[:, None], held.targets)
-        temperatures = temperatures.after(number, chosen, len(held.targets))
+        assert chosen is not None
+        temperatures = temperatures.after(
+            number, chosen, information(held.logits / held.scale[:, None], held.targets, chosen)
+        )
         classifier.fit(x[:200], targets[:200])
         seen.append((x[200:], targets[200:]))
     for x, targets in seen:

@@ -183,7 +183,7 @@ def test_a_model_answers_as_ridge_regression_on_all_images_at_once(method: str) 
             method, tasks, head="analytic", projection_size=60, ridge=3.0, trained_tasks="first", readout="auto"
         )
         state = model.adapter.config.state
-        state.temperature, state.task_temperatures, state.held_out_images, state.score_width = None, [], [], None
+        state.temperature, state.task_temperatures, state.temperature_information, state.score_width = None, [], [], None
         model.adapter.calibration.update(model.adapter.tasks)
         logits.append(answers(model)[:, [model.classes.index(c) for c in range(6)]])
         pixels, labels = all_images()

@@ -101,7 +101,7 @@ def test_all_classes_of_a_task_are_forgotten(method: str, tmp_path: Path) -> Non
 
 def check_temperatures(state: AdapterState, forgotten: int) -> None:
     """The mean is that of the tasks that are left."""
-    images, values = state.held_out_images, state.task_temperatures
+    images, values = state.temperature_information, state.task_temperatures
     if images:  # the head of some methods was not consolidated
         assert images[forgotten] == 0
         assert state.temperature == pytest.approx(np.exp(np.average(np.log(values), weights=images)))
@@ -155,7 +155,7 @@ def test_a_class_that_is_left_alone_is_not_refused() -> None:
         assert model.novelty_threshold is None
         learn_task(model, [0, 3], train=False)
         assert model.novelty_threshold is not None
-    model.adapter.config.state.held_out_images = [12, 0]  # as after a second task of single images
+    model.adapter.config.state.temperature_information = [12, 0]  # as after a second task of single images
     model.forget_classes([1])
     assert model.adapter.config.state.temperature is model.novelty_threshold is None
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 FOLDS = 10
 # A task's held-out images; folds are fitted until there are as many.
 HELD_OUT_IMAGES = 200
-# The mean of all tasks counts as this many held-out images beside those of a class's own tasks.
-COMMON_IMAGES = 100
+# What the mean of all tasks counts beside a class's own tasks, in units of `information`: some hundred images.
+COMMON_INFORMATION = 100.0
 LOWEST, HIGHEST = 1e-4, 1e4
 
 
@@ -115,39 +115,60 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
     return math.exp((low + high) / 2)
 
 
+@torch.no_grad()
+def information(logits: Tensor, targets: Tensor, temperature: float) -> float:
+    """What these images tell of the logarithm of their temperature: the curvature of the cross entropy over it.
+
+    It is the sum over the images of the variance of z / T under their softmax. Where few answers are wrong, the further one
+    of `fit_temperature` decides, so that the sum is multiplied by (w + 0.1) / (w + 1) for w wrong answers (ours).
+
+    Args:
+        logits: [n, C]; -inf for classes without images.
+        targets: class index of each image [n].
+        temperature: from `fit_temperature`.
+    """
+    wrong = int((logits.argmax(1) != targets).sum())
+    scaled = logits.cpu().double() / temperature  # Apple's devices have no float64
+    scaled = scaled - scaled.amax(1, keepdim=True)
+    probabilities = scaled.softmax(1)
+    scaled = scaled.masked_fill(probabilities == 0, 0.0)
+    mean = (probabilities * scaled).sum(1, keepdim=True)
+    return float((probabilities * (scaled - mean).square()).sum()) * (wrong + 0.1) / (wrong + 1)
+
+
 @dataclass(frozen=True)
 class TaskTemperatures:
     """The temperature of each task's held-out images, for the number of classes known now.
 
     Args:
         values: of each task; any number where there were no images.
-        images: number of held-out images of each task.
+        information: of each task's images about it; the weight of its logarithm in means. 0: there were none.
     """
 
     values: list[float]
-    images: list[int]
+    information: list[float]
 
     @property
     def common(self) -> float | None:
-        """The geometric mean over all held-out images; None without images."""
-        return _mean(self.values, self.images, range(len(self.values)))
+        """The geometric mean over all tasks; None without images."""
+        return _mean(self.values, self.information, range(len(self.values)))
 
-    def after(self, task: int, newest: float | None, images: int, growth: float = 1.0) -> TaskTemperatures:
+    def after(self, task: int, newest: float | None, known: float, growth: float = 1.0) -> TaskTemperatures:
         """The temperatures after the task number `task`.
 
         Args:
             task: tasks between the last one here and this one have no images; those from this one on are replaced.
             newest: temperature of its held-out images; None if it is unknown.
-            images: their number.
+            known: `information` of these images.
             growth: what the temperatures of earlier tasks are multiplied by, because there are more classes now.
         """
-        values, numbers = [growth * value for value in self.values[:task]], self.images[:task]
+        values, weights = [growth * value for value in self.values[:task]], self.information[:task]
         missing = task - len(values)
-        known = (1.0, 0) if newest is None else (newest, images)
-        return TaskTemperatures([*values, *[1.0] * missing, known[0]], [*numbers, *[0] * missing, known[1]])
+        added = (1.0, 0.0) if newest is None else (newest, known)
+        return TaskTemperatures([*values, *[1.0] * missing, added[0]], [*weights, *[0.0] * missing, added[1]])
 
     def of_classes(self, tasks: Sequence[Sequence[int]], classes: int) -> list[float]:
-        """The temperature of each class: the geometric mean of its tasks', in which `common` counts as 100 held-out images.
+        """The temperature of each class: the geometric mean of its tasks', in which `common` has an information of 100.
 
         Args:
             tasks: class indices of each task.
@@ -163,13 +184,14 @@ class TaskTemperatures:
         for number, task in enumerate(tasks[: len(self.values)]):
             for index in task:
                 own[index].append(number)
-        return [_mean([*self.values, common], [*self.images, COMMON_IMAGES], [*numbers, -1]) or common for numbers in own]
+        weights = [*self.information, COMMON_INFORMATION]
+        return [_mean([*self.values, common], weights, [*numbers, -1]) or common for numbers in own]
 
 
-def _mean(values: Sequence[float], images: Sequence[int], chosen: Iterable[int]) -> float | None:
-    """The geometric mean of the `chosen` values, weighted by `images`; None without images."""
-    total, logarithms = 0, 0.0
+def _mean(values: Sequence[float], weights: Sequence[float], chosen: Iterable[int]) -> float | None:
+    """The geometric mean of the `chosen` values; None without weights."""
+    total, logarithms = 0.0, 0.0
     for number in chosen:
-        total += images[number]
-        logarithms += images[number] * math.log(values[number])
+        total += weights[number]
+        logarithms += weights[number] * math.log(values[number])
     return math.exp(logarithms / total) if total else None

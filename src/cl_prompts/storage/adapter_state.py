@@ -84,7 +84,8 @@ class AdapterState:
         temperature: mean over the tasks of what divides the logits at test, so that their softmax is calibrated; None: it
             was not chosen.
         task_temperatures: what divides the logits at test of images of each task's classes.
-        held_out_images: number of images that each of them was chosen on; empty: `temperature` is that of all classes.
+        temperature_information: of the images that each of them was chosen on (`heads.calibration.information`); empty:
+            `temperature` is that of all classes.
         score_width: of `log_scores`, for a head whose scores are those of a regression; None: the temperature divides the
             scores themselves.
         image_scale: whether the classifier's scale of each image (`FeatureClassifier.scale`) divides its logits, too.
@@ -111,7 +112,7 @@ class AdapterState:
     image_std: list[float] | None = None
     temperature: float | None = None
     task_temperatures: list[float] = field(default_factory=list)
-    held_out_images: list[int] = field(default_factory=list)
+    temperature_information: list[float] = field(default_factory=list)
     score_width: float | None = None
     image_scale: bool = False
     novelty_threshold: float | None = None
@@ -194,13 +195,13 @@ class AdapterState:
             value = getattr(state, name)
             if value is not None and not (type(value) in (int, float) and 1e-6 <= value <= 1e6):
                 raise ValueError(f"`state.{name}` must be from 1e-6 to 1e6 or null, got {short_repr(value)}")
-        of_tasks, images = state.task_temperatures, state.held_out_images
+        of_tasks, weights = state.task_temperatures, state.temperature_information
         if not (_is_list_of(of_tasks, int, float) and all(1e-6 <= one <= 1e6 for one in of_tasks)):
             raise ValueError(f"`state.task_temperatures` must be numbers from 1e-6 to 1e6, got {short_repr(of_tasks)}")
-        if not (_is_list_of(images, int) and all(0 <= one < 2**63 for one in images)) or len(images) != len(of_tasks):
+        if not (_is_list_of(weights, int, float) and all(0 <= w < 1e18 for w in weights)) or len(weights) != len(of_tasks):
             raise ValueError(
-                f"`state.held_out_images` must have an integer from 0 on for each of the {len(of_tasks)} "
-                f"`state.task_temperatures`, got {short_repr(images)}"
+                f"`state.temperature_information` must have a number from 0 on for each of the {len(of_tasks)} "
+                f"`state.task_temperatures`, got {short_repr(weights)}"
             )
         return state
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.heads import FeatureClassifier
-from cl_prompts.heads.calibration import COMMON_IMAGES, TaskTemperatures, fit_temperature, log_scores
+from cl_prompts.heads.calibration import COMMON_INFORMATION, TaskTemperatures, fit_temperature, information, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
 from cl_prompts.heads.novelty import energy, threshold_carried_on, threshold_of
 from cl_prompts.heads.refit import held_out_logits
@@ -48,7 +48,7 @@ class Calibration(nn.Module):
         """Compute what divides the logits of images of each class [C], with the adapter's `tasks`."""
         state = self.config.state
         count = len(tasks.classes)
-        if state.held_out_images:
+        if state.temperature_information:
             found = _temperatures(self.config).of_classes(_class_indices(tasks), count)
         else:
             found = [state.temperature or 1.0] * count
@@ -130,7 +130,8 @@ class Calibration(nn.Module):
         growth = (classes / earlier_classes) ** power if earlier_classes else 1.0
         task = max(len(state.tasks) - 1, 0)
         earlier = _temperatures(config) if comparable else TaskTemperatures([], [])
-        after = earlier.after(task, newest, len(held), growth if len(earlier.values) <= task else 1.0)
+        known = 0.0 if newest is None else information(logits, held, newest)
+        after = earlier.after(task, newest, known, growth if len(earlier.values) <= task else 1.0)
         temperature = after.common
         same_novelty = comparable or novelty is not None
         if novelty is None:  # it depends on the scores
@@ -141,7 +142,7 @@ class Calibration(nn.Module):
         return {
             "temperature": temperature,
             "task_temperatures": after.values,
-            "held_out_images": after.images,
+            "temperature_information": after.information,
             "score_width": kind[0],
             "image_scale": kind[1],
             "novelty_threshold": threshold,
@@ -151,10 +152,10 @@ class Calibration(nn.Module):
 def _temperatures(config: PromptPoolConfig) -> TaskTemperatures:
     """The temperatures of the tasks before the newest one, or of all. A file of an earlier version has one for all."""
     state = config.state
-    if state.held_out_images or state.temperature is None:
-        return TaskTemperatures(state.task_temperatures, state.held_out_images)
+    if state.temperature_information or state.temperature is None:
+        return TaskTemperatures(state.task_temperatures, state.temperature_information)
     earlier = max(len(state.tasks) - 1, 0)
-    return TaskTemperatures([state.temperature] * earlier, [COMMON_IMAGES] * earlier)
+    return TaskTemperatures([state.temperature] * earlier, [COMMON_INFORMATION] * earlier)
 
 
 def _class_indices(tasks: TaskState) -> list[list[int]]:

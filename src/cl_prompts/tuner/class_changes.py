@@ -91,15 +91,15 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
         list(dict.fromkeys(c for c in (new_id.get(old, old) for old in task) if c is not None)) for task in state.tasks
     ]
     state.forgotten_tasks = [number for number, task in enumerate(state.tasks) if not task]
-    if state.held_out_images:
+    if state.temperature_information:
         for number in state.forgotten_tasks:
-            if number < len(state.held_out_images):
-                state.held_out_images[number] = 0
-        state.temperature = TaskTemperatures(state.task_temperatures, state.held_out_images).common
+            if number < len(state.temperature_information):
+                state.temperature_information[number] = 0.0
+        state.temperature = TaskTemperatures(state.task_temperatures, state.temperature_information).common
     new.tasks.keep_names()
     new.calibration.update(new.tasks)
     # Novelty compares classes: of one, every image would be beyond the threshold. Without temperature energies are others.
-    if len(state.classes) == 1 or (state.held_out_images and state.temperature is None):
+    if len(state.classes) == 1 or (state.temperature_information and state.temperature is None):
         state.novelty_threshold = None
     groups = ClassGroups([[index for index, c in enumerate(ids) if c == kept] for kept in state.classes], tasks)
     new.head.group_classes(groups)

@@ -54,6 +54,15 @@ def test_passes_outside_training_have_all_inputs_of_the_base(name: str) -> None:
         assert_close(learner.features_of(batch), learner(**given).features)
 
 
+def test_the_fisher_information_is_of_images_of_another_size() -> None:
+    learner: Any = get_baseline("ewc", build("vit"))
+    learner.begin_task([0, 1])
+    images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    batch = {"pixel_values": images, "labels": torch.tensor([0, 1, 0, 1]), "interpolate_pos_encoding": True}
+    learner.eval().consolidate([batch | {"sample_ids": torch.arange(4)}])
+    assert any(t.any() for name, t in learner.extra_tensors().items() if "importance" in name)
+
+
 @pytest.mark.parametrize("name", members(TaskAPI))
 def test_the_model_declares_the_task_api(name: str) -> None:
     """Found on the class, so that completion and go-to-definition find it, and documented there."""

@@ -110,7 +110,8 @@ def fisher_information(learner: Baseline, images: Images) -> dict[str, Tensor]:
         targets, _ = learner.head.to_targets(batch["labels"])
         for i in torch.nonzero(targets >= 0).flatten().tolist():
             image = {
-                name: value[i : i + 1] for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()
+                name: value[i : i + 1] if isinstance(value, torch.Tensor) and value.dim() else value
+                for name, value in batch.items()
             }
             with torch.enable_grad():
                 logits = learner.masked(learner.logits_of(learner.features_of(image)))

@@ -108,6 +108,8 @@ def test_information_is_the_curvature_of_the_cross_entropy() -> None:
     assert information(logits, targets, found) == pytest.approx(curvature, rel=0.05)
     hidden = F.pad(logits, (0, 2), value=float("-inf"))
     assert information(hidden, targets, found) == pytest.approx(information(logits, targets, found))
+    lost = torch.cat([logits, torch.full((1, 5), float("nan"))])
+    assert information(lost, F.pad(targets, (0, 1)), found) == information(logits, targets, found)
     right = logits.argmax(1)  # without a wrong answer the further image decides
     assert information(logits, right, found) == pytest.approx(0.1 * information(logits, targets, found), rel=0.02)
 
@@ -242,6 +244,30 @@ def test_scores_are_divided_and_answers_stay(name: str, tmp_path: Path) -> None:
     twin = new_model("l2p", **HEADS[name])
     twin.load_training_state_dict(model.training_state_dict())
     assert torch.equal(answers(twin), calibrated)
+
+
+def test_without_tasks_each_part_of_a_stream_counts() -> None:
+    model = new_model("l2p", num_labels=4, class_mask="none")
+    state = model.adapter.config.state
+    state.temperature = 5.0  # of an earlier version, which has a weight of 100
+    found = []
+    for classes, per_class in (([0, 1], 6), ([2, 3], 6), ([1], 1)):
+        plain = answers(model) * model.adapter.calibration.divisors(answers(model))
+        model.consolidate([task_images(classes, per_class)])
+        found.append(state.temperature)
+    known, values = state.temperature_information, state.task_temperatures
+    assert [bool(one) for one in known] == [True, True, True, False]
+    assert known[0] == 100
+    assert found[-1] == found[-2] == pytest.approx(np.exp(np.average(np.log(values), weights=known)))
+    assert found[0] != found[1]
+    torch.testing.assert_close(answers(model), plain / found[-1])
+
+
+def test_scores_may_be_on_another_device_than_the_temperatures() -> None:
+    """Accelerate's `dispatch_model` and `DataParallel` place parameters and buffers, and no other tensors."""
+    model = new_model("l2p")
+    learn_task(model, CLASSES[0])
+    assert model.adapter.calibration.divisors(torch.zeros(3, 2, device="meta")).is_meta
 
 
 def set_state(model: PromptPoolModel, names: Iterable[str], values: Iterable[Any]) -> None:

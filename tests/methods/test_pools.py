@@ -328,6 +328,9 @@ def test_logit_temperature_divides_at_test_only() -> None:
     assert torch.equal(doubtful.logits.argmax(1), sure.logits.argmax(1))
     assert (doubtful.logits.softmax(1).amax(1) < sure.logits.softmax(1).amax(1)).all()
     assert_close(doubtful.loss, F.cross_entropy(sure.logits / 4, labels))
+    plain.adapter.config.logit_temperature = 4.0  # it may be changed later
+    with torch.no_grad():
+        assert torch.equal(plain(images).logits, doubtful.logits)
 
 
 @pytest.mark.parametrize("method", ["l2p", "hash", "l2p_prefix", "vq_prompt"])

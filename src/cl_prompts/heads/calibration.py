@@ -97,10 +97,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
     Returns:
         A number from 1e-4 to 1e4; None if there is no image, only one class, or all logits of an image are equal.
     """
-    logits = logits.cpu().double()  # Apple's devices have no float64
-    targets = targets.cpu()
-    known = logits.gather(1, targets[:, None])[:, 0].isfinite() & (logits.isfinite().sum(1) > 1)
-    logits, targets = logits[known], targets[known]
+    logits, targets = _scored(logits, targets)
     logits = logits - logits.amax(1, keepdim=True)
     finite = logits.masked_fill(logits == -math.inf, 0.0)
     if not finite.any():
@@ -115,6 +112,13 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float | None:
     return math.exp((low + high) / 2)
 
 
+def _scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float64 and targets of the images whose class and a further one have finite logits."""
+    logits, targets = logits.cpu().double(), targets.cpu()  # Apple's devices have no float64
+    known = logits.gather(1, targets[:, None])[:, 0].isfinite() & (logits.isfinite().sum(1) > 1) & ~logits.isnan().any(1)
+    return logits[known], targets[known]
+
+
 @torch.no_grad()
 def information(logits: Tensor, targets: Tensor, temperature: float) -> float:
     """What these images tell of the logarithm of their temperature: the curvature of the cross entropy over it.
@@ -127,8 +131,9 @@ def information(logits: Tensor, targets: Tensor, temperature: float) -> float:
         targets: class index of each image [n].
         temperature: from `fit_temperature`.
     """
+    logits, targets = _scored(logits, targets)
     wrong = int((logits.argmax(1) != targets).sum())
-    scaled = logits.cpu().double() / temperature  # Apple's devices have no float64
+    scaled = logits / temperature
     scaled = scaled - scaled.amax(1, keepdim=True)
     probabilities = scaled.softmax(1)
     scaled = scaled.masked_fill(probabilities == 0, 0.0)

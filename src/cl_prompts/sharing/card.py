@@ -240,7 +240,7 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     if state.temperature:
         each = " and by a scale of each image" if state.image_scale else ""
         values = [t for t, known in zip(state.task_temperatures, state.temperature_information, strict=True) if known]
-        by_task = f" ({min(values):.3g} to {max(values):.3g} by task)" if len(values) > 1 else ""
+        by_task = f" ({min(values):.3g} to {max(values):.3g} by task)" if len(values) > 1 and state.tasks else ""
         calibrated = f"calibrated: logits are divided by {state.temperature:.3g}{by_task}{each}"
     if state.novelty_threshold is not None:
         facts["Unknown images"] = (

@@ -83,7 +83,8 @@ class AdapterState:
         image_mean, image_std: normalization of the input, one number per channel.
         temperature: mean over the tasks of what divides the logits at test, so that their softmax is calibrated; None: it
             was not chosen.
-        task_temperatures: what divides the logits at test of images of each task's classes.
+        task_temperatures: what divides the logits at test of images of each task's classes; without tasks, of each part of
+            the stream.
         temperature_information: of the images that each of them was chosen on (`heads.calibration.information`); empty:
             `temperature` is that of all classes.
         score_width: of `log_scores`, for a head whose scores are those of a regression; None: the temperature divides the

@@ -45,14 +45,13 @@ class Calibration(nn.Module):
         self._divisors = torch.tensor(self._values, dtype=torch.float32, device=device)
 
     def update(self, tasks: TaskState) -> None:
-        """Compute what divides the logits of images of each class [C], with the adapter's `tasks`."""
+        """Compute the temperature of each class [C], with the adapter's `tasks`."""
         state = self.config.state
         count = len(tasks.classes)
         if state.temperature_information:
-            found = _temperatures(self.config).of_classes(_class_indices(tasks), count)
+            self._values = _temperatures(self.config).of_classes(tasks.class_indices(state.tasks), count)
         else:
-            found = [state.temperature or 1.0] * count
-        self._values = [self.config.logit_temperature * each for each in found]
+            self._values = [state.temperature or 1.0] * count
         self._place(self._divisors.device)
 
     @property
@@ -62,7 +61,9 @@ class Calibration(nn.Module):
 
     def divisors(self, scores: Tensor) -> Tensor:
         """What divides the `scores` [B, C] of each image: [B, 1]. It is that of the class with the largest one."""
-        return self._divisors[scores.argmax(1)].to(scores.dtype)[:, None]
+        # Wrappers that place parameters and buffers on several devices leave this tensor where it was.
+        found = self._divisors.to(scores.device)[scores.argmax(1)].to(scores.dtype)
+        return self.config.logit_temperature * found[:, None]
 
     def calibrated(self, logits: Tensor, scale: Tensor | None) -> Tensor:
         """Logits at test [B, C] from those of the classifier and the scale of each image [B], if it has one."""
@@ -128,8 +129,9 @@ class Calibration(nn.Module):
         classes, earlier_classes = len(tasks.classes), len(tasks.earlier_classes)
         power = classifier.temperature_power if classifier is not None else 0.0
         growth = (classes / earlier_classes) ** power if earlier_classes else 1.0
-        task = max(len(state.tasks) - 1, 0)
         earlier = _temperatures(config) if comparable else TaskTemperatures([], [])
+        # Without tasks each part of the stream counts, like a task.
+        task = max(len(state.tasks) - 1, 0) if tasks.num_labels is None else len(earlier.values)
         known = 0.0 if newest is None else information(logits, held, newest)
         after = earlier.after(task, newest, known, growth if len(earlier.values) <= task else 1.0)
         temperature = after.common
@@ -154,10 +156,5 @@ def _temperatures(config: PromptPoolConfig) -> TaskTemperatures:
     state = config.state
     if state.temperature_information or state.temperature is None:
         return TaskTemperatures(state.task_temperatures, state.temperature_information)
-    earlier = max(len(state.tasks) - 1, 0)
-    return TaskTemperatures([state.temperature] * earlier, [COMMON_INFORMATION] * earlier)
-
-
-def _class_indices(tasks: TaskState) -> list[list[int]]:
-    """Class indices of each task; of a learner without tasks, those of all classes."""
-    return [list(range(len(tasks.classes)))] if tasks.num_labels is not None else tasks.class_indices(tasks.state.tasks)
+    earlier = max(len(state.tasks) - 1, 0) if config.num_labels is None else 1
+    return TaskTemperatures([state.temperature] * earlier, [COMMON_INFORMATION / max(earlier, 1)] * earlier)

@@ -94,7 +94,7 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
     if state.temperature_information:
         for number in state.forgotten_tasks:
             if number < len(state.temperature_information):
-                state.temperature_information[number] = 0.0
+                state.task_temperatures[number], state.temperature_information[number] = 1.0, 0.0
         state.temperature = TaskTemperatures(state.task_temperatures, state.temperature_information).common
     new.tasks.keep_names()
     new.calibration.update(new.tasks)

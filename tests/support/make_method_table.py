@@ -38,6 +38,7 @@ def table() -> dict[str, Any]:
             "title": config.__doc__.splitlines()[0],
             "papers": list(config.papers),
             "retired_fields": list(config.retired_fields),
+            "older_values": dict(config.older_values),
             "fields": own,
         }
     return {"shared": shared, "methods": methods}

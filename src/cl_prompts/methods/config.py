@@ -139,6 +139,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
     selects: ClassVar[bool] = True
     # Fields of older files that had no influence on an answer; they are ignored without a warning.
     retired_fields: ClassVar[tuple[str, ...]] = ()
+    # Values of fields that files of adapters lack which were written before the fields were there; not today's defaults.
+    older_values: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
@@ -190,7 +192,8 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
                 "newer cl_prompts, or by hand",
                 stacklevel=3,
             )
-        return {k: v for k, v in kwargs.items() if k in saved}
+        given = {k: v for k, v in kwargs.items() if k in saved}
+        return {**cls.older_values, **given} if given.get("state") else given
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PromptPoolConfig:

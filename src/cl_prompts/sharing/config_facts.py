@@ -58,7 +58,8 @@ def config_facts(files: AdapterFiles) -> ConfigFacts:
         state = saved.pop("state", None)
         given = {key: value for key, value in saved.items() if key not in (*OF_PEFT, *known["retired_fields"])}
         if all(key in allowed and is_of_kind(value, allowed[key][0]) for key, value in given.items()):
-            values = {"method": name} | {key: default for key, (_, default) in allowed.items()} | given
+            values = {"method": name} | {key: default for key, (_, default) in allowed.items()}
+            values |= (known["older_values"] if state else {}) | given
             settings = {key: values[key] for key in known["fields"] if key not in table["shared"]}
             return ConfigFacts(
                 known["title"],

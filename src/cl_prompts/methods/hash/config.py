@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cl_prompts.methods.config import LAYER_INITS
 from cl_prompts.methods.shared.field_checks import (
@@ -91,6 +91,7 @@ class HashPromptConfig(TaskInferenceConfig):
 
     papers: ClassVar[tuple[str, ...]] = ("https://arxiv.org/abs/2601.20894",)
     has_keys: ClassVar[bool] = False
+    older_values: ClassVar[dict[str, Any]] = {"router_scale": 1.0, "relative_delta": False}
     infers_task_by: ClassVar[tuple[str, str] | None] = ("router_inference", "prototype")
 
     def __post_init__(self) -> None:

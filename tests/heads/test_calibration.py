@@ -129,6 +129,7 @@ def test_each_task_keeps_its_temperature() -> None:
     assert again == TaskTemperatures([1.0, 4.0], [200, 200])
     assert two.after(3, 5.0, 100) == TaskTemperatures([1.0, 8.0, 1.0, 5.0], [200, 400, 0, 100])
     assert two.after(2, None, 0).common == pytest.approx(4.0)
+    assert two.after(1, None, 0) == two  # consolidated again, without images to hold out
 
 
 @pytest.mark.parametrize("drift", ["none", "affine"])

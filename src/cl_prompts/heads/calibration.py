@@ -162,13 +162,15 @@ class TaskTemperatures:
         """The temperatures after the task number `task`.
 
         Args:
-            task: tasks between the last one here and this one have no images; those from this one on are replaced.
-            newest: temperature of its held-out images; None if it is unknown.
+            task: tasks between the last one here and this one have no images; later ones are dropped.
+            newest: temperature of its held-out images; None if it is unknown: it stays, if there was one.
             known: `information` of these images.
             growth: what the temperatures of earlier tasks are multiplied by, because there are more classes now.
         """
         values, weights = [growth * value for value in self.values[:task]], self.information[:task]
         missing = task - len(values)
+        if newest is None and task < len(self.values):
+            newest, known = self.values[task], self.information[task]
         added = (1.0, 0.0) if newest is None else (newest, known)
         return TaskTemperatures([*values, *[1.0] * missing, added[0]], [*weights, *[0.0] * missing, added[1]])
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.sampling import FeatureSampler
 from cl_prompts.runtime.distributed import sum_over_processes, world_size
 from cl_prompts.runtime.gathered import GatheredStatistics
 
@@ -78,6 +79,11 @@ class RunningGaussians(GatheredStatistics):
                 self.mean[new] = (share * mean[group]).sum(0)
                 self.variance[new] = (share * (variance[group] + (mean[group] - self.mean[new]).square())).sum(0)
         self.num_loaded = loaded
+
+    def sampler(self) -> FeatureSampler:
+        """A sampler of what the head reads of images of every class."""
+        indices, deviations = range(len(self.count)), self.variance.sqrt()
+        return FeatureSampler(self.mean[:, None], self.count[:, None], indices, deviations=deviations[:, None])
 
     @torch.no_grad()
     def update(self, head: IncrementalHead, features: Tensor, targets: Tensor) -> None:

@@ -11,6 +11,8 @@ from cl_prompts.heads.class_groups import ClassGroups
 from cl_prompts.runtime.precision import without_autocast
 from cl_prompts.runtime.text import short_repr
 from cl_prompts.tuner.adapter import PoolAdapter
+from cl_prompts.tuner.novelty_threshold import KnownFeatures, threshold_after
+from cl_prompts.tuner.validation import check_ready
 
 
 def find_classes(adapter: PoolAdapter, given: Iterable[Any]) -> list[int]:
@@ -76,8 +78,9 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
         call: name of the caller, for messages.
 
     Raises:
-        ValueError: a task is open, the adapter has no tasks, or the statistics cannot be changed.
+        ValueError: a task is open, the adapter has no tasks or was cast, or the statistics cannot be changed.
     """
+    check_ready(adapter, learning=False)
     if adapter.config.num_labels is not None:
         raise ValueError(f"num_labels={adapter.config.num_labels} fixes the classes of this model: {call} needs tasks")
     if adapter.config.state.task_open:
@@ -85,8 +88,10 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
     device = adapter.head.weight.device
     new = copy.deepcopy(adapter).cpu()  # where statistics can be computed in float64
     state, old = new.config.state, adapter.classes
+    temperature = state.temperature
     tasks = new.tasks.class_indices(state.tasks)
     ids = [new_id.get(c, c) for c in old]
+    known = None if state.novelty_threshold is None else KnownFeatures.of(new, [c is not None for c in ids])
     state.tasks = [
         list(dict.fromkeys(c for c in (new_id.get(old, old) for old in task) if c is not None)) for task in state.tasks
     ]
@@ -98,9 +103,6 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
         state.temperature = TaskTemperatures(state.task_temperatures, state.temperature_information).common
     new.tasks.keep_names()
     new.calibration.update(new.tasks)
-    # Novelty compares classes: of one, every image would be beyond the threshold. Without temperature energies are others.
-    if len(state.classes) == 1 or (state.temperature_information and state.temperature is None):
-        state.novelty_threshold = None
     groups = ClassGroups([[index for index, c in enumerate(ids) if c == kept] for kept in state.classes], tasks)
     new.head.group_classes(groups)
     new.head.expand(state.classes, state.tasks[-1])
@@ -110,6 +112,7 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
     if new.classifier is not None:
         new.classifier.group_classes(groups, new.head)
     new.pool.group_classes(groups)
+    state.novelty_threshold = threshold_after(new, known, call, temperature)
     new.grown = True
     return new.to(device)
 

@@ -1,4 +1,4 @@
-"""Known images beyond the novelty threshold after classes are forgotten, with the threshold of before and with the moved one.
+"""Known images beyond the novelty threshold after classes are forgotten, with the threshold of before and the moved one.
 
     python benchmarks/forgetting.py results/features/*-coda-0.pt
 
@@ -42,6 +42,7 @@ def learnt(found: dict[str, Any], options: dict[str, Any]) -> Any:
             adapter.recorded = Recorded(task["before"], task["targets"], numbers)
         adapter.begin_task(own)
         adapter.head.weight.data = task["weight"].clone()
+        assert adapter.head.bias is not None
         adapter.head.bias.data = torch.zeros(len(task["weight"])) if task["bias"] is None else task["bias"].clone()
         if adapter.running_gaussians is not None:
             for rows in torch.randperm(len(numbers)).repeat(3).split(64):

@@ -94,8 +94,8 @@ def threshold_after(
     if known is None:
         if same_temperature:
             warnings.warn(
-                f"{call}: no statistics of the classes' features are kept to move novelty_threshold by. Until the next task "
-                "is consolidated, known images exceed it more often or less often than false_alarm_rate says. "
+                f"{call}: no statistics of the classes' features are kept to move novelty_threshold by. Until the next "
+                "task is consolidated, known images exceed it more often or less often than false_alarm_rate says. "
                 "A discriminant head keeps them, and so does save_statistics=True with a trained or an aligned head",
                 stacklevel=5,
             )

@@ -199,6 +199,13 @@ def test_a_low_rank_covariance_is_that_of_the_images_as_far_as_its_rank_goes() -
         np.testing.assert_allclose(list(gaussians.covariances(0.4, 0.3))[row].numpy(), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize(("width", "rank"), [(8, 8), (64, 32), (192, 32), (384, 32), (768, 16), (1024, 12), (20_000, 1)])
+def test_directions_of_a_class_take_at_most_48_kb(width: int, rank: int) -> None:
+    gaussians = ClassGaussians(width, save=False)
+    assert gaussians.factor.shape[1:] == (rank, width)
+    assert 4 * rank * width <= 49_152 or rank == 1
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal"])
 def test_a_single_image_has_the_covariance_of_the_others(kind: str) -> None:
     features, targets = images([0, 1], 30)

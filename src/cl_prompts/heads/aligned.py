@@ -84,7 +84,7 @@ class AlignedClassifier(RetrainedHead):
         width: int,
         *,
         kind: str = "low_rank",
-        rank: int = 16,
+        rank: int | None = None,
         drift: str = "affine",
         seed: int = 0,
         save_statistics: bool = False,

@@ -60,7 +60,7 @@ class DiscriminantClassifier(FeatureClassifier):
         drift: str = "affine",
         own: float = 0.1,
         spherical: float = 0.1,
-        rank: int = 16,
+        rank: int | None = None,
     ) -> None:
         super().__init__(save_statistics=True, drift=drift)  # answers need them
         if kind == "centroids":

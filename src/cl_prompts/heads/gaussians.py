@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_prompts.heads.drift import FeatureMap
-from cl_prompts.heads.low_rank import leading_factor
+from cl_prompts.heads.low_rank import default_rank, leading_factor
 from cl_prompts.heads.regularized import cholesky, regularize
 from cl_prompts.heads.sampling import FeatureSampler
 
@@ -30,7 +30,7 @@ class ClassGaussians(nn.Module):
         kind: "low_rank" (one pooled covariance and a factor of rank r per class, `leading_factor`), "full" (one covariance
             [D, D] per class), "shared" (one for all), "diagonal" (variances [D] per class) or "centroids" (means and
             variances of `centroids` clusters per class).
-        rank: r, for "low_rank".
+        rank: r, for "low_rank"; None: `default_rank`.
         centroids: number of clusters of a class, for "centroids".
         save: whether the tensors are saved. If not, they have no rows until `make_room`.
 
@@ -54,7 +54,7 @@ class ClassGaussians(nn.Module):
     count: Tensor
 
     def __init__(
-        self, width: int, kind: str = "low_rank", *, rank: int = 16, centroids: int = 10, save: bool = True
+        self, width: int, kind: str = "low_rank", *, rank: int | None = None, centroids: int = 10, save: bool = True
     ) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -69,7 +69,8 @@ class ClassGaussians(nn.Module):
         sizes = {"full": (0, 1, width, width)} | dict.fromkeys(("low_rank", "shared"), (width if save else 0, width))
         self.register_buffer("spread", torch.zeros(*sizes.get(kind, (0, self.clusters, width))), persistent=save)
         if kind == "low_rank":
-            self.register_buffer("factor", torch.zeros(0, min(rank, width), width), persistent=save)
+            rows = min(default_rank(width) if rank is None else rank, width)
+            self.register_buffer("factor", torch.zeros(0, rows, width), persistent=save)
             self.register_buffer("rest", torch.zeros(0), persistent=save)
         self.register_buffer("count", torch.zeros(0, self.clusters, dtype=torch.int64), persistent=save)
         self.class_indices: list[int] = []

@@ -10,6 +10,13 @@ from torch import Tensor
 EXPLAINED = 0.95
 # Number of images that the pooled covariance counts for in that of a class.
 PRIOR_IMAGES = 10
+# Of the directions that are kept of a class by default: their number, and that of their components (48 kB in float32).
+MOST_DIRECTIONS, MOST_COMPONENTS = 32, 12_288
+
+
+def default_rank(width: int) -> int:
+    """Directions of a class for features of size `width`: 32 up to a width of 384, 16 for 768."""
+    return max(1, min(MOST_DIRECTIONS, MOST_COMPONENTS // width))
 
 
 def prior_weight(images: int) -> float:

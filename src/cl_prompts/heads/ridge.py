@@ -79,7 +79,7 @@ class RidgeClassifier(FeatureClassifier):
         seed: int = 0,
         samples: int = 100,
         kind: str = "low_rank",
-        rank: int = 16,
+        rank: int | None = None,
         save_statistics: bool = False,
     ) -> None:
         super().__init__(save_statistics=save_statistics, drift=drift)

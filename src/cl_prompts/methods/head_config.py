@@ -45,7 +45,8 @@ class ClassifierConfig(OutlierConfig):
             ("low_rank", 4 * D * (r + 1) bytes per class), one of its own ("full", 4 * D * (D + 1) bytes per class), or, for
             the discriminant head alone, one for all ("shared") or variances ("diagonal"). The ridge head with drift
             compensation and alignment="covariance" draw features from the first or second.
-        covariance_rank: r, the largest number of directions of a low-rank covariance.
+        covariance_rank: r, the largest number of directions of a low-rank covariance. None: 32, but no more than 12,288 / D,
+            so that a class takes at most 48 kB: 16 for a width of 768. Ours, chosen on held-out images.
         own_covariance: weight of a class's own covariance; the pooled covariance has the rest. Ours, chosen on held-out
             images.
         spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out
@@ -67,7 +68,7 @@ class ClassifierConfig(OutlierConfig):
         default=None, metadata={"help": "regularization of the ridge head; None: chosen on held-out images"}
     )
     class_covariance: str = field(default="low_rank", metadata={"help": "covariance of a class"})
-    covariance_rank: int = field(default=16, metadata={"help": "directions of a low-rank covariance"})
+    covariance_rank: int | None = field(default=None, metadata={"help": "directions of a low-rank covariance"})
     own_covariance: float = field(default=0.1, metadata={"help": "weight of a class's own covariance"})
     spherical_covariance: float = field(default=0.1, metadata={"help": "weight of the identity in a covariance"})
     false_alarm_rate: float = field(default=0.05, metadata={"help": "known images taken for none of the classes"})
@@ -119,7 +120,8 @@ class ClassifierConfig(OutlierConfig):
         choice(self, "trained_tasks", ("all", "first"))
         choice(self, "drift_compensation", DRIFTS)
         choice(self, "class_covariance", COVARIANCES)
-        positive(self, "covariance_rank")
+        if self.covariance_rank is not None:
+            positive(self, "covariance_rank")
         self.check_outliers()
         flag(self, "save_statistics")
         positive_number(self, "false_alarm_rate")

@@ -34,6 +34,12 @@ def scaled(logits: Tensor, scale: Tensor | None) -> Tensor:
     return logits if scale is None else logits / scale[:, None]
 
 
+def head_of(found: dict[str, Any]) -> IncrementalHead:
+    """A head like the trained one, without classes: linear, or without a bias as `head="layer_norm"`."""
+    width, cosine = found["tasks"][0]["features"].shape[1], found["tasks"][0]["bias"] is None
+    return IncrementalHead(width, 1.0 if cosine else None, layer_norm=cosine)
+
+
 def measure(
     found: dict[str, Any], make: Callable[..., FeatureClassifier], *, only_current: bool
 ) -> list[list[Reliability]]:
@@ -41,7 +47,7 @@ def measure(
     tasks = found["tasks"]
     width = tasks[0]["features"].shape[1]
     moves = any(task["before"] is not None and not task["before"].equal(task["features"]) for task in tasks)
-    classifier, head = make(width, drift="affine" if moves else "none"), IncrementalHead(width)
+    classifier, head = make(width, drift="affine" if moves else "none"), head_of(found)
     parts = [part for part in ("held", "test") if tasks[-1][part] is not None]
     numbers = torch.cat([found[f"{part}_tasks"] for part in parts])
     targets = torch.cat([found[f"{part}_targets"] for part in parts])

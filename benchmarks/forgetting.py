@@ -33,6 +33,9 @@ HEADS: dict[str, dict[str, Any]] = {
 def learnt(found: dict[str, Any], options: dict[str, Any]) -> Any:
     """A model whose adapter has learned the features of the run."""
     width = found["tasks"][0]["features"].shape[1]
+    cosine = found["tasks"][0]["bias"] is None
+    if cosine and "head" not in options:
+        options = {"head": "layer_norm", **options}
     tiny = ViTConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4, image_size=16)
     model = get_prompt_pool_model(ViTModel(tiny), L2PConfig(**options))
     for task in found["tasks"]:
@@ -42,8 +45,8 @@ def learnt(found: dict[str, Any], options: dict[str, Any]) -> Any:
             adapter.recorded = Recorded(task["before"], task["targets"], numbers)
         adapter.begin_task(own)
         adapter.head.weight.data = task["weight"].clone()
-        assert adapter.head.bias is not None
-        adapter.head.bias.data = torch.zeros(len(task["weight"])) if task["bias"] is None else task["bias"].clone()
+        if adapter.head.bias is not None:
+            adapter.head.bias.data = torch.zeros(len(task["weight"])) if cosine else task["bias"].clone()
         if adapter.running_gaussians is not None:
             for rows in torch.randperm(len(numbers)).repeat(3).split(64):
                 adapter.running_gaussians.update(adapter.head, task["features"][rows], task["targets"][rows])

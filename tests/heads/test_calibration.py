@@ -19,6 +19,7 @@ from cl_prompts import PromptPoolModel, PromptPoolPipeline
 from cl_prompts.heads import AlignedClassifier, DiscriminantClassifier, FeatureClassifier, RidgeClassifier
 from cl_prompts.heads.calibration import TaskTemperatures, fit_temperature, folds, information, log_scores
 from cl_prompts.heads.incremental import IncrementalHead
+from cl_prompts.heads.novelty import energy, threshold_of
 from cl_prompts.heads.refit import held_out_logits, trained_as_far
 from cl_prompts.storage.adapter_state import AdapterState
 
@@ -207,6 +208,28 @@ def test_a_head_of_a_large_learning_rate_needs_the_temperature_of_held_out_image
     assert found is not None
     assert wanted is not None
     assert abs(np.log(found / wanted)) < np.log(1.6), (found, wanted)
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0])
+@pytest.mark.parametrize(("scale", "layer_norm"), [(None, False), (20.0, False), (1.0, True)])
+def test_energies_of_held_out_images_are_those_of_new_images(scale: float | None, layer_norm: bool, size: float) -> None:
+    """Features have a common mean, as those of real backbones. Cosine heads had thresholds that every known image exceeded."""
+    generator = torch.Generator().manual_seed(0)
+    means, targets = (
+        torch.randn(4, 48, generator=generator) + 2 * torch.randn(48, generator=generator),
+        torch.arange(80) % 4,
+    )
+    features = size * (means[targets] + 1.5 * torch.randn(80, 48, generator=generator))
+    new = size * (means[targets.repeat(10)] + 1.5 * torch.randn(800, 48, generator=generator))
+    head = IncrementalHead(48, scale, layer_norm=layer_norm)
+    head.expand(range(4), range(4))
+    optimizer = torch.optim.Adam(head.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(head(features), targets).backward()
+        optimizer.step()
+    threshold = threshold_of(energy(held_out_logits(head, features, targets, only_current=True)[0], 1.0), 0.05)
+    assert float((energy(head(new), 1.0) > threshold).float().mean()) < 0.15
 
 
 @pytest.mark.parametrize("name", HEADS)

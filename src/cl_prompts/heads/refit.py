@@ -27,8 +27,9 @@ def held_out_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of a task's images by heads that were trained without them.
 
-    For each fold the rows of the task's classes are trained again from zero on the other images, as far as the head was
-    (`trained_as_far`; ours), whatever its optimizer. The features are of the model that was trained on all of the task's
+    For each fold the rows of the task's classes are trained again on the other images, as far as the head was
+    (`trained_as_far`; ours), whatever its optimizer. On these images the logits of the task's classes then get the mean and
+    the spread that the head's have: energies depend on both. The features are of the model that was trained on all of the task's
     images but the `untrained` ones.
 
     Args:
@@ -45,7 +46,7 @@ def held_out_logits(
     logits, held_targets = [features.new_zeros(0, len(head.weight))], [targets[:0]]
     for held in folds(targets, untrained):
         again = trained_as_far(head, features[~held], targets[~held], only_current, loss_temperature)
-        logits.append(again(features[held]).detach())
+        logits.append(_of_same_moments(again, head, features[~held], features[held]))
         held_targets.append(targets[held])
     return torch.cat(logits), torch.cat(held_targets)
 
@@ -53,9 +54,10 @@ def held_out_logits(
 def trained_as_far(
     head: IncrementalHead, features: Tensor, targets: Tensor, only_current: bool, loss_temperature: float = 1.0
 ) -> IncrementalHead:
-    """A copy of `head` with the current task's rows trained from zero until they fit these images as well as `head` does.
+    """A copy of `head` with the current task's rows trained again until they fit these images as well as `head` does.
 
-    Their loss is then that of the head's logits with the best temperature for these images. After that these rows are
+    Rows start from zero, those of a cosine head, whose direction would not be defined, from their mean, which tells no class
+    from another. Their loss is then that of the head's logits with the best temperature for these images. After that these rows are
     multiplied by one number, so that their logits differ from class to class as much as those of `head`. With a large
     learning rate, or while prompts still change, weights grow larger than the loss needs, so that it tells neither.
 
@@ -78,9 +80,8 @@ def trained_as_far(
         logits = head(features).masked_fill(others, float("-inf"))
         wanted = float(F.cross_entropy(logits / (fit_temperature(logits, targets) or 1.0), targets))
         for parameter in parameters:
-            parameter[head.current] = 0.0
-        if head.cosine_scale is not None:  # the direction of a row of zeros is not defined
-            again.weight[head.current] = features.mean(0)
+            start = 0.0 if head.cosine_scale is None else parameter[head.current].mean(0)
+            parameter[head.current] = start
     # Logits that the loss divides grow as much larger. A cosine head's are bounded, and its rows' directions count.
     larger = loss_temperature if head.cosine_scale is None else 1.0
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE * larger)
@@ -112,6 +113,15 @@ def trained_as_far(
             for parameter in parameters:
                 parameter[head.current] *= wanted / reached
     return again
+
+
+@torch.no_grad()
+def _of_same_moments(again: IncrementalHead, head: IncrementalHead, seen: Tensor, features: Tensor) -> Tensor:
+    """Logits of `again` for `features`, those of current classes with the mean and spread of `head` on `seen` images."""
+    logits, spread, wanted = again(features), _spread(again, seen), _spread(head, seen)
+    reached, mean = (one(seen)[:, head.current].mean() for one in (again, head))
+    scale = wanted / spread if wanted and spread else 1.0
+    return torch.where(head.current, (logits - reached) * scale + mean, logits)
 
 
 @torch.no_grad()

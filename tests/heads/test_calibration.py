@@ -213,7 +213,7 @@ def test_a_head_of_a_large_learning_rate_needs_the_temperature_of_held_out_image
 @pytest.mark.parametrize("size", [1.0, 10.0])
 @pytest.mark.parametrize(("scale", "layer_norm"), [(None, False), (20.0, False), (1.0, True)])
 def test_energies_of_held_out_images_are_those_of_new_images(scale: float | None, layer_norm: bool, size: float) -> None:
-    """Features have a common mean, as those of real backbones. Cosine heads had thresholds that every known image exceeded."""
+    """Features have a common mean, as those of real backbones. Of cosine heads every known image exceeded the threshold."""
     generator = torch.Generator().manual_seed(0)
     means, targets = (
         torch.randn(4, 48, generator=generator) + 2 * torch.randn(48, generator=generator),

@@ -279,16 +279,26 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
         L2PConfig(**fields)
 
 
-def test_statistics_of_further_classes_count_in_the_limit() -> None:
+@pytest.mark.parametrize(
+    ("method", "drift", "mend"),
+    [
+        ("hash discriminant", "affine", 'class_covariance="shared", or "low_rank" with a small covariance_rank'),
+        ("coda aligned", "affine", 'class_covariance="low_rank" with a small covariance_rank'),
+        ("l2p analytic", "affine", "a smaller projection_size, or class_covariance"),
+        ("l2p analytic", "none", "a smaller projection_size, or raise that limit"),
+    ],
+)
+def test_statistics_of_further_classes_count_in_the_limit(method: str, drift: str, mend: str) -> None:
     """`begin_task` refuses before it allocates, and nothing has changed; the statistics that are not saved count, too."""
-    for method in ("hash discriminant", "coda aligned"):
-        model = learnt_model(method, CLASSES[:1], class_covariance="full", save_statistics=False)
-        before = state(model)
-        model.adapter.config.max_adapter_bytes = 200_000
-        with pytest.raises(ValueError, match=r"with 100 more classes of [\d,]+ bytes of statistics .* max_adapter_bytes"):
-            model.begin_task(range(100, 200))
-        assert model.classes == list(CLASSES[0])
-        assert state(model).keys() == before.keys()
+    fields = {"class_covariance": "full", "save_statistics": False, "drift_compensation": drift}
+    model = learnt_model(method, CLASSES[:1], **fields)
+    before = state(model)
+    model.adapter.config.max_adapter_bytes = 200_000
+    refused = rf"with 1000 more classes of [\d,]+ bytes of statistics .* max_adapter_bytes=200,000: choose {mend}"
+    with pytest.raises(ValueError, match=refused):
+        model.begin_task(range(100, 1100))
+    assert model.classes == list(CLASSES[0])
+    assert state(model).keys() == before.keys()
 
 
 def test_the_default_statistics_of_a_class_are_light() -> None:

@@ -165,6 +165,32 @@ def test_whatever_was_seen_answers_are_numbers(name: str, drift: str, sizes: lis
     assert answer.isfinite().all()
 
 
+def bytes_of(classifier: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in classifier.buffers())
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal"])
+@pytest.mark.parametrize("drift", ["none", "affine"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_bytes_of_statistics_are_counted(name: str, drift: str, kind: str) -> None:
+    """What learning allocates beside the file's tensors, and what a further class takes."""
+    for saves in (True,) if name == "discriminant" else (True, False):
+        classifier = make(name, drift=drift, kind=kind, **({} if name == "discriminant" else {"save_statistics": saves}))
+        classifier.begin_task([0, 1, 2])
+        told, before = classifier.bytes_to_learn, bytes_of(classifier)
+        classifier.make_room()
+        if name == "ridge":
+            if drift != "none":  # made for each fit
+                classifier._new_sums()
+            told -= 2 * 8 * classifier.size**2  # a second G, and a Cholesky factor
+        assert told == bytes_of(classifier) - before
+        before = bytes_of(classifier)
+        classifier.begin_task([3, 4])
+        classifier.make_room()
+        further = 2 * 8 * classifier.size if name == "ridge" and drift != "none" else 0  # of those sums
+        assert 2 * classifier.bytes_per_class == bytes_of(classifier) - before - further
+
+
 @pytest.mark.parametrize("name", ["aligned", "ridge"])
 @pytest.mark.parametrize("drift", ["none", "affine"])
 def test_statistics_lie_in_memory_only_to_learn(name: str, drift: str) -> None:

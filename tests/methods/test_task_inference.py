@@ -137,6 +137,19 @@ def test_only_counted_images_of_the_newest_task_enter(images: list[tuple[int, bo
     assert_close(found.products, sum((torch.outer(f, f) for f in features[taken].double()), torch.zeros(3, 3).double()))
 
 
+@pytest.mark.parametrize("statistics", ["mean", "covariance"])
+def test_classes_that_come_back_with_the_same_images_are_of_one_task_in_every_batch(statistics: str) -> None:
+    """Their scores are equal in all tasks: the lowest number is chosen, whatever the batch rounds."""
+    found, query = ClassPrototypes(32, statistics), draw(64, 32, seed=1) + 1
+    features, classes = draw(12, 32) + 1, torch.tensor([0, 1, 2] * 4)
+    for number, batch in enumerate((12, 5, 1, 7, 3)):  # sums in another order
+        found.begin_task(range(3), number)
+        for rows in torch.arange(12).roll(number).split(batch):
+            found.add(features[rows], classes[rows], torch.ones(len(rows), dtype=torch.bool))
+        for size in (1, 3, 64):
+            assert torch.cat([found.nearest_task(part) for part in query.split(size)]).tolist() == [0] * 64
+
+
 def test_few_images() -> None:
     """No image: no score. One image a class leaves no covariance, and distances are Euclidean; then it is singular."""
     found = ClassPrototypes(20, "covariance", 1e-30)

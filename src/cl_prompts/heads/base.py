@@ -63,6 +63,8 @@ class FeatureClassifier(nn.Module, ABC):
 
     # Name, in messages, of what `save_statistics` saves.
     statistics = "class means and covariances"
+    # In messages: settings with which a class's statistics take less memory.
+    lighter = 'class_covariance="low_rank" with a small covariance_rank'
     # Of `log_scores`, for a classifier whose scores are those of a regression.
     score_width: ClassVar[float | None] = None
     # The temperature of held-out images goes with this power of the number of classes.

@@ -49,6 +49,7 @@ class DiscriminantClassifier(FeatureClassifier):
         ValueError: an unknown kind.
     """
 
+    lighter = 'class_covariance="shared", or "low_rank" with a small covariance_rank'
     # Its fits take little time, and more images make the temperature surer.
     held_out_images = 1000
 
@@ -123,9 +124,11 @@ class DiscriminantClassifier(FeatureClassifier):
             raise self._not_invertible() from error
 
     def _not_invertible(self) -> ValueError:
+        # Elsewhere the weight of a class's own covariance does not matter.
+        other = " or a smaller own_covariance" if self.own and not self.gaussians.pools else ""
         return ValueError(
             f"a class's covariance cannot be inverted with own={self.own}, spherical={self.spherical}, because it has too "
-            "few images: choose a smaller own_covariance, or a larger spherical_covariance"
+            f"few images: choose a larger spherical_covariance{other}"
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -117,9 +117,15 @@ class RidgeClassifier(FeatureClassifier):
         return "Gram matrix and class sums" if self.drift == "none" else "class means and covariances"
 
     @property
+    def lighter(self) -> str:  # type: ignore[override]
+        """Settings with which a class's statistics take less memory."""
+        return "a smaller projection_size" + (f", or {super().lighter}" if self.drift != "none" else "")
+
+    @property
     def bytes_to_learn(self) -> int:
-        """Bytes of a second G, of a Cholesky factor, and of the Gaussians that have no room."""
-        return 8 * (3 * self.size**2 - self.gram.numel()) + super().bytes_to_learn
+        """Bytes of a second G, of a Cholesky factor, and of the sums and Gaussians that have no room."""
+        sums = self.size * self.num_classes - self.sums.numel()
+        return 8 * (3 * self.size**2 - self.gram.numel() + sums) + super().bytes_to_learn
 
     @property
     def bytes_per_class(self) -> int:

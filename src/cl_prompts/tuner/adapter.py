@@ -199,8 +199,8 @@ class PoolAdapter(nn.Module):
         if size > limit:
             raise ValueError(
                 f"with {classes} more classes of {classifier.bytes_per_class:,} bytes of statistics each the adapter would "
-                f"take {size:,} bytes, more than max_adapter_bytes={limit:,}: choose a smaller covariance_rank or "
-                'class_covariance="shared", or raise that limit'
+                f"take {size:,} bytes, more than max_adapter_bytes={limit:,}: choose {classifier.lighter}, or "
+                "raise that limit"
             )
 
     @without_autocast()

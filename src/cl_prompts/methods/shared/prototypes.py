@@ -156,12 +156,13 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
             ValueError: the covariance cannot be inverted, or the statistics of this task have not been gathered.
         """
         self.check_gathered()
-        means = class_means(self.sum, self.count)
+        # In float64, rounded once: a class that comes back with the same images has equal scores in two tasks. The last
+        # bits of float32 products depend on the batch, and so would the task.
+        exact, means = _float64(query), _float64(class_means(self.sum, self.count))
         if self.statistics == "mean":
-            scores = normalized(query) @ normalized(means.to(query.dtype)).T
+            exact = normalized(exact) @ normalized(means).T
         else:
             # Computed for every batch: D^3 / 3 operations are a fraction of one image's pass through the backbone.
-            means = _float64(means)
             factor, failed = torch.linalg.cholesky_ex(self.covariance())
             if not torch.compiler.is_compiling() and failed:  # a graph cannot branch on a tensor
                 raise ValueError(
@@ -169,8 +170,8 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
                     "larger value, or None"
                 )
             weight = torch.cholesky_solve(means.T, factor)
-            exact = _float64(query) @ weight - (means.T * weight).sum(0) / 2
-            scores = exact.to(query.dtype).to(query.device)
+            exact = exact @ weight - (means.T * weight).sum(0) / 2
+        scores = exact.to(query.dtype).to(query.device)
         return scores.masked_fill(self.count == 0, -math.inf)
 
     def task_scores(self, query: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
     assert_same_run(whole, resumed)
 
 
-@pytest.mark.by_turns(5, always=())
+@pytest.mark.by_turns(6, always=())
 @pytest.mark.parametrize(
     "settings",
     [
@@ -76,13 +76,15 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
         {"keep_optimizer": True, "optim": "sgd", "optim_args": {"momentum": 0.9}, "learning_rate": 0.05},
         {"memory_size": 5, "memory_batch_size": 3, "config": {"class_mask": "none"}},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+        {"method": "cpg", "config": {"gate_noise": True}},  # numbers are drawn in each step
     ],
     ids=lambda s: "-".join(s),
 )
 def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
-    whole = small_trainer("hash", **settings)
+    settings = {"method": "hash", **settings}
+    whole = small_trainer(**settings)
     whole.train()
-    assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
+    assert_same_run(whole, killed_and_resumed(folder=tmp_path, steps=[2, 7, 8, 13], **settings))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,14 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "checkpoints").iterdir()
     found = Checkpoints(tmp_path / "checkpoints").latest()
     assert found is not None
-    del found["format"]
-    Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found)
-    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 4\).*remove them"):
-        small_trainer("l2p", tmp_path).train(resume=True)
+    del found["parts"]["extra_classifiers"]["classes"]
+    for change, message in (
+        ({}, "the state of 'extra_classifiers' has no 'classes'. Resume with the version that wrote them, remove them"),
+        ({"format": 1}, "are of another version of cl_prompts (format 1, this one has 4), which cannot be resumed"),
+    ):
+        Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found | change)
+        with pytest.raises(ValueError, match=f"checkpoints in {re.escape(str(tmp_path))} .*{re.escape(message)}"):
+            small_trainer("l2p", tmp_path).train(resume=True)
 
 
 def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ class PromptGenerator:
         """The prefix of each image for a block input [B, N, D], computed in float32."""
         with torch.autocast(block_input.device.type, enabled=False):
             query = query_of(block_input, self.has_cls)
-            scores, losses = query @ self.gate.T, {}
+            scores = query @ self.gate.T
+            losses: dict[str, LossPart] = {}
             if self.noise is not None:
                 scores, losses = self._with_noise(scores, self.noise, self.noise.spread(query))
             ids, weights = gates_of(scores, self.top_k)
@@ -97,8 +98,8 @@ class PromptGenerator:
         if not noise.weight:
             return noisy, {}
         real = noise.valid[:, None]
-        known = (torch.where(real, values, 1.0) for values in (scores, noisy, spread))  # whatever padding holds
-        load = soft_load(*known, self.top_k) * real
+        known = [torch.where(real, values, 1.0) for values in (scores, noisy, spread)]  # whatever padding holds
+        load = soft_load(known[0], known[1], known[2], self.top_k) * real
         sums = sum_with_gradient(torch.stack([gate_values(noisy, noise.valid, self.top_k), load]).sum(1))
         return noisy, {"balance": LossPart(noise.weight * balance(sums).sum(), "batch")}
 
@@ -123,8 +124,8 @@ class CPGPool(ProjectedPool):
     def forward(self, batch: PoolInput) -> Prompts:
         """One generator per block."""
         k, has_cls = self.config.top_k, self.shape.has_cls
-        tensors = zip(self.layers, self.experts, self.gate, self._noise(batch), strict=True)
-        return Prompts(prefixes={n: PromptGenerator(*own, k, has_cls, noise) for n, *own, noise in tensors})
+        blocks = zip(self.layers, self.experts, self.gate, self._noise(batch), strict=True)
+        return Prompts(prefixes={n: PromptGenerator(e, gate, k, has_cls, noise) for n, e, gate, noise in blocks})
 
     def _noise(self, batch: PoolInput) -> list[GateNoise | None]:
         """The noise of each block, in training."""

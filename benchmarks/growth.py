@@ -139,10 +139,10 @@ class Run:
         def resume() -> None:
             state = checkpoints.latest()
             assert state is not None
-            restore({"learner": LearnerState(other)}, state)
+            restore({"learner": LearnerState(other)}, state, None)
             if "optimizer" in state["parts"]:
                 optimizer = torch.optim.Adam(other.parameter_groups(learning_rate=1e-4))
-                restore({"optimizer": OptimizerState(optimizer)}, state)
+                restore({"optimizer": OptimizerState(optimizer)}, state, None)
 
         (resumed,) = least(1, resume)
         return {"checkpoint": saved, "resume": resumed}

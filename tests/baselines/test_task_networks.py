@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from cl_prompts.baselines.supsup import packed, unpacked
+from cl_prompts.evaluation.evaluate import evaluate
 from cl_prompts.evaluation.report import Result, comparison_table, headline
 
 
-def learn(learner: Any, classes: list[int], seed: int) -> None:
+def learn(learner: Any, classes: list[int], seed: int, *, revisit: bool = False) -> None:
     """A task with an optimizer that moves what has no gradient: momentum and weight decay."""
-    learner.begin_task(classes)
+    learner.begin_task(classes, revisit=revisit)
     optimizer = torch.optim.AdamW(learner.parameter_groups(0.02), weight_decay=0.1)
     learner.attach_optimizer(optimizer)
     batch = batch_of(classes * 3, seed=seed)
@@ -55,6 +56,40 @@ def test_later_tasks_do_not_change_the_answers_for_earlier_ones(name: str) -> No
         own = F.linear(features[-1][task], learner.head.weight, learner.head.bias)[:, columns]
         pair = (found[:, columns], own) if name != "supsup" else (found[:, columns].softmax(1), own.softmax(1))
         assert_close(*pair)
+
+
+@pytest.mark.parametrize("name", ["packnet", "supsup", "hat"])
+def test_each_domain_has_its_own_network_and_head(name: str) -> None:
+    """Also in a learner that was loaded; `evaluate` tells the domain to those that need it."""
+    learner, classes = small_learner(name), [4, 1]
+    images, known = batch_of(classes * 3, seed=8), []
+    for domain in range(3):
+        learn(learner, classes, domain, revisit=domain > 0)
+        with torch.no_grad():
+            known.append(learner.network_logits(images["pixel_values"], domain))
+    loaded = small_learner(name)
+    loaded.load_training_state_dict(learner.training_state_dict())
+    loaded.eval()
+    tolerance = 1e-3 if name == "hat" else 0
+    with torch.no_grad():
+        for domain, own in enumerate(known):
+            assert_close(loaded.network_logits(images["pixel_values"], domain), own, atol=tolerance, rtol=0)
+        assert not torch.allclose(known[0], known[2], atol=1e-2)
+        if name == "supsup":
+            scores = torch.stack([own.log_softmax(1) for own in known], 1)
+            inferred = loaded.infer_tasks(images["pixel_values"])
+            wanted = scores[torch.arange(len(inferred)), inferred]
+            assert_close(loaded(images["pixel_values"]).logits, wanted, atol=1e-6, rtol=0)
+            return
+        assert_close(loaded(images["pixel_values"]).logits, known[2], atol=tolerance, rtol=0)
+        for domain in range(3):
+            answer = loaded(images["pixel_values"], task=domain).logits
+            assert_close(answer, known[domain], atol=tolerance, rtol=0)
+            right = (answer.argmax(1) == loaded.head.to_targets(images["labels"])[0]).sum() / 6
+            evaluation = evaluate(loaded, [images], classes, "cpu", task=domain, tasks=[classes] * 3)
+            assert evaluation.task_incremental == pytest.approx(100 * float(right))
+        with pytest.raises(ValueError, match="task=3 must be one of the 3 tasks so far"):
+            loaded(images["pixel_values"], task=3)
 
 
 def test_supsup_infers_the_task_from_the_entropys_gradient() -> None:

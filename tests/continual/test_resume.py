@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
     assert_same_run(whole, resumed)
 
 
-@pytest.mark.by_turns(5, always=())
+@pytest.mark.by_turns(6, always=())
 @pytest.mark.parametrize(
     "settings",
     [
@@ -76,13 +77,15 @@ def test_a_head_in_closed_form_resumes_between_tasks(tmp_path: Path) -> None:
         {"keep_optimizer": True, "optim": "sgd", "optim_args": {"momentum": 0.9}, "learning_rate": 0.05},
         {"memory_size": 5, "memory_batch_size": 3, "config": {"class_mask": "none"}},
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+        {"method": "cpg", "config": {"gate_noise": True}},  # numbers are drawn in each step
     ],
     ids=lambda s: "-".join(s),
 )
 def test_settings_resume(settings: dict[str, Any], tmp_path: Path) -> None:
-    whole = small_trainer("hash", **settings)
+    settings = {"method": "hash", **settings}
+    whole = small_trainer(**settings)
     whole.train()
-    assert_same_run(whole, killed_and_resumed("hash", tmp_path, [2, 7, 8, 13], **settings))
+    assert_same_run(whole, killed_and_resumed(folder=tmp_path, steps=[2, 7, 8, 13], **settings))
 
 
 @pytest.mark.slow
@@ -214,10 +217,14 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "checkpoints").iterdir()
     found = Checkpoints(tmp_path / "checkpoints").latest()
     assert found is not None
-    del found["format"]
-    Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found)
-    with pytest.raises(ValueError, match=r"another version of cl_prompts \(format 1, this one has 4\).*remove them"):
-        small_trainer("l2p", tmp_path).train(resume=True)
+    del found["parts"]["extra_classifiers"]["classes"]
+    for change, message in (
+        ({}, "the state of 'extra_classifiers' has no 'classes'. Resume with the version that wrote them, remove them"),
+        ({"format": 1}, "are of another version of cl_prompts (format 1, this one has 4), which cannot be resumed"),
+    ):
+        Checkpoints(tmp_path / "checkpoints").save(int(folder.name), found | change)
+        with pytest.raises(ValueError, match=f"checkpoints in {re.escape(str(tmp_path))} .*{re.escape(message)}"):
+            small_trainer("l2p", tmp_path).train(resume=True)
 
 
 def test_the_last_two_are_kept_without_the_backbone(tmp_path: Path) -> None:

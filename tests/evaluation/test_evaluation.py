@@ -150,6 +150,8 @@ def test_further_classifiers_read_the_same_pass() -> None:
 class Watched(nn.Module):
     """A learner that is no prompt pool, and tells what it was shown."""
 
+    needs_task = False
+
     def __init__(self, logits: Tensor | None = None) -> None:
         super().__init__()
         self.logits, self.shown = logits, set[str]()

@@ -126,13 +126,16 @@ class Baseline(BaselineMeasures, BaselineState):
         """Logits at test [B, C] from `features` [B, D] and the head's `logits` [B, C]."""
         return logits
 
-    def answer(self, pixel_values: Tensor, features: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
+    def answer(
+        self, pixel_values: Tensor, features: Tensor, logits: Tensor, *, task: int | None = None, **kwargs: Any
+    ) -> Tensor:
         """Logits at test [B, C], here those of `predict`.
 
         Args:
             pixel_values: images [B, 3, H, W].
             features: the learner's of them [B, D].
             logits: the head's of these [B, C].
+            task: number of the images' task where it is known; here not used.
             kwargs: further inputs of the backbone.
         """
         with torch.autocast(features.device.type, enabled=False):
@@ -260,6 +263,7 @@ class Baseline(BaselineMeasures, BaselineState):
         query: Tensor | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        task: int | None = None,
         **kwargs: Any,
     ) -> PromptPoolOutput:
         """Logits over the known classes, and with labels the loss; arguments as `PromptPoolModel.forward`.
@@ -270,6 +274,7 @@ class Baseline(BaselineMeasures, BaselineState):
             query: features of a frozen backbone [B, D], if the caller has them.
             sample_ids: a number per image [B], the same in every epoch.
             num_items_in_batch: number of images of the whole accumulated batch, a scalar.
+            task: at test, number of the images' task, for learners that need it (`needs_task`).
             kwargs: go to the backbone.
 
         Raises:
@@ -288,7 +293,7 @@ class Baseline(BaselineMeasures, BaselineState):
         features = self.compute_features(pixel_values, query, **kwargs)
         taught = self.teacher_logits(pixel_values, features, **kwargs) if learning and targets is not None else None
         logits = self.logits_of(features)
-        answer = self.masked(logits) if learning else self.answer(pixel_values, features, logits, **kwargs)
+        answer = self.masked(logits) if learning else self.answer(pixel_values, features, logits, task=task, **kwargs)
         if targets is None:
             return PromptPoolOutput(logits=answer, features=features)
         with torch.autocast(features.device.type, enabled=False):

@@ -34,8 +34,9 @@ class Co2L(Baseline):
                        p_ij = softmax over j != i of z_i z_j / kappa   (equations 3 to 5)
 
     Remembered images are no anchors, but positives and negatives of others, also where their classes come back, as in a new
-    domain; "before" is the model at the end of the earlier task. The head is decoupled: it is fitted to the features of the
-    task's and of the remembered images, with the same weight for each class, and no gradient of it reaches the backbone.
+    domain. Only in a batch of nothing but remembered images, as when a task brings all of them again, each one is. "Before"
+    is the model at the end of the earlier task. The head is decoupled: it is fitted to the features of the task's and of
+    the remembered images, with the same weight for each class, and no gradient of it reaches the backbone.
 
     Where it differs: the second view is a random crop, the first the image as the stream gives it; the head is fitted to
     the end with a little weight decay, in place of 100 epochs of SGD. With gradient accumulation, views are compared
@@ -111,10 +112,9 @@ class Co2L(Baseline):
         known = torch.stack([batch.valid.float(), batch.targets.clamp_min(0).float(), new.float()], 1)
         valid, targets, anchors = gather_with_gradient(known).unbind(1)
         valid, columns = valid > 0, targets.long()
+        anchors = (anchors > 0) | ~(anchors[valid] > 0).any()
         views = torch.cat(rows[valid].chunk(2, 1))
-        loss = asymmetric_contrastive_loss(
-            views, columns[valid].repeat(2), (anchors[valid] > 0).repeat(2), self.temperature
-        )
+        loss = asymmetric_contrastive_loss(views, columns[valid].repeat(2), anchors[valid].repeat(2), self.temperature)
         parts = {"contrastive": LossPart(loss, "batch")}
         if self.snapshot is not None:
             before = [self.snapshot(images, **batch.inputs) for images in (batch.pixel_values, other)]

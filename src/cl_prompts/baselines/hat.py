@@ -172,10 +172,12 @@ class HAT(TaskNetworks):
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The masks, and the number of steps."""
-        return {f"masks.{i}": mask for i, mask in enumerate(self.masks)} | {"steps": torch.tensor(self.steps)}
+        own = {f"masks.{i}": mask for i, mask in enumerate(self.masks)} | {"steps": torch.tensor(self.steps)}
+        return super().extra_tensors() | own
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore them."""
+        super().load_extra_tensors(tensors)
         self.masks = [tensors[f"masks.{i}"] for i in range(len(self.masks))]
         self.steps = int(tensors["steps"])
 

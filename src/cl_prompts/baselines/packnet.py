@@ -113,8 +113,9 @@ class PackNet(TaskNetworks):
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Which task keeps each weight."""
-        return prefixed("owner.", self.owners)
+        return super().extra_tensors() | prefixed("owner.", self.owners)
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore it."""
+        super().load_extra_tensors(tensors)
         self.owners = below("owner.", tensors)

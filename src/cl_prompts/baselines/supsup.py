@@ -29,7 +29,8 @@ class SupSup(TaskNetworks):
 
     for each image by itself, so no task is needed at test. A class's logit is its log probability within its task; classes
     of tasks that were not inferred are 20 lower, so that the task-incremental accuracy is that of the right masks. An
-    answer takes a forward and a backward pass, and a pass for each task.
+    answer takes a forward and a backward pass, and a pass for each task. With domains, a class has the logit of the
+    inferred one.
 
     Where it differs: the weights are those of the pre-trained backbone in place of random ones, and scores start at the
     weights' sizes, so that a task begins with the largest weights; the head has rows for each task.
@@ -96,17 +97,21 @@ class SupSup(TaskNetworks):
             return computing(with_masks({layer: straight_through(score, self.keep) for layer, score in pairs}))
         return computing(with_masks({layer: self._masks_of(layer)[task] for layer in self.layers.values()}))
 
-    def answer(self, pixel_values: Tensor, features: Tensor, logits: Tensor, **kwargs: Any) -> Tensor:
+    def answer(
+        self, pixel_values: Tensor, features: Tensor, logits: Tensor, *, task: int | None = None, **kwargs: Any
+    ) -> Tensor:
         """Log probabilities [B, C] within each task, lower for tasks that were not inferred.
 
-        `pixel_values`, `features`, `logits` and `kwargs` are as in `Baseline`.
+        A class of several tasks has its largest. `pixel_values`, `features`, `logits` and `kwargs` are as in `Baseline`;
+        `task` is not used.
         """
-        found = super().answer(pixel_values, features, logits, **kwargs)
         inferred = self.infer_tasks(pixel_values, **kwargs)
-        scored = torch.empty_like(found)
-        for task, columns in enumerate(self.tasks.class_indices(self.tasks.state.tasks)):
-            unlikely = torch.where(inferred == task, 0.0, UNLIKELY)
-            scored[:, columns] = found[:, columns].log_softmax(1) + unlikely[:, None]
+        scored = torch.full_like(logits, float("-inf"))
+        for number in range(self.num_tasks):
+            columns, newest = self.columns(number), number == self.num_tasks - 1
+            own = logits[:, columns] if newest else self.network_logits(pixel_values, number, **kwargs)
+            unlikely = torch.where(inferred == number, 0.0, UNLIKELY)
+            scored[:, columns] = scored[:, columns].maximum(own.log_softmax(1) + unlikely[:, None])
         return scored
 
     @torch.enable_grad()
@@ -125,10 +130,11 @@ class SupSup(TaskNetworks):
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The masks, eight weights in a byte."""
-        return {f"masks.{name}": packed(mask) for name, mask in self.masks.items()}
+        return super().extra_tensors() | {f"masks.{name}": packed(mask) for name, mask in self.masks.items()}
 
     def load_extra_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore them."""
+        super().load_extra_tensors(tensors)
         for name, layer in self.layers.items():
             self.masks[name] = unpacked(tensors[f"masks.{name}"], layer.weight.shape)
 

@@ -134,7 +134,7 @@ class ContinualTrainer:
         self._started = time.perf_counter() - self.progress.seconds
         if saved is not None:
             # Last, because restoring and starting the trackers may draw random numbers.
-            restore({"random": self._random_state()}, saved)
+            restore({"random": self._random_state()}, saved, self.folder)
         self._call("on_train_begin")
         for task in self.stream.tasks[self.progress.task :]:
             self._learn(task)
@@ -348,10 +348,10 @@ class ContinualTrainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Restore all parts except the random state. The optimizer is built last, over the restored parameters."""
-        restore(self._parts(), saved)
+        restore(self._parts(), saved, self.folder)
         if "optimizer" in saved["parts"]:
             self.optimizer = self._new_optimizer()
-            restore({"optimizer": OptimizerState(self.optimizer)}, saved)
+            restore({"optimizer": OptimizerState(self.optimizer)}, saved, self.folder)
 
     def _save(self) -> None:
         """Write a checkpoint."""

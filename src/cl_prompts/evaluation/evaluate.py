@@ -1,4 +1,4 @@
-"""Evaluation: the model gets images only; its predictions are compared with labels and tasks."""
+"""Evaluation: the model gets images, and tasks only if it needs them; predictions are compared with labels and tasks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def evaluate(
 
     Args:
         model: the model, in eval mode. It gets `pixel_values`, and `query` and `lower_blocks` if a batch has them, but no
-            labels and no tasks.
+            labels, and `task` only if it `needs_task`.
         batches: this process's share of the batches, with `pixel_values` and `labels`, or pairs (images, labels).
         classes: class id of each column of the logits.
         device: the model's device.
@@ -86,6 +86,9 @@ def evaluate(
     """
     ids = torch.tensor(list(classes), device=device)
     own = None if task is None else _members(ids, task, tasks)
+    told = {}
+    if task is not None and model.needs_task and earlier_tasks + task < model.num_tasks:  # one to come has no part yet
+        told["task"] = earlier_tasks + task
     counted = ["images", "hits", "no numbers", "task_incremental", "task_of_class", "choices", "task_identity"]
     counts = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counted}
     classifiers = dict(classifiers or {})
@@ -97,7 +100,7 @@ def evaluate(
         batch = as_batch(given)
         values = {name: batch[name].to(device) for name in ("pixel_values", "query", "lower_blocks") if name in batch}
         labels = batch["labels"].to(device)
-        output = model(**values)
+        output = model(**values, **told)
         real = labels.ne(IGNORE_INDEX)
         logits = _checked(output.logits, ids, "the model")
         predicted = logits.argmax(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cl_prompts.runtime.distributed import gather_over_processes, world_size
+from cl_prompts.runtime.distributed import gather_over_processes, process_number
 
 
 class SampleCounter:
@@ -38,7 +38,7 @@ class SampleCounter:
         if own is None:
             return valid
         own = own.masked_fill(~valid.cpu(), -1)
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        rank = process_number()
         mine: list[bool] = []
         for process, ids in enumerate(gather_over_processes(own)):
             for i in ids.tolist():

@@ -93,8 +93,24 @@ def validate(state: Mapping[str, Any], identity: Mapping[str, str], folder: str 
         )
 
 
-def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any]) -> None:
-    """Load a captured `state` into the `parts` of a new run, in order. Parts that are not in the state are not changed."""
+def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> None:
+    """Load a captured state into the parts of a new run, in order. Parts that are not in the state are not changed.
+
+    Args:
+        parts: by name.
+        state: from `capture`.
+        folder: the results folder, for the message.
+
+    Raises:
+        ValueError: a part's state lacks something, since other code wrote it.
+    """
     for name, part in parts.items():
-        if name in state["parts"]:
+        if name not in state["parts"]:
+            continue
+        try:
             part.load_state_dict(state["parts"][name])
+        except KeyError as error:
+            raise ValueError(
+                f"the checkpoints in {folder} cannot be resumed by this version of cl_prompts: the state of {name!r} has "
+                f"no {error}. Resume with the version that wrote them, remove them, or choose another folder"
+            ) from error

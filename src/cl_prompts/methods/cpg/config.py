@@ -23,8 +23,8 @@ class CPGConfig(PromptPoolConfig):
 
     Lu et al., "Training Consistent Mixture-of-Experts-Based Prompt Generator for Continual Learning", AAAI 2025. Defaults
     are those of the released code (zugexiaodui/ConsistentMoEPromptGenerator) for CIFAR-100: Adam, learning rate 0.01,
-    weight decay 5e-5. ImageNet-R and DomainNet: loss_temperature 30; DomainNet: top_k 16. The paper's gate noise is left
-    out: the released training never runs it.
+    weight decay 5e-5. ImageNet-R and DomainNet: loss_temperature 30; DomainNet: top_k 16. The paper's gate noise is an
+    option: the released training never runs it.
 
     The images of each task are read once more after its training (`model.consolidate(images)`), and training must call
     `model.attach_optimizer(optimizer)`. With `save_statistics`, the default here, a file has the matrices that further
@@ -38,6 +38,8 @@ class CPGConfig(PromptPoolConfig):
         prompt_init: initial values of the experts, as in `L2PConfig`.
         router_init: initial values of the gates; released: "zeros".
         balance_weight: weight of the balance losses.
+        gate_noise: add noise to the gates in training, with a trained size, and balance the experts' expected loads, as in
+            the paper.
         eta1: weight of the null space of the queries in the projection of the gates' steps; the identity has the rest.
         eta2: the same for the experts' steps and the gate values.
     """
@@ -50,6 +52,7 @@ class CPGConfig(PromptPoolConfig):
     prompt_init: str = "uniform"
     router_init: str = "zeros"
     balance_weight: float = 0.05
+    gate_noise: bool = False
     eta1: float = 1.0
     eta2: float = 0.99
     loss_temperature: float = 28.0

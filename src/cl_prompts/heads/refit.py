@@ -29,8 +29,8 @@ def held_out_logits(
 
     For each fold the rows of the task's classes are trained again on the other images, as far as the head was
     (`trained_as_far`; ours), whatever its optimizer. On these images the logits of the task's classes then get the mean and
-    the spread that the head's have: energies depend on both. The features are of the model that was trained on all of the task's
-    images but the `untrained` ones.
+    the spread that the head's have: energies depend on both. The features are of the model that was trained on all of the
+    task's images but the `untrained` ones.
 
     Args:
         head: the trained head; it is not changed.
@@ -56,10 +56,10 @@ def trained_as_far(
 ) -> IncrementalHead:
     """A copy of `head` with the current task's rows trained again until they fit these images as well as `head` does.
 
-    Rows start from zero, those of a cosine head, whose direction would not be defined, from their mean, which tells no class
-    from another. Their loss is then that of the head's logits with the best temperature for these images. After that these rows are
-    multiplied by one number, so that their logits differ from class to class as much as those of `head`. With a large
-    learning rate, or while prompts still change, weights grow larger than the loss needs, so that it tells neither.
+    Rows start from zero, those of a cosine head, whose direction would not be defined, from their mean, which does not tell
+    classes apart. Their loss is then that of the head's logits with the best temperature for these images. After that these
+    rows are multiplied by one number, so that their logits differ from class to class as much as those of `head`. With a
+    large learning rate, or while prompts still change, weights grow larger than the loss needs, so that it tells neither.
 
     Args:
         head: the trained head; it is not changed.

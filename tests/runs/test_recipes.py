@@ -91,7 +91,6 @@ def all_rows() -> list[Any]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "row"), all_rows())
 def test_a_dry_run(

@@ -281,10 +281,38 @@ def test_gaussian_stream_follows_from_its_seed() -> None:
         stream.train_batches(stream.tasks[0], 4, seed=0, epoch=1)
 
 
+def test_a_gaussian_stream_in_parts() -> None:
+    """Parts follow each other in time; a class is in all parts with its images, and is tested in the one with most."""
+    labels = np.repeat(np.arange(8), 40)
+    data = row_values(labels.tolist())
+    whole, stream = (GaussianStream(data, data, number_to_tensor, width=0.08, seed=3, parts=n) for n in (1, 4))
+    assert whole.task_free
+    assert not stream.task_free
+    assert stream.fingerprint() != whole.fingerprint()
+    assert np.concatenate([task.train_rows for task in stream]).tolist() == whole.tasks[0].train_rows.tolist()
+    known = set[int]()
+    for task in stream:
+        assert len(task.train_rows) == 80
+        assert sorted(task.classes) == sorted(set(labels[task.train_rows].tolist()))
+        assert task.revisit == bool(known & set(task.classes))
+        known |= set(task.classes)
+        tested = set(labels[task.test_rows].tolist())
+        assert tested <= set(task.classes)
+        for c in tested:
+            assert (labels[task.train_rows] == c).sum() == max((labels[t.train_rows] == c).sum() for t in stream)
+        epochs = [[i for b in stream.train_batches(task, 16, seed=0, epoch=e) for i in b["sample_ids"]] for e in (0, 1)]
+        assert epochs[0] != epochs[1]
+        assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(task.train_rows.tolist())
+    assert stream.tasks[1].revisit
+    assert sorted(np.concatenate([task.test_rows for task in stream]).tolist()) == list(range(320))
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         *(({"width": w}, "must be a positive fraction of the stream") for w in (0, -1.0, float("nan"), float("inf"))),
+        *(({"parts": n}, f"parts={n} must be an integer of at least 1") for n in (0, -1, True, 2.0)),
+        ({"parts": 40}, r"parts=40: part \d+ has most of the images of no class: choose fewer parts"),
         ({"classes": [0, 9]}, r"classes \[9\] have no training images"),
         ({"classes": [0, 1, 1]}, r"names classes \[1\] twice"),
     ],

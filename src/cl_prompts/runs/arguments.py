@@ -93,6 +93,7 @@ class Arguments:
     )
     common_test: bool = setting(False, "test all domains on one test set")
     width: float = setting(0.05, "standard deviation of a class's times, as a share of the stream; for scenario gaussian")
+    parts: int = setting(1, "cut the stream into so many tasks with overlapping classes; for scenario gaussian")
 
     method: str = setting(
         "hash",

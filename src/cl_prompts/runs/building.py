@@ -56,6 +56,7 @@ def build_stream(args: Arguments, processor: Any, seed: int) -> Stream:
         order=args.order or None,
         common_test=args.common_test,
         width=args.width,
+        parts=args.parts,
         held_out=args.held_out,
         augmentation=augmentation(args) if args.augment else None,
         on_bad_image=args.on_bad_image,

@@ -120,6 +120,7 @@ def load_stream(
     order: Sequence[str] | None = None,
     common_test: bool = False,
     width: float = 0.05,
+    parts: int = 1,
     held_out: float = 0.0,
     augmentation: CropAndFlip | None = None,
     on_bad_image: str = "stop",
@@ -130,7 +131,7 @@ def load_stream(
 
     Args:
         scenario: "class" (new classes), "domain" (new domains of the same classes), "datasets" (several data sets in a row)
-            or "gaussian" (no tasks).
+            or "gaussian" (classes come and go; no tasks, or `parts`).
         sources: "numbers", "digits", folders or Hub ids: one for "class" and "gaussian"; for "domain", one with a domain
             column or one per domain; for "datasets", one per data set. A single folder means the data sets in its
             subfolders. The name of a domain or data set is the last part of its path.
@@ -143,6 +144,7 @@ def load_stream(
         order: names of the domains or data sets in order; None: the order of the sources.
         common_test: test all domains on one test set, the first.
         width: standard deviation of the Gaussians, as a share of the stream.
+        parts: of a `GaussianStream`.
         held_out: if positive, test on this share of the training images of each class (and domain).
         augmentation, on_bad_image: see `Stream`.
         streaming: read the sources in order instead of loading them; for "class" and "domain".
@@ -191,12 +193,13 @@ def load_stream(
         return DomainIncrementalStream(one.train, one.test, transform, common_test=common_test, **shared)
     if scenario == "gaussian":
         classes = ordered_classes(one.classes, class_order, seed)
-        return GaussianStream(one.train, one.test, transform, classes=classes, width=width, seed=seed, **shared)
-    parts = tasks_in_order(one.classes, tasks, class_order, seed)
+        shared |= {"width": width, "seed": seed, "parts": parts}
+        return GaussianStream(one.train, one.test, transform, classes=classes, **shared)
+    split = tasks_in_order(one.classes, tasks, class_order, seed)
     if streaming:
         shared["train_images"] = train_images
-        return IterableClassIncrementalStream(one.train, one.test, parts, transform, **shared)
-    return ClassIncrementalStream(one.train, one.test, parts, transform, **shared)
+        return IterableClassIncrementalStream(one.train, one.test, split, transform, **shared)
+    return ClassIncrementalStream(one.train, one.test, split, transform, **shared)
 
 
 def named_sources(sources: Sequence[str], *, inside: bool) -> dict[str, str]:

@@ -70,7 +70,7 @@ class Stream(ABC):
     """
 
     scenario: ClassVar[str]
-    task_free: ClassVar[bool] = False
+    task_free: bool = False
     tasks: Sequence[Task]
     max_pixels: int = MAX_PIXELS
 

@@ -150,5 +150,6 @@ class ClassifierConfig(OutlierConfig):
         if self.consolidates and num_labels is not None and self.trains_features:
             raise ValueError(
                 f"num_labels={num_labels}: without tasks there is no time to consolidate images; use a trained head "
-                'without alignment, or method "none", whose features do not change'
+                'without alignment, or method "none", whose features do not change, or cut the stream into tasks, as '
+                "GaussianStream(parts=10) does (--parts 10)"
             )

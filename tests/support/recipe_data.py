@@ -64,7 +64,7 @@ def generated(folder: Path) -> dict[str, str]:
             parts[split] = rows(columns, count, number, image_column)
         found[name] = folder_of(folder / name.replace("/", "-").replace(":", "-"), **parts)
 
-    add("uoft-cs/cifar100", 20, image_column="img", fine_label=lambda n: ids(20, n), coarse_label=lambda n: ids(5, n))
+    add("uoft-cs/cifar100", 40, image_column="img", fine_label=lambda n: ids(40, n), coarse_label=lambda n: ids(5, n))
     add("bentrevett/caltech-ucsd-birds-200-2011", 20, label=lambda n: ids(20, n))
     add("ufldl-stanford/svhn:cropped_digits", 4, label=lambda n: ids(4, n))
     add("ylecun/mnist", 4, label=lambda n: ids(4, n))
@@ -74,7 +74,7 @@ def generated(folder: Path) -> dict[str, str]:
     add("wltjr1007/DomainNet", 10, label=lambda n: ids(10, n), domain=lambda n: ids(2, n))
     add("data/imagenet-a", 20, label=lambda n: ids(20, n))
     add("data/vtab", 10, label=lambda n: ids(10, n))
-    names = [f"n{number:08d}" for number in range(20)]
+    names = [f"n{number:08d}" for number in range(40)]  # two classes a task where there are 20
     count = 5 * len(names)
     one = rows({"wnid": texts(names, count), "class_name": texts([f"thing {n}" for n in names], count)}, count, 5)
     found["axiong/imagenet-r"] = folder_of(folder / "imagenet-r", test=one)

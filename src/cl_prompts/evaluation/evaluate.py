@@ -69,7 +69,7 @@ def evaluate(
 
     Args:
         model: the model, in eval mode. It gets `pixel_values`, and `query` and `lower_blocks` if a batch has them, but no
-            labels, and `task` only if it `needs_task`.
+            labels, and `task` only if it `needs_task`: its accuracy is then with the task told.
         batches: this process's share of the batches, with `pixel_values` and `labels`, or pairs (images, labels).
         classes: class id of each column of the logits.
         device: the model's device.

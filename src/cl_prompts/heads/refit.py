@@ -57,9 +57,10 @@ def trained_as_far(
     """A copy of `head` with the current task's rows trained again until they fit these images as well as `head` does.
 
     Rows start from zero, those of a cosine head, whose direction would not be defined, from their mean, which does not tell
-    classes apart. Their loss is then that of the head's logits with the best temperature for these images. After that these
-    rows are multiplied by one number, so that their logits differ from class to class as much as those of `head`. With a
-    large learning rate, or while prompts still change, weights grow larger than the loss needs, so that it tells neither.
+    the task's classes apart (of a single class: from the mean feature). Their loss is then that of the head's logits with
+    the best temperature for these images. After that these rows are multiplied by one number, so that their logits differ
+    from class to class as much as those of `head`; rows of a cosine head get the lengths of the head's. With a large
+    learning rate, or while prompts still change, weights grow larger than the loss needs, so that it tells neither.
 
     Args:
         head: the trained head; it is not changed.
@@ -80,8 +81,10 @@ def trained_as_far(
         logits = head(features).masked_fill(others, float("-inf"))
         wanted = float(F.cross_entropy(logits / (fit_temperature(logits, targets) or 1.0), targets))
         for parameter in parameters:
-            start = 0.0 if head.cosine_scale is None else parameter[head.current].mean(0)
-            parameter[head.current] = start
+            if head.cosine_scale is None:
+                parameter[head.current] = 0.0
+            else:  # of one class, the mean would be its row
+                parameter[head.current] = features.mean(0) if head.current.sum() == 1 else parameter[head.current].mean(0)
     # Logits that the loss divides grow as much larger. A cosine head's are bounded, and its rows' directions count.
     larger = loss_temperature if head.cosine_scale is None else 1.0
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE * larger)
@@ -107,7 +110,10 @@ def trained_as_far(
                 for parameter, start in zip(parameters, old, strict=True):
                     parameter.data.lerp_(start, 1 - share)
     again.requires_grad_(False)
-    if head.cosine_scale is None:
+    if head.cosine_scale is not None:  # lengths of rows change no logit, but how far later steps turn them
+        lengths = [one.weight[head.current].norm(dim=1, keepdim=True) for one in (head, again)]
+        again.weight[head.current] *= lengths[0] / lengths[1].clamp_min(1e-12)
+    else:
         wanted, reached = (_spread(one, features) for one in (head, again))
         if wanted and reached:
             for parameter in parameters:

@@ -88,7 +88,10 @@ class Learner(Protocol):
 
     @property
     def needs_task(self) -> bool:
-        """Whether its answers are to be read over the classes of the image's task, which the user must know."""
+        """Whether its answers are to be read over the classes of the image's task, which the user must know.
+
+        `evaluate` then passes `task`, the number of the images' task, to the forward.
+        """
         ...
 
     @property

@@ -46,7 +46,7 @@ class ClassifierConfig(OutlierConfig):
             the discriminant head alone, one for all ("shared") or variances ("diagonal"). The ridge head with drift
             compensation and alignment="covariance" draw features from the first or second.
         covariance_rank: r, the largest number of directions of a low-rank covariance. None: 32, but no more than
-            12,288 / D, so that a class takes at most 48 kB: 16 for a width of 768. Ours, chosen on held-out images.
+            12,288 / D, so that they take at most 48 kB: 16 for a width of 768. Ours, chosen on held-out images.
         own_covariance: weight of a class's own covariance; the pooled covariance has the rest. Ours, chosen on held-out
             images.
         spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out

@@ -113,6 +113,8 @@ def change_classes(adapter: PoolAdapter, new_id: Mapping[int, int | None], call:
         new.classifier.group_classes(groups, new.head)
     new.pool.group_classes(groups)
     state.novelty_threshold = threshold_after(new, known, call, temperature)
+    if new.classifier is not None:
+        new.classifier.forget_computed()  # for these answers, on the CPU
     new.grown = True
     return new.to(device)
 

@@ -157,7 +157,8 @@ class ClassPrototypes(TaskTensors, GatheredStatistics):
         """
         self.check_gathered()
         # In float64, rounded once: a class that comes back with the same images has equal scores in two tasks. The last
-        # bits of float32 products depend on the batch, and so would the task.
+        # bits of float32 products depend on the batch, and so would the task. On Apple's devices, where
+        # sums are float32, they may differ.
         exact, means = _float64(query), _float64(class_means(self.sum, self.count))
         if self.statistics == "mean":
             exact = normalized(exact) @ normalized(means).T

@@ -92,13 +92,17 @@ def threshold_after(
     if threshold is None or len(state.classes) == 1 or (state.temperature is None and not same_temperature):
         return None
     if known is None:
-        if same_temperature:
-            warnings.warn(
-                f"{call}: no statistics of the classes' features are kept to move novelty_threshold by. Until the next "
-                "task is consolidated, known images exceed it more often or less often than false_alarm_rate says. "
-                "A discriminant head keeps them, and so does save_statistics=True with a trained or an aligned head",
-                stacklevel=5,
-            )
+        means = (
+            "known images exceed it more often or less often than false_alarm_rate says"
+            if same_temperature
+            else ("there is none, because energies have another temperature now")
+        )
+        warnings.warn(
+            f"{call}: no statistics of the classes' features are kept to move novelty_threshold by. Until the next task is "
+            f"consolidated, {means}. A discriminant head keeps them, and so does save_statistics=True with a trained or an "
+            "aligned head",
+            stacklevel=5,
+        )
         return threshold if same_temperature else None
     before = threshold_of(known.novelty, rate)
     after = threshold_of(novelty_of(adapter, known.features), rate)

@@ -46,7 +46,8 @@ def bare_twice(name: str) -> tuple[Any, Any]:
 def test_a_bare_model_of_timm_is_a_base_and_is_given_back(name: str) -> None:
     images = inputs("vit", 2)["pixel_values"]
     for base in bare_twice(name):
-        base.requires_grad_(False)  # torch rounds a linear layer of an expanded input otherwise if its weights are trainable
+        # torch rounds a linear layer of an expanded input otherwise if its weights are trainable.
+        base.requires_grad_(False)
         own, forward = base(images), type(base).forward
         with torch.enable_grad():
             model, other = taught(base), get_prompt_pool_model(base, HashPromptConfig(layers=[0, 2]))

@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from run_features import moves
 from torch import Tensor
 
 from cl_prompts.evaluation.calibration import Reliability
@@ -46,8 +47,7 @@ def measure(
     """Reliability with temperature 1 and with the chosen one, after each task."""
     tasks = found["tasks"]
     width = tasks[0]["features"].shape[1]
-    moves = any(task["before"] is not None and not task["before"].equal(task["features"]) for task in tasks)
-    classifier, head = make(width, drift="affine" if moves else "none"), head_of(found)
+    classifier, head = make(width, drift="affine" if moves(tasks) else "none"), head_of(found)
     parts = [part for part in ("held", "test") if tasks[-1][part] is not None]
     numbers = torch.cat([found[f"{part}_tasks"] for part in parts])
     targets = torch.cat([found[f"{part}_targets"] for part in parts])
@@ -62,7 +62,7 @@ def measure(
         head.weight.data = task["weight"].clone()
         if task["bias"] is not None and head.bias is not None:
             head.bias.data = task["bias"].clone()
-        given = (task["features"], task["targets"], task["before"] if moves else None, head)
+        given = (task["features"], task["targets"], task["before"] if moves(tasks) else None, head)
         classifier.begin_task(own)
         logits, held, _, scale = classifier.held_out_answers(*given, only_current=only_current)
         scores = scaled(log_scores(logits, classifier.score_width), scale)

@@ -7,29 +7,21 @@ The files are those of `benchmarks/run_features.py`. The last columns: all covar
 
 import argparse
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
+from discriminant import accuracies, discriminant
 
 from cl_prompts.evaluation.report import machine
-from cl_prompts.heads import DiscriminantClassifier
 
 
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def final_accuracy(found: dict[str, Any], **options: Any) -> float:
-    """Mean over tasks of the accuracy after the last one, in percent."""
-    tasks = found["tasks"]
-    moves = any(task["before"] is not None and not task["before"].equal(task["features"]) for task in tasks)
-    classifier = DiscriminantClassifier(tasks[0]["features"].shape[1], drift="affine" if moves else "none", **options)
-    for task in tasks:
-        classifier.begin_task(sorted(set(task["targets"].tolist())))
-        classifier.fit(task["features"], task["targets"], task["before"])
-    hits = classifier(tasks[-1]["test"]).argmax(1) == found["test_targets"]
-    numbers = found["test_tasks"]
-    return 100 * mean(float(hits[numbers == number].float().mean()) for number in numbers.unique())
+    """Mean over tasks of the accuracy on test images after the last one, in percent."""
+    classifier = discriminant(found["tasks"], **options)
+    return accuracies(found, lambda features: classifier(features).argmax(1))[1]
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from run_features import moves
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 from torch import Tensor
@@ -37,19 +38,17 @@ def of_one_length(features: Tensor) -> Tensor:
     return F.normalize(features, dim=1) * features.shape[1] ** 0.5
 
 
-def discriminant(tasks: list[dict[str, Any]], change: Callable[[Tensor], Tensor]) -> DiscriminantClassifier:
-    """A discriminant head, fitted task after task to features that `change` changes."""
-    classifier = DiscriminantClassifier(tasks[0]["features"].shape[1], drift="affine" if moves(tasks) else "none")
+def discriminant(
+    tasks: list[dict[str, Any]], change: Callable[[Tensor], Tensor] = Tensor.float, **options: Any
+) -> DiscriminantClassifier:
+    """A discriminant head with `options`, fitted task after task to features that `change` changes."""
+    drift = "affine" if moves(tasks) else "none"
+    classifier = DiscriminantClassifier(tasks[0]["features"].shape[1], drift=drift, **options)
     for task in tasks:
         before = task["before"]
         classifier.begin_task(sorted(set(task["targets"].tolist())))
         classifier.fit(change(task["features"]), task["targets"], None if before is None else change(before))
     return classifier
-
-
-def moves(tasks: list[dict[str, Any]]) -> bool:
-    """Whether training changes the features."""
-    return any(task["before"] is not None and not task["before"].equal(task["features"]) for task in tasks)
 
 
 def carried_along(tasks: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,11 @@ from cl_prompts.runs.building import build_stream, load_backbone
 BATCH = 64
 
 
+def moves(tasks: list[dict[str, Any]]) -> bool:
+    """Whether the training of the `tasks` of a file changes features."""
+    return any(task["before"] is not None and not task["before"].equal(task["features"]) for task in tasks)
+
+
 class Images:
     """Images of a stream's tasks as bytes, read once, and their features without prompts."""
 

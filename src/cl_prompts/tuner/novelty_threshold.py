@@ -95,7 +95,7 @@ def threshold_after(
         means = (
             "known images exceed it more often or less often than false_alarm_rate says"
             if same_temperature
-            else ("there is none, because energies have another temperature now")
+            else "there is none, because energies have another temperature now"
         )
         warnings.warn(
             f"{call}: no statistics of the classes' features are kept to move novelty_threshold by. Until the next task is "

@@ -188,6 +188,33 @@ def test_regularised_discriminant_is_the_density_of_scipy(kind: str) -> None:
     np.testing.assert_allclose(relative_to_the_first(classifier(seen)), relative_to_the_first(wanted), atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "full", "shared", "diagonal"])
+def test_normalized_features_are_those_of_a_layer_norm(kind: str) -> None:
+    """Every answer is that of the plain head for normalized features, along tasks with drift; lengths do not matter."""
+    normalized, plain = (DiscriminantClassifier(WIDTH, kind=kind, normalize=flag) for flag in (True, False))
+
+    def norm(features: Tensor) -> Tensor:
+        centered = features - features.mean(1, keepdim=True)
+        return centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
+
+    for task in TASKS:
+        features, targets = images(task)
+        before = features + 0.1 * features.roll(1, 1)
+        for classifier, read in ((normalized, Tensor.clone), (plain, norm)):
+            classifier.begin_task(task)
+            classifier.fit(read(features), targets, read(before))
+    seen = images(range(6), 5, seed=9)[0]
+    answers = (
+        lambda c, x: c(x),
+        lambda c, x: c.novelty(x),
+        lambda c, x: c.scale(x),
+        lambda c, x: c._answers_once(x)[0],
+    )
+    for answer in answers:
+        assert_close(answer(normalized, seen), answer(plain, norm(seen)), atol=2e-3, rtol=2e-4)
+        assert_close(answer(normalized, 7 * seen + 3), answer(normalized, seen), atol=5e-3, rtol=1e-3)
+
+
 def test_features_far_from_the_origin_lose_no_digits() -> None:
     near, far = (DiscriminantClassifier(WIDTH) for _ in range(2))
     features, targets = images([0, 1, 2])

@@ -41,7 +41,7 @@ def test_it_learns_tasks_in_one_pass_and_its_prompts_do_not_grow() -> None:
 
 
 def test_it_is_the_same_config_as_written_out(tmp_path: Any) -> None:
-    config = APTConfig(head="discriminant", loss_head="layer_norm")
+    config = APTConfig(head="discriminant", loss_head="layer_norm", normalize_features=True)
     assert default_config() == config
     model = get_prompt_pool_model(build("vit"))
     seen = learn(model, [2, 5])["pixel_values"]

@@ -35,6 +35,7 @@ def build_classifier(config: Any, width: int) -> FeatureClassifier | None:
             drift=config.drift,
             own=config.own_covariance,
             spherical=config.spherical_covariance,
+            normalize=config.normalize_features,
         )
     if config.alignment != "none":
         return AlignedClassifier(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cl_prompts.heads.base import FeatureClassifier
 from cl_prompts.heads.class_groups import ClassGroups
@@ -44,6 +45,7 @@ class DiscriminantClassifier(FeatureClassifier):
         own: weight of a class's own covariance, as in `ClassGaussians.covariances`.
         spherical: weight of a multiple of the identity, as in `ClassGaussians.covariances`.
         rank: of `ClassGaussians`, for "low_rank".
+        normalize: features pass a layer norm without weights first.
 
     Raises:
         ValueError: an unknown kind.
@@ -62,6 +64,7 @@ class DiscriminantClassifier(FeatureClassifier):
         own: float = 0.1,
         spherical: float = 0.1,
         rank: int | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__(save_statistics=True, drift=drift)  # answers need them
         if kind == "centroids":
@@ -69,7 +72,7 @@ class DiscriminantClassifier(FeatureClassifier):
                 'kind="centroids": a discriminant has one Gaussian a class; choose low_rank, full, shared or diagonal'
             )
         self.gaussians = ClassGaussians(width, kind, rank=rank)
-        self.own, self.spherical = own, spherical
+        self.own, self.spherical, self.normalize = own, spherical, normalize
         # Tensors of the Gaussians, their versions, and the densities computed from them; replaced as a whole by one
         # assignment, so that several threads may ask at once.
         self._cached: tuple[tuple[Tensor, ...], list[int], Densities] | None = None
@@ -104,10 +107,16 @@ class DiscriminantClassifier(FeatureClassifier):
 
     def _fit(self, features: Tensor, targets: Tensor, before: Tensor | None, head: IncrementalHead | None) -> None:
         self.forget_computed()
+        features = self._normalized(features)
         if before is not None and self.needs_before and int(self.fitted):
-            self.gaussians.move(self._map(before, features))
+            self.gaussians.move(self._map(self._normalized(before), features))
         self.gaussians.add(features, targets)
         self._check_invertible()
+
+    def _normalized(self, features: Tensor) -> Tensor:
+        """What the Gaussians are of [n, D], for `features` [n, D]."""
+        features = features.float()
+        return F.layer_norm(features, features.shape[1:]) if self.normalize else features
 
     def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:
         self.forget_computed()
@@ -139,7 +148,7 @@ class DiscriminantClassifier(FeatureClassifier):
         """
         self.check_fitted()
         densities = self._densities()
-        scores = densities.rows.scores(features.float())
+        scores = densities.rows.scores(self._normalized(features))
         logits = scores.new_full((scores.shape[0], self.num_classes), float("-inf"))
         # A class with several Gaussians has the density of the likeliest one.
         return logits.scatter_reduce(1, densities.class_indices.expand(scores.shape[0], -1), scores, "amax")
@@ -153,7 +162,7 @@ class DiscriminantClassifier(FeatureClassifier):
             ValueError: as `forward`.
         """
         self.check_fitted()
-        return 1 - self._densities().rows.cosines(features.float()).amax(1)
+        return 1 - self._densities().rows.cosines(self._normalized(features)).amax(1)
 
     def scale(self, features: Tensor) -> Tensor:
         """Squared length of each of `features` [B, D] where the covariance is the identity, divided by D: [B].
@@ -166,14 +175,14 @@ class DiscriminantClassifier(FeatureClassifier):
             ValueError: as `forward`.
         """
         self.check_fitted()
-        return self._densities().rows.squared_lengths(features.float())
+        return self._densities().rows.squared_lengths(self._normalized(features))
 
     def _answers_once(self, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `forward`, `novelty` and `scale`. Of low-rank covariances, no more than a few densities are in memory."""
         g = self.gaussians
         if g.kind != "low_rank":
             return super()._answers_once(features)
-        features, indices = features.float(), torch.tensor(g.class_indices, device=features.device)[g.seen]
+        features, indices = self._normalized(features), torch.tensor(g.class_indices, device=features.device)[g.seen]
         logits = features.new_full((len(features), self.num_classes), float("-inf"))
         cosine = features.new_full((len(features),), float("-inf"))
         z = None

@@ -51,6 +51,9 @@ class ClassifierConfig(OutlierConfig):
             images.
         spherical_covariance: weight of a multiple of the identity; the covariance has the rest. Ours, chosen on held-out
             images.
+        normalize_features: features pass a layer norm without weights before the discriminant head reads them, as those of
+            `loss_head="layer_norm"` do; their mean and length, which that loss leaves open, then count no more. Other heads
+            do not use it.
         false_alarm_rate: share of known images that may be taken for none of the known classes; it sets the threshold.
         save_statistics: save what a ridge or aligned head needs to learn further tasks, and a trained head to learn a task
             of one class. The discriminant head always saves its statistics, because its answers need them.
@@ -71,6 +74,7 @@ class ClassifierConfig(OutlierConfig):
     covariance_rank: int | None = field(default=None, metadata={"help": "directions of a low-rank covariance"})
     own_covariance: float = field(default=0.1, metadata={"help": "weight of a class's own covariance"})
     spherical_covariance: float = field(default=0.1, metadata={"help": "weight of the identity in a covariance"})
+    normalize_features: bool = field(default=False, metadata={"help": "layer norm before the discriminant head"})
     false_alarm_rate: float = field(default=0.05, metadata={"help": "known images taken for none of the classes"})
     save_statistics: bool = field(default=False, metadata={"help": "save what learning further tasks needs"})
     classifier_seed: int = field(default=0, metadata={"help": "seed of the projection and of drawn features"})
@@ -123,6 +127,7 @@ class ClassifierConfig(OutlierConfig):
         if self.covariance_rank is not None:
             positive(self, "covariance_rank")
         self.check_outliers()
+        flag(self, "normalize_features")
         flag(self, "save_statistics")
         positive_number(self, "false_alarm_rate")
         if self.false_alarm_rate >= 1:

@@ -3,10 +3,10 @@
     python benchmarks/discriminant.py results/features/l2p_cifar100_mini-*.pt results/features/hash_pacs_mini-*.pt
 
 The files are those of `benchmarks/run_features.py`. Each cell has the accuracy on held-out training images, by which
-settings are chosen, and on test images; the last column has means over the files. "of one length": features are divided by
-their length first. A support vector machine with a radial kernel and logistic regression are trained on the features of all
-images of all tasks, which the drift maps carry along, in coordinates in which the pooled covariance is the identity: more
-than a continual learner may keep.
+settings are chosen, and on test images; the last column has means over the files. "normalized": with `normalize_features`.
+A support vector machine with a radial kernel and logistic regression are trained on the features of all images of all
+tasks, which the drift maps carry along, in coordinates in which the pooled covariance is the identity: more than a
+continual learner may keep.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from run_features import moves
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 from torch import Tensor
-from torch.nn import functional as F
 
 from cl_prompts.evaluation.report import machine
 from cl_prompts.heads import DiscriminantClassifier, fit_map
@@ -28,26 +27,18 @@ from cl_prompts.heads.regularized import cholesky, inverse_of_factor, regularize
 
 
 GRID = [(own, spherical) for own in (0.0, 0.1, 0.2, 0.3) for spherical in (0.1, 0.2, 0.4)]
-OF_ONE_LENGTH = [(0.1, 0.1), (0.1, 0.2), (0.2, 0.4)]
+NORMALIZED = [(0.1, 0.1), (0.1, 0.2), (0.2, 0.4)]
 
 Scores = Callable[[Tensor], Tensor]  # features [n, D] -> class index of each [n]
 
 
-def of_one_length(features: Tensor) -> Tensor:
-    """Features [n, D] of length sqrt(D)."""
-    return F.normalize(features, dim=1) * features.shape[1] ** 0.5
-
-
-def discriminant(
-    tasks: list[dict[str, Any]], change: Callable[[Tensor], Tensor] = Tensor.float, **options: Any
-) -> DiscriminantClassifier:
-    """A discriminant head with `options`, fitted task after task to features that `change` changes."""
+def discriminant(tasks: list[dict[str, Any]], **options: Any) -> DiscriminantClassifier:
+    """A discriminant head with `options`, fitted task after task."""
     drift = "affine" if moves(tasks) else "none"
     classifier = DiscriminantClassifier(tasks[0]["features"].shape[1], drift=drift, **options)
     for task in tasks:
-        before = task["before"]
         classifier.begin_task(sorted(set(task["targets"].tolist())))
-        classifier.fit(change(task["features"]), task["targets"], None if before is None else change(before))
+        classifier.fit(task["features"], task["targets"], task["before"])
     return classifier
 
 
@@ -104,13 +95,13 @@ def main() -> None:
     print(f"{machine()}\n")
     print("| held-out / test | " + " | ".join(file.stem for file in files) + " | mean |")
     print("|---|" + "---:|" * (len(files) + 1))
-    for change, grid, words in ((Tensor.float, GRID, ""), (of_one_length, OF_ONE_LENGTH, ", of one length")):
-        heads = [discriminant(found["tasks"], change) for found in runs]
+    for normalize, grid, words in ((False, GRID, ""), (True, NORMALIZED, ", normalized")):
+        heads = [discriminant(found["tasks"], normalize=normalize) for found in runs]
         for own, spherical in grid:
             cells = []
             for found, head in zip(runs, heads, strict=True):
                 changed = with_settings(head, own, spherical)
-                cells.append(accuracies(found, lambda some, by=changed, of=change: by(of(some)).argmax(1)))  # type: ignore[misc]
+                cells.append(accuracies(found, lambda some, by=changed: by(some).argmax(1)))  # type: ignore[misc]
             print_row(f"own {own}, spherical {spherical}{words}", cells)
     for label, make in (
         ("support vector machine", lambda: SVC(C=3.0, gamma=0.003)),

@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def build(arguments: Arguments, base: Path) -> Any:
     stream: Any = SimpleNamespace(
-        task_free=arguments.scenario == "gaussian" and not arguments.joint, classes=list(range(10))
+        task_free=arguments.scenario == "gaussian" and arguments.parts == 1 and not arguments.joint, classes=list(range(10))
     )
     return build_learner(replace(arguments, model=str(base)), stream, 0)
 

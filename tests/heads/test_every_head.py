@@ -22,8 +22,12 @@ from cl_prompts.heads import CLASSIFIERS, RidgeClassifier
 pytestmark = pytest.mark.by_turns(3)
 
 
-SMALL: dict[str, dict[str, Any]] = {"ridge": {"projection_size": 30}, "aligned": {"epochs": 2}, "discriminant": {}}
-SMALL["normalized discriminant"] = {"normalize": True}
+SMALL: dict[str, dict[str, Any]] = {
+    "ridge": {"projection_size": 30},
+    "aligned": {"epochs": 2},
+    "discriminant": {},
+    "normalized discriminant": {"normalize": True},
+}
 
 
 def make(name: str, **more: Any) -> Any:

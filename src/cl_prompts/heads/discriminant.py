@@ -114,7 +114,7 @@ class DiscriminantClassifier(FeatureClassifier):
         self._check_invertible()
 
     def _normalized(self, features: Tensor) -> Tensor:
-        """What the Gaussians are of [n, D], for `features` [n, D]."""
+        """`features` [n, D] in float32, after a layer norm if the head has one."""
         features = features.float()
         return F.layer_norm(features, features.shape[1:]) if self.normalize else features
 

@@ -1,22 +1,24 @@
 """Accuracy by the map that carries old classes to the features after a task, beside statistics of all images.
 
-    python benchmarks/drift_maps.py --record apt.pt --recipe l2p_cifar100_mini --method apt --learning_rate 0.02 \
-        --max_grad_norm 0 --held_out 0.2 --model MODEL --dataset DATA
-    python benchmarks/drift_maps.py --compare apt.pt lora.pt
+    python benchmarks/drift_maps.py --record apt-0.pt --recipe l2p_cifar100_mini --method apt --learning_rate 0.02 \
+        --max_grad_norm 0 --held_out 0.2 --model MODEL --dataset DATA --seed 0
+    python benchmarks/drift_maps.py --compare apt-0.pt apt-1.pt lora-0.pt lora-1.pt
 
 With `--record`, trains as `cl-prompts train` does with the arguments that follow and writes the features of all images to
 a file; a file that is there is left as it is. With `--compare`, prints a table of the files. Each map is fitted to the
 features of a task's images before and after its training, and moves the features of all images of earlier tasks; every
 fifth image of the task is held out to choose the settings of the map. Then one discriminant head is fitted to the moved
 features. A continual learner can move statistics only; for "shift" and "affine" that is the same. The last row has the
-true features of all images after the last task, which no continual learner has. In brackets: the share of the change of
-the held-out images that a map explains.
+true features of all images after the last task, which no continual learner has. Files that differ only behind the last
+"-" share a column of means and standard deviations. In brackets: the share of the change of the held-out images that a map
+explains.
 """
 
 import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -193,6 +195,11 @@ def accuracy(found: dict[str, Any], features: Tensor) -> float:
     return 100 * float(torch.stack(hits).mean())
 
 
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation; the value if there is one."""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
 def main() -> None:
     """Write a file of features, or print a row for each map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,14 +211,20 @@ def main() -> None:
         if not options.record.exists():
             torch.save(recorded(words), options.record)
         return
-    runs = [torch.load(file) for file in options.compare]
-    print(f"{machine()}\n\n| FAA | " + " | ".join(file.stem for file in options.compare) + " |")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for file in options.compare:
+        runs.setdefault(file.stem.rsplit("-", 1)[0], []).append(torch.load(file))
+    print(f"{machine()}\n\n| FAA | " + " | ".join(f"{name}, {len(found)} seeds" for name, found in runs.items()) + " |")
     print("|---|" + "---:|" * len(runs))
     for label, fit in MAPS.items():
-        cells = [(accuracy(found, features), share) for found in runs for features, share in [carried(found["tasks"], fit)]]
-        print(f"| {label} | " + " | ".join(f"{found:.1f} ({share:.2f})" for found, share in cells) + " |", flush=True)
-    bounds = [accuracy(found, torch.cat(found["known"])) for found in runs]
-    print("| true features of all images | " + " | ".join(f"{bound:.1f}" for bound in bounds) + " |")
+        cells = []
+        for column in runs.values():
+            moved = [carried(found["tasks"], fit) for found in column]
+            reached = [accuracy(found, features) for found, (features, _) in zip(column, moved, strict=True)]
+            cells.append(f"{spread(reached)} ({mean(share for _, share in moved):.2f})")
+        print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
+    bounds = [[accuracy(found, torch.cat(found["known"])) for found in column] for column in runs.values()]
+    print("| true features of all images | " + " | ".join(spread(column) for column in bounds) + " |")
 
 
 if __name__ == "__main__":

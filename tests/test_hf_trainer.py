@@ -272,6 +272,57 @@ def learn_two_tasks(folder: Path, processes: int, when: str) -> None:
         model.save_pretrained(folder / "last")
 
 
+@pytest.mark.parametrize("tasks", [[[0, 1]], [[0, 1], [2, 3]]], ids=["first task", "second task"])
+def test_a_head_that_answers_after_the_task_only(tasks: list[list[int]], tmp_path: Path) -> None:
+    """Evaluations within a task are refused before its first step, by Trainer with the callback, too."""
+    model = get_prompt_pool_model(build("vit"))
+    for classes in tasks:
+        rows = images(32).filter(lambda row, of=classes: int(row["labels"]) in of)
+        model.eval().record_features([rows[:]])
+        model.begin_task(classes)
+        if classes != tasks[-1]:
+            model.consolidate([rows[:]])
+            model.end_task()
+    seen = {"train_dataset": rows, "eval_dataset": rows}
+    before = copy.deepcopy(model.state_dict())
+    message = r'eval_strategy=.epoch.: the discriminant head answers .* Set eval_strategy="no", and call trainer.evaluate'
+    for kind, callbacks in ((PromptPoolTrainer, []), (Trainer, [AttachOptimizer()])):
+        refused = trainer(kind, model, tmp_path, seen | {"callbacks": callbacks}, eval_strategy="epoch")
+        with pytest.raises(ValueError, match=message):
+            refused.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    run = trainer(PromptPoolTrainer, model, tmp_path, seen)
+    run.train()
+    with pytest.raises(ValueError, match=r"answers for only after model.consolidate\(images\): evaluate after it"):
+        run.evaluate()
+    model.eval().consolidate([rows[:]])
+    assert run.evaluate()["eval_accuracy"] > 0.5
+    model.end_task()
+
+
+def test_a_resumed_task_keeps_the_features_of_before_it(tmp_path: Path) -> None:
+    """As docs/hf_trainer.md has it: the adapter of before the task, record, begin, then the checkpoint."""
+    rows = images(32)
+    first, second = (rows.filter(lambda row, of=of: int(row["labels"]) in of) for of in ([0, 1], [2, 3]))
+    model = get_prompt_pool_model(build("vit"))
+    model.begin_task([0, 1])
+    model.eval().consolidate([first[:]])
+    model.end_task()
+    model.save_pretrained(tmp_path / "before")
+    answers = []
+    for checkpoint in (None, str(tmp_path / "run" / "checkpoint-4")):
+        model = PromptPoolModel.from_pretrained(build("vit"), tmp_path / "before", is_trainable=True)
+        model.eval().record_features([second[:]])
+        model.begin_task([2, 3])
+        often = {"save_strategy": "epoch", "per_device_train_batch_size": 4, "save_total_limit": None}
+        run = trainer(PromptPoolTrainer, model, tmp_path / "run", {"train_dataset": second}, **often)
+        run.train(resume_from_checkpoint=checkpoint)
+        model.eval().consolidate([second[:]])
+        model.end_task()
+        answers.append(model.eval()(pixel_values=rows[:]["pixel_values"]).logits)
+    assert_close(answers[1], answers[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["epoch", "steps"])
 def test_two_processes_learn_what_one_learns(when: str, tmp_path: Path) -> None:

@@ -25,7 +25,23 @@ class AttachOptimizer(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach the optimizer. `kwargs` has `model` and `optimizer`; `args`, `state` and `control` are not used."""
+        """Attach the optimizer.
+
+        Args:
+            args: the Trainer's arguments.
+            state: not used.
+            control: not used.
+            kwargs: with `model` and `optimizer`.
+
+        Raises:
+            ValueError: `args` ask for evaluations within a task that the model's classifier gets to know after it only.
+        """
+        adapter = kwargs["model"].adapter
+        if adapter.awaits_consolidation and args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy={args.eval_strategy.value!r}: the {adapter.config.head} head answers for this task's "
+                'classes only after model.consolidate(images). Set eval_strategy="no", and call trainer.evaluate() after it'
+            )
         kwargs["model"].attach_optimizer(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

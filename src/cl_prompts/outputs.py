@@ -22,6 +22,7 @@ class PromptPoolOutput(ModelOutput):
         scores: selection scores of all prompts of the pool, [B, M] or [B, layers, M].
         query: feature of the un-prompted pass [B, D].
         features: input of the classifier [B, D].
+        adapter_names: the adapter of each image [B], of a forward with `adapter_names`.
     """
 
     loss: Tensor | None = None
@@ -32,3 +33,4 @@ class PromptPoolOutput(ModelOutput):
     scores: Tensor | None = None
     query: Tensor | None = None
     features: Tensor | None = None
+    adapter_names: list[str] | None = None

@@ -11,7 +11,14 @@ from support.families import build, inputs
 from support.methods import METHODS
 from torch.testing import assert_close
 
-from cl_prompts import AutoPromptPoolModel, L2PConfig, PromptPoolModel, PromptPoolPipeline, get_prompt_pool_model
+from cl_prompts import (
+    AutoPromptPoolModel,
+    HashPromptConfig,
+    L2PConfig,
+    PromptPoolModel,
+    PromptPoolPipeline,
+    get_prompt_pool_model,
+)
 from cl_prompts.sharing.inspect import describe_adapter
 from cl_prompts.storage.adapter_files import find_adapter
 
@@ -58,6 +65,35 @@ def test_each_image_gets_the_answer_of_its_adapter(wrap: Any, size: int) -> None
     assert_close(positional[0], mixed.logits)
     with model.disable_adapter():
         assert model(pixel_values=images, adapter_names=names).last_hidden_state.shape[0] == size
+
+
+@torch.no_grad()
+def test_novelty_of_a_mixed_batch_is_that_of_each_image_s_adapter() -> None:
+    model: Any = get_prompt_pool_model(
+        build("vit"), HashPromptConfig(pool_size=6, top_k=2, layers=[0, 2], head="discriminant")
+    )
+    images = inputs("vit", 4)["pixel_values"]
+    model.add_adapter("own head", L2PConfig(top_k=3))
+    for name, classes in (("default", [0, 1]), ("own head", [2, 5, 3])):
+        model.set_adapter(name)
+        model.begin_task(classes)
+        labels = torch.tensor((classes * 2)[:4])
+        model.eval().consolidate([{"pixel_values": images, "labels": labels, "sample_ids": [0, 1, 2, 3]}])
+        model.end_task()
+    names = ["own head", "default", "default", "own head"]
+    expected = torch.empty(4)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        expected[row] = model.novelty(model(images[row : row + 1]))[0]
+    for active in ("default", "own head"):
+        model.set_adapter(active)
+        assert_close(model.novelty(model(images, adapter_names=names)), expected, atol=1e-5, rtol=0)
+    model.add_adapter("wide", L2PConfig(top_k=3, readout="cls_mean"))
+    model.set_adapter("wide")
+    model.begin_task([0, 1])
+    mixed = model.eval()(images, adapter_names=["wide", *names[1:]])
+    with pytest.raises(ValueError, match=r"\['default', 'own head', 'wide'\] differ in width: .* one adapter at a time"):
+        model.novelty(mixed)
 
 
 @pytest.mark.parametrize("wrap", [get_prompt_pool_model, PeftModel], ids=["ours", "plain"])

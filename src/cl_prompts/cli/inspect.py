@@ -26,7 +26,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"base      {base['name'] or 'not named'}" + (f" at {base['revision']}" if base["revision"] else "")
     kind = f"{base['class']}, {base['blocks']} blocks of width {base['width']}, {base['heads']} heads"
     yield f"          {kind}; images {images}"
-    yield f"head      {facts['head']}, reads {facts['readout']}"
+    yield f"head      {facts['head']}, reads {facts['readout']}{', normalized' if facts['normalize_features'] else ''}"
     temperature = facts["temperature"]
     yield f"scores    calibrated, temperature {temperature:.3g}" if temperature else "scores    not calibrated"
     threshold = facts["novelty_threshold"]

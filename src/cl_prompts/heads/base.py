@@ -153,7 +153,10 @@ class FeatureClassifier(nn.Module, ABC):
         self.num_classes, self._newest = len(groups.members), []
         for part in self.modules():
             if isinstance(part, ClassGaussians):
+                had_images = bool(part.seen)
                 group_gaussians(part, groups)
+                if had_images and not part.seen:
+                    raise ValueError("none of the classes that would be left had images: keep one that had")
         self._group(groups, head)
 
     def _group(self, groups: ClassGroups, head: IncrementalHead) -> None:

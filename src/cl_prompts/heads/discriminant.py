@@ -137,7 +137,7 @@ class DiscriminantClassifier(FeatureClassifier):
         other = " or a smaller own_covariance" if self.own and not self.gaussians.pools else ""
         return ValueError(
             f"a class's covariance cannot be inverted with own={self.own}, spherical={self.spherical}, because it has too "
-            f"few images: choose a larger spherical_covariance{other}"
+            f"few images, or features do not vary in all directions: choose a larger spherical_covariance{other}"
         )
 
     def forward(self, features: Tensor) -> Tensor:

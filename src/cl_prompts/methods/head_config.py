@@ -133,6 +133,11 @@ class ClassifierConfig(OutlierConfig):
         if self.false_alarm_rate >= 1:
             raise ValueError(f"false_alarm_rate={self.false_alarm_rate!r} is a share: choose a number below 1")
         share(self, "own_covariance", "spherical_covariance")
+        if self.normalize_features and self.head == "discriminant" and not self.spherical_covariance:
+            raise ValueError(
+                "spherical_covariance=0: normalized features have no variance along one direction, so their covariance "
+                "cannot be inverted; choose a larger one, or normalize_features=False"
+            )
         if self.projection_size != 0:
             positive(self, "projection_size")
         if self.ridge is not None:

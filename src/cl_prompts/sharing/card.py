@@ -224,10 +224,11 @@ def _facts(config: PromptPoolConfig, record: RunRecord | None, files: AdapterFil
     numbers = sum(part["numbers"] for part in parts.values())
     size = in_bytes((files.folder / WEIGHTS_FILE).stat().st_size)
     readout = state.pooling if config.readout == "auto" else config.readout
+    normalized = "normalized " if config.head == "discriminant" and config.normalize_features else ""
     facts = {
         "Method": f"{title} ({papers})" if papers else title,
         "Base model": f"[{base}](https://huggingface.co/{base}) ({shape})" if base else f"not on the Hub ({shape})",
-        "Answers with": f"{config.head} head on the {readout} feature",
+        "Answers with": f"{config.head} head on the {normalized}{readout} feature",
         "Adapter": f"{numbers:,} numbers, {size}: "
         + ", ".join(f"{markdown_text(part)} {sizes['numbers']:,}" for part, sizes in parts.items()),
     }

@@ -36,7 +36,8 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
     Returns:
         "method", "title", "papers"; "base_model" (name, revision, class, width, blocks, heads, fingerprint, image size,
         precision, arguments);
-        "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout";
+        "format_version", "written_by"; "tasks" (a list per task of {"id", "name"}); "task_open"; "head", "readout",
+        "normalize_features";
         "temperature" of the scores (None: not calibrated); "novelty_threshold" (None: unknown images cannot be told);
         "settings" (the fields of the method: pool size, prompt length, layers, ...); "parts" (tensors, numbers and bytes of
         each part of the weights), "numbers" and "bytes" of all; "figures" (percent, by learner), {} without `results.json`.
@@ -73,6 +74,7 @@ def describe_adapter(source: AdapterSource, subfolder: str | None = None, **hub:
         "task_open": state.task_open,
         "num_labels": values["num_labels"],
         "head": values["head"],
+        "normalize_features": values["head"] == "discriminant" and values["normalize_features"],
         "readout": values["readout"] if values["readout"] != "auto" else state.pooling or "auto",
         "temperature": state.temperature,
         "novelty_threshold": state.novelty_threshold,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -119,6 +120,12 @@ class PoolAdapter(nn.Module):
         return self
 
     @property
+    def awaits_consolidation(self) -> bool:
+        """Whether a closed-form classifier has not seen the open task yet."""
+        found = self.classifier if self.config.closed_form else None
+        return found is not None and int(found.fitted) < found.num_tasks
+
+    @property
     def collects(self) -> bool:
         """Whether the pool has statistics of a task's images to collect at its end."""
         return self.pool.collects and self.config.num_labels is None and self.config.trained_tasks == "all"
@@ -148,6 +155,7 @@ class PoolAdapter(nn.Module):
         if self.classifier is not None:
             self.classifier.check_statistics()
             self._check_room(self.classifier, len(task.classes))
+            self._check_recorded(self.classifier)
         if 1 in (len(task.classes), len(self.classes)):
             self.check_one_class()
         # All checks passed; from here on the state changes.
@@ -190,6 +198,14 @@ class PoolAdapter(nn.Module):
             self.check_one_class()
             gaussians.num_loaded = 0  # its own classes are seen from now on
 
+    def _check_recorded(self, classifier: FeatureClassifier) -> None:
+        """Raise ValueError if the next task could not be consolidated, for want of features from before it."""
+        if classifier.needs_before and int(classifier.fitted) and self.recorded is None:
+            raise ValueError(
+                "drift compensation needs the features of the task's images from before the task: call "
+                'model.record_features(images) before begin_task, or set drift_compensation="none" in the config'
+            )
+
     def _check_room(self, classifier: FeatureClassifier, classes: int) -> None:
         """Raise ValueError if the statistics of further `classes` would exceed `max_adapter_bytes`."""
         tensors = [*self.parameters(), *self.buffers()]
@@ -225,18 +241,24 @@ class PoolAdapter(nn.Module):
         """Fit the classifier to the features of a task after its training, if there is one, and calibrate the scores.
 
         Raises:
-            ValueError: features from before the task are missing or of other images, or a label is not of the task.
+            ValueError: features from before the task are of other images, or a label is not of the task.
+
+        Warns:
+            UserWarning: the adapter was loaded from a file that was saved within the task, which has no features from
+                before it: statistics of earlier classes stay where they are.
         """
         before, classifier = None, self.classifier
         if classifier is not None:
             classifier.check_turn()
         if classifier is not None and classifier.needs_before and int(classifier.fitted):
-            if self.recorded is None:
-                raise ValueError(
-                    "drift compensation needs the features of the task's images from before the task: call "
-                    'model.record_features(images) before begin_task, or set drift_compensation="none"'
+            if self.recorded is None:  # `begin_task` has checked it, so the open task is of a file
+                warnings.warn(
+                    "this adapter was saved within a task, without the features of its images from before it: the class "
+                    "statistics of earlier tasks stay where they are. To move them, load the adapter of before the task, "
+                    "call record_features(images) and begin_task(classes), and then load the tensors of this one",
+                    stacklevel=4,
                 )
-            before = self.recorded.features_of(seen)
+            before = seen.features if self.recorded is None else self.recorded.features_of(seen)
         targets, _ = self.head.to_targets(seen.labels)
         outside = ~self.head.current[targets.clamp_min(0)] | (targets < 0)
         if outside.any():

@@ -31,7 +31,7 @@ from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.tuner.adapter import PoolAdapter
 from cl_prompts.tuner.inputs import check_inputs
 from cl_prompts.tuner.output import combine_candidates, head_losses, mask_logits, method_losses, selection_of, total_loss
-from cl_prompts.tuner.validation import check_ready
+from cl_prompts.tuner.validation import check_answerable, check_ready
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def validate(
     check_ready(adapter, learning=training and labels is not None)
     check_labels(labels, batch_size, kwargs.get("num_items_in_batch"), learning=training)
     targets = adapter.to_targets(labels) if labels is not None else None
+    if targets is not None and not training and not features_only:
+        check_answerable(adapter, targets)
     valid = torch.ones(batch_size, dtype=torch.bool, device=images.device) if targets is None else targets >= 0
     return Inputs(
         adapter=adapter,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_prompts.outputs import PromptPoolOutput
 from cl_prompts.runtime.gathered import gather_statistics
@@ -52,15 +54,37 @@ class MeasuresAPI:
         the identity); other heads give the energy of their logits.
 
         Args:
-            output: of a forward in eval mode.
+            output: of a forward in eval mode. With `adapter_names`, each image's novelty is that of its own adapter.
 
         Returns:
-            float32 [B]; only differences, and the comparison with `novelty_threshold`, have a meaning.
+            float32 [B]; only differences, and the comparison with the adapter's `novelty_threshold`, have a meaning.
+
+        Raises:
+            ValueError: the adapters of a batch read features of different widths, which one output cannot hold.
         """
-        assert output.features is not None
-        assert output.logits is not None
-        with torch.autocast(output.features.device.type, enabled=False):
-            return self._adapter.novelty(output.features, output.logits)
+        features, logits, names = output.features, output.logits, output.adapter_names
+        if features is None and names is not None:
+            raise ValueError(
+                f"the features of adapters {sorted(set(names))} differ in width: ask for the novelty of one adapter at a "
+                "time, after set_adapter(name)"
+            )
+        assert features is not None
+        assert logits is not None
+        with torch.autocast(features.device.type, enabled=False):
+            if names is None:
+                return self._adapter.novelty(features, logits)
+            novelty = features.new_empty(len(names))
+            for name in dict.fromkeys(names):
+                rows = torch.tensor([row for row, own in enumerate(names) if own == name], device=features.device)
+                adapter = cast(PoolAdapter, self._adapters[name])
+                novelty[rows] = adapter.novelty(features[rows], logits[rows, : len(adapter.classes)])
+            return novelty
+
+    @property
+    def _adapters(self) -> nn.ModuleDict:
+        """All adapters by name."""
+        adapters: nn.ModuleDict = self.pools.prompt_pool  # type: ignore[attr-defined]  # of the tuner
+        return adapters
 
     @property
     def _adapter(self) -> PoolAdapter:

@@ -67,7 +67,7 @@ def mixed_forward(
         with prompted_forward(backbone, adapter, (), own, training=False):
             groups.append((rows, backbone.model(**own)))
     merged: dict[str, Any] = {name: _merged(name, groups, size) for name in PER_IMAGE}
-    output = PromptPoolOutput(**merged)
+    output = PromptPoolOutput(**merged, adapter_names=list(adapter_names))
     if labels is not None:
         counts = torch.stack([(labels[rows] != IGNORE_INDEX).sum() for rows, _ in groups])
         share = counts / counts.sum().clamp_min(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from inspect import signature
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cl_prompts.backbones.fingerprint import fingerprint
 from cl_prompts.backbones.frozen_tensors import DTYPES, precision
@@ -169,6 +169,28 @@ def check_trainable(adapter: PoolAdapter) -> None:
     """Raise ValueError if an adapter was loaded for inference, so that no parameter would be trained."""
     if adapter.config.inference_mode and not any(parameter.requires_grad for parameter in adapter.parameters()):
         raise ValueError("the adapter was loaded for inference: load it with is_trainable=True to train it")
+
+
+def check_answerable(adapter: PoolAdapter, targets: Tensor) -> None:
+    """Check that the classifier used at test can be measured on labels.
+
+    Args:
+        adapter: whose logits at test are measured.
+        targets: index of the logit of each image's class [B], -100 for padding.
+
+    Raises:
+        ValueError: a label is of a new class of the open task, for which a closed-form classifier has no logit before
+            `consolidate`.
+    """
+    if not adapter.awaits_consolidation or torch.compiler.is_compiling():
+        return
+    earlier = adapter.tasks.earlier_classes
+    unknown = sorted({adapter.classes[index] for index in targets[targets >= 0].unique().tolist()} - earlier)
+    if unknown:
+        raise ValueError(
+            f"labels {short_repr(unknown)} are of classes that the {adapter.config.head} head answers for only after "
+            "model.consolidate(images): evaluate after it"
+        )
 
 
 def check_ready(adapter: PoolAdapter, *, learning: bool) -> None:

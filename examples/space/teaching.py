@@ -90,6 +90,7 @@ def teach(pool: OpenPool, name: str, images: Sequence[Image.Image], way: str, ti
     try:
         said = _taught(pool, name, images, way, tick)
     except BaseException:
+        pool.model.adapter.config.class_mask = mask  # a state of another config is refused
         pool.model.load_training_state_dict(before)
         raise
     finally:

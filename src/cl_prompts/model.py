@@ -32,6 +32,7 @@ from cl_prompts.tuner.mixed_batch import check_disabled_forward
 from cl_prompts.tuner.prompt_dtype import with_prompts_in
 from cl_prompts.tuner.registration import register_peft_type
 from cl_prompts.tuner.task_api import TaskAPI
+from cl_prompts.tuner.validation import check_same_adapter
 
 
 register_peft_type()
@@ -328,13 +329,9 @@ class PromptPoolModel(TaskAPI, PeftModel):
         if not new and self.peft_config[adapter_name].state.weights_sha256 is None:
             # PEFT then reads tensors only, as when transformers.Trainer loads its best checkpoint. They are checked against
             # the checksum in the config that was saved with them.
-            saved, own = PromptPoolConfig.from_pretrained(files).state, self.peft_config[adapter_name].state
-            if saved.tasks != own.tasks:
-                raise ValueError(
-                    f"adapter {adapter_name!r} knows the tasks {own.tasks}, the one in {files.source} {saved.tasks}: "
-                    "load it under another name"
-                )
-            own.weights_sha256 = saved.weights_sha256
+            saved, own = PromptPoolConfig.from_pretrained(files), self.peft_config[adapter_name]
+            check_same_adapter(own, saved, files.source)
+            own.state.weights_sha256 = saved.state.weights_sha256
         with left_as_it_was(self.get_base_model()), kept_offloaded(self.get_base_model()):
             try:
                 if new:  # PEFT would do the same, but read the config two more times

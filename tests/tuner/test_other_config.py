@@ -1,5 +1,6 @@
-"""A training state of a model with another config."""
+"""A training state, or a file, of a model with another config."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +19,22 @@ from support.small_runs import CLASSES
         ("none analytic", "readout", ("cls", "mean")),
     ],
 )
-def test_is_refused_by_the_name_of_the_field(method: str, field: str, values: tuple[Any, Any]) -> None:
+def test_is_refused_by_the_name_of_the_field(method: str, field: str, values: tuple[Any, Any], tmp_path: Path) -> None:
     """Shapes are the same, so that nothing else would tell."""
-    theirs, ours = (
-        learnt_model(method, CLASSES[:1], **{field: values[0]}),
-        learnt_model(method, CLASSES[:2], **{field: values[1]}),
-    )
+    theirs, ours = (learnt_model(method, CLASSES[:1], **{field: value}) for value in values)
     before, saved = answers(ours), theirs.training_state_dict()
-    with pytest.raises(ValueError, match=rf"state is of a config with \{{'{field}': .*, this model has \{{'{field}': "):
+    theirs.save_pretrained(tmp_path)
+    message = rf"is of a config with \{{'{field}': .*, this model has \{{'{field}': .*: make the model with the same config"
+    with pytest.raises(ValueError, match=f"the training state {message}"):
         ours.load_training_state_dict(saved)
+    with pytest.raises(ValueError, match=f"{tmp_path} {message}"):
+        ours.load_adapter(tmp_path, "default")
     assert answers(ours).equal(before)
     del saved["values"]["config"]["own_covariance"]  # as a state from before the field was there
     same = new_model(method, **{field: values[0]})
     same.load_training_state_dict(saved)
+    assert answers(same).equal(answers(theirs))
+    same.load_adapter(tmp_path, "default")
     assert answers(same).equal(answers(theirs))
 
 

@@ -6,12 +6,15 @@ The default of a field is the value of the paper or of the released code; "Ours"
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+from peft import PeftConfig
 
 from cl_prompts.methods.head_config import ClassifierConfig
 from cl_prompts.methods.registry import METHODS
@@ -231,6 +234,14 @@ class PromptPoolConfig(ClassifierConfig, metaclass=_ByMethod):
         config = cls.from_peft_type(**copy.deepcopy(dict(files.config)))
         config.declared = files.tensors
         return config
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that say what the tensors mean, as JSON has them: all but the state, limits and PEFT's own."""
+        skipped = {"state", *(f.name for f in fields(PeftConfig))}
+        own = [f.name for f in fields(self) if f.name not in skipped and not f.metadata.get("runtime")]
+        values = {name: getattr(self, name) for name in own}
+        read: dict[str, Any] = json.loads(json.dumps(values, default=sorted))  # a set of modules_to_save has no order
+        return read
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that are saved."""

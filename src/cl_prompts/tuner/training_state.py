@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from cl_prompts.interfaces import BackboneShape
 from cl_prompts.learner.checks import check_finite
 from cl_prompts.learner.features import Recorded
 from cl_prompts.learner.nested_tensors import below, copy_tensors, prefixed
-from cl_prompts.methods import PromptPoolConfig
 from cl_prompts.runtime.gathered import check_gathered
-from cl_prompts.runtime.text import short_repr
 from cl_prompts.storage.adapter_state import AdapterState
 from cl_prompts.tuner.adapter import PoolAdapter
-
-
-PEFT_FIELDS = frozenset(f.name for f in fields(PeftConfig))  # where the base is from, and whether the adapter is trained
+from cl_prompts.tuner.validation import check_same_settings
 
 
 def training_state_dict(adapter: PoolAdapter, base: nn.Module) -> dict[str, Any]:
@@ -42,7 +35,7 @@ def training_state_dict(adapter: PoolAdapter, base: nn.Module) -> dict[str, Any]
     if adapter.recorded is not None:
         tensors |= prefixed("recorded.", vars(adapter.recorded))
     tensors |= prefixed("sample_counter.", adapter.sample_counter.state_dict())
-    return {"tensors": tensors, "values": {"state": adapter.config.state.to_dict(), "config": _settings(adapter.config)}}
+    return {"tensors": tensors, "values": {"state": adapter.config.state.to_dict(), "config": adapter.config.settings()}}
 
 
 def restored_adapter(adapter: PoolAdapter, shape: BackboneShape, base: nn.Module, state: Mapping[str, Any]) -> PoolAdapter:
@@ -57,7 +50,7 @@ def restored_adapter(adapter: PoolAdapter, shape: BackboneShape, base: nn.Module
     Raises:
         ValueError: the state is of another config. The base is not changed then.
     """
-    _check_config(adapter.config, state["values"].get("config", {}))
+    check_same_settings(adapter.config, state["values"].get("config", {}), "the training state")
     tensors: Mapping[str, Tensor] = state["tensors"]
     config = copy.deepcopy(adapter.config)
     config.state = AdapterState.from_dict(state["values"]["state"])
@@ -72,26 +65,6 @@ def restored_adapter(adapter: PoolAdapter, shape: BackboneShape, base: nn.Module
     new.sample_counter.load_state_dict(below("sample_counter.", tensors))
     new.train(adapter.training)
     return new.requires_grad_(next(adapter.head.parameters()).requires_grad)
-
-
-def _settings(config: PromptPoolConfig) -> dict[str, Any]:
-    """The fields of a config that say what its tensors mean, as JSON has them."""
-    own = [f.name for f in fields(config) if not f.metadata.get("runtime") and f.name not in ("state", *PEFT_FIELDS)]
-    values = {name: getattr(config, name) for name in own}
-    read: dict[str, Any] = json.loads(json.dumps(values, default=sorted))  # a set of modules_to_save has no order
-    return read
-
-
-def _check_config(config: PromptPoolConfig, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if a training state is of a config with other settings; older states have none of a new field."""
-    own = _settings(config)
-    other = [name for name, value in saved.items() if own.get(name) != value]
-    if other:
-        theirs, ours = ({name: values.get(name) for name in other} for values in (saved, own))
-        raise ValueError(
-            f"the training state is of a config with {short_repr(theirs)}, this model has {short_repr(ours)}: make the "
-            "model with the config of the state"
-        )
 
 
 def _tensors(adapter: PoolAdapter) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,46 @@ def check_fits(config: PromptPoolConfig, model: nn.Module, structure: Structure,
 def _base_named(config: PromptPoolConfig) -> str:
     name = config.base_model_name_or_path
     return short_repr(name) if name else "the base it was trained on"
+
+
+def check_same_settings(config: PromptPoolConfig, saved: Mapping[str, Any], source: str) -> None:
+    """Check that tensors of one model can be those of another.
+
+    Args:
+        config: of the model that gets them.
+        saved: `settings` of the other's config; fields that it lacks are not compared.
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: a field differs.
+    """
+    own = config.settings()
+    other = [name for name, value in saved.items() if own.get(name) != value]
+    if other:
+        theirs, ours = ({name: values.get(name) for name in other} for values in (saved, own))
+        raise ValueError(
+            f"{source} is of a config with {short_repr(theirs)}, this model has {short_repr(ours)}: make the model with "
+            "the same config"
+        )
+
+
+def check_same_adapter(own: PromptPoolConfig, saved: PromptPoolConfig, source: str) -> None:
+    """Check that the tensors of a file can be read into an adapter that is there.
+
+    Args:
+        own: its config.
+        saved: the config in the file.
+        source: the file, for the message.
+
+    Raises:
+        ValueError: they have other tasks or settings.
+    """
+    if saved.state.tasks != own.state.tasks:
+        raise ValueError(
+            f"this adapter knows the tasks {own.state.tasks}, the one in {source} {saved.state.tasks}: load it under "
+            "another name"
+        )
+    check_same_settings(own, saved.settings(), source)
 
 
 def check_base(config: PromptPoolConfig, model: nn.Module, structure: Structure, pooling: str) -> None:

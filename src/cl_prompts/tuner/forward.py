@@ -121,8 +121,7 @@ def validate(
     check_ready(adapter, learning=training and labels is not None)
     check_labels(labels, batch_size, kwargs.get("num_items_in_batch"), learning=training)
     targets = adapter.to_targets(labels) if labels is not None else None
-    if targets is not None and not training and not features_only:
-        check_answerable(adapter, targets)
+    check_answerable(adapter, None if training or features_only else targets)
     valid = torch.ones(batch_size, dtype=torch.bool, device=images.device) if targets is None else targets >= 0
     return Inputs(
         adapter=adapter,

@@ -212,18 +212,18 @@ def check_trainable(adapter: PoolAdapter) -> None:
         raise ValueError("the adapter was loaded for inference: load it with is_trainable=True to train it")
 
 
-def check_answerable(adapter: PoolAdapter, targets: Tensor) -> None:
+def check_answerable(adapter: PoolAdapter, targets: Tensor | None) -> None:
     """Check that the classifier used at test can be measured on labels.
 
     Args:
         adapter: whose logits at test are measured.
-        targets: index of the logit of each image's class [B], -100 for padding.
+        targets: index of the logit of each image's class [B], -100 for padding; None without labels.
 
     Raises:
         ValueError: a label is of a new class of the open task, for which a closed-form classifier has no logit before
             `consolidate`.
     """
-    if not adapter.awaits_consolidation or torch.compiler.is_compiling():
+    if targets is None or not adapter.awaits_consolidation or torch.compiler.is_compiling():
         return
     earlier = adapter.tasks.earlier_classes
     unknown = sorted({adapter.classes[index] for index in targets[targets >= 0].unique().tolist()} - earlier)

@@ -138,6 +138,22 @@ def test_the_settings_are_those_of_the_adapters_own_run(tmp_path: Path, capsys: 
     assert "num_train_epochs=1000000000: choose with --epochs" in capsys.readouterr().err
 
 
+def test_the_new_adapter_names_the_base_that_was_given(tmp_path: Path) -> None:
+    adapter = adapter_of(tmp_path, "none", head="discriminant")
+    moved = shutil.move(tmp_path / "vit", tmp_path / "elsewhere")
+    new, more = photos(tmp_path / "new", "wren"), tmp_path / "more"
+    assert main(["learn", str(new), "--adapter", str(adapter), "--base", str(moved), "--output", str(more)]) == 0
+    assert AutoPromptPoolModel.from_pretrained(more).classes == [7, 3, 8]
+
+
+def test_a_diverged_training_is_one_line(tmp_path: Path, capsys: Output) -> None:
+    adapter, new = adapter_of(tmp_path, "l2p"), photos(tmp_path / "new", "wren", "crow")
+    words = ["learn", str(new), "--adapter", str(adapter), "--output", str(tmp_path / "more"), "--learning-rate", "1e30"]
+    assert main(words) == 1
+    assert re.search("cl-prompts: .* lower the learning rate", capsys.readouterr().err)
+    assert not (tmp_path / "more").exists()
+
+
 def test_a_base_that_the_adapter_brings_comes_along(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path, "none", head="discriminant")
     shutil.move(tmp_path / "vit", adapter / "base")

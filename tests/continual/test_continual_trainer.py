@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel
 from support.families import build
 from support.small_runs import small_model, small_stream, small_trainer, tensors
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import HfArgumentParser
 
-from cl_prompts import L2PConfig, get_prompt_pool_model
+from cl_prompts import L2PConfig, PromptPoolModel, get_prompt_pool_model
+from cl_prompts.baselines import get_baseline
 from cl_prompts.continual import ContinualArguments, ContinualTrainer, GaussianStream, TrainerCallback, TrainerState
 from cl_prompts.continual.batches import micro_batches
 from cl_prompts.continual.optimization import OPTIMIZERS, build_optimizer, keep_state, rate_factor
@@ -290,6 +292,40 @@ def test_a_stream_without_tasks_is_passed_over_once() -> None:
     assert trainer.progress.global_step == 8
     assert trainer.memory is not None
     assert len(trainer.memory) == 6
+
+
+@pytest.mark.parametrize("learner", ["l2p", "finetune"])
+def test_classes_without_tasks_keep_their_names(learner: str, tmp_path: Path) -> None:
+    known, names = small_stream(), [f"bird {n}" for n in range(6)]
+    train, test = (part.cast_column("label", ClassLabel(names=names)) for part in (known.train, known.test))
+    stream = GaussianStream(train, test, known.transform, seed=0)
+    base = build("vit")
+    model: Any = get_baseline("finetune", base, num_labels=6, class_mask="none")
+    if learner == "l2p":
+        model = get_prompt_pool_model(base, L2PConfig(top_k=3, num_labels=6, class_mask="none"))
+    ContinualTrainer(model, stream, ContinualArguments(num_train_epochs=1, batch_size=4)).train()
+    tasks = model.adapter.tasks if learner == "l2p" else model.tasks
+    assert list(tasks.id2label.values()) == names
+    if learner == "l2p":
+        model.save_pretrained(tmp_path)
+        loaded: Any = PromptPoolModel.from_pretrained(build("vit"), tmp_path)
+        assert list(loaded.adapter.tasks.id2label.values()) == names
+
+
+@pytest.mark.parametrize("learner", ["l2p", "finetune"])
+def test_a_known_class_keeps_its_name(learner: str) -> None:
+    base = build("vit")
+    model: Any = (
+        get_baseline("finetune", base) if learner == "finetune" else get_prompt_pool_model(base, L2PConfig(top_k=3))
+    )
+    model.begin_task([0, 1], class_names={0: "owl", 1: "jay"})
+    model.end_task()
+    with pytest.raises(ValueError, match=r"class 1 is called 'jay', and would be called 'wren' now: .* rename_class"):
+        model.begin_task([1, 2], revisit=True, class_names={1: "wren", 2: "crow"})
+    assert model.classes == [0, 1]
+    with pytest.warns(UserWarning, match="classes 0 and 2 are both called 'owl': answers by name cannot tell them apart"):
+        model.begin_task([1, 2], revisit=True, class_names={1: "jay", 2: "owl"})
+    model.end_task()
 
 
 def test_padding_is_no_image() -> None:

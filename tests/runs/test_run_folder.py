@@ -90,6 +90,16 @@ def test_the_same_run_starts_over_or_reports(run: Run, tmp_path: Path, capsys: p
     assert all(torch.equal(adapter[name], tensor) for name, tensor in tensors(folder).items())
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_the_folder_free(run: Run, tmp_path: Path) -> None:
+    """Else the mend that an error names, a further argument, would be refused."""
+    folder = tmp_path / "one"
+    with pytest.raises(FloatingPointError, match="learning"):
+        run(folder, "--method", "l2p", "--num_train_epochs", "1", "--learning_rate", "1e30")
+    assert (folder / "run.json").exists()
+    run(folder, "--method", "l2p", "--learning_rate", "0.1")
+    assert json.loads((folder / "run.json").read_text())["arguments"]["learning_rate"] == 0.1
+
+
 def test_another_run_is_refused_and_nothing_is_touched(run: Run, tmp_path: Path) -> None:
     folder = run(tmp_path / "one", "--method", "l2p")
     before = files(folder)

@@ -201,6 +201,11 @@ class Baseline(BaselineMeasures, BaselineState):
         self.grown = True
         self.detach_optimizer()
 
+    def name_classes(self, class_names: Mapping[int, str]) -> None:
+        """Name classes, by id, of a learner without tasks."""
+        for class_id, name in class_names.items():
+            self.tasks.rename(class_id, name)
+
     def end_task(self) -> None:
         """Close the current task. Errors as `TaskAPI.end_task`."""
         self.check_finite()

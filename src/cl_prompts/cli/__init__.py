@@ -11,8 +11,9 @@ from cl_prompts.cli.parser import new_parser
 from cl_prompts.cli.stderr import print_to_stderr, warnings_on_stderr
 
 
-# Errors of input, files, network, devices and memory. Any other error is a bug and is shown with its traceback.
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+# Errors of input, files, network, devices and memory, and of training that diverged. Any other error is a bug and is shown
+# with its traceback.
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

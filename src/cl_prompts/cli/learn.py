@@ -112,6 +112,9 @@ def learn(
             base_model: Any = model.get_base_model()
             base_model.save_pretrained(staging / BASE_FOLDER)
             base_model.name_or_path = model.peft_config[model.active_adapters[0]].base_model_name_or_path = ""
+        elif base is not None:  # where the new adapter finds it
+            config = model.peft_config[model.active_adapters[0]]
+            config.base_model_name_or_path, config.revision = base, None
         model.save_pretrained(staging, image_processor=pipe.image_processor)
     learned = Learned(known, list(images), sum(map(len, images.values())), result.seconds, output)
     if to_check:

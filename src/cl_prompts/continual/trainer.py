@@ -181,7 +181,9 @@ class ContinualTrainer:
                     model.record_features(self.feature_provider.task_images(task))
                 if self.extra_classifiers.classifiers:
                     self.extra_classifiers.record(self.feature_provider.task_images(task))
-        if not self.stream.task_free:
+        if self.stream.task_free:
+            model.name_classes(self.stream.class_names(model.classes))
+        else:
             revisit = task.revisit or self.earlier_tasks > 0
             model.begin_task(task.classes, revisit=revisit, class_names=self.stream.class_names(task.classes))
         self.replay.begin_task(task)

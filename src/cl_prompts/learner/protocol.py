@@ -119,6 +119,10 @@ class Learner(Protocol):
         """Open the next task, whose class ids are `classes`; known ones only with `revisit`."""
         ...
 
+    def name_classes(self, class_names: Mapping[int, str]) -> None:
+        """Name classes, by id, of a learner without tasks."""
+        ...
+
     def end_task(self) -> None:
         """Close the current task."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,10 @@ class TaskState(nn.Module):
         Raises:
             TypeError: class ids are not integers.
             ValueError: the learner has no tasks, a task is still open, a class is declared twice, or known already without
-                `revisit`.
+                `revisit`, or a known class gets another name.
+
+        Warns:
+            UserWarning: two classes have the same name.
         """
         if self.num_labels is not None:
             raise ValueError(f"num_labels={self.num_labels} makes this learner task-free: leave begin_task out")
@@ -155,7 +159,24 @@ class TaskState(nn.Module):
                 "they come back (new domain, recurring classes)"
             )
         names = {str(int(c)): str(name) for c, name in (class_names or {}).items()}
+        self._check_names(names, known)
         return NextTask(declared, list(dict.fromkeys(known + declared)), names)
+
+    def _check_names(self, names: Mapping[str, str], known: Sequence[int]) -> None:
+        """Refuse another name for a known class, and warn of a name that two classes have; `names` by id as text."""
+        own = {c: name for c, name in self.state.class_names.items() if c in set(map(str, known))}
+        for c, name in names.items():
+            if own.get(c, name) != name:
+                raise ValueError(
+                    f"class {c} is called {short_repr(own[c])}, and would be called {short_repr(name)} now: give images of "
+                    "another class another id, or rename the class first, with rename_class"
+                )
+            twin = next((other for other, given in own.items() if given == name and other != c), None)
+            if twin is not None:
+                warnings.warn(
+                    f"classes {twin} and {c} are both called {short_repr(name)}: answers by name cannot tell them apart",
+                    stacklevel=4,
+                )
 
     def begin(self, task: NextTask) -> None:
         """Open a `task` that `plan_task` returned."""

@@ -232,6 +232,8 @@ def check(arguments: Arguments, training: ContinualArguments) -> None:
         sys.exit(
             f"--{crops[0]} {getattr(arguments, crops[0])} has no effect without --augment True: add that, or leave it out"
         )
+    if arguments.train_images and not arguments.streaming:
+        sys.exit("--train_images has no effect without --streaming True: add that, or leave it out")
     if arguments.method in BASELINES and arguments.shard_backbone:
         sys.exit(f"--shard_backbone needs a prompt method, whose backbone is frozen: leave it out for {arguments.method}")
     if arguments.method in BASELINES and BASELINES[arguments.method].needs_memory and not training.rehearses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,19 @@ PILOT_SEED = 1993  # of LAMDA-PILOT's scripts, and of many papers before
 NAMED = ("natural", "seed", "pilot", "coda")
 
 
-def ordered_classes(classes: Sequence[Any], order: Sequence[str], seed: int) -> list[Any]:
+def ordered_classes(
+    classes: Sequence[Any], order: Sequence[str], seed: int, names: Mapping[int, str] | None = None
+) -> list[Any]:
     """Classes in the order in which tasks bring them.
 
     Args:
         classes: class ids, or class names.
         order: "natural" (ascending), "seed" (NumPy's `default_rng(seed)`), "pilot" (LAMDA-PILOT: NumPy's
             `RandomState(1993)`, whatever the seed), "coda" (CODA-Prompt: Python's `random` by the seed; seed 0 is
-            ascending), the ids or names of all classes, or a file that lists them in YAML, in JSON or separated by spaces.
+            ascending), the names or ids of all classes, or a file that lists them in YAML, in JSON or separated by spaces.
+            Words that are names of all classes, like those of folders "0", "1", "10", are names.
         seed: of the run.
+        names: names of classes by id, for classes that are ids.
 
     Raises:
         ValueError: `order` is empty, no such file exists, or it does not list every class once.
@@ -41,17 +45,23 @@ def ordered_classes(classes: Sequence[Any], order: Sequence[str], seed: int) -> 
         if seed > 0:
             random.Random(seed).shuffle(numbers)
     elif list(order) != ["natural"]:
-        return _listed(ascending, _words(order))
+        return _listed(ascending, _words(order), names or {})
     return [ascending[number] for number in numbers]
 
 
-def tasks_in_order(classes: Sequence[Any], tasks: int | Sequence[int], order: Sequence[str], seed: int) -> list[list[Any]]:
+def tasks_in_order(
+    classes: Sequence[Any],
+    tasks: int | Sequence[int],
+    order: Sequence[str],
+    seed: int,
+    names: Mapping[int, str] | None = None,
+) -> list[list[Any]]:
     """`ordered_classes`, split into `tasks`: their number, or the number of classes of each.
 
     Raises:
         ValueError: see `ordered_classes`; or the classes cannot be split so.
     """
-    rest = iter(ordered_classes(classes, order, seed))
+    rest = iter(ordered_classes(classes, order, seed, names))
     return [[next(rest) for _ in part] for part in split_classes(classes, tasks)]
 
 
@@ -74,8 +84,11 @@ def _words(order: Sequence[str]) -> list[str]:
     return [str(value) for value in values]
 
 
-def _listed(ascending: list[Any], words: list[str]) -> list[Any]:
-    by_word = {str(c): c for c in ascending}
+def _listed(ascending: list[Any], words: list[str], names: Mapping[int, str]) -> list[Any]:
+    by_name = {names[c]: c for c in ascending if c in names}
+    by_id = {str(c): c for c in ascending}
+    tables = [by_name, by_id] if len(by_name) == len(ascending) else [by_id]
+    by_word = min(tables, key=lambda table: sum(word not in table for word in words))  # names where both fit
     unknown = [word for word in words if word not in by_word]
     twice = sorted({word for word in words if words.count(word) > 1})
     missing = [word for word in by_word if word not in set(words)]

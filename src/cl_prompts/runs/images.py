@@ -30,7 +30,7 @@ from cl_prompts.continual.streams.data_sets import holds_files, is_missing
 from cl_prompts.continual.streams.transforms import ProcessorTransform
 from cl_prompts.runs.class_order import ordered_classes, tasks_in_order
 from cl_prompts.runs.digit_rows import numbers
-from cl_prompts.runs.image_folders import OtherLayoutError, read_image_folder
+from cl_prompts.runs.image_folders import SPLITS, OtherLayoutError, read_image_folder
 
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in the order of choice
@@ -90,6 +90,12 @@ class ImageData:
             values = self.train[self.label_column][:]
         return sorted({value for value in values if value is not None})
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of all classes by id; empty if the data set has none."""
+        label = (self.train.features or {}).get(self.label_column)
+        return dict(enumerate(label.names)) if isinstance(label, ClassLabel) else {}
+
     def names(self, classes: list[int]) -> dict[int, str]:
         """Names of classes by id; empty if the data set has none."""
         label = self.train.features[self.label_column]
@@ -102,7 +108,10 @@ class ImageData:
     def renamed(self, image_column: str, label_column: str) -> ImageData:
         """The same data with these column names, without other columns."""
         names = {self.image_column: image_column, self.label_column: label_column}
-        train, test = (part.select_columns(list(names)).rename_columns(names) for part in (self.train, self.test))
+        other = {old: new for old, new in names.items() if old != new}  # an IterableDataset refuses a column's own name
+        train, test = (part.select_columns(list(names)) for part in (self.train, self.test))
+        if other:
+            train, test = train.rename_columns(other), test.rename_columns(other)
         return ImageData(train, test, image_column, label_column)
 
 
@@ -155,6 +164,8 @@ def load_stream(
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario={scenario!r}: choose one of {', '.join(SCENARIOS)}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out={held_out} is a share of the training images: choose a number from 0 to below 1")
     if streaming and (scenario in ("datasets", "gaussian") or held_out):
         raise ValueError(f"scenario {scenario!r}, held_out={held_out}: only class and domain can be streamed, whole")
     several = scenario == "datasets" or (scenario == "domain" and domain_column is None)
@@ -192,10 +203,10 @@ def load_stream(
             return IterableDomainIncrementalStream(one.train, one.test, one.classes, transform, **shared)
         return DomainIncrementalStream(one.train, one.test, transform, common_test=common_test, **shared)
     if scenario == "gaussian":
-        classes = ordered_classes(one.classes, class_order, seed)
+        classes = ordered_classes(one.classes, class_order, seed, one.class_names)
         shared |= {"width": width, "seed": seed, "parts": parts}
         return GaussianStream(one.train, one.test, transform, classes=classes, **shared)
-    split = tasks_in_order(one.classes, tasks, class_order, seed)
+    split = tasks_in_order(one.classes, tasks, class_order, seed, one.class_names)
     if streaming:
         shared["train_images"] = train_images
         return IterableClassIncrementalStream(one.train, one.test, split, transform, **shared)
@@ -208,7 +219,10 @@ def named_sources(sources: Sequence[str], *, inside: bool) -> dict[str, str]:
         sources = sorted(str(folder) for folder in Path(sources[0]).iterdir() if folder.is_dir())
     named = {Path(source).name: source for source in sources}
     if len(named) < len(sources) or not named:
-        raise ValueError(f"sources {list(sources)}: give at least one, and no two with the same last part")
+        raise ValueError(
+            f"sources {list(sources)}: give at least one folder or Hub id for each domain or data set, and no two with the "
+            "same last part; one data set with all domains needs --domain_column"
+        )
     return named
 
 
@@ -279,15 +293,36 @@ def load_splits(source: str, *, streaming: bool = False) -> Any:
         files = sorted(folder.rglob("*.parquet"))
     if not files:
         return load_dataset("imagefolder", data_dir=source, streaming=streaming)
-    by_split: dict[str, list[str]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(file.stem.split("-")[0], []).append(str(file))
-    return load_dataset("parquet", data_files=by_split, streaming=streaming)
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    for split, parts in by_split.items():
+        if split not in (*SPLITS, "train") and len({part.parent for part in parts}) > 1:
+            raise ValueError(
+                f"{source} has files {parts[0].name!r} in several folders, whose names tell no split: name the folders or "
+                "the files train and test"
+            )
+    # One after the other: a single call would give all splits the class names of the first.
+    return {
+        split: load_dataset("parquet", data_files={split: [str(part) for part in parts]}, split=split, streaming=streaming)
+        for split, parts in by_split.items()
+    }
+
+
+def _split_of(file: Path) -> str:
+    """The split of a parquet file: of the last folder that names one, else the first word of the file's own name."""
+    named = [SPLITS[part.lower()] for part in file.parent.parts if part.lower() in SPLITS]
+    return named[-1] if named else file.stem.split("-")[0]
 
 
 def only_column(features: dict[str, Any], kind: str, fits: Callable[[Any], bool]) -> str:
     """The name of the only column that `fits`. Raises ValueError if there is not exactly one."""
     names = [name for name, feature in features.items() if fits(feature)]
+    if kind == "label" and not features:
+        raise ValueError(
+            "there are no labels: put the images into SPLIT/CLASS/IMAGE or CLASS/IMAGE, with no other files beside these "
+            "folders"
+        )
     if len(names) != 1:
         raise ValueError(f"cannot tell the {kind} column among {sorted(features)}: pass --{kind}_column")
     return names[0]

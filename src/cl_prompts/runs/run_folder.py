@@ -57,7 +57,9 @@ def described(arguments: Arguments, training: ContinualArguments, **facts: Any) 
 
 
 def differences(run: dict[str, Any], folder: Path) -> list[str]:
-    """Differences between a run and the run in the folder, as text; empty if the folder has no run.
+    """Differences between a run and the run in the folder, as text.
+
+    Empty if the folder has no run, or one that ended before its first checkpoint.
 
     Args:
         run: from `described`; facts that are not there are not compared.
@@ -71,6 +73,8 @@ def differences(run: dict[str, Any], folder: Path) -> list[str]:
         known = None
     if not isinstance(known, dict) or not isinstance(known.get("arguments"), dict):
         return [f"{RUN} cannot be read"]
+    if not any((folder / name).exists() for name in (RESULTS_FILE, "checkpoints", "adapter")):
+        return []
     new, old = run["arguments"], known["arguments"]
     differing = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cl_prompts.runtime.text import short_repr
@@ -75,6 +75,15 @@ class ClassAPI:
         """
         (found,) = find_classes(self._active, [old])
         rename(self._active, found, new)
+
+    def name_classes(self, class_names: Mapping[int, str]) -> None:
+        """Name classes of a model without tasks, which `begin_task` would name.
+
+        Args:
+            class_names: names by class id.
+        """
+        for class_id, name in class_names.items():
+            self._active.tasks.rename(class_id, name)
 
     @property
     def _active(self) -> PoolAdapter:

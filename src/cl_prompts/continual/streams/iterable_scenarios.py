@@ -18,10 +18,11 @@ from cl_prompts.continual.streams.labels import (
     check_class_id,
     label_ids,
     names_in_tasks,
+    names_of_ids,
     read_labels,
     validate_tasks,
 )
-from cl_prompts.continual.streams.scenarios import read_domains, rows_by_domain, rows_of_classes
+from cl_prompts.continual.streams.scenarios import parts_of, read_domains, rows_by_domain, rows_of_classes
 from cl_prompts.continual.streams.stream import Task
 
 
@@ -63,6 +64,7 @@ class IterableClassIncrementalStream(IterableStream):
         on_bad_image: str = "stop",
     ) -> None:
         columns = (image_column, label_column)
+        names_of_ids([train, test], label_column)  # refuses sets that name an id differently
         names = names_in_tasks(tasks, train, label_column)
         classes_of_task = validate_tasks(tasks, names)
         labels_of_task = [label_ids(classes, names) for classes in classes_of_task]
@@ -137,6 +139,8 @@ class IterableDomainIncrementalStream(IterableStream):
         if not order or len(set(order)) < len(order):
             raise ValueError(f"domains={order}: name each domain once, and at least one")
         first = next(iter(train.values())) if isinstance(train, Mapping) else train
+        # Refuses sets that name an id differently.
+        names_of_ids([part for each in (train, test) for part in parts_of(each)], label_column)
         names = names_in_tasks([classes], first, label_column)
         (classes,) = validate_tasks([classes], names)
         columns = (image_column, label_column)

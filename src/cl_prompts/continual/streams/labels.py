@@ -96,16 +96,35 @@ def common_class_names(training: Sequence[Any], test: Sequence[Any], label_colum
     Raises:
         ValueError: two data sets give an id different names.
     """
-    known = [names for part in (*training, *test) if (names := read_class_names(part, label_column))]
-    most = max(known, key=len, default={})
-    if any(most[c] != name for names in known for c, name in names.items()):
-        raise ValueError("the data sets have different class names for one id: give all the same ClassLabel first")
+    most = names_of_ids([*training, *test], label_column)
     if most:
         return most
     names = names_of(text for part in training for text in _texts(part, label_column))
     if names and not all(_texts(part, label_column) for part in test):
         raise ValueError(f"training labels are names, like {names[0]!r}, and test labels are not: give both the same kind")
     return names
+
+
+def names_of_ids(parts: Sequence[Any], label_column: str) -> dict[int, str]:
+    """Class names by id from ClassLabel columns of data sets; empty if there are none.
+
+    Args:
+        parts: the data sets.
+        label_column: name of the column of labels.
+
+    Raises:
+        ValueError: two data sets give an id different names.
+    """
+    known = [names for part in parts if (names := read_class_names(part, label_column))]
+    most = max(known, key=len, default={})
+    for names in known:
+        for c, name in names.items():
+            if most[c] != name:
+                raise ValueError(
+                    f"the data sets have different class names for one id, {c}: {short_repr(most[c])} and "
+                    f"{short_repr(name)}; give all the same ClassLabel first"
+                )
+    return most
 
 
 def names_of(texts: Iterable[str]) -> dict[int, str]:

@@ -118,7 +118,7 @@ class DomainIncrementalStream(IndexedStream):
     ) -> None:
         train = rows_by_domain(train, image_column, label_column, "training")
         test = (as_rows if common_test else rows_by_domain)(test, image_column, label_column, "test")
-        names = common_class_names(_parts(train), _parts(test), label_column)
+        names = common_class_names(parts_of(train), parts_of(test), label_column)
         columns = (image_column, label_column, domain_column)
         train_data, train_labels, train_domains = read_domains(train, columns, names, "training")
         if common_test:
@@ -297,7 +297,8 @@ def _concatenate(parts: Mapping[str, Any], image_column: str, split: str) -> Any
     return concatenated(parts, image_column)
 
 
-def _parts(data: Any) -> list[Any]:
+def parts_of(data: Any) -> list[Any]:
+    """Data sets that are given by name, or the one that is given."""
     return list(data.values()) if isinstance(data, Mapping) else [data]
 
 

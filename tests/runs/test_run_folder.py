@@ -1,5 +1,6 @@
 """The example from end to end: what its results folder holds, whose it is, and what a killed run becomes."""
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.example_runs import TINY, few_digits, finished, matrices, process, tensors
 from support.saving import exit_code, forked
 from support.small_disk import small_disk
@@ -92,12 +94,19 @@ def test_the_same_run_starts_over_or_reports(run: Run, tmp_path: Path, capsys: p
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_the_folder_free(run: Run, tmp_path: Path) -> None:
     """Else the mend that an error names, a further argument, would be refused."""
-    folder = tmp_path / "one"
-    with pytest.raises(FloatingPointError, match="learning"):
-        run(folder, "--method", "l2p", "--num_train_epochs", "1", "--learning_rate", "1e30")
-    assert (folder / "run.json").exists()
-    run(folder, "--method", "l2p", "--learning_rate", "0.1")
-    assert json.loads((folder / "run.json").read_text())["arguments"]["learning_rate"] == 0.1
+    for split, name, number in itertools.product(("train", "test"), ("owl", "jay"), range(4)):
+        file = tmp_path / "images" / split / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(file)
+    (tmp_path / "images" / "train" / "owl" / "1.png").write_bytes(b"no image")
+    line = ("--method", "l2p", "--dataset", str(tmp_path / "images"))
+    with pytest.raises(ValueError, match="use on_bad_image='skip'"):
+        run(tmp_path / "one", *line)
+    assert "run.json" in files(tmp_path / "one")
+    run(tmp_path / "one", *line, "--on_bad_image", "skip")
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["arguments"]["on_bad_image"] == "skip"
+    with pytest.raises(SystemExit, match="holds another run"):
+        run(tmp_path / "one", *line)
 
 
 def test_another_run_is_refused_and_nothing_is_touched(run: Run, tmp_path: Path) -> None:

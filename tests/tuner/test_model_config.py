@@ -54,6 +54,7 @@ def test_the_classes_follow_the_active_adapter(wrap: Any) -> None:
     assert model.config.id2label == {0: "0", 1: "1"}
     model.set_adapter("default")
     model.end_task()
+    model.rename_class(2, "tawny owl")
     model.begin_task([2, 8], revisit=True, class_names={2: "tawny owl", 8: "crow"})
     assert model.config.id2label == {0: "tawny owl", 1: "jay", 2: "wren", 3: "1", 4: "crow"}
     with model.disable_adapter():

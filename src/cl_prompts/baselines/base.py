@@ -202,7 +202,7 @@ class Baseline(BaselineMeasures, BaselineState):
         self.detach_optimizer()
 
     def name_classes(self, class_names: Mapping[int, str]) -> None:
-        """Name classes, by id, of a learner without tasks."""
+        """Name classes of a learner without tasks: `class_names` by class id."""
         for class_id, name in class_names.items():
             self.tasks.rename(class_id, name)
 

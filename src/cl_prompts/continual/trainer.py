@@ -102,8 +102,6 @@ class ContinualTrainer:
         self._equal_parameters: dict[str, tuple[int, int]] = {}  # see `prepare`
         check_run(model, stream, args, self.extra_classifiers.classifiers)
 
-    # ---- the run -----------------------------------------------------------------------------------------------------
-
     @freed_memory_kept()
     def train(self, *, resume: bool = False) -> AccuracyMatrix:
         """Learn all tasks and return the accuracies. `result` returns the accuracies and more.
@@ -181,11 +179,11 @@ class ContinualTrainer:
                     model.record_features(self.feature_provider.task_images(task))
                 if self.extra_classifiers.classifiers:
                     self.extra_classifiers.record(self.feature_provider.task_images(task))
+        names = self.stream.class_names(model.classes if self.stream.task_free else task.classes)
         if self.stream.task_free:
-            model.name_classes(self.stream.class_names(model.classes))
+            model.name_classes(names)
         else:
-            revisit = task.revisit or self.earlier_tasks > 0
-            model.begin_task(task.classes, revisit=revisit, class_names=self.stream.class_names(task.classes))
+            model.begin_task(task.classes, revisit=task.revisit or self.earlier_tasks > 0, class_names=names)
         self.replay.begin_task(task)
         if self.args.forward_transfer and not task.number and not model.closed_form:
             known = [later for later in self.stream.tasks[1:] if set(later.classes) <= set(model.classes)]

@@ -14,7 +14,7 @@ from cl_prompts.runs.images import load_splits, load_stream
 
 
 def rows_of(names: list[str], count: int) -> Dataset:
-    """`count` images of each class, whose gray value is the place of its name in the alphabet."""
+    """`count` images of each class, whose gray value is the code of the last letter of its name."""
     pixels = [PILImage.fromarray(np.full((4, 4, 3), ord(name[-1]), dtype=np.uint8)) for name in names for _ in range(count)]
     labels = [number for number in range(len(names)) for _ in range(count)]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})

@@ -164,17 +164,19 @@ class TaskState(nn.Module):
 
     def _check_names(self, names: Mapping[str, str], known: Sequence[int]) -> None:
         """Refuse another name for a known class, and warn of a name that two classes have; `names` by id as text."""
-        own = {c: name for c, name in self.state.class_names.items() if c in set(map(str, known))}
+        ids = set(map(str, known))
+        own = {c: name for c, name in self.state.class_names.items() if c in ids}
+        by_name = {name: c for c, name in own.items()}
         for c, name in names.items():
             if own.get(c, name) != name:
                 raise ValueError(
                     f"class {c} is called {short_repr(own[c])}, and would be called {short_repr(name)} now: give images of "
                     "another class another id, or rename the class first, with rename_class"
                 )
-            twin = next((other for other, given in own.items() if given == name and other != c), None)
-            if twin is not None:
+            if by_name.get(name, c) != c:
                 warnings.warn(
-                    f"classes {twin} and {c} are both called {short_repr(name)}: answers by name cannot tell them apart",
+                    f"classes {by_name[name]} and {c} are both called {short_repr(name)}: answers by name cannot tell them "
+                    "apart",
                     stacklevel=4,
                 )
 

@@ -90,16 +90,11 @@ class ImageData:
             values = self.train[self.label_column][:]
         return sorted({value for value in values if value is not None})
 
-    @property
-    def class_names(self) -> dict[int, str]:
-        """Names of all classes by id; empty if the data set has none."""
-        label = (self.train.features or {}).get(self.label_column)
-        return dict(enumerate(label.names)) if isinstance(label, ClassLabel) else {}
-
-    def names(self, classes: list[int]) -> dict[int, str]:
+    def names(self, classes: list[Any]) -> dict[int, str]:
         """Names of classes by id; empty if the data set has none."""
-        label = self.train.features[self.label_column]
-        return {c: label.int2str(c) for c in classes} if isinstance(label, ClassLabel) else {}
+        label = (self.train.features or {}).get(self.label_column)
+        known = dict(enumerate(label.names)) if isinstance(label, ClassLabel) else {}
+        return {c: known[c] for c in classes if c in known}
 
     def transform(self, processor: Any, input_range: str, resample: str) -> ToTensor:
         """The transform for these images."""
@@ -202,11 +197,13 @@ def load_stream(
             shared["train_images"] = train_images
             return IterableDomainIncrementalStream(one.train, one.test, one.classes, transform, **shared)
         return DomainIncrementalStream(one.train, one.test, transform, common_test=common_test, **shared)
+    classes = one.classes
+    names = one.names(classes)
     if scenario == "gaussian":
-        classes = ordered_classes(one.classes, class_order, seed, one.class_names)
+        ordered = ordered_classes(classes, class_order, seed, names)
         shared |= {"width": width, "seed": seed, "parts": parts}
-        return GaussianStream(one.train, one.test, transform, classes=classes, **shared)
-    split = tasks_in_order(one.classes, tasks, class_order, seed, one.class_names)
+        return GaussianStream(one.train, one.test, transform, classes=ordered, **shared)
+    split = tasks_in_order(classes, tasks, class_order, seed, names)
     if streaming:
         shared["train_images"] = train_images
         return IterableClassIncrementalStream(one.train, one.test, split, transform, **shared)
@@ -297,7 +294,7 @@ def load_splits(source: str, *, streaming: bool = False) -> Any:
     for file in files:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
     for split, parts in by_split.items():
-        if split not in (*SPLITS, "train") and len({part.parent for part in parts}) > 1:
+        if split not in SPLITS and len({part.parent for part in parts}) > 1:
             raise ValueError(
                 f"{source} has files {parts[0].name!r} in several folders, whose names tell no split: name the folders or "
                 "the files train and test"

@@ -225,8 +225,8 @@ def check_answerable(adapter: PoolAdapter, targets: Tensor | None) -> None:
     """
     if targets is None or not adapter.awaits_consolidation or torch.compiler.is_compiling():
         return
-    earlier = adapter.tasks.earlier_classes
-    unknown = sorted({adapter.classes[index] for index in targets[targets >= 0].unique().tolist()} - earlier)
+    classes, earlier = adapter.classes, adapter.tasks.earlier_classes
+    unknown = sorted({classes[index] for index in targets[targets >= 0].unique().tolist()} - earlier)
     if unknown:
         raise ValueError(
             f"labels {short_repr(unknown)} are of classes that the {adapter.config.head} head answers for only after "
